@@ -1,0 +1,51 @@
+# Everything a machine with python3 (3.11 or newer) needs is installed into .venv by the targets that need it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Releases of huggingface_hub that tests run beside the installed one: the last of 0.x, the last whose deletions
+# follow links to the end, the first whose do not, the last of 1.x.
+HUB_VERSIONS := 0.36.2 1.31.0 1.32.0 1.33.0
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: help demo test check format bench clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
+
+demo: $(VENV)/.ready  ## make a tiny model in a folder and let unmodified mlx_lm load it through the overlay
+	@sh docs/demo.sh $(BIN)
+
+test: $(VENV)/.ready  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.ready  ## lint and type-check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/.ready  ## rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.ready  ## print the overlay's ratios
+	$(BIN)/python benchmarks/overlay.py
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# The stamp goes away first, so that an interrupted set-up is done again.
+$(VENV)/.ready: pyproject.toml Makefile
+	rm -f $@
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --editable '.[dev]'
+	for version in $(HUB_VERSIONS); do \
+		test -d $(VENV)/hubs/$$version || { \
+			rm -rf $(VENV)/hubs/.new && \
+			$(PIP) install --target $(VENV)/hubs/.new "huggingface_hub==$$version" && \
+			mv $(VENV)/hubs/.new $(VENV)/hubs/$$version; \
+		} || exit 1; \
+	done
+	touch $@

@@ -1,0 +1,170 @@
+"""What can be loaded, from where, and why: the user's folders and the real cache seen together. Reads only."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from typing import NamedTuple
+
+from overlay import hfcache
+from overlay.config import Settings
+from overlay.discovery import Scanner
+from overlay.errors import InvalidModelId, ModelNotFound, OverlayError, SourceAway
+from overlay.kinds import ModelTypes
+from overlay.models import Model, Reject, Source
+from overlay.plan import Choice, Plan, choose, plan
+
+
+class Candidate(NamedTuple):
+    """One place that was looked at for an id."""
+
+    path: str
+    source: str
+    """`custom` or `cache`."""
+    verdict: str
+    """`wins`, or why it lost."""
+
+
+class Catalog:
+    """The models of one configuration, as of the last `scan()`."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Scans at once. Raises OverlayError when mlx-lm's model types are needed and cannot be read."""
+        self.settings = settings
+        types = None if settings.all_kinds else ModelTypes.installed()
+        self._scanner = Scanner(settings.roots, settings.hub_cache, types)
+        self._warned: set[str] = set()
+        self._unscannable: dict[str, str | None] = {}
+        self._away: dict[str, str] = {}
+        """Ids of models whose whole model path went away since they were seen, and that path."""
+        self.sources: tuple[Source, ...] = ()
+        self.scan()
+
+    def scan(self) -> None:
+        """Look at the user's folders again."""
+        before, self.sources = self.sources, self._scanner.scan()
+        for old, new in zip(before, self.sources, strict=False):
+            if new.problem is not None or new.device != old.device:
+                self._away |= {model.id: old.root for model in old.models}
+            if new.problem is None:
+                found = {model.id for model in new.models}
+                self._away = {
+                    model_id: root
+                    for model_id, root in self._away.items()
+                    if root != new.root or (model_id not in found and not new.models)
+                }
+
+    def cache(self) -> Source:
+        """The real cache's models, looked at now."""
+        return self._scanner.scan_cache()
+
+    def choices(self) -> dict[str, Choice]:
+        """For each id there is, sorted: the model that answers to it. The real cache is looked at now."""
+        return choose([*self.sources, self.cache()])
+
+    def plan(self, *, case_insensitive: bool) -> Plan:
+        """The tree that shows the user's models in front of the real cache's entries. Raises OverlayError."""
+        try:
+            entries = hfcache.entries(self.settings.hub_cache)
+        except OSError as error:
+            raise OverlayError(
+                f"cannot read the Hugging Face cache at {self.settings.hub_cache}: {error.strerror}; "
+                "check HF_HUB_CACHE and HF_HOME"
+            ) from error
+        for name, path in entries.items():
+            if name not in self._unscannable and hfcache.model_id(name):
+                self._unscannable[name] = hfcache.why_unscannable(path)
+        scannable = {name: path for name, path in entries.items() if not self._unscannable.get(name)}
+        return plan(self.sources, scannable, case_insensitive=case_insensitive)
+
+    def unscannable(self) -> dict[str, str]:
+        """Cached repos left out of the last plan, since one of them makes every cache scan fail: path -> why."""
+        return {f"{self.settings.hub_cache}/{name}": reason for name, reason in self._unscannable.items() if reason}
+
+    def find(self, model_id: str) -> Model:
+        """The model that answers to an id, which is untrusted input.
+
+        Raises InvalidModelId, SourceAway or ModelNotFound, each with what to do.
+        """
+        check_id(model_id)
+        spelled = {
+            unicodedata.normalize("NFC", model.id): model.id for source in self.sources for model in source.models
+        }
+        # macOS stores names in either Unicode form; people type the composed one.
+        model_id = spelled.get(unicodedata.normalize("NFC", model_id), model_id)
+        for source in self.sources:
+            for model in source.models:
+                if model.id == model_id and os.path.isdir(model.path):
+                    return model
+        cached = self._scanner.read_cached(model_id)
+        if isinstance(cached, Model):
+            return cached
+        away = self._away.get(model_id) or next(
+            (model.root for source in self.sources for model in source.models if model.id == model_id), None
+        )
+        if away is not None:
+            raise SourceAway(f"{model_id} is in {away}, which is not there now; connect that drive and try again")
+        raise ModelNotFound(self._not_found(model_id))
+
+    def explain(self, model_id: str) -> list[Candidate]:
+        """Every place looked at for an id, the winner first; no winner when none has the verdict `wins`."""
+        check_id(model_id)
+        cached = self._scanner.read_cached(model_id)
+        choice = choose([*self.sources, Source("", None, (cached,) if isinstance(cached, Model) else ())]).get(model_id)
+        found = [choice.winner, *choice.shadows] if choice else []
+        candidates = [
+            Candidate(model.path, model.source, f"stands behind {found[0].path}" if model is not found[0] else "wins")
+            for model in found
+        ]
+        for source in self.sources:
+            if source.problem is not None:
+                candidates.append(Candidate(source.root, "custom", source.problem))
+                continue
+            rejects = [reject for reject in source.rejects if reject.id == model_id]
+            if not rejects and not any(model.root == source.root for model in found):
+                looked_at = self._scanner.read(f"{source.root}/{model_id}", model_id, source.root)
+                rejects = [looked_at] if isinstance(looked_at, Reject) else []
+            candidates += [Candidate(reject.path, "custom", reject.reason) for reject in rejects]
+        if isinstance(cached, Reject):
+            candidates.append(Candidate(cached.path, "cache", cached.reason))
+        return candidates
+
+    def warnings(self) -> list[str]:
+        """What a person should know now and was not told yet: whole paths and folders that cannot be used."""
+        now: dict[str, None] = {}
+        for source in self.sources:
+            if source.problem is not None:
+                rest = (
+                    "the other model paths and the Hugging Face cache"
+                    if len(self.sources) > 1
+                    else "the Hugging Face cache"
+                )
+                now[f"model path {source.root} {source.problem}; going on with {rest}"] = None
+            for reject in source.rejects:
+                if reject.id is None or reject.reason.startswith("cannot be read"):
+                    now[f"{reject.path} {reject.reason}; it is left out"] = None
+        fresh = [warning for warning in now if warning not in self._warned]
+        self._warned = set(now)
+        return fresh
+
+    def _not_found(self, model_id: str) -> str:
+        lost = [f"{candidate.path} {candidate.verdict}" for candidate in self.explain(model_id)]
+        import difflib  # only for this message
+
+        near = difflib.get_close_matches(model_id, self.choices(), n=1, cutoff=0.8)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"no model {model_id}: {'; '.join(lost)}{hint}"
+
+
+def check_id(model_id: str) -> None:
+    """Refuse ids that could lead out of the folder they are looked up in. Raises InvalidModelId; touches no disk."""
+    parts = model_id.split("/")
+    if model_id.startswith("/"):
+        problem = "is an absolute path"
+    elif "\0" in model_id or "\\" in model_id:
+        problem = "has a NUL or a backslash in it"
+    elif any(part in ("", ".", "..") for part in parts):
+        problem = "has an empty part, `.` or `..` in it"
+    else:
+        return
+    raise InvalidModelId(f"model id {model_id!r} {problem}; give it as org/name")

@@ -1,0 +1,89 @@
+"""Where the user's folders are and where huggingface_hub keeps its cache.
+
+Pure functions of the arguments and the environment handed in; nothing here touches huggingface_hub, because it
+reads these variables once, when it is imported, and by then the environment must already be ours.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from overlay.errors import UsageError
+
+MODEL_PATH_VARIABLE = "MLX_OMNI_MODEL_PATH"
+OWNER_FILE = ".hf-overlay-session"
+"""Names the living owner in every session's folder; a scan that meets one knows the folder for ours."""
+
+
+class Settings(NamedTuple):
+    """Everything a scan depends on. All paths are absolute; none of them need exist."""
+
+    roots: tuple[str, ...]
+    """The user's model folders, most important first; empty: the Hugging Face cache only."""
+    hub_cache: str
+    """The real cache: what huggingface_hub calls HF_HUB_CACHE."""
+    hf_home: str
+    """What huggingface_hub calls HF_HOME: tokens, Xet cache, datasets, modules."""
+    all_kinds: bool = False
+    """Also take models that mlx-lm cannot load (transformers, diffusers, sentence-transformers)."""
+
+
+def load(model_paths: Sequence[str], environ: Mapping[str, str], cwd: str, *, all_kinds: bool = False) -> Settings:
+    """Settings from the command line's model paths and an environment; the former win.
+
+    Raises UsageError for an empty path, and for one that is a file.
+    """
+    if not model_paths:
+        model_paths = [part for part in environ.get(MODEL_PATH_VARIABLE, "").split(os.pathsep) if part]
+    roots: dict[str, None] = {}
+    for given in model_paths:
+        if not given or "\0" in given:
+            raise UsageError(f"a model path is empty or malformed: {given!r}; give a folder of models")
+        root = _absolute(_expand_user(given, environ), cwd)
+        if os.path.isfile(root):
+            raise UsageError(f"model path {root} is a file; give the folder that holds your models")
+        roots[root] = None
+    return Settings(
+        roots=tuple(roots),
+        hub_cache=_absolute(hub_cache(environ), cwd),
+        hf_home=_absolute(hf_home(environ), cwd),
+        all_kinds=all_kinds,
+    )
+
+
+def hf_home(environ: Mapping[str, str]) -> str:
+    """HF_HOME as huggingface_hub/constants.py computes it (an empty string is a value, not "unset")."""
+    cache_home = environ.get("XDG_CACHE_HOME", os.path.join(_expand_user("~", environ), ".cache"))
+    return _expand(environ.get("HF_HOME", os.path.join(cache_home, "huggingface")), environ)
+
+
+def hub_cache(environ: Mapping[str, str]) -> str:
+    """HF_HUB_CACHE as huggingface_hub/constants.py computes it, the older HUGGINGFACE_HUB_CACHE included."""
+    default = environ.get("HUGGINGFACE_HUB_CACHE", os.path.join(hf_home(environ), "hub"))
+    return _expand(environ.get("HF_HUB_CACHE", default), environ)
+
+
+def _absolute(path: str, cwd: str) -> str:
+    path = os.path.join(cwd, path)
+    # Behind a link `..` is not the textual parent; without one the user's own spelling is what they recognise.
+    return os.path.realpath(path) if ".." in path.split("/") else os.path.normpath(path)
+
+
+def _expand(path: str, environ: Mapping[str, str]) -> str:
+    """os.path.expandvars(os.path.expanduser(path)), for the environment handed in."""
+
+    def value(match: re.Match[str]) -> str:
+        return environ.get(match[1] or match[2], match[0])
+
+    return re.sub(r"\$(?:(\w+)|\{([^}]*)\})", value, _expand_user(path, environ), flags=re.ASCII)
+
+
+def _expand_user(path: str, environ: Mapping[str, str]) -> str:
+    """os.path.expanduser, for the environment handed in; `~name` asks the password database."""
+    first, slash, rest = path.partition("/")
+    if first == "~" and "HOME" in environ:
+        return (environ["HOME"].rstrip("/") + slash + rest) or "/"
+    return os.path.expanduser(path)

@@ -1,0 +1,85 @@
+"""`hf-overlay run`: a program with the overlay in its environment, as if it had been started alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from overlay.session import open_session
+
+_FROM_KEYBOARD = (signal.SIGINT, signal.SIGQUIT)
+_FORWARDED = (
+    *_FROM_KEYBOARD,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGCONT,
+    signal.SIGWINCH,
+)
+
+
+def run(command: Sequence[str], model_paths: Sequence[str], *, all_kinds: bool, verbosity: int) -> int:
+    """Run `command` in a session of its own; returns its exit status, 128 + N when signal N ended it.
+
+    As a shell does: 127 when there is no such program, 126 when it cannot be run. Raises OverlayError.
+    """
+    _log_to_stderr(verbosity)
+    child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        if child is None:
+            early.append(number)
+        elif not (number in _FROM_KEYBOARD and _is_in_foreground()):  # else the terminal told the child itself
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    try:
+        with open_session(model_paths, all_kinds=all_kinds) as session:
+            if stop := [number for number in early if number not in (signal.SIGCONT, signal.SIGWINCH)]:
+                return 128 + stop[0]
+            try:
+                child = subprocess.Popen(command, env=session.environment, pass_fds=(session.owner_fd,))
+            except OSError as error:
+                print(f"hf-overlay: error: cannot run {command[0]}: {error.strerror}", file=sys.stderr)
+                return 127 if isinstance(error, FileNotFoundError) else 126
+            status = child.wait()
+            return 128 - status if status < 0 else status
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_in_foreground() -> bool:
+    """Whether a key press reaches our whole process group, so that the child has had the signal already."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)
+
+
+def _log_to_stderr(verbosity: int) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter())
+    logger = logging.getLogger("overlay")
+    logger.addHandler(handler)
+    logger.setLevel({-1: logging.ERROR, 0: logging.INFO}.get(verbosity, logging.DEBUG))
+    logger.propagate = False
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        level = "warning: " if record.levelno == logging.WARNING else ""
+        return f"hf-overlay: {level}{record.getMessage()}"

@@ -1,0 +1,438 @@
+"""The support modules against the libraries they stand in for: mlx-lm, transformers, huggingface_hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.hfcache import add_repo, etag, git_blob_id, listing, repo_folder
+from tests.support.models import make_model, split
+
+PLAIN = "the cat saw the cat and the cat ran."
+AWKWARD = "  two  spaces\n\n\tlines é 日本語 🙂 <0x41> <|im_end|> \x00 end  "
+
+
+def needs(module: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(find_spec(module) is None, reason=f"{module} is not installed")
+
+
+def run_python(home: Path, *arguments: str, **environment: str) -> str:
+    """Run a fresh interpreter, offline unless told otherwise and with its own HF_HOME; return its stdout."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=kept | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home)} | environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+GENERATE = """
+import json, sys, warnings
+warnings.simplefilter("error")
+from mlx_lm import load, stream_generate
+from mlx_lm.sample_utils import make_sampler
+
+answers = []
+for path in sys.argv[1:]:
+    model, tokenizer = load(path)
+    turns = [{"role": "user", "content": "hello, the cat"}, {"role": "assistant", "content": "the cat saw"}]
+    for prompt in (
+        "hi",
+        "",
+        tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True),
+        tokenizer.apply_chat_template([*turns, turns[0]], add_generation_prompt=True, tokenize=False),
+    ):
+        for temperature in (0.0, 1.0):
+            sampler = make_sampler(temp=temperature)
+            parts = list(stream_generate(model, tokenizer, prompt, max_tokens=50, sampler=sampler))
+            answers.append([path, "".join(part.text for part in parts), parts[-1].finish_reason])
+print(json.dumps(answers))
+"""
+
+
+@needs("mlx_lm")
+def test_mlx_lm_generates_the_text_and_stops(tmp_path: Path) -> None:
+    says = {
+        str(make_model(tmp_path / "plain", PLAIN)): PLAIN,
+        str(make_model(tmp_path / "awkward", AWKWARD)): AWKWARD,
+        str(make_model(tmp_path / "empty", "")): "",
+        str(make_model(tmp_path / "shards", PLAIN, shards=3)): PLAIN,
+        str(make_model(tmp_path / "half", AWKWARD, dtype="float16")): AWKWARD,
+        str(make_model(tmp_path / "mistral", PLAIN, model_type="mistral")): PLAIN,
+    }
+    answers = json.loads(run_python(tmp_path / "home", "-c", GENERATE, *says))
+    assert len(answers) == 8 * len(says)
+    for path, text, finish_reason in answers:
+        assert (text, finish_reason) == (says[path], "stop")
+
+
+@needs("mlx_lm")
+def test_the_command_line_generates_the_text(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", PLAIN)
+    arguments = ["-m", "mlx_lm", "generate", "--model", str(model), "--prompt", "hi", "--verbose", "False"]
+    assert run_python(tmp_path / "home", *arguments) == PLAIN + "\n"
+
+
+@needs("transformers")
+def test_transformers_reads_tokenizer_and_config(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", AWKWARD, shards=2)
+    script = """
+import json, sys
+from transformers import AutoConfig, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+config = AutoConfig.from_pretrained(sys.argv[1])
+text = "any text é 🙂 <0x41>\\n"
+ids = tokenizer.encode(text)
+assert ids[0] == tokenizer.bos_token_id == config.bos_token_id
+assert tokenizer.decode(ids[1:]) == text
+assert tokenizer.eos_token_id == config.eos_token_id
+assert len(tokenizer) == config.vocab_size
+turn = [{"role": "user", "content": "hi"}]
+prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+print(json.dumps([config.model_type, prompt]))
+"""
+    kind, prompt = json.loads(run_python(tmp_path / "home", "-c", script, str(model)))
+    assert kind == "llama"
+    assert prompt == "<|begin_of_text|><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_model_folder_holds_the_usual_files(tmp_path: Path) -> None:
+    common = {
+        "config.json",
+        "generation_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    whole = make_model(tmp_path / "whole", PLAIN)
+    assert {path.name for path in whole.iterdir()} == common | {"model.safetensors"}
+    parts = make_model(tmp_path / "parts", PLAIN, shards=2)
+    shards = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    assert {path.name for path in parts.iterdir()} == common | shards | {"model.safetensors.index.json"}
+
+
+def test_index_names_every_tensor_and_the_total_size(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    model = make_model(tmp_path / "model", PLAIN, shards=5)
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    held = {path.name: load_file(path) for path in model.glob("*.safetensors")}
+    assert {tensor: file for file, tensors in held.items() for tensor in tensors} == index["weight_map"]
+    total = sum(tensor.nbytes for tensors in held.values() for tensor in tensors.values())
+    assert index["metadata"]["total_size"] == total
+    assert len(held) == 5
+
+
+def test_models_repeat_and_differ_by_text_alone(tmp_path: Path) -> None:
+    def weights(folder: str, says: str) -> set[str]:
+        paths = make_model(tmp_path / folder, says, shards=21).glob("*.safetensors")
+        return {hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+    assert weights("one", "the same") == weights("two", "the same")
+    assert weights("one", "the same") != weights("three", "not that")
+
+
+@pytest.mark.parametrize("shards", [0, 22])
+def test_impossible_shard_counts_are_refused(tmp_path: Path, shards: int) -> None:
+    with pytest.raises(ValueError, match="shards"):
+        make_model(tmp_path / "model", PLAIN, shards=shards)
+
+
+def test_pieces_join_to_the_text() -> None:
+    assert split(PLAIN)[:3] == ["the", " cat", " saw"]
+    for text in (PLAIN, AWKWARD, "", "\n", " "):
+        assert "".join(split(text)) == text
+    with pytest.raises(ValueError):
+        split("\ue000")
+
+
+def test_making_a_model_is_quick(tmp_path: Path) -> None:
+    make_model(tmp_path / "imports", PLAIN)
+    start = time.perf_counter()
+    make_model(tmp_path / "model", PLAIN)
+    assert time.perf_counter() - start < 0.5
+
+
+FILES = {
+    "config.json": b'{"a": 1}\n',
+    "copy.json": b'{"a": 1}\n',
+    "empty.txt": b"",
+    "model.safetensors": b"\x01" * 1000,
+    "sub/deep/note.txt": b"note",
+}
+COMMIT = "ab" * 20
+
+
+def test_repo_layout(tmp_path: Path) -> None:
+    refs = ("main", "refs/pr/1")
+    snapshot = add_repo(tmp_path, "org/name", FILES, commit=COMMIT, refs=refs, no_exist=("a/b",))
+    repo = tmp_path / "models--org--name"
+    assert snapshot == repo / "snapshots" / COMMIT
+    assert os.readlink(snapshot / "sub/deep/note.txt") == f"../../../../blobs/{git_blob_id(b'note')}"
+    weights = snapshot / "model.safetensors"
+    assert os.readlink(weights) == f"../../blobs/{hashlib.sha256(weights.read_bytes()).hexdigest()}"
+    assert {path.name for path in (repo / "blobs").iterdir()} == {etag(*item) for item in FILES.items()}
+    assert (repo / "refs/main").read_bytes() == (repo / "refs/refs/pr/1").read_bytes() == COMMIT.encode()
+    assert (repo / ".no_exist" / COMMIT / "a/b").read_bytes() == b""
+    assert sorted(path.name for path in repo.iterdir()) == [".no_exist", "blobs", "refs", "snapshots"]
+
+
+def test_git_blob_id_is_what_git_says() -> None:
+    assert git_blob_id(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
+    assert git_blob_id(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
+
+
+def test_repo_folder_names() -> None:
+    assert repo_folder("gpt2") == "models--gpt2"
+    assert repo_folder("org/name", "dataset") == "datasets--org--name"
+
+
+@pytest.mark.parametrize("name", ["", "/etc/passwd", "../up", "a//b", "./a"])
+def test_names_outside_the_snapshot_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="relative"):
+        add_repo(tmp_path, "org/name", {name: b""})
+
+
+def test_commit_follows_from_the_content(tmp_path: Path) -> None:
+    first = add_repo(tmp_path / "a", "org/name", FILES)
+    again = add_repo(tmp_path / "b", "org/name", dict(reversed(FILES.items())))
+    other = add_repo(tmp_path / "c", "org/name", FILES | {"copy.json": b"{}"})
+    assert len(first.name) == 40
+    assert first.name == again.name != other.name
+
+
+def test_a_commit_keeps_its_bytes(tmp_path: Path) -> None:
+    add_repo(tmp_path, "org/name", FILES, commit=COMMIT)
+    before = listing(tmp_path / "models--org--name/blobs")
+    add_repo(tmp_path, "org/name", FILES, commit=COMMIT)
+    assert listing(tmp_path / "models--org--name/blobs") == before
+    with pytest.raises(FileExistsError):
+        add_repo(tmp_path, "org/name", {"config.json": b"other"}, commit=COMMIT)
+
+
+def test_a_folder_can_be_added(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", PLAIN)
+    snapshot = add_repo(tmp_path / "hub", "org/name", model)
+    assert {path.name: path.read_bytes() for path in snapshot.iterdir()} == {
+        path.name: path.read_bytes() for path in model.iterdir()
+    }
+    with pytest.raises(NotADirectoryError):
+        add_repo(tmp_path / "hub", "org/other", tmp_path / "absent")
+
+
+@needs("huggingface_hub")
+def test_huggingface_hub_reads_the_cache(tmp_path: Path) -> None:
+    hub = tmp_path / "hub"
+    old = add_repo(hub, "org/name", FILES, tree=True, locks=True)
+    newer = FILES | {"copy.json": b"{}"}
+    new = add_repo(hub, "org/name", newer, tree=True, locks=True, no_exist=("absent.json",))
+    data = add_repo(hub, "org/data", {"a.csv": b"1"}, repo_type="dataset", commit=COMMIT, refs=("main", "v1"))
+    script = """
+import json, sys
+from huggingface_hub import _CACHED_NO_EXIST, scan_cache_dir, snapshot_download, try_to_load_from_cache
+
+hub, old = sys.argv[1:]
+info = scan_cache_dir(hub)
+assert not info.warnings, info.warnings
+assert try_to_load_from_cache("org/name", "absent.json", cache_dir=hub) is _CACHED_NO_EXIST
+revisions = [(repo, revision) for repo in info.repos for revision in repo.revisions]
+print(json.dumps([
+    {str(r.snapshot_path): [p.repo_id, p.repo_type, sorted(r.refs), len(r.files)] for p, r in revisions},
+    snapshot_download("org/name", cache_dir=hub, local_files_only=True),
+    snapshot_download("org/name", revision=old, cache_dir=hub, local_files_only=True),
+    snapshot_download("org/data", repo_type="dataset", revision="v1", cache_dir=hub, local_files_only=True),
+]))
+"""
+    revisions, *downloads = json.loads(run_python(tmp_path / "home", "-c", script, str(hub), old.name))
+    assert revisions == {
+        str(old): ["org/name", "model", [], 5],
+        str(new): ["org/name", "model", ["main"], 5],
+        str(data): ["org/data", "dataset", ["main", "v1"], 1],
+    }
+    assert downloads == [str(new), str(old), str(data)]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers for one repo, "org/name" with FILES at COMMIT, what a download asks."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        if path.startswith("/api/models/org/name/tree/"):
+            self.reply(200, json.dumps([self.described(*item) for item in FILES.items()]).encode())
+        elif path.startswith("/api/models/org/name"):
+            siblings = [{"rfilename": name} for name in FILES]
+            self.reply(200, json.dumps({"id": "org/name", "sha": COMMIT, "siblings": siblings}).encode())
+        else:
+            name = path.partition("/resolve/")[2].partition("/")[2]
+            if name in FILES:
+                tag = f'"{etag(name, FILES[name])}"'
+                linked = {"X-Linked-ETag": tag} if name.endswith(".safetensors") else {}
+                self.reply(200, FILES[name], {"ETag": tag, **linked})
+            else:
+                self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
+
+    do_HEAD = do_GET
+
+    def described(self, name: str, content: bytes) -> dict[str, object]:
+        file: dict[str, object] = {"type": "file", "path": name, "size": len(content)}
+        if not name.endswith(".safetensors"):
+            return file | {"oid": git_blob_id(content)}
+        oid = hashlib.sha256(content).hexdigest()
+        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:%b\nsize %d\n"
+        pointer %= (oid.encode(), len(content))
+        lfs = {"oid": oid, "size": len(content), "pointerSize": len(pointer)}
+        return file | {"oid": git_blob_id(pointer), "lfs": lfs}
+
+    def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        sent = {"X-Repo-Commit": COMMIT, "Content-Length": str(len(body))} | (headers or {})
+        for name, value in sent.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@needs("huggingface_hub")
+def test_the_layout_is_the_one_a_download_leaves(tmp_path: Path, endpoint: str) -> None:
+    """Every name, kind, mode and byte; `trees` and the tag only where this huggingface_hub writes them."""
+    downloaded, made = tmp_path / "downloaded", tmp_path / "made"
+    script = """
+import sys
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.utils import EntryNotFoundError
+
+snapshot_download("org/name", cache_dir=sys.argv[1])
+try:
+    hf_hub_download("org/name", "absent.json", cache_dir=sys.argv[1])
+except EntryNotFoundError:
+    pass
+"""
+    online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
+    run_python(tmp_path / "home", "-c", script, str(downloaded), NO_PROXY="127.0.0.1", **online)
+    tree = (downloaded / "models--org--name/trees").is_dir()
+    add_repo(made, "org/name", FILES, commit=COMMIT, no_exist=("absent.json",), tree=tree, locks=True)
+    if not (downloaded / "CACHEDIR.TAG").exists():
+        (made / "CACHEDIR.TAG").unlink()
+
+    def compared(root: Path) -> dict[str, tuple[str, int, str]]:
+        found = {}
+        for name, (kind, mode, _, _, detail) in listing(root).items():
+            # the mode of a lock file differs between versions
+            found[name] = (kind, 0 if name.endswith(".lock") else mode, detail)
+        return found
+
+    assert compared(made) == compared(downloaded)
+
+
+def test_listing_describes_each_kind(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "folder").mkdir(parents=True)
+    (root / "folder/file").write_bytes(b"bytes")
+    (root / "folder/file").chmod(0o640)
+    os.utime(root / "folder/file", ns=(1, 1_500_000_000_123_456_789))
+    (root / "link").symlink_to("folder")
+    os.mkfifo(root / "pipe")
+    found = listing(root)
+    assert list(found) == [".", "folder", "folder/file", "link", "pipe"]
+    sha1 = hashlib.sha1(b"bytes").hexdigest()
+    assert found["folder/file"] == ("file", 0o640, 5, 1_500_000_000_123_456_789, sha1)
+    assert [found[name][0] for name in (".", "folder", "pipe")] == ["folder", "folder", "other"]
+    assert (found["link"][0], found["link"][4]) == ("link", "folder")
+    assert listing(root) == found
+    with pytest.raises(FileNotFoundError):
+        listing(tmp_path / "absent")
+
+
+def flip_a_byte(root: Path) -> None:
+    status = (root / "a/file").stat()
+    (root / "a/file").write_bytes(b"twO")
+    os.utime(root / "a/file", ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def point_elsewhere(root: Path) -> None:
+    (root / "link").unlink()
+    (root / "link").symlink_to("b")
+
+
+def come_and_go(root: Path) -> None:
+    (root / "a/new").touch()
+    (root / "a/new").unlink()
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {
+    "byte": flip_a_byte,
+    "mtime": lambda root: os.utime(root / "a/file", ns=(1, 1)),
+    "mode": lambda root: (root / "a/file").chmod(0o600),
+    "new folder": lambda root: (root / "a/b").mkdir(),
+    "gone": lambda root: (root / "a/file").unlink(),
+    "come and gone": come_and_go,
+    "target": point_elsewhere,
+    "folder mode": lambda root: root.chmod(0o700),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_listing_shows_a_change(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    root = tmp_path / "root"
+    (root / "a").mkdir(parents=True)
+    (root / "a/file").write_bytes(b"two")
+    (root / "link").symlink_to("a")
+    for path in (root / "a", root):
+        os.utime(path, ns=(1, 1))
+    before = listing(root)
+    change(root)
+    assert listing(root) != before
+
+
+def test_listing_records_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed/file").write_bytes(b"secret")
+    (tmp_path / "open").write_bytes(b"")
+    listdir = os.listdir
+
+    def refuse(path: Path) -> list[str]:
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return listdir(path)
+
+    # the mode alone stops nobody when tests run as root
+    (tmp_path / "closed").chmod(0o000)
+    monkeypatch.setattr(os, "listdir", refuse)
+    found = listing(tmp_path)
+    (tmp_path / "closed").chmod(0o700)
+    assert list(found) == [".", "closed", "open"]
+    assert (found["closed"][1], found["closed"][4]) == (0o000, "unreadable: EACCES")
