@@ -56,7 +56,7 @@ def _folders(catalog: Catalog) -> Iterator[Finding]:
                 "appledouble",
                 source.root,
                 f"{source.junk} AppleDouble files (._name), which macOS writes on exFAT and network volumes",
-                f"They are left out here; other programs may trip over them. Remove them with: dot_clean -m {source.root}",
+                f"They are left out here; other programs may trip over them. Remove them: dot_clean -m {source.root}",
             )
 
 

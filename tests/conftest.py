@@ -1,0 +1,85 @@
+"""No test sees the user's home, caches or settings; touching the real ones is an error that fails the test."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from overlay import config, lease
+
+_REAL_ENVIRONMENT = dict(os.environ)
+_FORBIDDEN = tuple(
+    os.path.realpath(path) + os.sep
+    for path in (
+        config.hf_home(_REAL_ENVIRONMENT),
+        config.hub_cache(_REAL_ENVIRONMENT),
+        os.path.expanduser("~/.cache/huggingface"),
+        os.path.expanduser("~/.cache/hf-overlay"),
+        os.path.expanduser("~/Library/Caches/hf-overlay"),
+    )
+)
+_EVENTS = frozenset(
+    {"open", "os.listdir", "os.scandir", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink"}
+)
+_FOREIGN = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "PYTORCH_", "MLX_", "XDG_", "PYTHONPATH", "NO_COLOR")
+
+
+def pytest_configure() -> None:
+    """Before anything is collected: an environment of the tests' own, and a guard on the real one."""
+    for name in list(os.environ):
+        if name.startswith(_FOREIGN):
+            del os.environ[name]
+    sys.addaudithook(_guard)
+
+
+def _guard(event: str, arguments: tuple[object, ...]) -> None:
+    if event in _EVENTS and arguments and isinstance(arguments[0], (str, os.PathLike)):
+        path = os.path.abspath(os.fspath(arguments[0])) + os.sep
+        if path.startswith(_FORBIDDEN):
+            raise RuntimeError(f"a test touched the user's real cache: {event} {path}")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home, for this process and those it starts; offline unless a test says otherwise."""
+    path = tmp_path / "home"
+    path.mkdir()
+    monkeypatch.setenv("HOME", str(path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_UPDATE_CHECK", "1")
+    return path
+
+
+@pytest.fixture
+def hub(home: Path) -> Path:
+    """Where the real Hugging Face cache of `home` is; not made yet."""
+    return home / ".cache" / "huggingface" / "hub"
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """An empty folder for the user's models, outside of home, like a drive."""
+    path = tmp_path / "drive" / "models"
+    path.mkdir(parents=True)
+    return path
+
+
+@pytest.fixture
+def sessions(home: Path) -> Iterator[Path]:
+    """Where sessions live; at the end of the test none may be left."""
+    path = Path(lease.sessions_folder(os.environ))
+    assert path.is_relative_to(home)
+    yield path
+    left = sorted(entry.name for entry in path.glob("session-*")) if path.exists() else []
+    assert not left, f"sessions were left behind: {left}"
+
+
+@pytest.fixture
+def clean_environment(home: Path) -> Mapping[str, str]:
+    """What a person's shell hands to a program."""
+    return {"HOME": str(home), "PATH": os.environ["PATH"]}
