@@ -35,8 +35,8 @@ class Catalog:
         self._scanner = Scanner(settings.roots, settings.hub_cache, types)
         self._warned: set[str] = set()
         self._unscannable: dict[str, str | None] = {}
-        self._away: dict[str, str] = {}
-        """Ids of models whose whole model path went away since they were seen, and that path."""
+        self._away: dict[str, tuple[int | None, frozenset[str]]] = {}
+        """Model paths that went away since they were seen: the device they were on, and the ids they held."""
         self.sources: tuple[Source, ...] = ()
         self.scan()
 
@@ -44,15 +44,10 @@ class Catalog:
         """Look at the user's folders again."""
         before, self.sources = self.sources, self._scanner.scan()
         for old, new in zip(before, self.sources, strict=False):
-            if new.problem is not None or new.device != old.device:
-                self._away |= {model.id: old.root for model in old.models}
-            if new.problem is None:
-                found = {model.id for model in new.models}
-                self._away = {
-                    model_id: root
-                    for model_id, root in self._away.items()
-                    if root != new.root or (model_id not in found and not new.models)
-                }
+            if old.models and (new.problem is not None or new.device != old.device):
+                self._away[old.root] = (old.device, frozenset(model.id for model in old.models))
+            elif old.root in self._away and (new.models or new.device == self._away[old.root][0]):
+                del self._away[old.root]
 
     def cache(self) -> Source:
         """The real cache's models, looked at now."""
@@ -86,29 +81,23 @@ class Catalog:
 
         Raises InvalidModelId, SourceAway or ModelNotFound, each with what to do.
         """
-        check_id(model_id)
-        spelled = {
-            unicodedata.normalize("NFC", model.id): model.id for source in self.sources for model in source.models
-        }
-        # macOS stores names in either Unicode form; people type the composed one.
-        model_id = spelled.get(unicodedata.normalize("NFC", model_id), model_id)
-        for source in self.sources:
-            for model in source.models:
-                if model.id == model_id and os.path.isdir(model.path):
-                    return model
+        model_id = self._as_spelled(model_id)
+        found = [model for source in self.sources for model in source.models if model.id == model_id]
+        for model in found:
+            if os.path.isdir(model.path):
+                return model
         cached = self._scanner.read_cached(model_id)
         if isinstance(cached, Model):
             return cached
-        away = self._away.get(model_id) or next(
-            (model.root for source in self.sources for model in source.models if model.id == model_id), None
-        )
-        if away is not None:
-            raise SourceAway(f"{model_id} is in {away}, which is not there now; connect that drive and try again")
+        away = [model.root for model in found if not os.path.isdir(model.root)]
+        away += [root for root, (_, ids) in self._away.items() if model_id in ids]
+        if away:
+            raise SourceAway(f"{model_id} is in {away[0]}, which is not there now; connect that drive and try again")
         raise ModelNotFound(self._not_found(model_id))
 
     def explain(self, model_id: str) -> list[Candidate]:
         """Every place looked at for an id, the winner first; no winner when none has the verdict `wins`."""
-        check_id(model_id)
+        model_id = self._as_spelled(model_id)
         cached = self._scanner.read_cached(model_id)
         choice = choose([*self.sources, Source("", None, (cached,) if isinstance(cached, Model) else ())]).get(model_id)
         found = [choice.winner, *choice.shadows] if choice else []
@@ -146,6 +135,15 @@ class Catalog:
         fresh = [warning for warning in now if warning not in self._warned]
         self._warned = set(now)
         return fresh
+
+    def _as_spelled(self, model_id: str) -> str:
+        """The id as the disk spells it: macOS may store either Unicode form, people type the composed one."""
+        check_id(model_id)
+        if model_id.isascii():
+            return model_id
+        typed = unicodedata.normalize("NFC", model_id)
+        on_disk = (model.id for source in self.sources for model in source.models)
+        return next((spelled for spelled in on_disk if unicodedata.normalize("NFC", spelled) == typed), model_id)
 
     def _not_found(self, model_id: str) -> str:
         lost = [f"{candidate.path} {candidate.verdict}" for candidate in self.explain(model_id)]

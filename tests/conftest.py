@@ -44,10 +44,9 @@ def _guard(event: str, arguments: tuple[object, ...]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home, for this process and those it starts; offline unless a test says otherwise."""
-    path = tmp_path / "home"
-    path.mkdir()
+    path = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
