@@ -37,15 +37,16 @@ clean:  ## remove what the other targets made
 
 # The stamp goes away first, so that an interrupted set-up is done again.
 $(VENV)/.ready: pyproject.toml Makefile
-	rm -f $@
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --editable '.[dev]'
-	for version in $(HUB_VERSIONS); do \
+	@rm -f $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
+	@echo "Setting up $(VENV) (once) …"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --editable '.[dev]'
+	@for version in $(HUB_VERSIONS); do \
 		test -d $(VENV)/hubs/$$version || { \
 			rm -rf $(VENV)/hubs/.new && \
 			$(PIP) install --target $(VENV)/hubs/.new "huggingface_hub==$$version" && \
 			mv $(VENV)/hubs/.new $(VENV)/hubs/$$version; \
 		} || exit 1; \
 	done
-	touch $@
+	@touch $@

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from overlay import hfcache
 from overlay.config import Settings
 from overlay.discovery import Scanner
-from overlay.errors import InvalidModelId, ModelNotFound, OverlayError, SourceAway
+from overlay.errors import InvalidModelId, ModelNotFound, SourceAway
 from overlay.kinds import ModelTypes
 from overlay.models import Model, Reject, Source
 from overlay.plan import Choice, Plan, choose, plan
@@ -34,7 +34,11 @@ class Catalog:
         types = None if settings.all_kinds else ModelTypes.installed()
         self._scanner = Scanner(settings.roots, settings.hub_cache, types)
         self._warned: set[str] = set()
-        self._unscannable: dict[str, str | None] = {}
+        self._cache_problem: str | None = None
+        self._scannable: set[str] = set()
+        """Names in the real cache that were looked at; one that is fine is not looked at again."""
+        self.unscannable: dict[str, str] = {}
+        """Cached repos left out of the last plan, because one of them makes every cache scan fail: path -> why."""
         self._away: dict[str, tuple[int | None, frozenset[str]]] = {}
         """Model paths that went away since they were seen: the device they were on, and the ids they held."""
         self.sources: tuple[Source, ...] = ()
@@ -51,30 +55,33 @@ class Catalog:
 
     def cache(self) -> Source:
         """The real cache's models, looked at now."""
-        return self._scanner.scan_cache()
+        cache = self._scanner.scan_cache()
+        self._cache_problem = cache.problem
+        return cache
 
     def choices(self) -> dict[str, Choice]:
         """For each id there is, sorted: the model that answers to it. The real cache is looked at now."""
         return choose([*self.sources, self.cache()])
 
     def plan(self, *, case_insensitive: bool) -> Plan:
-        """The tree that shows the user's models in front of the real cache's entries. Raises OverlayError."""
-        try:
-            entries = hfcache.entries(self.settings.hub_cache)
-        except OSError as error:
-            raise OverlayError(
-                f"cannot read the Hugging Face cache at {self.settings.hub_cache}: {error.strerror}; "
-                "check HF_HUB_CACHE and HF_HOME"
-            ) from error
+        """The tree that shows the user's models in front of the real cache's entries, which are looked at now."""
+        entries = self._cache_entries()
         for name, path in entries.items():
-            if name not in self._unscannable and hfcache.model_id(name):
-                self._unscannable[name] = hfcache.why_unscannable(path)
-        scannable = {name: path for name, path in entries.items() if not self._unscannable.get(name)}
+            if name not in self._scannable and (reason := hfcache.why_unscannable(path)) is not None:
+                self.unscannable[path] = reason
+            else:
+                self._scannable.add(name)
+                self.unscannable.pop(path, None)
+        scannable = {name: path for name, path in entries.items() if name in self._scannable}
         return plan(self.sources, scannable, case_insensitive=case_insensitive)
 
-    def unscannable(self) -> dict[str, str]:
-        """Cached repos left out of the last plan, since one of them makes every cache scan fail: path -> why."""
-        return {f"{self.settings.hub_cache}/{name}": reason for name, reason in self._unscannable.items() if reason}
+    def _cache_entries(self) -> dict[str, str]:
+        self._cache_problem = None
+        try:
+            return hfcache.entries(self.settings.hub_cache)
+        except OSError as error:
+            self._cache_problem = f"cannot be read: {error.strerror}"
+            return {}
 
     def find(self, model_id: str) -> Model:
         """The model that answers to an id, which is untrusted input.
@@ -132,6 +139,8 @@ class Catalog:
             for reject in source.rejects:
                 if reject.id is None or reject.reason.startswith("cannot be read"):
                     now[f"{reject.path} {reject.reason}; it is left out"] = None
+        if self._cache_problem is not None:
+            now[f"Hugging Face cache {self.settings.hub_cache} {self._cache_problem}; going on without it"] = None
         fresh = [warning for warning in now if warning not in self._warned]
         self._warned = set(now)
         return fresh

@@ -111,7 +111,9 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def _ls(options: argparse.Namespace) -> int:
-    choices = _catalog(options).choices()
+    catalog = _catalog(options, warn=False)
+    choices = catalog.choices()
+    _warn(catalog, options)
     rows = [
         {
             "id": model_id,
@@ -211,13 +213,18 @@ def _completion(options: argparse.Namespace) -> int:
 def _catalog(options: argparse.Namespace, *, warn: bool = True) -> Catalog:
     settings = config.load(options.model_path, os.environ, os.getcwd(), all_kinds=options.all_kinds)
     catalog = Catalog(settings)
-    if warn and not options.quiet:
-        for warning in catalog.warnings():
-            _say(f"warning: {warning}")
+    if warn:
+        _warn(catalog, options)
     if options.verbose:
         _say(f"model paths: {', '.join(settings.roots)}" if settings.roots else "using HuggingFace cache only")
         _say(f"Hugging Face cache: {settings.hub_cache}")
     return catalog
+
+
+def _warn(catalog: Catalog, options: argparse.Namespace) -> None:
+    for warning in catalog.warnings():
+        if not options.quiet:
+            _say(f"warning: {warning}")
 
 
 def _verbosity(options: argparse.Namespace) -> int:

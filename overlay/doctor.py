@@ -146,7 +146,7 @@ def _cache(catalog: Catalog) -> Iterator[Finding]:
                 "Make room (hf cache ls --sort size), or move it with HF_HOME.",
             )
     catalog.plan(case_insensitive=False)
-    for path, reason in catalog.unscannable().items():
+    for path, reason in catalog.unscannable.items():
         yield Finding(
             "cache",
             path,

@@ -124,9 +124,9 @@ class Session:
         )
 
     def _publish(self) -> None:
+        plan = self._catalog.plan(case_insensitive=self._tree.is_case_insensitive)
         for warning in self._catalog.warnings():
             logger.warning("%s", warning)
-        plan = self._catalog.plan(case_insensitive=self._tree.is_case_insensitive)
         try:
             self._tree.publish(plan)
         except OSError as error:
