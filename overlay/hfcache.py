@@ -54,11 +54,12 @@ def is_other_repo(folder: str) -> bool:
     return _OTHER_REPO.fullmatch(folder) is not None
 
 
-def why_not_linkable(model_id: str) -> str | None:
+def why_not_linkable(id_: str) -> str | None:
     """None when an id can stand in a cache under its own name, else why it can be loaded by path only."""
-    if "--" in model_id:
-        return "has `--` in it, which the cache's layout uses for `/`"
-    if len(os.fsencode(repo_folder(model_id))) > _NAME_MAX:
+    folder = repo_folder(id_)
+    if model_id(folder) != id_:
+        return "cannot be written in the cache's layout, where `--` stands for `/`"
+    if len(os.fsencode(folder)) > _NAME_MAX:
         return "is too long for a folder name in a cache"
     return None
 

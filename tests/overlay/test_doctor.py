@@ -1,0 +1,104 @@
+"""Each thing that will bite is found, with what to do; a healthy machine has no findings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from overlay import config, doctor
+from overlay.catalog import Catalog
+from overlay.doctor import Finding
+from tests.support import hfcache
+from tests.support.folders import lay_model
+
+FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"w"}
+
+
+def examine(*roots: Path) -> list[Finding]:
+    settings = config.load([str(root) for root in roots], os.environ, os.getcwd())
+    return doctor.examine(Catalog(settings), os.environ)
+
+
+def found(kind: str, *roots: Path) -> Finding:
+    [finding] = [each for each in examine(*roots) if each.kind == kind]
+    assert finding.advice
+    return finding
+
+
+def test_a_healthy_machine_has_no_findings(models: Path, hub: Path) -> None:
+    lay_model(models / "org/name")
+    hfcache.add_repo(hub, "org/cached", FILES)
+    assert examine(models) == []
+
+
+def test_missing_paths_and_rejected_folders(models: Path) -> None:
+    lay_model(models / "org/bad", {"model.safetensors": b""})
+    assert "still being copied" in found("rejected", models).what
+    assert "Wait for the copy" in found("rejected", models).advice
+    assert found("source", models / "gone").what == "does not exist"
+
+
+def test_apple_double_files(models: Path) -> None:
+    lay_model(models / "org/name", {"._config.json": b"", "._model.safetensors": b""})
+    finding = found("appledouble", models)
+    assert finding.what.startswith("2 AppleDouble files")
+    assert "dot_clean" in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("a--b", "`--`"), ("org/sub/name", "more than one `/`"), ("é", "characters")]
+)
+def test_ids_that_no_hub_client_accepts(models: Path, name: str, why: str) -> None:
+    lay_model(models / name)
+    finding = found("id", models)
+    assert why in finding.what
+    assert f"hf-overlay path {name}" in finding.advice
+
+
+def test_duplicates_across_paths_and_names_that_differ_in_case(models: Path, tmp_path: Path) -> None:
+    first = lay_model(models / "org/name")
+    second = lay_model(tmp_path / "b/org/name")
+    finding = found("duplicate", models, tmp_path / "b")
+    assert finding.where == str(second)
+    assert str(first) in finding.what
+    lay_model(tmp_path / "c/Org/name")
+    assert "differ in case only" in found("case", models, tmp_path / "c").what
+
+
+def test_a_volume_without_links(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: str, target: str) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    assert "HF_OVERLAY_DIR" in found("symlinks", models).advice
+
+
+def test_a_cache_that_is_read_only_full_or_no_folder(models: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.parent.mkdir(parents=True)
+    hub.write_text("")
+    assert found("cache", models).what == "the Hugging Face cache is not a folder"
+    hub.unlink()
+    hub.mkdir()
+    with monkeypatch.context() as full:
+        full.setattr(os, "statvfs", lambda _path: SimpleNamespace(f_flag=0, f_bavail=10, f_frsize=4096))
+        assert "0 MB are free" in found("cache", models).what
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)
+    assert "read-only" in found("cache", models).what
+
+
+def test_a_cached_repo_that_makes_every_plain_scan_fail(models: Path, hub: Path) -> None:
+    snapshot = hfcache.add_repo(hub, "org/name", FILES)
+    (snapshot.parents[1] / "refs/broken").write_bytes(b"\xff\xfe")
+    [finding] = [each for each in examine(models) if each.kind == "cache"]
+    assert finding.where == str(hub / "models--org--name")
+
+
+@pytest.mark.parametrize(("version", "count"), [("1.31.0", 1), ("0.36.2", 1), ("1.32.0", 0), ("2.4.0", 0)])
+def test_a_hub_library_whose_deletions_follow_links(
+    models: Path, version: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor.metadata, "version", lambda _name: version)
+    assert len([each for each in examine(models) if each.kind == "deletions"]) == count

@@ -1,0 +1,87 @@
+"""The cache's layout: names, and a user's folder as a repo."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from hypothesis import given
+from hypothesis import strategies as st
+
+from overlay import hfcache
+from overlay.models import File, Model
+
+PARTS = st.text(st.sampled_from("abZ09-_.é "), min_size=1, max_size=6) | st.sampled_from(
+    ["a--b", "a..b", "x.git", "n" * 97]
+)
+
+
+@given(st.lists(PARTS, min_size=1, max_size=3).map("/".join))
+def test_an_id_is_called_good_exactly_when_huggingface_hub_takes_it(model_id: str) -> None:
+    try:
+        validate_repo_id(model_id)
+        is_valid = True
+    except HFValidationError:
+        is_valid = False
+    assert (hfcache.why_not_hub_id(model_id) is None) == is_valid
+
+
+@given(st.lists(st.text(st.sampled_from("abZ09-_."), min_size=1, max_size=6), min_size=1, max_size=3).map("/".join))
+def test_an_id_that_can_be_linked_reads_back_as_itself(model_id: str) -> None:
+    if hfcache.why_not_linkable(model_id) is None:
+        assert hfcache.model_id(hfcache.repo_folder(model_id)) == model_id
+
+
+@pytest.mark.parametrize("name", ["datasets--x--y", "spaces--x--y", "models", "models--", ".locks", "version.txt"])
+def test_what_is_no_model_repo_has_no_model_id(name: str) -> None:
+    assert hfcache.model_id(name) is None
+
+
+def user_model(**changes: object) -> Model:
+    files = (File("config.json", 2, 10), File("sub/deep/model.safetensors", 3, 11))
+    model = Model("org/name", "custom", "/drive/org/name", "llama", 5, files, "/drive")
+    return model._replace(**changes)  # type: ignore[arg-type]
+
+
+def test_each_file_of_a_shadow_is_two_links_from_the_users_and_there_is_one_revision() -> None:
+    model = user_model()
+    shadow = hfcache.shadow(model, "c" * 40)
+    links = dict(shadow.links)
+    for file in model.files:
+        hop = links[f"snapshots/{'c' * 40}/{file.name}"]
+        blob = hop.lstrip("./")
+        assert blob.startswith("blobs/")
+        assert hop.count("../") == 2 + file.name.count("/")
+        assert links[blob] == f"{model.path}/{file.name}"
+    assert {name.split("/")[1] for name in [*links, *shadow.folders] if name.startswith("snapshots/")} == {"c" * 40}
+    assert all(folder.rpartition("/")[0] in ("", *shadow.folders) for folder in shadow.folders)
+    contents = dict(shadow.files)
+    assert contents["refs/main"] == b"c" * 40
+    assert json.loads(contents[f"trees/{'c' * 40}.json"])["files"].keys() == {file.name for file in model.files}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"id": "org/other"},
+        {"path": "/other/org/name"},
+        {"files": (File("config.json", 2, 10),)},
+        {"files": (File("config.json", 3, 10), File("sub/deep/model.safetensors", 3, 11))},
+        {"files": (File("config.json", 2, 99), File("sub/deep/model.safetensors", 3, 11))},
+    ],
+)
+def test_the_fingerprint_follows_names_sizes_times_and_place(changed: dict[str, object]) -> None:
+    assert hfcache.fingerprint(user_model()) == hfcache.fingerprint(user_model())
+    assert hfcache.fingerprint(user_model(**changed)) != hfcache.fingerprint(user_model())
+
+
+def test_files_with_one_true_etag_share_a_blob() -> None:
+    files = (File("a.json", 2, 10, "e" * 40), File("b.json", 2, 10, "e" * 40), File("m.safetensors", 9, 10, "f" * 64))
+    shadow = hfcache.shadow(user_model(files=files), "c" * 40)
+    assert [where for where, _ in shadow.links if where.startswith("blobs/")] == [
+        f"blobs/{'e' * 40}",
+        f"blobs/{'f' * 64}",
+    ]
+    tree = json.loads(dict(shadow.files)[f"trees/{'c' * 40}.json"])
+    assert tree["files"]["m.safetensors"] == {"size": 9, "blob_id": "f" * 64, "lfs_sha256": "f" * 64, "lfs_size": 9}

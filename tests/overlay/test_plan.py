@@ -1,0 +1,71 @@
+"""Precedence and the content of the tree, as pure functions."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from overlay.models import File, Model, Source
+from overlay.plan import choose, fold, plan
+
+NAMES = st.sampled_from(["a", "b", "org/a", "Org/a", "org/b", "org/sub/a", "x--y", "org/" + "n" * 250, "é", "e\u0301"])
+CACHED = st.sets(st.sampled_from(["models--a", "models--ORG--a", "datasets--x--y", ".locks", "version.txt"]))
+
+
+def model(model_id: str, root: str, commit: str | None = None) -> Model:
+    path = f"{root}/{model_id}"
+    return Model(model_id, "custom", path, "llama", 1, (File("config.json", 1, 1),), root, commit)
+
+
+def sources(draw: list[list[tuple[str, str | None]]]) -> list[Source]:
+    return [
+        Source(
+            f"/root{number}", None, tuple(model(name, f"/root{number}", commit) for name, commit in dict(found).items())
+        )
+        for number, found in enumerate(draw)
+    ]
+
+
+DRAWN = st.lists(
+    st.lists(st.tuples(NAMES, st.sampled_from([None, "c" * 40, "d" * 40])), max_size=6), min_size=1, max_size=3
+).map(sources)
+
+
+@given(DRAWN)
+def test_the_first_model_path_wins_and_the_rest_stand_behind_in_order(found: list[Source]) -> None:
+    for model_id, choice in choose(found).items():
+        candidates = [each for source in found for each in source.models if each.id == model_id]
+        assert [choice.winner, *choice.shadows] == candidates
+
+
+@given(DRAWN, CACHED, st.booleans())
+def test_every_entry_is_the_users_or_the_caches_and_no_two_collide(
+    found: list[Source], cached: set[str], case_insensitive: bool
+) -> None:
+    paths = {name: f"/hub/{name}" for name in cached}
+    made = plan(found, paths, case_insensitive=case_insensitive)
+    winners = {choice.winner.id for choice in choose(found).values()}
+    linked = {entry.id for entry in made.entries.values() if isinstance(entry, Model)}
+    assert linked | {each.id for each, _ in made.left_out} == winners, "each winner is linked or left out with a reason"
+    if case_insensitive:
+        assert len({fold(name) for name in made.entries}) == len(made.entries)
+    for name in cached - made.entries.keys():
+        assert case_insensitive
+        assert fold(name) in {fold(entry) for entry in made.entries}, "what is hidden is hidden by a user's model"
+    commits = [entry.commit for entry in made.entries.values() if isinstance(entry, Model) and entry.commit]
+    assert len(commits) == len(set(commits)), "two repos with one commit confuse deletions"
+
+
+@given(DRAWN, CACHED)
+def test_a_plan_is_a_function_of_what_was_found(found: list[Source], cached: set[str]) -> None:
+    paths = {name: f"/hub/{name}" for name in cached}
+    backwards = dict(reversed(list(paths.items())))
+    first, second = (plan(found, each, case_insensitive=True) for each in (paths, backwards))
+    assert first == second
+    assert list(first.entries) == list(second.entries)
+
+
+def test_ids_that_the_layout_cannot_hold_are_left_out_with_the_reason() -> None:
+    made = plan([Source("/r", None, (model("a--b/c", "/r"), model("n" * 300, "/r")))], {}, case_insensitive=False)
+    assert not made.entries
+    assert [reason.split()[2] for _, reason in made.left_out] == ["cannot", "is"]

@@ -1,0 +1,220 @@
+"""Opening, reading, refreshing and removing a session, in one process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from huggingface_hub import scan_cache_dir, snapshot_download
+
+import overlay
+from overlay import lease
+from overlay.session import clear_dead
+from tests.support import hfcache
+from tests.support.folders import lay_model
+
+FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"from the cache"}
+
+
+def load(session: overlay.Session, model_id: str) -> str:
+    return snapshot_download(model_id, cache_dir=session.hub_cache, local_files_only=True)
+
+
+def listed(session: overlay.Session) -> list[str]:
+    info = scan_cache_dir(session.hub_cache)
+    assert not info.warnings
+    return sorted(repo.repo_id for repo in info.repos)
+
+
+def test_the_folder_stands_in_front_of_the_cache_and_the_rest_is_there(models: Path, hub: Path, sessions: Path) -> None:
+    mine = lay_model(models / "org/both")
+    lay_model(models / "org/mine")
+    hfcache.add_repo(hub, "org/both", FILES)
+    cached = hfcache.add_repo(hub, "org/cached", FILES)
+    hfcache.add_repo(hub, "org/data", FILES, repo_type="dataset")
+    with overlay.open_session([models]) as session:
+        assert listed(session) == ["org/both", "org/cached", "org/data", "org/mine"]
+        assert (
+            Path(load(session, "org/both"), "model.safetensors").read_bytes()
+            == (mine / "model.safetensors").read_bytes()
+        )
+        assert Path(load(session, "org/cached"), "model.safetensors").read_bytes() == b"from the cache"
+        assert [(model.id, model.source) for model in session.models] == [
+            ("org/both", "custom"),
+            ("org/cached", "cache"),
+            ("org/mine", "custom"),
+        ]
+        assert session.resolve("org/both") == mine
+        assert session.resolve("org/cached") == cached
+
+
+def test_a_session_is_private_and_gone_at_its_end(models: Path, sessions: Path) -> None:
+    lay_model(models / "org/name", {"sub/file.txt": b"x"})
+    with overlay.open_session([models]) as session:
+        assert stat.S_IMODE(session.path.stat().st_mode) == 0o700
+        assert session.path.parent == sessions
+    assert not session.path.exists()
+
+
+def test_the_environment_leads_to_the_overlay_and_leaves_the_rest_alone(
+    models: Path, home: Path, sessions: Path
+) -> None:
+    environ = {"HOME": str(home), "PATH": "/bin", "TRANSFORMERS_CACHE": "/old", "HF_TOKEN": "secret"}
+    with overlay.open_session([models], environ=environ) as session:
+        assert session.environment == {
+            "HOME": str(home),
+            "PATH": "/bin",
+            "HF_TOKEN": "secret",
+            "HF_HOME": str(home / ".cache/huggingface"),
+            "HF_HUB_CACHE": str(session.hub_cache),
+            "HUGGINGFACE_HUB_CACHE": str(session.hub_cache),
+            "HF_HUB_DISABLE_SHARED_BLOBS": "1",
+        }
+
+
+def test_home_is_an_hf_home_with_the_users_token_and_datasets(models: Path, home: Path, sessions: Path) -> None:
+    real = home / ".cache/huggingface"
+    (real / "datasets").mkdir(parents=True)
+    with overlay.open_session([models]) as session:
+        (session.home / "token").write_text("a new login")
+        assert (session.home / "datasets").samefile(real / "datasets")
+        assert (session.home / "hub").samefile(session.hub_cache)
+    assert (real / "token").read_text() == "a new login", "a login in a session is the user's login"
+
+
+def test_refresh_tells_and_shows_what_was_added_changed_and_removed(models: Path, sessions: Path) -> None:
+    lay_model(models / "org/changed")
+    removed = lay_model(models / "org/removed")
+    with overlay.open_session([models]) as session:
+        assert session.refresh() == ((), (), ())
+        lay_model(models / "org/added")
+        (models / "org/changed/new.txt").write_text("new")
+        removed.rename(models.parent / "removed")
+        assert session.refresh() == (("org/added",), ("org/changed",), ("org/removed",))
+        assert listed(session) == ["org/added", "org/changed"]
+        assert Path(load(session, "org/changed"), "new.txt").read_text() == "new"
+
+
+def test_a_load_that_has_begun_goes_on_in_the_tree_it_began_in(models: Path, sessions: Path) -> None:
+    """snapshot_download hands out a path; what is read through it later must still be there after a refresh."""
+    lay_model(models / "org/name", {"first.txt": b"1", "second.txt": b"2"})
+    with overlay.open_session([models]) as session:
+        begun = Path(load(session, "org/name"))
+        assert (begun / "first.txt").read_bytes() == b"1"
+        (models / "org/name/added.txt").write_text("changes the commit")
+        assert session.refresh().changed == ("org/name",)
+        assert (begun / "second.txt").read_bytes() == b"2"
+        assert not (begun / "added.txt").exists()
+        assert Path(load(session, "org/name"), "added.txt").exists()
+
+
+def test_an_unchanged_refresh_touches_nothing(models: Path, hub: Path, sessions: Path) -> None:
+    lay_model(models / "org/name")
+    hfcache.add_repo(hub, "org/cached", FILES)
+    with overlay.open_session([models]) as session:
+        before = hfcache.listing(session.path)
+        session.refresh()
+        assert hfcache.listing(session.path) == before
+
+
+def test_refresh_brings_back_what_a_client_deleted(models: Path, hub: Path, sessions: Path) -> None:
+    lay_model(models / "org/name")
+    with overlay.open_session([models]) as session:
+        (session.hub_cache / "models--org--name").unlink()
+        session.refresh()
+        assert listed(session) == ["org/name"]
+
+
+def test_rebuilding_gives_the_same_tree(models: Path, hub: Path, sessions: Path) -> None:
+    lay_model(models / "org/name", {"sub/file.txt": b"x"})
+    hfcache.add_repo(hub, "org/cached", FILES)
+    trees = []
+    for _ in range(2):
+        with overlay.open_session([models]) as session:
+            trees.append(
+                {name: (e[0], e[4]) for name, e in hfcache.listing(session.path).items() if "owner" not in name}
+            )
+    names = [{name for name in tree if not name.startswith(".hf-overlay")} for tree in trees]
+    assert names[0] == names[1]
+    assert all(trees[0][name] == trees[1][name] for name in names[0] if trees[0][name][0] != "folder")
+
+
+def test_a_session_in_a_session_works(models: Path, tmp_path: Path, sessions: Path) -> None:
+    lay_model(models / "org/outer")
+    lay_model(tmp_path / "inner/org/inner")
+    with (
+        overlay.open_session([models]) as outer,
+        overlay.open_session([tmp_path / "inner"], environ=outer.environment) as inner,
+    ):
+        assert listed(inner) == ["org/inner", "org/outer"]
+
+
+def test_ids_from_outside_are_refused_before_the_disk_is_touched(
+    models: Path, sessions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay_model(models / "org/name")
+    with overlay.open_session([models / "org"]) as session:
+        with monkeypatch.context() as no_disk:
+            for name in ("stat", "open", "scandir", "listdir", "lstat", "readlink"):
+                no_disk.setattr(os, name, None)
+            for bad in ("..", "../org/name", "a/../b", "/etc", "", "a//b", "a/", "a\0b", "a\\b", ".", "./a"):
+                with pytest.raises(overlay.InvalidModelId):
+                    session.resolve(bad)
+        with pytest.raises(overlay.ModelNotFound, match="did you mean name"):
+            session.resolve("nam")
+
+
+def test_start_up_logs_the_paths_or_that_there_are_none(
+    models: Path, sessions: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "overlay")
+    with overlay.open_session([models]):
+        pass
+    with overlay.open_session(environ={"HOME": os.environ["HOME"]}):
+        pass
+    assert [record.message for record in caplog.records] == [f"model paths: {models}", "using HuggingFace cache only"]
+
+
+def test_a_path_that_is_a_file_is_refused_and_leaves_nothing(tmp_path: Path, sessions: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(overlay.UsageError, match="is a file"), overlay.open_session([tmp_path / "file"]):
+        pass
+
+
+def test_what_clients_wrote_stays_is_named_and_keeps_the_folder(
+    models: Path, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lay_model(models / "org/name")
+    with overlay.open_session([models]) as session:
+        hfcache.add_repo(session.hub_cache, "org/downloaded", FILES)
+        (session.hub_cache / ".locks/models--org--downloaded").mkdir(parents=True)
+        (session.hub_cache / ".locks/models--org--downloaded/x.lock").write_text("")
+        session.refresh()
+        lay_model(models / "org/new")
+        session.refresh()
+        assert listed(session) == ["org/downloaded", "org/name", "org/new"]
+    sessions = lease.sessions_folder(os.environ)
+    for _ in range(2):
+        [cleared] = clear_dead(sessions)
+        [kept] = cleared.kept
+        assert kept in caplog.text
+        assert hfcache.listing(Path(kept)).keys() > {"blobs", "snapshots", "refs/main"}
+        assert [entry.name for entry in Path(kept).parent.iterdir()] == ["models--org--downloaded"]
+
+
+def test_dead_sessions_are_cleared_and_living_ones_are_not(models: Path, sessions: Path) -> None:
+    lay_model(models / "org/name")
+    with overlay.open_session([models]) as living:
+        dead = sessions / "session-1-1"
+        (dead / "hubs/1").mkdir(parents=True)
+        (dead / ".hf-overlay-session").write_text("{}")
+        (dead / "hubs/1/models--x").symlink_to(models)
+        (sessions / "session-2-2").mkdir()
+        (sessions / "not-ours").mkdir()
+        assert [Path(cleared.path).name for cleared in clear_dead(str(sessions))] == ["session-1-1", "session-2-2"]
+        assert {path.name for path in sessions.iterdir()} == {"sessions.lock", "not-ours", living.path.name}
+        assert listed(living) == ["org/name"]
+    assert (models / "org/name/config.json").exists()

@@ -1,0 +1,34 @@
+"""Model folders that scan as models without holding weights that load: for tests of finding, not of loading."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def lay_model(
+    folder: Path, files: Mapping[str, bytes] | None = None, *, model_type: str = "llama", settled: bool = False
+) -> Path:
+    """A folder with config.json, one weight file and `files`; `settled` dates everything back by a day."""
+    contents = {
+        "config.json": json.dumps({"model_type": model_type}).encode(),
+        "model.safetensors": b"weights of " + str(folder).encode(),
+        **(files or {}),
+    }
+    for name, content in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    if settled:
+        settle(folder)
+    return folder
+
+
+def settle(folder: Path) -> None:
+    """Date a folder and all that is in it back by a day, as a copy made long ago is."""
+    yesterday = time.time() - 86400
+    for path in [*folder.rglob("*"), folder]:
+        os.utime(path, (yesterday, yesterday), follow_symlinks=False)
