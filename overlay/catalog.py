@@ -46,12 +46,28 @@ class Catalog:
 
     def scan(self) -> None:
         """Look at the user's folders again."""
-        before, self.sources = self.sources, self._scanner.scan()
+        before, self.sources = self.sources, tuple(map(self._without_excluded, self._scanner.scan()))
         for old, new in zip(before, self.sources, strict=False):
             if old.models and (new.problem is not None or new.device != old.device):
                 self._away[old.root] = (old.device, frozenset(model.id for model in old.models))
             elif old.root in self._away and (new.models or new.device == self._away[old.root][0]):
                 del self._away[old.root]
+
+    def _without_excluded(self, source: Source) -> Source:
+        out = [model for model in source.models if model.id in self.settings.exclude]
+        if not out:
+            return source
+        rejects = [Reject(model.path, model.id, "is left out by --exclude", model.root) for model in out]
+        models = tuple(model for model in source.models if model not in out)
+        return source._replace(models=models, rejects=(*source.rejects, *rejects))
+
+    def away(self, model_id: str) -> str | None:
+        """The model path an id's model was in, when that path has gone away since."""
+        return next((root for root, (_, ids) in self._away.items() if model_id in ids), None)
+
+    def is_cached(self, model_id: str) -> bool:
+        """Whether the real cache holds a loadable copy now."""
+        return isinstance(self._scanner.read_cached(model_id), Model)
 
     def cache(self) -> Source:
         """The real cache's models, looked at now."""
@@ -96,10 +112,9 @@ class Catalog:
         cached = self._scanner.read_cached(model_id)
         if isinstance(cached, Model):
             return cached
-        away = [model.root for model in found if not os.path.isdir(model.root)]
-        away += [root for root, (_, ids) in self._away.items() if model_id in ids]
-        if away:
-            raise SourceAway(f"{model_id} is in {away[0]}, which is not there now; connect that drive and try again")
+        unplugged = next((model.root for model in found if not os.path.isdir(model.root)), None)
+        if away := unplugged or self.away(model_id):
+            raise SourceAway(f"{model_id} is in {away}, which is not there now; connect that drive and try again")
         raise ModelNotFound(self._not_found(model_id))
 
     def explain(self, model_id: str) -> list[Candidate]:

@@ -21,6 +21,7 @@ examples:
   hf-overlay ls --model-path /Volumes/LLMS/models
   mlx_lm.generate --model "$(hf-overlay path org/sub/name)" --prompt hi
   hf-overlay why org/name
+  hf-overlay serve --model-path /Volumes/LLMS/models     (and in other shells: eval "$(hf-overlay env)")
   hf-overlay doctor
 
 model paths:
@@ -64,6 +65,13 @@ def make_parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--all-kinds", action="store_true", help="also models that mlx-lm cannot load (transformers, diffusers, …)"
     )
+    common.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="let the Hugging Face cache and the Hub answer for this id, not your folder; repeat it for more",
+    )
     common.add_argument("-q", "--quiet", action="store_true", help="no warnings, no start-up line")
     common.add_argument("-v", "--verbose", action="store_true", help="say which source each model comes from")
     data = argparse.ArgumentParser(add_help=False)
@@ -84,8 +92,18 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(function=function)
         return command
 
-    run = add("run", _run, "run a program that sees your folders and the cache as one cache", common)
+    network = argparse.ArgumentParser(add_help=False)
+    network.add_argument("--offline", action="store_true", help="no network: no gateway, and HF_HUB_OFFLINE=1")
+    run = add("run", _run, "run a program that sees your folders and the cache as one cache", common, network)
     run.usage = "hf-overlay run [options] -- COMMAND [ARGUMENT …]"
+    serve = add(
+        "serve", _serve, "keep one up, in the foreground, for shells and programs started elsewhere", common, network
+    )
+    serve.add_argument(
+        "--interval", type=_seconds, default=2.0, metavar="SECONDS", help="how often folders are looked at (default: 2)"
+    )
+    env = add("env", _env, 'point a shell at the one being served: eval "$(hf-overlay env)"', data)
+    env.add_argument("--shell", choices=["sh", "fish"], help="default: by $SHELL; sh is for bash and zsh, too")
     add("ls", _ls, "list every model that can be loaded", common, data)
     add("path", _path, "print the folder to load for an id", common, data).add_argument("id", metavar="ID")
     add("why", _why, "tell which folder answers to an id, and why each other one does not", common, data).add_argument(
@@ -107,7 +125,38 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
 
     if not command:
         raise UsageError("nothing to run; put the program after --, as in: hf-overlay run -- python my_script.py")
-    return launch.run(command, options.model_path, all_kinds=options.all_kinds, verbosity=_verbosity(options))
+    return launch.run(
+        command,
+        options.model_path,
+        all_kinds=options.all_kinds,
+        exclude=options.exclude,
+        offline=options.offline,
+        verbosity=_verbosity(options),
+    )
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from overlay import launch, service
+
+    launch.log_to_stderr(_verbosity(options))
+    return service.serve(
+        options.model_path,
+        all_kinds=options.all_kinds,
+        exclude=options.exclude,
+        offline=options.offline,
+        interval_seconds=options.interval,
+    )
+
+
+def _env(options: argparse.Namespace) -> int:
+    from overlay import service
+
+    variables = service.offered(os.environ)
+    if options.json:
+        return _print_json(variables)
+    is_fish = os.path.basename(os.environ.get("SHELL", "")) == "fish"
+    print(service.as_shell(variables, options.shell or ("fish" if is_fish else "sh")))
+    return 0
 
 
 def _ls(options: argparse.Namespace) -> int:
@@ -163,7 +212,7 @@ def _plan(options: argparse.Namespace) -> int:
         if isinstance(entry, str):
             links.append({"link": f"hub/{name}", "target": entry})
             continue
-        shadow = hfcache.shadow(entry, entry.commit or hfcache.fingerprint(entry))
+        shadow = hfcache.shadow(entry, hfcache.commit_of(entry))
         links += [{"link": f"hub/{name}/{where}", "target": target} for where, target in shadow.links]
     left_out = [{"id": model.id, "path": model.path, "reason": reason} for model, reason in plan.left_out]
     if options.json:
@@ -211,7 +260,9 @@ def _completion(options: argparse.Namespace) -> int:
 
 
 def _catalog(options: argparse.Namespace, *, warn: bool = True) -> Catalog:
-    settings = config.load(options.model_path, os.environ, os.getcwd(), all_kinds=options.all_kinds)
+    settings = config.load(
+        options.model_path, os.environ, os.getcwd(), all_kinds=options.all_kinds, exclude=options.exclude
+    )
     catalog = Catalog(settings)
     if warn:
         _warn(catalog, options)
@@ -225,6 +276,13 @@ def _warn(catalog: Catalog, options: argparse.Namespace) -> None:
     for warning in catalog.warnings():
         if not options.quiet:
             _say(f"warning: {warning}")
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 86400:
+        raise ValueError(text)
+    return seconds
 
 
 def _verbosity(options: argparse.Namespace) -> int:

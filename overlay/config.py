@@ -18,6 +18,9 @@ OWNER_FILE = ".hf-overlay-session"
 """Names the living owner in every session's folder; a scan that meets one knows the folder for ours."""
 
 
+_OVERLAY = re.compile(r"/session-\d+-[0-9a-f]+/home/hub$")
+
+
 class Settings(NamedTuple):
     """Everything a scan depends on. All paths are absolute; none of them need exist."""
 
@@ -29,12 +32,21 @@ class Settings(NamedTuple):
     """What huggingface_hub calls HF_HOME: tokens, Xet cache, datasets, modules."""
     all_kinds: bool = False
     """Also take models that mlx-lm cannot load (transformers, diffusers, sentence-transformers)."""
+    exclude: tuple[str, ...] = ()
+    """Ids for which the user's folders do not count: the cache, and the Hub, answer."""
 
 
-def load(model_paths: Sequence[str], environ: Mapping[str, str], cwd: str, *, all_kinds: bool = False) -> Settings:
+def load(
+    model_paths: Sequence[str],
+    environ: Mapping[str, str],
+    cwd: str,
+    *,
+    all_kinds: bool = False,
+    exclude: Sequence[str] = (),
+) -> Settings:
     """Settings from the command line's model paths and an environment; the former win.
 
-    Raises UsageError for an empty path, and for one that is a file.
+    Raises UsageError for an empty path, for one that is a file, and in the shell of an overlay that has ended.
     """
     if not model_paths:
         model_paths = [part for part in environ.get(MODEL_PATH_VARIABLE, "").split(os.pathsep) if part]
@@ -46,11 +58,15 @@ def load(model_paths: Sequence[str], environ: Mapping[str, str], cwd: str, *, al
         if os.path.isfile(root):
             raise UsageError(f"model path {root} is a file; give the folder that holds your models")
         roots[root] = None
+    cache = _absolute(hub_cache(environ), cwd)
+    if _OVERLAY.search(cache) and not os.path.isdir(cache):
+        raise UsageError(f"HF_HUB_CACHE is an overlay that has ended ({cache}); unset HF_HUB_CACHE HF_ENDPOINT first")
     return Settings(
         roots=tuple(roots),
-        hub_cache=_absolute(hub_cache(environ), cwd),
+        hub_cache=cache,
         hf_home=_absolute(hf_home(environ), cwd),
         all_kinds=all_kinds,
+        exclude=tuple(exclude),
     )
 
 
@@ -64,6 +80,29 @@ def hub_cache(environ: Mapping[str, str]) -> str:
     """HF_HUB_CACHE as huggingface_hub/constants.py computes it, the older HUGGINGFACE_HUB_CACHE included."""
     default = environ.get("HUGGINGFACE_HUB_CACHE", os.path.join(hf_home(environ), "hub"))
     return _expand(environ.get("HF_HUB_CACHE", default), environ)
+
+
+def is_offline(environ: Mapping[str, str]) -> bool:
+    """Whether huggingface_hub will not use the network in this environment (constants.HF_HUB_OFFLINE)."""
+    value = environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE") or ""
+    return value.upper() in ("1", "ON", "YES", "TRUE")
+
+
+def applied(variables: Mapping[str, str | None], environ: Mapping[str, str]) -> dict[str, str]:
+    """An environment with variables set, or, where the value is None, taken out."""
+    changed = {**environ, **variables}
+    if "HF_ENDPOINT" in variables:
+        changed |= past_proxies(environ)
+    return {name: value for name, value in changed.items() if value is not None}
+
+
+def past_proxies(environ: Mapping[str, str]) -> dict[str, str]:
+    """What keeps loopback out of the proxy that an environment prescribes; nothing where it prescribes none."""
+    names = {name.lower() for name, value in environ.items() if value}
+    if not names & {"http_proxy", "all_proxy"}:
+        return {}
+    before = environ.get("no_proxy") or environ.get("NO_PROXY")
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), f"{before},127.0.0.1" if before else "127.0.0.1")
 
 
 def _absolute(path: str, cwd: str) -> str:

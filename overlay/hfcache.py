@@ -12,9 +12,13 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from overlay.models import Model
+from overlay.models import File, Model
 
 LOCKS = ".locks"
+CACHEDIR_TAG = "CACHEDIR.TAG"
+"""Clients put it into a hub folder, to keep backups out."""
+ORIGIN = "overlay.json"
+"""In a repo folder of ours: the user's folder it stands for, and its commit. No client looks at it."""
 SHARED_BLOBS = "blobs"
 """huggingface_hub >= 2 keeps payloads that several repos share here; reached through each repo's own links."""
 
@@ -38,15 +42,20 @@ def is_junk(name: str) -> bool:
 # Names ---------------------------------------------------------------------------------------------------------
 
 
-def repo_folder(model_id: str) -> str:
+def repo_folder(repo_id: str, kind: str = "models") -> str:
     """`org/name` -> `models--org--name`."""
-    return "--".join(["models", *model_id.split("/")])
+    return "--".join([kind, *repo_id.split("/")])
 
 
 def model_id(folder: str) -> str | None:
     """`models--org--name` -> `org/name`, as scan_cache_dir reads it; None for any other name."""
     kind, separator, rest = folder.partition("--")
     return rest.replace("--", "/") if kind == "models" and separator and rest else None
+
+
+def is_repo(folder: str) -> bool:
+    """Whether a name in a hub folder is that of a cached repo of any kind."""
+    return model_id(folder) is not None or is_other_repo(folder)
 
 
 def is_other_repo(folder: str) -> bool:
@@ -168,6 +177,16 @@ def fingerprint(model: Model) -> str:
     return _sha1(json.dumps([model.id, model.path, model.files]))
 
 
+def commit_of(model: Model) -> str:
+    """The commit a user's model has in the tree."""
+    return model.commit or fingerprint(model)
+
+
+def etag(model: Model, file: File) -> str:
+    """A file's etag in the tree: the true one, else one that is stable and this file's alone."""
+    return file.etag or _sha1(f"{model.path}/{file.name}\0{file.size}\0{file.mtime_ns}")
+
+
 def shadow(model: Model, commit: str) -> Shadow:
     """The repo of exactly one revision in which each file is two links away from the user's.
 
@@ -180,22 +199,25 @@ def shadow(model: Model, commit: str) -> Shadow:
     links: list[tuple[str, str]] = []
     tree: dict[str, dict[str, object]] = {}
     for file in model.files:
-        path = f"{model.path}/{file.name}"
-        # Without the true etag: one that is stable, and this file's alone, so that no two share a blob.
-        etag = file.etag or _sha1(f"{path}\0{file.size}\0{file.mtime_ns}")
+        blob = etag(model, file)
         parents = file.name.split("/")[:-1]
         for depth in range(len(parents)):
             folders[f"{revision}/{'/'.join(parents[: depth + 1])}"] = None
-        blobs.setdefault(f"blobs/{etag}", path)
-        links.append((f"{revision}/{file.name}", f"{'../' * (2 + len(parents))}blobs/{etag}"))
-        tree[file.name] = {"size": file.size, "blob_id": etag}
-        if len(etag) == 64:
-            tree[file.name] |= {"lfs_sha256": etag, "lfs_size": file.size}
+        blobs.setdefault(f"blobs/{blob}", f"{model.path}/{file.name}")
+        links.append((f"{revision}/{file.name}", f"{'../' * (2 + len(parents))}blobs/{blob}"))
+        tree[file.name] = {"size": file.size, "blob_id": blob}
+        if len(blob) == 64:
+            tree[file.name] |= {"lfs_sha256": blob, "lfs_size": file.size}
     listing = json.dumps({"format_version": 1, "files": tree})
+    origin = json.dumps({"folder": model.path, "commit": commit})
     return Shadow(
         tuple(folders),
         (*blobs.items(), *links),
-        (("refs/main", commit.encode()), (f"trees/{commit}.json", listing.encode())),
+        (
+            ("refs/main", commit.encode()),
+            (f"trees/{commit}.json", listing.encode()),
+            (ORIGIN, origin.encode()),
+        ),
     )
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from overlay.config import is_offline
 from overlay.session import open_session
 
 _FROM_KEYBOARD = (signal.SIGINT, signal.SIGQUIT)
@@ -24,12 +25,21 @@ _FORWARDED = (
 )
 
 
-def run(command: Sequence[str], model_paths: Sequence[str], *, all_kinds: bool, verbosity: int) -> int:
+def run(
+    command: Sequence[str],
+    model_paths: Sequence[str],
+    *,
+    all_kinds: bool,
+    exclude: Sequence[str],
+    offline: bool,
+    verbosity: int,
+) -> int:
     """Run `command` in a session of its own; returns its exit status, 128 + N when signal N ended it.
 
     As a shell does: 127 when there is no such program, 126 when it cannot be run. Raises OverlayError.
     """
-    _log_to_stderr(verbosity)
+    log_to_stderr(verbosity)
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1"} if offline else dict(os.environ)
     child: subprocess.Popen[bytes] | None = None
     early: list[int] = []
 
@@ -41,7 +51,9 @@ def run(command: Sequence[str], model_paths: Sequence[str], *, all_kinds: bool, 
 
     before = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
-        with open_session(model_paths, all_kinds=all_kinds) as session:
+        with open_session(
+            model_paths, all_kinds=all_kinds, exclude=exclude, gateway=not is_offline(environ), environ=environ
+        ) as session:
             if stop := [number for number in early if number not in (signal.SIGCONT, signal.SIGWINCH)]:
                 return 128 + stop[0]
             try:
@@ -70,7 +82,8 @@ def _is_in_foreground() -> bool:
         os.close(terminal)
 
 
-def _log_to_stderr(verbosity: int) -> None:
+def log_to_stderr(verbosity: int) -> None:
+    """Show what sessions say as the command's own lines: -1 errors only, 0 start-up and warnings, 1 everything."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter())
     logger = logging.getLogger("overlay")

@@ -11,10 +11,11 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
-from overlay.config import OWNER_FILE
+from overlay.config import OWNER_FILE, Settings
 
 DIRECTORY_VARIABLE = "HF_OVERLAY_DIR"
 _PREFIX = "session-"
@@ -29,6 +30,25 @@ def sessions_folder(environ: Mapping[str, str]) -> str:
     return str(platformdirs.user_cache_path("hf-overlay", appauthor=False) / "sessions")
 
 
+class Owner(NamedTuple):
+    """What a session's owner wrote down."""
+
+    pid: int
+    started: float
+    sources: tuple[str, ...]
+    hub_cache: str
+    service: dict[str, str | None]
+
+
+def read_owner(path: str) -> Owner | None:
+    """The owner of a session folder, living or dead; None when it died before it could say."""
+    try:
+        with open(os.path.join(path, OWNER_FILE), encoding="utf-8") as file:
+            return Owner(**json.load(file))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 class Lease:
     """A session folder and the lock that says its owner lives."""
 
@@ -38,7 +58,7 @@ class Lease:
         """Of the locked file; a child that inherits it keeps the session alive."""
 
     @classmethod
-    def acquire(cls, sessions: str, sources: Sequence[str]) -> Lease:
+    def acquire(cls, sessions: str, settings: Settings) -> Lease:
         """Make a new session folder (0700) and own it. Raises OSError."""
         os.makedirs(sessions, mode=0o700, exist_ok=True)
         with _exclusive(sessions):  # so that nobody takes the folder for dead before it is locked
@@ -47,12 +67,22 @@ class Lease:
             fd = os.open(os.path.join(path, OWNER_FILE), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                record = {"pid": os.getpid(), "started": time.time(), "sources": list(sources)}
-                os.write(fd, json.dumps(record).encode())
+                lease = cls(path, fd)
+                lease.record(settings, {})
             except OSError:
                 os.close(fd)
                 raise
-        return cls(path, fd)
+        return lease
+
+    def record(self, settings: Settings, service: Mapping[str, str | None]) -> None:
+        """Say who owns the session, and where downloads belong that are found in it after its death.
+
+        `service` is the environment that other programs may take over while it lives: name -> value, None to unset.
+        """
+        owner = Owner(os.getpid(), time.time(), settings.roots, settings.hub_cache, dict(service))
+        content = json.dumps(owner._asdict()).encode()
+        os.pwrite(self.fd, content, 0)
+        os.ftruncate(self.fd, len(content))
 
     def release(self) -> None:
         """Let go. Whether the session is over is then for `dead` to say: a child may still hold it."""

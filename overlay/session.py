@@ -8,22 +8,26 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from overlay import config, lease, tree
+from overlay import config, lease, tree, writeback
 from overlay.catalog import Catalog
 from overlay.config import Settings
 from overlay.errors import SessionError
+from overlay.gateway import DEFAULT_UPSTREAM, Gateway, Unavailable
 from overlay.lease import Lease
 from overlay.models import Model
 from overlay.plan import choose
-from overlay.tree import Tree
+from overlay.tree import Shadowed, Tree
 
 logger = logging.getLogger("overlay")
 
+SETTLE_SECONDS = 5
+"""Longer than any client takes from opening its cache to asking the Hub."""
 _OLDER_CACHE_VARIABLES = ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE", "PYTORCH_PRETRAINED_BERT_CACHE")
 
 
@@ -40,7 +44,7 @@ class Cleared(NamedTuple):
 
     path: str
     kept: tuple[str, ...]
-    """What clients had downloaded into it; it stays there, untouched."""
+    """What clients had downloaded into it and could not be brought home: it stays there."""
 
 
 class Session:
@@ -51,6 +55,8 @@ class Session:
         self._owner = owner
         self._catalog = Catalog(settings)
         self._lock = threading.Lock()
+        self._changed: dict[str, float] = {}
+        self._gateway: Gateway | None = None
         self._tree = Tree(owner.path, settings.hf_home)
         self._publish()
 
@@ -75,18 +81,25 @@ class Session:
         return self._catalog.settings
 
     @property
-    def environment(self) -> dict[str, str]:
-        """The whole environment for a program that should see the overlay.
+    def variables(self) -> dict[str, str | None]:
+        """What the overlay changes in a program's environment: name -> value, None to take it out.
 
         The user's HF_HOME stays where it is, so that the login, the Xet cache and datasets are the real ones; only
         the hub cache is ours. Programs read these variables once, when they import huggingface_hub.
         """
-        environment = {name: value for name, value in self._environ.items() if name not in _OLDER_CACHE_VARIABLES}
-        environment["HF_HOME"] = self.settings.hf_home
-        environment["HF_HUB_CACHE"] = environment["HUGGINGFACE_HUB_CACHE"] = self._tree.hub
+        variables: dict[str, str | None] = dict.fromkeys(_OLDER_CACHE_VARIABLES)
+        variables["HF_HOME"] = self.settings.hf_home
+        variables["HF_HUB_CACHE"] = variables["HUGGINGFACE_HUB_CACHE"] = self._tree.hub
         # Paths in the shared blob store are computed lexically, which links break (see hfcache.entries).
-        environment["HF_HUB_DISABLE_SHARED_BLOBS"] = "1"
-        return environment
+        variables["HF_HUB_DISABLE_SHARED_BLOBS"] = "1"
+        if self._gateway is not None:
+            variables["HF_ENDPOINT"] = self._gateway.endpoint
+        return variables
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The whole environment for a program that should see the overlay."""
+        return config.applied(self.variables, self._environ)
 
     @property
     def owner_fd(self) -> int:
@@ -115,13 +128,62 @@ class Session:
         with self._lock:
             before = _custom(self._catalog)
             self._catalog.scan()
-            self._publish()
             after = _custom(self._catalog)
-        return Changes(
-            added=tuple(sorted(after.keys() - before.keys())),
-            changed=tuple(sorted(name for name in after.keys() & before.keys() if after[name] != before[name])),
-            removed=tuple(sorted(before.keys() - after.keys())),
-        )
+            changes = Changes(
+                added=tuple(sorted(after.keys() - before.keys())),
+                changed=tuple(sorted(name for name in after.keys() & before.keys() if after[name] != before[name])),
+                removed=tuple(sorted(before.keys() - after.keys())),
+            )
+            now = time.monotonic()
+            self._changed |= {model_id: now for ids in changes for model_id in ids}
+            self._publish()
+        return changes
+
+    def start_gateway(self) -> None:
+        """Answer for the Hub from now on, on loopback; programs started later find it in `environment`.
+
+        The environment's own HF_ENDPOINT is where other requests go. Raises SessionError.
+        """
+        gateway = Gateway(self, self._environ.get("HF_ENDPOINT") or DEFAULT_UPSTREAM)
+        try:
+            gateway.start()
+        except OSError as error:
+            raise SessionError(f"cannot listen on 127.0.0.1: {error.strerror}; run with --offline") from error
+        self._gateway = gateway
+
+    def offer(self) -> None:
+        """Let other programs of this user find the session (`hf-overlay env`)."""
+        self._owner.record(self.settings, self.variables)
+
+    def stop(self) -> None:
+        """Stop what the session runs. Its tree is cleared apart, since other programs may still be in it."""
+        if self._gateway is not None:
+            self._gateway.stop()
+
+    def shadowed(self, model_id: str) -> Shadowed | Unavailable | None:
+        """What the gateway answers from: the user's model at an id (untrusted), or why it must not be fetched."""
+        if time.monotonic() - self._changed.get(model_id, -SETTLE_SECONDS) < SETTLE_SECONDS:
+            # A load that began before the switch sees the model as it was, one that begins now as it is: neither
+            # must be told of the other's commit, which it would download. Sent to its cache, each finds its own.
+            return Unavailable(f"{model_id} has just changed on disk; try again in {SETTLE_SECONDS} seconds", True)
+        found = self._tree.shadowed(model_id)
+        if found is not None and os.path.isdir(found.model.path):
+            return found
+        root = found.model.root if found is not None else self._catalog.away(model_id)
+        if root is None:
+            return None
+        message = f"{model_id} is in {root}, which is not there now; connect that drive, or use --exclude {model_id}"
+        return Unavailable(message, self._catalog.is_cached(model_id))
+
+    def expect_download(self, folder: str) -> None:
+        """A client is about to write to a repo folder: let it land in the real cache."""
+        if os.path.lexists(f"{self._tree.hub}/{folder}"):
+            return
+        try:
+            with self._lock:
+                self._tree.expect(folder, self.settings.hub_cache)
+        except OSError as error:
+            logger.debug("%s is downloaded into the session and moved later: %s", folder, error)
 
     def _publish(self) -> None:
         plan = self._catalog.plan(case_insensitive=self._tree.is_case_insensitive)
@@ -138,18 +200,24 @@ def open_session(
     model_paths: Sequence[str | os.PathLike[str]] = (),
     *,
     all_kinds: bool = False,
+    exclude: Sequence[str] = (),
+    gateway: bool = False,
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[Session]:
     """Open an overlay; it is removed when the context ends.
 
     `model_paths` come first to last; without any, MLX_OMNI_MODEL_PATH of `environ` (default: this process's) counts.
+    `exclude` names ids for which they do not count. With `gateway`, programs keep the network: a loopback Hub answers
+    for the user's models and passes on the rest; without it, a program that asks the Hub may be sent to download.
     Raises UsageError for a model path that is a file, SessionError when the tree cannot be made.
 
         with overlay.open_session(["/Volumes/LLMS/models"]) as session:
             subprocess.run(["mlx_lm.generate", "--model", "org/name"], env=session.environment)
     """
     environ = os.environ if environ is None else environ
-    settings = config.load([os.fspath(path) for path in model_paths], environ, os.getcwd(), all_kinds=all_kinds)
+    settings = config.load(
+        [os.fspath(path) for path in model_paths], environ, os.getcwd(), all_kinds=all_kinds, exclude=exclude
+    )
     if settings.roots:
         logger.info("model paths: %s", ", ".join(settings.roots))
     else:
@@ -157,16 +225,21 @@ def open_session(
     sessions = lease.sessions_folder(environ)
     clear_dead(sessions)
     try:
-        owner = Lease.acquire(sessions, settings.roots)
+        owner = Lease.acquire(sessions, settings)
     except OSError as error:
         raise _session_error(sessions, error) from error
+    session: Session | None = None
     try:
         try:
             session = Session(settings, environ, owner)
         except OSError as error:
             raise _session_error(owner.path, error) from error
+        if gateway:
+            session.start_gateway()
         yield session
     finally:
+        if session is not None:
+            session.stop()
         owner.release()
         if clear(sessions, owner.path) is None:
             logger.info("a program still uses the overlay at %s; it is cleared at a later start", owner.path)
@@ -183,10 +256,13 @@ def clear(sessions: str, path: str) -> Cleared | None:
         if not is_dead:
             return None
         try:
+            owner = lease.read_owner(path)
+            stuck = writeback.bring_home(path, owner.hub_cache) if owner is not None else {}
             kept = tree.remove(path)
-            if kept:
-                logger.warning("downloads are kept in the overlay's folder: %s", ", ".join(kept))
-            else:
+            for kept_path in kept:
+                reason = stuck.get(kept_path, "it has no place in the Hugging Face cache")
+                logger.warning("a download stays in %s and is tried again at the next start: %s", kept_path, reason)
+            if not kept:
                 lease.remove(path)
         except OSError as error:
             logger.warning("cannot clear the session at %s: %s; remove it by hand", path, error.strerror)

@@ -16,13 +16,25 @@ from __future__ import annotations
 
 import os
 import time
+from typing import NamedTuple
 
 from overlay import hfcache
 from overlay.models import Model
 from overlay.plan import Plan
 
 KEEP_SECONDS = 3600
+MADE = "made"
+"""In a session's folder: what was made in the real cache for downloads that were announced, a path a line."""
 _TOKENS = ("token", "stored_tokens")
+
+
+class Shadowed(NamedTuple):
+    """A user's model as the tree shows it."""
+
+    model: Model
+    commit: str
+    link: str
+    """Where its repo folder is, as its entry in a hub folder links to it."""
 
 
 class Tree:
@@ -31,7 +43,7 @@ class Tree:
     def __init__(self, session: str, hf_home: str) -> None:
         """Make the folders and the links to the rest of the user's HF_HOME. Raises OSError."""
         self._session = session
-        self._shadows: dict[str, tuple[Model, str]] = {}
+        self._shadows: dict[str, Shadowed] = {}
         self._entries: dict[str, str] = {}
         self._generation = 0
         for folder in ("home", "hubs", "shadows"):
@@ -58,38 +70,69 @@ class Tree:
 
     def publish(self, plan: Plan) -> None:
         """Make the tree hold what the plan says; nothing happens when it does. Raises OSError, the old tree intact."""
-        shadows: dict[str, tuple[Model, str]] = {}
+        shadows: dict[str, Shadowed] = {}
         entries: dict[str, str] = {}
         for name, entry in plan.entries.items():
             if isinstance(entry, str):
                 entries[name] = entry
                 continue
             before = self._shadows.get(name)
-            if before is None or before[0] != entry:
-                before = (entry, self._make_shadow(name, entry))
-            shadows[name] = before
-            entries[name] = before[1]
+            shadows[name] = before if before and before.model == entry else self._make_shadow(name, entry)
+            entries[name] = shadows[name].link
         entries |= {name: path for name, path in self._written().items() if name not in shadows}
         if self._generation == 0 or entries != self._entries or not self._is_whole():
             self._switch(entries)
         self._shadows = shadows
 
-    def _make_shadow(self, name: str, model: Model) -> str:
-        fingerprint = hfcache.fingerprint(model)
-        shadow = hfcache.shadow(model, model.commit or fingerprint)
-        path = f"{self._session}/shadows/{name}.{fingerprint[:16]}"
-        if os.path.isdir(path):  # as it was at an earlier refresh, or cut short by a full disk
-            remove_shadow(path)
+    def shadowed(self, model_id: str) -> Shadowed | None:
+        """The user's model that stands at an id."""
+        found = self._shadows.get(hfcache.repo_folder(model_id))
+        return found if found is not None and found.model.id == model_id else None
+
+    def expect(self, name: str, real_hub: str) -> None:
+        """Make the real cache's folder for a repo, and link it, so that a download lands there. Raises OSError."""
+        for entry in (hfcache.LOCKS, name):
+            if os.path.lexists(f"{self.hub}/{entry}"):
+                continue
+            self._make_real(f"{real_hub}/{entry}")
+            self._entries[entry] = f"{real_hub}/{entry}"
+            for hub in _entries(f"{self._session}/hubs"):
+                if not os.path.lexists(f"{hub.path}/{entry}"):
+                    os.symlink(f"{real_hub}/{entry}", f"{hub.path}/{entry}")
+
+    def _make_real(self, folder: str) -> None:
+        """Make a folder, noting first what is made: what is still empty at the end is taken away again."""
+        missing = []
+        while not os.path.isdir(folder):
+            missing.append(folder)
+            folder = os.path.dirname(folder)
+        for path in reversed(missing):
+            with open(f"{self._session}/{MADE}", "a", encoding="utf-8", errors="surrogateescape") as made:
+                made.write(f"{path}\n")
+            os.makedirs(path, exist_ok=True)
+
+    def _make_shadow(self, name: str, model: Model) -> Shadowed:
+        commit = hfcache.commit_of(model)
+        folder = f"{name}.{hfcache.fingerprint(model)[:16]}"
+        path = f"{self._session}/shadows/{folder}"
+        made = Shadowed(model, commit, f"../../shadows/{folder}")
+        if os.path.exists(f"{path}/{hfcache.ORIGIN}"):  # the folder is again as it was at an earlier refresh
+            return made
+        if os.path.isdir(path):  # cut short by a full disk, and never shown
+            _remove_folder(path)
+        shadow = hfcache.shadow(model, commit)
         os.mkdir(path)
-        for folder in shadow.folders:
-            os.mkdir(f"{path}/{folder}")
+        for inner in shadow.folders:
+            os.mkdir(f"{path}/{inner}")
         for where, target in shadow.links:
             os.symlink(target, f"{path}/{where}")
         for where, content in shadow.files:
             fd = os.open(f"{path}/{where}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            os.write(fd, content)
-            os.close(fd)
-        return f"../../shadows/{os.path.basename(path)}"
+            try:
+                os.write(fd, content)
+            finally:
+                os.close(fd)
+        return made
 
     def _written(self) -> dict[str, str]:
         """What clients made in the hub folders: it stays where it is and stays visible."""
@@ -118,6 +161,8 @@ class Tree:
             os.unlink(link)
         os.symlink(f"../hubs/{generation}", link)
         os.replace(link, self.hub)
+        if self._generation:
+            os.utime(f"{self._session}/hubs/{self._generation}")  # from now on its hour runs
         self._generation = generation
         self._entries = entries
         self._prune()
@@ -136,45 +181,56 @@ class Tree:
                 _rmdir_if_empty(hub.path)
         for shadow in list(os.scandir(f"{self._session}/shadows")):
             if f"../../shadows/{shadow.name}" not in needed and not has_payload(shadow.path):
-                remove_shadow(shadow.path)
+                _remove_folder(shadow.path)
 
 
 def remove(session: str) -> list[str]:
-    """Remove a session's tree, and nothing that a client wrote into it: returns those paths, which stay."""
+    """Remove a session's tree, and nothing that a client downloaded into it: returns those paths, which stay."""
     kept: list[str] = []
     for hub in _entries(f"{session}/hubs"):
         _remove_links(hub.path)
-        for written in _entries(hub.path):
-            if written.name == hfcache.LOCKS or not _has_files(written.path):
-                _remove_folder(written.path)
-            else:
-                kept.append(written.path)
+        kept += _remove_unless_downloaded(hub.path)
         _rmdir_if_empty(hub.path)
-    for shadow in _entries(f"{session}/shadows"):
-        if has_payload(shadow.path):
-            kept.append(shadow.path)
-        else:
-            remove_shadow(shadow.path)
+    kept += _remove_unless_downloaded(f"{session}/shadows")
     _remove_links(session)
     _remove_links(f"{session}/home")
-    for written in _entries(f"{session}/home"):
-        if _has_files(written.path):
-            kept.append(written.path)
-        else:
-            _remove_folder(written.path)
+    kept += _remove_unless_downloaded(f"{session}/home")
     for folder in ("home", "hubs", "shadows"):
         _rmdir_if_empty(f"{session}/{folder}")
+    _unmake_real(f"{session}/{MADE}")
     return kept
 
 
-def has_payload(shadow: str) -> bool:
-    """Whether a client downloaded into a repo of ours: our own hold no file but refs and tree listings."""
-    return any(_has_files(f"{shadow}/{folder}") for folder in ("blobs", "snapshots"))
+def has_payload(repo: str) -> bool:
+    """Whether a repo folder holds a byte that was downloaded: refs, listings and links are none."""
+    return any(_has_files(f"{repo}/{folder}") for folder in ("blobs", "snapshots"))
 
 
-def remove_shadow(path: str) -> None:
-    """Remove a repo of ours; links are unlinked, never followed."""
-    _remove_folder(path)
+def _remove_unless_downloaded(folder: str) -> list[str]:
+    kept = []
+    for entry in _entries(folder):
+        is_repo = hfcache.is_repo(entry.name)
+        if entry.name in (hfcache.LOCKS, hfcache.CACHEDIR_TAG):
+            is_payload = False  # clients put them beside what they download
+        else:
+            is_payload = has_payload(entry.path) if is_repo else _has_files(entry.path)
+        if is_payload:
+            kept.append(entry.path)
+        else:
+            _remove_folder(entry.path)
+    return kept
+
+
+def _unmake_real(record: str) -> None:
+    """Take away the folders made in the real cache for downloads that never came."""
+    try:
+        with open(record, encoding="utf-8", errors="surrogateescape") as made:
+            paths = made.read().splitlines()
+    except FileNotFoundError:
+        return
+    for path in reversed(paths):
+        _rmdir_if_empty(path)
+    os.unlink(record)
 
 
 def _remove_folder(path: str) -> None:

@@ -11,7 +11,6 @@ import pytest
 from huggingface_hub import scan_cache_dir, snapshot_download
 
 import overlay
-from overlay import lease
 from overlay.session import clear_dead
 from tests.support import hfcache
 from tests.support.folders import lay_model
@@ -184,25 +183,75 @@ def test_a_path_that_is_a_file_is_refused_and_leaves_nothing(tmp_path: Path, ses
         pass
 
 
-def test_what_clients_wrote_stays_is_named_and_keeps_the_folder(
-    models: Path, home: Path, caplog: pytest.LogCaptureFixture
+def download(session: overlay.Session) -> None:
+    """What a client leaves in the hub folder when no gateway saw it coming."""
+    hfcache.add_repo(session.hub_cache, "org/downloaded", FILES, locks=True)
+
+
+def test_what_clients_downloaded_stays_visible_and_comes_home_at_the_end(
+    models: Path, hub: Path, sessions: Path, tmp_path: Path
 ) -> None:
     lay_model(models / "org/name")
     with overlay.open_session([models]) as session:
-        hfcache.add_repo(session.hub_cache, "org/downloaded", FILES)
-        (session.hub_cache / ".locks/models--org--downloaded").mkdir(parents=True)
-        (session.hub_cache / ".locks/models--org--downloaded/x.lock").write_text("")
+        download(session)
         session.refresh()
         lay_model(models / "org/new")
         session.refresh()
         assert listed(session) == ["org/downloaded", "org/name", "org/new"]
-    sessions = lease.sessions_folder(os.environ)
-    for _ in range(2):
-        [cleared] = clear_dead(sessions)
-        [kept] = cleared.kept
-        assert kept in caplog.text
-        assert hfcache.listing(Path(kept)).keys() > {"blobs", "snapshots", "refs/main"}
-        assert [entry.name for entry in Path(kept).parent.iterdir()] == ["models--org--downloaded"]
+    plain = tmp_path / "plain"
+    hfcache.add_repo(plain, "org/downloaded", FILES)
+    assert contents(hub / "models--org--downloaded") == contents(plain / "models--org--downloaded")
+
+
+def test_a_download_that_cannot_come_home_stays_is_named_and_comes_at_a_later_start(
+    models: Path, hub: Path, sessions: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with overlay.open_session([models]) as session:
+        download(session)
+        hub.parent.mkdir(parents=True)
+        hub.write_text("in the way")
+    [kept] = session.path.glob("hubs/1/*")
+    assert f"a download stays in {kept}" in caplog.text
+    before = contents(kept)
+    [cleared] = clear_dead(str(sessions))
+    assert cleared.kept == (str(kept),)
+    assert contents(kept) == before, "what could not be moved is not touched"
+    hub.unlink()
+    [cleared] = clear_dead(str(sessions))
+    assert cleared.kept == ()
+    assert contents(hub / kept.name) == before
+
+
+def contents(folder: Path) -> dict[str, tuple[str, str]]:
+    return {name: (entry[0], entry[4]) for name, entry in hfcache.listing(folder).items()}
+
+
+def test_a_load_goes_on_after_a_refresh_however_old_its_tree_is(models: Path, sessions: Path) -> None:
+    lay_model(models / "org/name", {"file.txt": b"1"})
+    with overlay.open_session([models]) as session:
+        begun = Path(load(session, "org/name"))
+        os.utime(session.path / "hubs/1", (1, 1))
+        (models / "org/name/added.txt").write_text("changes the commit")
+        session.refresh()
+        assert (begun / "file.txt").read_bytes() == b"1"
+        os.utime(session.path / "hubs/1", (1, 1))
+        (models / "org/name/more.txt").write_text("changes the commit again")
+        session.refresh()
+        assert not (session.path / "hubs/1").exists(), "an hour after it was replaced, a tree goes"
+        assert len(list((session.path / "shadows").iterdir())) == 2
+
+
+def test_a_folder_that_is_again_as_it_was_keeps_its_readers(models: Path, sessions: Path) -> None:
+    lay_model(models / "org/name", {"file.txt": b"1"})
+    with overlay.open_session([models]) as session:
+        begun = Path(load(session, "org/name"))
+        added = models / "org/name/added.txt"
+        added.write_text("new")
+        session.refresh()
+        added.unlink()
+        session.refresh()
+        assert (begun / "file.txt").read_bytes() == b"1"
+        assert load(session, "org/name").endswith(begun.name)
 
 
 def test_dead_sessions_are_cleared_and_living_ones_are_not(models: Path, sessions: Path) -> None:
