@@ -23,6 +23,8 @@ _FORWARDED = (
     signal.SIGCONT,
     signal.SIGWINCH,
 )
+# Waited for rather than handled, since that tells who sent it.
+_WAITED_FOR = {*_FROM_KEYBOARD, signal.SIGCHLD} if hasattr(signal, "sigwaitinfo") else set()
 
 
 def run(
@@ -49,23 +51,46 @@ def run(
         elif not (number in _FROM_KEYBOARD and _is_in_foreground()):  # else the terminal told the child itself
             child.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    # What the shell ignores for us (nohup, a script's background job), the program must ignore too.
+    forwarded = [number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in forwarded}
+    # Before there are other threads (the gateway's), so that none of them takes what `_wait` waits for.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED_FOR)
     try:
         with open_session(
             model_paths, all_kinds=all_kinds, exclude=exclude, gateway=not is_offline(environ), environ=environ
         ) as session:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # what came by now comes here, and the child inherits it
             if stop := [number for number in early if number not in (signal.SIGCONT, signal.SIGWINCH)]:
                 return 128 + stop[0]
+            os.set_inheritable(session.owner_fd, True)
             try:
-                child = subprocess.Popen(command, env=session.environment, pass_fds=(session.owner_fd,))
+                # Descriptors that the shell opened for the program stay open: <(command), a make jobserver.
+                child = subprocess.Popen(command, env=session.environment, close_fds=False)
             except OSError as error:
                 print(f"hf-overlay: error: cannot run {command[0]}: {error.strerror}", file=sys.stderr)
                 return 127 if isinstance(error, FileNotFoundError) else 126
-            status = child.wait()
+            for number in early:  # came after the check above, and before there was a child to tell
+                child.send_signal(number)
+            status = _wait(child)
             return 128 - status if status < 0 else status
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    """Wait for the child's end. Of key presses the terminal has told it already; a SIGINT that a process sent is
+    passed on. Where Python cannot tell the two apart (macOS), the signal handler guesses."""
+    if not _WAITED_FOR:
+        return child.wait()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED_FOR)
+    while (status := child.poll()) is None:
+        info = signal.sigwaitinfo(_WAITED_FOR)
+        if info.si_signo in _FROM_KEYBOARD and info.si_code <= 0:  # above 0: from the kernel
+            child.send_signal(info.si_signo)
+    return status
 
 
 def _is_in_foreground() -> bool:
