@@ -47,11 +47,13 @@ class Catalog:
     def scan(self) -> None:
         """Look at the user's folders again."""
         before, self.sources = self.sources, tuple(map(self._without_excluded, self._scanner.scan()))
+        away = dict(self._away)
         for old, new in zip(before, self.sources, strict=False):
             if old.models and (new.problem is not None or new.device != old.device):
-                self._away[old.root] = (old.device, frozenset(model.id for model in old.models))
-            elif old.root in self._away and (new.models or new.device == self._away[old.root][0]):
-                del self._away[old.root]
+                away[old.root] = (old.device, frozenset(model.id for model in old.models))
+            elif old.root in away and (new.models or new.device == away[old.root][0]):
+                del away[old.root]
+        self._away = away  # replaced as a whole: other threads read it
 
     def _without_excluded(self, source: Source) -> Source:
         out = [model for model in source.models if model.id in self.settings.exclude]

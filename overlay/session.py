@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from overlay import config, lease, tree, writeback
-from overlay.catalog import Catalog
+from overlay.catalog import Catalog, check_id
 from overlay.config import Settings
-from overlay.errors import SessionError
+from overlay.errors import InvalidModelId, SessionError
 from overlay.gateway import DEFAULT_UPSTREAM, Gateway, Unavailable
 from overlay.lease import Lease
 from overlay.models import Model
@@ -162,14 +162,26 @@ class Session:
 
     def shadowed(self, model_id: str) -> Shadowed | Unavailable | None:
         """What the gateway answers from: the user's model at an id (untrusted), or why it must not be fetched."""
-        if time.monotonic() - self._changed.get(model_id, -SETTLE_SECONDS) < SETTLE_SECONDS:
+        try:
+            check_id(model_id)
+        except InvalidModelId:
+            return None
+        found = self._tree.shadowed(model_id)
+        roots = self.settings.roots if model_id not in self.settings.exclude else ()
+        in_folder = any(os.path.isdir(f"{root}/{model_id}") for root in roots)
+        if (found is None and in_folder) or (found is not None and not os.path.isdir(found.model.path)):
+            try:
+                self.refresh()
+            except SessionError as error:
+                logger.warning("%s", error)
+            found = self._tree.shadowed(model_id)
+        if time.monotonic() - self._changed.get(model_id, -SETTLE_SECONDS) < SETTLE_SECONDS and found is not None:
             # A load that began before the switch sees the model as it was, one that begins now as it is: neither
             # must be told of the other's commit, which it would download. Sent to its cache, each finds its own.
             return Unavailable(f"{model_id} has just changed on disk; try again in {SETTLE_SECONDS} seconds", True)
-        found = self._tree.shadowed(model_id)
-        if found is not None and os.path.isdir(found.model.path):
+        if found is not None:
             return found
-        root = found.model.root if found is not None else self._catalog.away(model_id)
+        root = self._catalog.away(model_id)
         if root is None:
             return None
         message = f"{model_id} is in {root}, which is not there now; connect that drive, or use --exclude {model_id}"

@@ -81,7 +81,9 @@ class Tree:
             entries[name] = shadows[name].link
         entries |= {name: path for name, path in self._written().items() if name not in shadows}
         if self._generation == 0 or entries != self._entries or not self._is_whole():
+            gone = {name for name, each in self._shadows.items() if not os.path.isdir(each.model.path)}
             self._switch(entries)
+            self._catch_up(gone)
         self._shadows = shadows
 
     def shadowed(self, model_id: str) -> Shadowed | None:
@@ -166,6 +168,20 @@ class Tree:
         self._generation = generation
         self._entries = entries
         self._prune()
+
+    def _catch_up(self, gone: set[str]) -> None:
+        """Give loads that began in an earlier hub folder what cannot disturb them.
+
+        That is what is new, and, for models whose folder is gone, what stands there now: the cache's copy, or nothing.
+        """
+        for hub in _entries(f"{self._session}/hubs"):
+            if hub.name == str(self._generation):
+                continue
+            there = set(os.listdir(hub.path))
+            for name in gone & there:
+                os.unlink(f"{hub.path}/{name}")
+            for name in self._entries.keys() - (there - gone):
+                os.symlink(self._entries[name], f"{hub.path}/{name}")
 
     def _prune(self) -> None:
         """Drop hub folders, and the shadows only they led to, once no load can still be going on in them."""
