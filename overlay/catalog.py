@@ -35,8 +35,8 @@ class Catalog:
         self._scanner = Scanner(settings.roots, settings.hub_cache, types)
         self._warned: set[str] = set()
         self._cache_problem: str | None = None
-        self._scannable: set[str] = set()
-        """Names in the real cache that were looked at; one that is fine is not looked at again."""
+        self._looked_at: dict[str, tuple[object, str | None]] = {}
+        """Cached repos: the state each was in, and why it could not be scanned then."""
         self.unscannable: dict[str, str] = {}
         """Cached repos left out of the last plan, because one of them makes every cache scan fail: path -> why."""
         self._away: dict[str, tuple[int | None, frozenset[str]]] = {}
@@ -49,9 +49,10 @@ class Catalog:
         before, self.sources = self.sources, tuple(map(self._without_excluded, self._scanner.scan()))
         away = dict(self._away)
         for old, new in zip(before, self.sources, strict=False):
-            if old.models and (new.problem is not None or new.device != old.device):
-                away[old.root] = (old.device, frozenset(model.id for model in old.models))
-            elif old.root in away and (new.models or new.device == away[old.root][0]):
+            device, ids = away.get(old.root, (old.device, frozenset()))
+            if old.models and (new.problem is not None or new.device != old.device or not os.path.isdir(new.root)):
+                away[old.root] = (old.device, ids.union(model.id for model in old.models))
+            elif old.root in away and (new.models or new.device == device):
                 del away[old.root]
         self._away = away  # replaced as a whole: other threads read it
 
@@ -84,13 +85,15 @@ class Catalog:
     def plan(self, *, case_insensitive: bool) -> Plan:
         """The tree that shows the user's models in front of the real cache's entries, which are looked at now."""
         entries = self._cache_entries()
+        looked_at: dict[str, tuple[object, str | None]] = {}
         for name, path in entries.items():
-            if name not in self._scannable and (reason := hfcache.why_unscannable(path)) is not None:
-                self.unscannable[path] = reason
-            else:
-                self._scannable.add(name)
-                self.unscannable.pop(path, None)
-        scannable = {name: path for name, path in entries.items() if name in self._scannable}
+            if hfcache.is_repo(name):
+                state = hfcache.state(path)
+                before = self._looked_at.get(path)
+                looked_at[path] = before if before and before[0] == state else (state, hfcache.why_unscannable(path))
+        self._looked_at = looked_at
+        self.unscannable = {path: reason for path, (_, reason) in looked_at.items() if reason is not None}
+        scannable = {name: path for name, path in entries.items() if path not in self.unscannable}
         return plan(self.sources, scannable, case_insensitive=case_insensitive)
 
     def _cache_entries(self) -> dict[str, str]:
@@ -158,6 +161,11 @@ class Catalog:
                     now[f"{reject.path} {reject.reason}; it is left out"] = None
         if self._cache_problem is not None:
             now[f"Hugging Face cache {self.settings.hub_cache} {self._cache_problem}; going on without it"] = None
+        for path, reason in self.unscannable.items():
+            now[f"{path} would make every scan of the cache fail ({reason}); it is left out"] = None
+        for root in self._away:
+            if any(source.root == root and source.problem is None for source in self.sources):
+                now[f"model path {root} is empty and on another volume than before; going on without it"] = None
         fresh = [warning for warning in now if warning not in self._warned]
         self._warned = set(now)
         return fresh
@@ -167,8 +175,10 @@ class Catalog:
         check_id(model_id)
         if model_id.isascii():
             return model_id
+        on_disk = [model.id for source in self.sources for model in source.models]
+        if model_id in on_disk:
+            return model_id
         typed = unicodedata.normalize("NFC", model_id)
-        on_disk = (model.id for source in self.sources for model in source.models)
         return next((spelled for spelled in on_disk if unicodedata.normalize("NFC", spelled) == typed), model_id)
 
     def _not_found(self, model_id: str) -> str:

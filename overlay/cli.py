@@ -13,6 +13,7 @@ from overlay import config
 from overlay.catalog import Catalog
 from overlay.errors import OverlayError, UsageError
 from overlay.models import Model
+from overlay.text import printable
 
 EXAMPLES = """\
 examples:
@@ -187,7 +188,7 @@ def _path(options: argparse.Namespace) -> int:
     model = _catalog(options).find(options.id)
     if options.json:
         return _print_json({"id": model.id, "source": model.source, "path": model.path})
-    print(_printable(model.path))
+    print(printable(model.path))
     return 0
 
 
@@ -198,7 +199,7 @@ def _why(options: argparse.Namespace) -> int:
         _print_json({"id": options.id, "candidates": [candidate._asdict() for candidate in candidates]})
     else:
         for candidate in candidates:
-            print(_printable(f"{candidate.path} ({candidate.source}): {candidate.verdict}"))
+            print(printable(f"{candidate.path} ({candidate.source}): {candidate.verdict}"))
     return 0 if wins else 1
 
 
@@ -218,7 +219,7 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         return _print_json({"links": links, "left_out": left_out})
     for link in links:
-        print(_printable(f"{link['link']} -> {link['target']}"))
+        print(printable(f"{link['link']} -> {link['target']}"))
     for model, reason in plan.left_out:
         _say(f"by path only: {model.id} ({model.path}): {reason}")
     return 0
@@ -232,7 +233,7 @@ def _doctor(options: argparse.Namespace) -> int:
         _print_json([finding._asdict() for finding in findings])
     else:
         for finding in findings:
-            print(_printable(f"{finding.where}: {finding.what}\n    {finding.advice}"))
+            print(printable(f"{finding.where}: {finding.what}\n    {finding.advice}"))
         if not findings:
             _say("nothing found")
     return 1 if findings else 0
@@ -245,7 +246,7 @@ def _clean(options: argparse.Namespace) -> int:
     if options.json:
         return _print_json([{"session": each.path, "kept": list(each.kept)} for each in cleared])
     for each in cleared:
-        print(_printable(f"{each.path}: " + (f"kept {', '.join(each.kept)}" if each.kept else "cleared")))
+        print(printable(f"{each.path}: " + (f"kept {', '.join(each.kept)}" if each.kept else "cleared")))
     return 0
 
 
@@ -302,7 +303,7 @@ def _print_json(value: Any) -> int:
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    rows = [[_printable(cell) for cell in row] for row in rows]
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
     for number, row in enumerate([header, *rows]):
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -324,12 +325,5 @@ def _size(model: Model) -> str:
     return f"{size:.1f} TB"
 
 
-def _printable(text: str) -> str:
-    """Names on disk may hold anything; control characters must not reach a terminal, nor lone bytes an encoder."""
-    return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
-
-
 def _say(text: str) -> None:
-    print(f"hf-overlay: {_printable(text)}", file=sys.stderr)
+    print(f"hf-overlay: {printable(text)}", file=sys.stderr)

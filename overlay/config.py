@@ -73,13 +73,13 @@ def load(
 def hf_home(environ: Mapping[str, str]) -> str:
     """HF_HOME as huggingface_hub/constants.py computes it (an empty string is a value, not "unset")."""
     cache_home = environ.get("XDG_CACHE_HOME", os.path.join(_expand_user("~", environ), ".cache"))
-    return _expand(environ.get("HF_HOME", os.path.join(cache_home, "huggingface")), environ)
+    return expand(environ.get("HF_HOME", os.path.join(cache_home, "huggingface")), environ)
 
 
 def hub_cache(environ: Mapping[str, str]) -> str:
     """HF_HUB_CACHE as huggingface_hub/constants.py computes it, the older HUGGINGFACE_HUB_CACHE included."""
     default = environ.get("HUGGINGFACE_HUB_CACHE", os.path.join(hf_home(environ), "hub"))
-    return _expand(environ.get("HF_HUB_CACHE", default), environ)
+    return expand(environ.get("HF_HUB_CACHE", default), environ)
 
 
 def is_offline(environ: Mapping[str, str]) -> bool:
@@ -111,7 +111,7 @@ def _absolute(path: str, cwd: str) -> str:
     return os.path.realpath(path) if ".." in path.split("/") else os.path.normpath(path)
 
 
-def _expand(path: str, environ: Mapping[str, str]) -> str:
+def expand(path: str, environ: Mapping[str, str]) -> str:
     """os.path.expandvars(os.path.expanduser(path)), for the environment handed in."""
 
     def value(match: re.Match[str]) -> str:
@@ -123,6 +123,13 @@ def _expand(path: str, environ: Mapping[str, str]) -> str:
 def _expand_user(path: str, environ: Mapping[str, str]) -> str:
     """os.path.expanduser, for the environment handed in; `~name` asks the password database."""
     first, slash, rest = path.partition("/")
-    if first == "~" and "HOME" in environ:
-        return (environ["HOME"].rstrip("/") + slash + rest) or "/"
+    if first == "~":
+        home = environ["HOME"] if "HOME" in environ else _home_on_record()
+        return (home.rstrip("/") + slash + rest) or "/"
     return os.path.expanduser(path)
+
+
+def _home_on_record() -> str:
+    import pwd  # hardly ever asked
+
+    return pwd.getpwuid(os.getuid()).pw_dir

@@ -21,6 +21,8 @@ from overlay.models import File, Model, Reject, Source
 
 MAX_JSON_BYTES = 64 * 2**20
 """No real config.json or shard index comes near; a larger one is something else under that name."""
+MAX_DEPTH = 50
+"""Folders within folders in one model; no real model comes near."""
 SETTLED_SECONDS = 600
 """Files untouched for so long are taken as unchanged while their folder and config.json are (see `_Seen`)."""
 
@@ -145,11 +147,15 @@ class _Walk:
         return Source(
             self._root,
             None,
-            models=tuple(sorted(self._models, key=lambda model: (model.id, model.commit is not None, model.path))),
+            models=tuple(sorted(self._models, key=self._precedence)),
             rejects=tuple(sorted(self._rejects, key=lambda reject: reject.path)),
             junk=self._junk,
             device=device,
         )
+
+    def _precedence(self, model: Model) -> tuple[str, bool, str]:
+        """In one root a plain folder comes before a repo in cache layout, then the path decides."""
+        return model.id, model.path != f"{self._root}/{model.id}", model.path
 
     def _reject(self, path: str, model_id: str | None, reason: str) -> None:
         self._rejects.append(Reject(path, model_id, reason, self._root))
@@ -174,10 +180,15 @@ class _Walk:
                     continue
                 try:
                     name.encode("utf-8")
+                    if "\\" in name:
+                        raise _Unfit("has a backslash in its name, which no id may have; rename it")
                     status = os.stat(path)
                     inside = _list(path)
                 except UnicodeEncodeError:
                     self._reject(path, None, "its name is not valid UTF-8; rename it")
+                    continue
+                except _Unfit as error:
+                    self._reject(path, None, str(error))
                     continue
                 except OSError as error:
                     self._reject(path, model_id, _reason(error))
@@ -343,6 +354,8 @@ def _subfolders(path: str, top: _Folder) -> Iterator[tuple[str, _Folder]]:
         prefix, folder = pending.pop()
         for name in folder.folders:
             real = os.path.realpath(f"{path}/{prefix}{name}")
+            if prefix.count("/") > MAX_DEPTH:
+                raise _Unfit(f"has folders more than {MAX_DEPTH} deep")
             if _is_utf8(name) and real not in entered and not f"{home}/".startswith(f"{real}/"):
                 entered.add(real)
                 inside = _list(f"{path}/{prefix}{name}")
@@ -390,6 +403,8 @@ def _read_json(path: str) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
+    except PermissionError:
+        raise  # a matter of the folder, as for any other file
     except OSError as error:
         raise _Unfit(f"{name} {_reason(error)}") from error
     if len(data) > MAX_JSON_BYTES:

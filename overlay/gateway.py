@@ -111,6 +111,8 @@ class Gateway:
 
     def _serve(self) -> None:
         # A fifth of a second, in which the program that will ask is starting as well.
+        import asyncio
+
         import uvicorn
 
         config = uvicorn.Config(
@@ -129,7 +131,14 @@ class Gateway:
         )
         self._server = uvicorn.Server(config)
         if not self._stop.is_set():
-            self._server.run(sockets=[self._socket])
+            asyncio.run(self._live())
+
+    async def _live(self) -> None:
+        try:
+            await self._server.serve(sockets=[self._socket])
+        finally:
+            if self._client is not None:
+                await self._client.aclose()
 
     async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
         from starlette.requests import Request
@@ -181,7 +190,9 @@ class Gateway:
             answer = await self._client.send(passed, stream=True)
         except httpx2.TransportError as error:
             return _error(504, "", f"{self._upstream} cannot be reached ({type(error).__name__})")
-        if asked is not None and asked.announces_download(request.method) and answer.status_code < 400:
+        # A client also notes which files a repo lacks.
+        is_there = answer.status_code < 400 or "x-repo-commit" in answer.headers
+        if asked is not None and asked.announces_download(request.method) and is_there:
             self._session.expect_download(asked.folder)
         return self._relay(answer)
 
@@ -342,7 +353,7 @@ def _entry(model: Model, file: File) -> dict[str, object]:
 
 def _sizes(model: Model, file: File) -> dict[str, object]:
     etag = hfcache.etag(model, file)
-    sizes: dict[str, object] = {"size": file.size, "blobId": etag}
+    sizes: dict[str, object] = {"size": file.size, "blobId": hfcache.blob_id(etag, file.size)}
     if len(etag) == 64:
         sizes["lfs"] = {"sha256": etag, "oid": etag, "size": file.size, "pointerSize": 134}
     return sizes

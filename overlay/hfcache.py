@@ -129,22 +129,41 @@ def entries(hub: str) -> dict[str, str]:
         return {}
 
 
+def state(repo: str) -> object:
+    """Something that is equal as long as no revision or ref of a cached repo came, went, or changed its mode."""
+    times = []
+    for folder in ("refs", "snapshots"):
+        try:
+            times.append(os.stat(f"{repo}/{folder}").st_ctime_ns)
+        except OSError as error:
+            times.append(error.errno or 0)
+    return tuple(times)
+
+
 def why_unscannable(repo: str) -> str | None:
     """Why `scan_cache_dir` would raise on a cached repo instead of reporting it; None when it does not.
 
-    It lets through what reading a ref or a snapshot folder raises (huggingface_hub 0.36 to 2.4).
+    It lets through what reading a ref or entering a folder raises (huggingface_hub 0.36 to 2.4). What vanishes
+    meanwhile, because another process writes the cache, is no reason.
     """
     try:
-        with os.scandir(f"{repo}/snapshots") as revisions:
-            for revision in revisions:
-                if revision.is_symlink() and not os.path.exists(revision.path):
-                    return f"snapshots/{revision.name} is a broken link"
+        for folder in ("snapshots", "blobs"):
+            if os.path.isdir(f"{repo}/{folder}"):
+                os.stat(f"{repo}/{folder}/.")  # scans go in without asking whether they may
+        for name in os.listdir(f"{repo}/snapshots"):
+            revision = f"{repo}/snapshots/{name}"
+            if os.path.isdir(revision):
+                os.stat(f"{revision}/.")
+            elif os.path.islink(revision) and not os.path.exists(revision):
+                return f"snapshots/{name} is a broken link"
         for folder, _, names in os.walk(f"{repo}/refs"):
             for name in names:
-                with open(os.path.join(folder, name), encoding="utf-8") as file:
-                    file.read()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+                if name != ".DS_Store":  # the one name that all releases pass over
+                    with open(os.path.join(folder, name), encoding="utf-8") as file:
+                        file.read()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        is_broken_link = error.filename is not None and os.path.islink(error.filename)
+        return str(error) if is_broken_link else None
     except (OSError, UnicodeDecodeError) as error:
         return str(error)
     return None
@@ -174,7 +193,7 @@ class Shadow(NamedTuple):
 
 def fingerprint(model: Model) -> str:
     """40 hex digits that change whenever a name, size or time in the folder does; never the same for two folders."""
-    return _sha1(json.dumps([model.id, model.path, model.files]))
+    return _sha1(json.dumps([model.id, model.path, model.commit, model.files]))
 
 
 def commit_of(model: Model) -> str:
@@ -185,6 +204,14 @@ def commit_of(model: Model) -> str:
 def etag(model: Model, file: File) -> str:
     """A file's etag in the tree: the true one, else one that is stable and this file's alone."""
     return file.etag or _sha1(f"{model.path}/{file.name}\0{file.size}\0{file.mtime_ns}")
+
+
+def blob_id(etag: str, size: int) -> str:
+    """Git's id of a file with this etag: for one in LFS, whose etag is a SHA-256, that of the pointer to it."""
+    if len(etag) == 40:
+        return etag
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{etag}\nsize {size}\n"
+    return _sha1(f"blob {len(pointer)}\0{pointer}")
 
 
 def shadow(model: Model, commit: str) -> Shadow:
@@ -205,7 +232,7 @@ def shadow(model: Model, commit: str) -> Shadow:
             folders[f"{revision}/{'/'.join(parents[: depth + 1])}"] = None
         blobs.setdefault(f"blobs/{blob}", f"{model.path}/{file.name}")
         links.append((f"{revision}/{file.name}", f"{'../' * (2 + len(parents))}blobs/{blob}"))
-        tree[file.name] = {"size": file.size, "blob_id": blob}
+        tree[file.name] = {"size": file.size, "blob_id": blob_id(blob, file.size)}
         if len(blob) == 64:
             tree[file.name] |= {"lfs_sha256": blob, "lfs_size": file.size}
     listing = json.dumps({"format_version": 1, "files": tree})

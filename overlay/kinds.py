@@ -54,17 +54,21 @@ class ModelTypes:
             return None
         return f"model type {str(model_type)[:80]!r} is not one that the installed mlx-lm can load"
 
-    def _module(self, model_type: str, config: Mapping[str, Any]) -> str:
+    def _module(self, model_type: str, config: Mapping[str, Any]) -> str | None:
         architectures = config.get("architectures") or ()
         if isinstance(architectures, str):
             architectures = (architectures,)
-        if isinstance(architectures, (list, tuple)):
+        try:
             for architecture in architectures:
-                if isinstance(architecture, str) and (model_type, architecture) in self._by_architecture:
+                if (model_type, architecture) in self._by_architecture:
                     return self._by_architecture[model_type, architecture]
+        except TypeError:  # as mlx-lm itself fails
+            return None
         return self._remapping.get(model_type, model_type)
 
-    def _is_loadable(self, module: str) -> bool:
+    def _is_loadable(self, module: str | None) -> bool:
+        if module is None:
+            return False
         if module not in self._loadable:
             self._loadable[module] = module in self._modules and self._defines_a_model(module)
         return self._loadable[module]
@@ -85,7 +89,7 @@ class ModelTypes:
 
 def _constant(source: str, name: str) -> Any:
     """The literal a module assigns to `name` at its top level; only those lines are parsed (speed)."""
-    match = re.search(rf"^{name}\b[^=\n]*=\s*(\{{.*?^\}}|\{{[^\n]*\}})", source, re.M | re.S)
+    match = re.search(rf"^{name}\b[^=\n]*=\s*(\{{[^\n]*\}}|\{{.*?^\}})", source, re.M | re.S)
     if match is None:
         raise ValueError(f"no {name} in it")
     return ast.literal_eval(match[1])

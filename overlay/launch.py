@@ -12,6 +12,7 @@ from types import FrameType
 
 from overlay.config import is_offline
 from overlay.session import open_session
+from overlay.text import printable
 
 _FROM_KEYBOARD = (signal.SIGINT, signal.SIGQUIT)
 _FORWARDED = (
@@ -120,4 +121,4 @@ def log_to_stderr(verbosity: int) -> None:
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         level = "warning: " if record.levelno == logging.WARNING else ""
-        return f"hf-overlay: {level}{record.getMessage()}"
+        return printable(f"hf-overlay: {level}{record.getMessage()}")

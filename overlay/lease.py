@@ -7,6 +7,7 @@ starts inherits the lock; its tree outlives a killed `hf-overlay`.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -64,13 +65,16 @@ class Lease:
         with _exclusive(sessions):  # so that nobody takes the folder for dead before it is locked
             path = os.path.join(sessions, f"{_PREFIX}{os.getpid()}-{time.time_ns():x}")
             os.mkdir(path, 0o700)
-            fd = os.open(os.path.join(path, OWNER_FILE), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                lease = cls(path, fd)
-                lease.record(settings, {})
+                lease = cls(path, os.open(os.path.join(path, OWNER_FILE), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+                try:
+                    fcntl.flock(lease.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lease.record(settings, {})
+                except OSError:
+                    lease.release()
+                    raise
             except OSError:
-                os.close(fd)
+                remove(path)
                 raise
         return lease
 
@@ -81,7 +85,8 @@ class Lease:
         """
         owner = Owner(os.getpid(), time.time(), settings.roots, settings.hub_cache, dict(service))
         content = json.dumps(owner._asdict()).encode()
-        os.pwrite(self.fd, content, 0)
+        if os.pwrite(self.fd, content, 0) != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.ftruncate(self.fd, len(content))
 
     def release(self) -> None:

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from overlay import config, lease, tree, writeback
+from overlay import config, hfcache, lease, tree, writeback
 from overlay.catalog import Catalog, check_id
 from overlay.config import Settings
-from overlay.errors import InvalidModelId, SessionError
+from overlay.errors import InvalidModelId, SessionError, UsageError
 from overlay.gateway import DEFAULT_UPSTREAM, Gateway, Unavailable
 from overlay.lease import Lease
 from overlay.models import Model
@@ -59,6 +59,7 @@ class Session:
         self._gateway: Gateway | None = None
         self._tree = Tree(owner.path, settings.hf_home)
         self._publish()
+        self._published = _custom(self._catalog)
 
     @property
     def path(self) -> Path:
@@ -126,7 +127,7 @@ class Session:
         Loads that have begun go on in the tree they began in. Raises SessionError, the tree as it was.
         """
         with self._lock:
-            before = _custom(self._catalog)
+            before = self._published
             self._catalog.scan()
             after = _custom(self._catalog)
             changes = Changes(
@@ -137,6 +138,7 @@ class Session:
             now = time.monotonic()
             self._changed |= {model_id: now for ids in changes for model_id in ids}
             self._publish()
+            self._published = after
         return changes
 
     def start_gateway(self) -> None:
@@ -189,7 +191,7 @@ class Session:
 
     def expect_download(self, folder: str) -> None:
         """A client is about to write to a repo folder: let it land in the real cache."""
-        if os.path.lexists(f"{self._tree.hub}/{folder}"):
+        if all(os.path.isdir(f"{self._tree.hub}/{each}") for each in (hfcache.LOCKS, folder)):
             return
         try:
             with self._lock:
@@ -235,6 +237,9 @@ def open_session(
     else:
         logger.info("using HuggingFace cache only")
     sessions = lease.sessions_folder(environ)
+    for folder in (sessions, settings.hf_home):
+        if config.expand(folder, environ) != folder:
+            raise UsageError(f"programs would expand the $NAME in {folder}; set HF_OVERLAY_DIR, or HF_HOME, to another")
     clear_dead(sessions)
     try:
         owner = Lease.acquire(sessions, settings)

@@ -23,6 +23,8 @@ from overlay.models import Model
 from overlay.plan import Plan
 
 KEEP_SECONDS = 3600
+ASIDE = "new"
+"""In a session's folder: the repo folder that is being made."""
 MADE = "made"
 """In a session's folder: what was made in the real cache for downloads that were announced, a path a line."""
 _TOKENS = ("token", "stored_tokens")
@@ -48,10 +50,8 @@ class Tree:
         self._generation = 0
         for folder in ("home", "hubs", "shadows"):
             os.mkdir(f"{session}/{folder}", 0o700)
-        if os.path.isdir(hf_home):
-            # A token that is not there yet: logging in through the link makes the real one.
-            for name in {*os.listdir(hf_home), *_TOKENS} - {"hub"}:
-                os.symlink(f"{hf_home}/{name}", f"{session}/home/{name}")
+        for name in _home_entries(hf_home):
+            os.symlink(f"{hf_home}/{name}", f"{session}/home/{name}")
 
     @property
     def hub(self) -> str:
@@ -83,7 +83,11 @@ class Tree:
         if self._generation == 0 or entries != self._entries or not self._is_whole():
             gone = {name for name, each in self._shadows.items() if not os.path.isdir(each.model.path)}
             self._switch(entries)
-            self._catch_up(gone)
+            self._shadows = shadows
+            try:
+                self._catch_up(gone)
+            except OSError:
+                pass  # only older loads miss something; the tree is switched
         self._shadows = shadows
 
     def shadowed(self, model_id: str) -> Shadowed | None:
@@ -92,9 +96,13 @@ class Tree:
         return found if found is not None and found.model.id == model_id else None
 
     def expect(self, name: str, real_hub: str) -> None:
-        """Make the real cache's folder for a repo, and link it, so that a download lands there. Raises OSError."""
+        """Make the real cache's folder for a repo, and link it, so that a download lands there. Raises OSError.
+
+        Made again, too, where it was removed while we link to it: by the user, or by another session that found it
+        empty at its end.
+        """
         for entry in (hfcache.LOCKS, name):
-            if os.path.lexists(f"{self.hub}/{entry}"):
+            if os.path.isdir(f"{self.hub}/{entry}"):
                 continue
             self._make_real(f"{real_hub}/{entry}")
             self._entries[entry] = f"{real_hub}/{entry}"
@@ -118,22 +126,21 @@ class Tree:
         folder = f"{name}.{hfcache.fingerprint(model)[:16]}"
         path = f"{self._session}/shadows/{folder}"
         made = Shadowed(model, commit, f"../../shadows/{folder}")
-        if os.path.exists(f"{path}/{hfcache.ORIGIN}"):  # the folder is again as it was at an earlier refresh
+        if os.path.isdir(path):  # the folder is again as it was at an earlier refresh
             return made
-        if os.path.isdir(path):  # cut short by a full disk, and never shown
-            _remove_folder(path)
+        aside = f"{self._session}/{ASIDE}"
+        if os.path.isdir(aside):  # cut short by a full disk
+            _remove_folder(aside)
         shadow = hfcache.shadow(model, commit)
-        os.mkdir(path)
+        os.mkdir(aside)
         for inner in shadow.folders:
-            os.mkdir(f"{path}/{inner}")
+            os.mkdir(f"{aside}/{inner}")
         for where, target in shadow.links:
-            os.symlink(target, f"{path}/{where}")
+            os.symlink(target, f"{aside}/{where}")
         for where, content in shadow.files:
-            fd = os.open(f"{path}/{where}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            try:
-                os.write(fd, content)
-            finally:
-                os.close(fd)
+            with open(f"{aside}/{where}", "wb") as file:
+                file.write(content)
+        os.rename(aside, path)
         return made
 
     def _written(self) -> dict[str, str]:
@@ -200,6 +207,15 @@ class Tree:
                 _remove_folder(shadow.path)
 
 
+def _home_entries(hf_home: str) -> set[str]:
+    """What a session's home leads on to; nothing of a home that does not exist or cannot be read."""
+    try:
+        # A token that is not there yet: logging in through the link makes the real one.
+        return {*os.listdir(hf_home), *_TOKENS} - {"hub"}
+    except OSError:
+        return set()
+
+
 def remove(session: str) -> list[str]:
     """Remove a session's tree, and nothing that a client downloaded into it: returns those paths, which stay."""
     kept: list[str] = []
@@ -208,6 +224,8 @@ def remove(session: str) -> list[str]:
         kept += _remove_unless_downloaded(hub.path)
         _rmdir_if_empty(hub.path)
     kept += _remove_unless_downloaded(f"{session}/shadows")
+    if os.path.isdir(f"{session}/{ASIDE}"):
+        _remove_folder(f"{session}/{ASIDE}")
     _remove_links(session)
     _remove_links(f"{session}/home")
     kept += _remove_unless_downloaded(f"{session}/home")

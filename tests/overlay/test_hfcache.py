@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from overlay import hfcache
 from overlay.models import File, Model
+from tests.support.hfcache import git_blob_id
 
 PARTS = st.text(st.sampled_from("abZ09-_.é "), min_size=1, max_size=6) | st.sampled_from(
     ["a--b", "a..b", "x.git", "n" * 97]
@@ -84,4 +85,6 @@ def test_files_with_one_true_etag_share_a_blob() -> None:
         f"blobs/{'f' * 64}",
     ]
     tree = json.loads(dict(shadow.files)[f"trees/{'c' * 40}.json"])
-    assert tree["files"]["m.safetensors"] == {"size": 9, "blob_id": "f" * 64, "lfs_sha256": "f" * 64, "lfs_size": 9}
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'f' * 64}\nsize 9\n".encode()
+    blob_id = git_blob_id(pointer)
+    assert tree["files"]["m.safetensors"] == {"size": 9, "blob_id": blob_id, "lfs_sha256": "f" * 64, "lfs_size": 9}
