@@ -12,7 +12,7 @@ from overlay.discovery import Scanner
 from overlay.errors import InvalidModelId, ModelNotFound, SourceAway
 from overlay.kinds import ModelTypes
 from overlay.models import Model, Reject, Source
-from overlay.plan import Choice, Plan, choose, plan
+from overlay.plan import Choice, Entry, Plan, choose, plan
 
 
 class Candidate(NamedTuple):
@@ -35,8 +35,8 @@ class Catalog:
         self._scanner = Scanner(settings.roots, settings.hub_cache, types)
         self._warned: set[str] = set()
         self._cache_problem: str | None = None
-        self._looked_at: dict[str, tuple[object, str | None]] = {}
-        """Cached repos: the state each was in, and why it could not be scanned then."""
+        self._examined: dict[str, tuple[object, hfcache.Examined]] = {}
+        """Cached repos: the state each was in when it was examined, so that it is not done again for nothing."""
         self.unscannable: dict[str, str] = {}
         """Cached repos left out of the last plan, because one of them makes every cache scan fail: path -> why."""
         self._away: dict[str, tuple[int | None, frozenset[str]]] = {}
@@ -85,16 +85,20 @@ class Catalog:
     def plan(self, *, case_insensitive: bool) -> Plan:
         """The tree that shows the user's models in front of the real cache's entries, which are looked at now."""
         entries = self._cache_entries()
-        looked_at: dict[str, tuple[object, str | None]] = {}
+        examined: dict[str, tuple[object, hfcache.Examined]] = {}
         for name, path in entries.items():
             if hfcache.is_repo(name):
                 state = hfcache.state(path)
-                before = self._looked_at.get(path)
-                looked_at[path] = before if before and before[0] == state else (state, hfcache.why_unscannable(path))
-        self._looked_at = looked_at
-        self.unscannable = {path: reason for path, (_, reason) in looked_at.items() if reason is not None}
-        scannable = {name: path for name, path in entries.items() if path not in self.unscannable}
-        return plan(self.sources, scannable, case_insensitive=case_insensitive)
+                before = self._examined.get(path)
+                examined[path] = before if before and before[0] == state else (state, hfcache.examine(path))
+        self._examined = examined
+        self.unscannable = {path: repo.problem for path, (_, repo) in examined.items() if repo.problem is not None}
+        cached = [
+            Entry(name, path, examined[path][1].commits if path in examined else ())
+            for name, path in entries.items()
+            if path not in self.unscannable
+        ]
+        return plan(self.sources, cached, case_insensitive=case_insensitive)
 
     def _cache_entries(self) -> dict[str, str]:
         self._cache_problem = None

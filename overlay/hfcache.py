@@ -140,12 +140,22 @@ def state(repo: str) -> object:
     return tuple(times)
 
 
-def why_unscannable(repo: str) -> str | None:
-    """Why `scan_cache_dir` would raise on a cached repo instead of reporting it; None when it does not.
+class Examined(NamedTuple):
+    """What the plan must know of a cached repo."""
+
+    commits: tuple[str, ...]
+    """Its revisions."""
+    problem: str | None
+    """Why `scan_cache_dir` would raise on it instead of reporting it; None when it does not."""
+
+
+def examine(repo: str) -> Examined:
+    """Look through a cached repo for what makes `scan_cache_dir` raise.
 
     It lets through what reading a ref or entering a folder raises (huggingface_hub 0.36 to 2.4). What vanishes
-    meanwhile, because another process writes the cache, is no reason.
+    meanwhile, because another process writes the cache, is no problem.
     """
+    commits: list[str] = []
     try:
         for folder in ("snapshots", "blobs"):
             if os.path.isdir(f"{repo}/{folder}"):
@@ -154,19 +164,20 @@ def why_unscannable(repo: str) -> str | None:
             revision = f"{repo}/snapshots/{name}"
             if os.path.isdir(revision):
                 os.stat(f"{revision}/.")
+                commits.append(name)
             elif os.path.islink(revision) and not os.path.exists(revision):
-                return f"snapshots/{name} is a broken link"
+                return Examined((), f"snapshots/{name} is a broken link")
         for folder, _, names in os.walk(f"{repo}/refs"):
             for name in names:
                 if name != ".DS_Store":  # the one name that all releases pass over
                     with open(os.path.join(folder, name), encoding="utf-8") as file:
                         file.read()
     except (FileNotFoundError, NotADirectoryError) as error:
-        is_broken_link = error.filename is not None and os.path.islink(error.filename)
-        return str(error) if is_broken_link else None
+        if error.filename is not None and os.path.islink(error.filename):
+            return Examined((), str(error))
     except (OSError, UnicodeDecodeError) as error:
-        return str(error)
-    return None
+        return Examined((), str(error))
+    return Examined(tuple(commits), None)
 
 
 def _subfolders(path: str) -> list[str]:
@@ -189,6 +200,8 @@ class Shadow(NamedTuple):
     """(where, target)"""
     files: tuple[tuple[str, bytes], ...]
     """(where, content)"""
+    sealed: tuple[str, ...]
+    """What nobody may write to."""
 
 
 def fingerprint(model: Model) -> str:
@@ -218,7 +231,8 @@ def shadow(model: Model, commit: str) -> Shadow:
     """The repo of exactly one revision in which each file is two links away from the user's.
 
     Two hops, because clients take the first for the blob and unlink it; one revision, because with two,
-    huggingface_hub <= 1.31 follows links to their end and deletes what is there.
+    huggingface_hub <= 1.31 follows links to their end and deletes what is there. For that reason a client that goes
+    past the gateway must not add a second one: refs and snapshots are sealed.
     """
     revision = f"snapshots/{commit}"
     folders = dict.fromkeys(("refs", "blobs", "trees", "snapshots", revision))
@@ -245,6 +259,7 @@ def shadow(model: Model, commit: str) -> Shadow:
             (f"trees/{commit}.json", listing.encode()),
             (ORIGIN, origin.encode()),
         ),
+        ("refs/main", "refs", "snapshots"),
     )
 
 

@@ -21,6 +21,15 @@ class Choice(NamedTuple):
     shadows: tuple[Model, ...]
 
 
+class Entry(NamedTuple):
+    """Something in the real cache's hub folder."""
+
+    name: str
+    path: str
+    commits: tuple[str, ...] = ()
+    """The revisions it holds, when it is a repo."""
+
+
 class Plan(NamedTuple):
     """The content of the overlay's hub folder. Equal plans make equal trees."""
 
@@ -38,15 +47,14 @@ def choose(sources: Iterable[Source]) -> dict[str, Choice]:
     return {model_id: Choice(models[0], tuple(models[1:])) for model_id, models in sorted(found.items())}
 
 
-def plan(sources: Iterable[Source], cached: Mapping[str, str], *, case_insensitive: bool) -> Plan:
-    """The tree for the user's `sources` in front of the real cache's entries (`cached`, name -> path).
+def plan(sources: Iterable[Source], cached: Iterable[Entry], *, case_insensitive: bool) -> Plan:
+    """The tree for the user's `sources` in front of what is `cached`, the real cache's entries.
 
     `case_insensitive`: names that differ in case or Unicode form only are one name on the tree's volume.
     """
     entries: dict[str, str | Model] = {}
     left_out: list[tuple[Model, str]] = []
     taken: dict[str, str] = {}
-    commits: set[str] = set()
     for choice in choose(sources).values():
         model = choice.winner
         name = hfcache.repo_folder(model.id)
@@ -57,12 +65,16 @@ def plan(sources: Iterable[Source], cached: Mapping[str, str], *, case_insensiti
         if other != model.id:
             left_out.append((model, f"its id differs from {other} in case only, which is one name on this volume"))
             continue
-        if model.commit in commits:  # two repos with one commit confuse deletions by commit
-            model = model._replace(commit=None)
-        elif model.commit is not None:
-            commits.add(model.commit)
         entries[name] = model
-    entries |= {name: path for name, path in cached.items() if (fold(name) if case_insensitive else name) not in taken}
+    shown = [each for each in cached if (fold(each.name) if case_insensitive else each.name) not in taken]
+    # Clients delete by commit, in whichever repo they meet it first: no two may share one.
+    commits = {commit for each in shown for commit in each.commits}
+    for name, entry in entries.items():
+        if isinstance(entry, Model) and entry.commit is not None:
+            if entry.commit in commits:
+                entries[name] = entry._replace(commit=None)
+            commits.add(entry.commit)
+    entries |= {each.name: each.path for each in shown}
     return Plan(dict(sorted(entries.items())), tuple(left_out))
 
 

@@ -141,6 +141,8 @@ class Tree:
             with open(f"{aside}/{where}", "wb") as file:
                 file.write(content)
         os.rename(aside, path)
+        for where in shadow.sealed:
+            os.chmod(f"{path}/{where}", 0o500)
         return made
 
     def _written(self) -> dict[str, str]:
@@ -271,6 +273,8 @@ def _remove_folder(path: str) -> None:
     if not os.path.isdir(path) or os.path.islink(path):
         os.unlink(path)
         return
+    if not os.access(path, os.W_OK):
+        os.chmod(path, 0o700)  # sealed by us
     for entry in _entries(path):
         _remove_folder(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
     os.rmdir(path)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overlay.models import File, Model, Source
-from overlay.plan import choose, fold, plan
+from overlay.plan import Entry, choose, fold, plan
 
 NAMES = st.sampled_from(["a", "b", "org/a", "Org/a", "org/b", "org/sub/a", "x--y", "org/" + "n" * 250, "é", "e\u0301"])
 CACHED = st.sets(st.sampled_from(["models--a", "models--ORG--a", "datasets--x--y", ".locks", "version.txt"]))
@@ -26,6 +26,13 @@ def sources(draw: list[list[tuple[str, str | None]]]) -> list[Source]:
     ]
 
 
+CACHED_COMMIT = "c" * 40
+
+
+def entries(cached: set[str]) -> list[Entry]:
+    return [Entry(name, f"/hub/{name}", (CACHED_COMMIT,) if name == "models--a" else ()) for name in sorted(cached)]
+
+
 DRAWN = st.lists(
     st.lists(st.tuples(NAMES, st.sampled_from([None, "c" * 40, "d" * 40])), max_size=6), min_size=1, max_size=3
 ).map(sources)
@@ -42,8 +49,7 @@ def test_the_first_model_path_wins_and_the_rest_stand_behind_in_order(found: lis
 def test_every_entry_is_the_users_or_the_caches_and_no_two_collide(
     found: list[Source], cached: set[str], case_insensitive: bool
 ) -> None:
-    paths = {name: f"/hub/{name}" for name in cached}
-    made = plan(found, paths, case_insensitive=case_insensitive)
+    made = plan(found, entries(cached), case_insensitive=case_insensitive)
     winners = {choice.winner.id for choice in choose(found).values()}
     linked = {entry.id for entry in made.entries.values() if isinstance(entry, Model)}
     assert linked | {each.id for each, _ in made.left_out} == winners, "each winner is linked or left out with a reason"
@@ -53,19 +59,19 @@ def test_every_entry_is_the_users_or_the_caches_and_no_two_collide(
         assert case_insensitive
         assert fold(name) in {fold(entry) for entry in made.entries}, "what is hidden is hidden by a user's model"
     commits = [entry.commit for entry in made.entries.values() if isinstance(entry, Model) and entry.commit]
+    commits += [CACHED_COMMIT for entry in made.entries.values() if entry == "/hub/models--a"]
     assert len(commits) == len(set(commits)), "two repos with one commit confuse deletions"
 
 
 @given(DRAWN, CACHED)
 def test_a_plan_is_a_function_of_what_was_found(found: list[Source], cached: set[str]) -> None:
-    paths = {name: f"/hub/{name}" for name in cached}
-    backwards = dict(reversed(list(paths.items())))
-    first, second = (plan(found, each, case_insensitive=True) for each in (paths, backwards))
+    forwards = entries(cached)
+    first, second = (plan(found, each, case_insensitive=True) for each in (forwards, forwards[::-1]))
     assert first == second
     assert list(first.entries) == list(second.entries)
 
 
 def test_ids_that_the_layout_cannot_hold_are_left_out_with_the_reason() -> None:
-    made = plan([Source("/r", None, (model("a--b/c", "/r"), model("n" * 300, "/r")))], {}, case_insensitive=False)
+    made = plan([Source("/r", None, (model("a--b/c", "/r"), model("n" * 300, "/r")))], [], case_insensitive=False)
     assert not made.entries
     assert [reason.split()[2] for _, reason in made.left_out] == ["cannot", "is"]
