@@ -9,9 +9,15 @@ with overlay.open_session(["/Volumes/LLMS/models"]) as session:
     session.refresh()              # after folders changed
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from overlay.errors import InvalidModelId, ModelNotFound, OverlayError, SessionError, SourceAway, UsageError
 from overlay.models import File, Model
-from overlay.session import Changes, Session, open_session
+
+if TYPE_CHECKING:
+    from overlay.session import Changes, Session, open_session
 
 __all__ = [
     "Changes",
@@ -26,3 +32,12 @@ __all__ = [
     "UsageError",
     "open_session",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Sessions are imported when first asked for: `hf-overlay ls` needs none, and they are half of its start."""
+    if name in __all__:
+        from overlay import session
+
+        return getattr(session, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

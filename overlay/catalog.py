@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from overlay import hfcache
@@ -41,12 +42,22 @@ class Catalog:
         """Cached repos left out of the last plan, because one of them makes every cache scan fail: path -> why."""
         self._away: dict[str, tuple[int | None, frozenset[str]]] = {}
         """Model paths that went away since they were seen: the device they were on, and the ids they held."""
+        self._last: dict[str, Model] = {}
         self.sources: tuple[Source, ...] = ()
         self.scan()
 
-    def scan(self) -> None:
-        """Look at the user's folders again."""
-        before, self.sources = self.sources, tuple(map(self._without_excluded, self._scanner.scan()))
+    def scan(self, *, only_settled: bool = False) -> None:
+        """Look at the user's folders again.
+
+        `only_settled` is for looking again and again: what changed since the last look is taken at the next one that
+        finds it as it is now, so that a model that is being copied does not count as a new one every time.
+        """
+        found = tuple(map(self._without_excluded, self._scanner.scan()))
+        last, self._last = self._last, {model.path: model for source in found for model in source.models}
+        if only_settled:
+            taken = {model.path: model for source in self.sources for model in source.models}
+            found = tuple(_settled(source, last, taken) for source in found)
+        before, self.sources = self.sources, found
         away = dict(self._away)
         for old, new in zip(before, self.sources, strict=False):
             device, ids = away.get(old.root, (old.device, frozenset()))
@@ -192,6 +203,22 @@ class Catalog:
         near = difflib.get_close_matches(model_id, self.choices(), n=1, cutoff=0.8)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"no model {model_id}: {'; '.join(lost)}{hint}"
+
+
+def _settled(source: Source, last: Mapping[str, Model], taken: Mapping[str, Model]) -> Source:
+    """The source with each model that differs from the last look as it was taken before, or left out."""
+    moving = [model for model in source.models if last.get(model.path) != model]
+    if not moving:
+        return source
+    models = (taken.get(model.path) if model in moving else model for model in source.models)
+    rejects = (
+        Reject(model.path, model.id, "has just changed: still being copied?", model.root)
+        for model in moving
+        if model.path not in taken
+    )
+    return source._replace(
+        models=tuple(model for model in models if model is not None), rejects=(*source.rejects, *rejects)
+    )
 
 
 def check_id(model_id: str) -> None:

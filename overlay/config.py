@@ -54,7 +54,7 @@ def load(
     for given in model_paths:
         if not given or "\0" in given:
             raise UsageError(f"a model path is empty or malformed: {given!r}; give a folder of models")
-        root = _absolute(_expand_user(given, environ), cwd)
+        root = _absolute(expand_user(given, environ), cwd)
         if os.path.isfile(root):
             raise UsageError(f"model path {root} is a file; give the folder that holds your models")
         roots[root] = None
@@ -72,7 +72,7 @@ def load(
 
 def hf_home(environ: Mapping[str, str]) -> str:
     """HF_HOME as huggingface_hub/constants.py computes it (an empty string is a value, not "unset")."""
-    cache_home = environ.get("XDG_CACHE_HOME", os.path.join(_expand_user("~", environ), ".cache"))
+    cache_home = environ.get("XDG_CACHE_HOME", os.path.join(expand_user("~", environ), ".cache"))
     return expand(environ.get("HF_HOME", os.path.join(cache_home, "huggingface")), environ)
 
 
@@ -117,10 +117,10 @@ def expand(path: str, environ: Mapping[str, str]) -> str:
     def value(match: re.Match[str]) -> str:
         return environ.get(match[1] or match[2], match[0])
 
-    return re.sub(r"\$(?:(\w+)|\{([^}]*)\})", value, _expand_user(path, environ), flags=re.ASCII)
+    return re.sub(r"\$(?:(\w+)|\{([^}]*)\})", value, expand_user(path, environ), flags=re.ASCII)
 
 
-def _expand_user(path: str, environ: Mapping[str, str]) -> str:
+def expand_user(path: str, environ: Mapping[str, str]) -> str:
     """os.path.expanduser, for the environment handed in; `~name` asks the password database."""
     first, slash, rest = path.partition("/")
     if first == "~":

@@ -402,12 +402,14 @@ def _read_json(path: str) -> dict[str, Any]:
     name = os.path.basename(path)
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
+            # Asked first: reading with a limit would set aside the whole of it for each small file.
+            is_small = os.fstat(file.fileno()).st_size <= MAX_JSON_BYTES
+            data = file.read() if is_small else b""
     except PermissionError:
         raise  # a matter of the folder, as for any other file
     except OSError as error:
         raise _Unfit(f"{name} {_reason(error)}") from error
-    if len(data) > MAX_JSON_BYTES:
+    if not is_small:
         raise _Unfit(f"{name} is larger than {MAX_JSON_BYTES // 2**20} MiB: not a configuration")
     try:
         value = json.loads(data.decode("utf-8"))

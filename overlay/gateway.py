@@ -14,10 +14,10 @@ The routes and headers are those that huggingface_hub 0.36 to 2.4 uses (hf_api.p
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 import re
-import secrets
 import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
@@ -82,7 +82,7 @@ class Gateway:
     def __init__(self, session: Answers, upstream: str) -> None:
         self._session = session
         self._upstream = upstream.rstrip("/")
-        self._prefix = f"/{secrets.token_urlsafe(24)}"
+        self._prefix = f"/{os.urandom(20).hex()}"
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         self._client: httpx2.AsyncClient | None = None
         self._stop = threading.Event()
@@ -152,7 +152,7 @@ class Gateway:
     async def _respond(self, request: Request) -> Response:
         path: str = request.scope["raw_path"].decode("ascii").partition("?")[0]
         prefix, path = path[: len(self._prefix)], path[len(self._prefix) :]
-        if not secrets.compare_digest(prefix, self._prefix) or not path.startswith("/"):
+        if not hmac.compare_digest(prefix, self._prefix) or not path.startswith("/"):
             return _error(404, "EntryNotFound", "no such page")
         asked = parse(path, self._session.shadowed)
         if asked is None:

@@ -11,12 +11,13 @@ import errno
 import fcntl
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from overlay.config import OWNER_FILE, Settings
+from overlay.config import OWNER_FILE, Settings, expand_user
 
 DIRECTORY_VARIABLE = "HF_OVERLAY_DIR"
 _PREFIX = "session-"
@@ -26,9 +27,9 @@ def sessions_folder(environ: Mapping[str, str]) -> str:
     """Where sessions live: HF_OVERLAY_DIR, else the user's cache folder (never a shared /tmp)."""
     if given := environ.get(DIRECTORY_VARIABLE):
         return os.path.abspath(given)
-    import platformdirs  # only commands that open a session pay for it
-
-    return str(platformdirs.user_cache_path("hf-overlay", appauthor=False) / "sessions")
+    default = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    cache = environ.get("XDG_CACHE_HOME") or default
+    return os.path.join(expand_user(cache if os.path.isabs(cache) else default, environ), "hf-overlay", "sessions")
 
 
 class Owner(NamedTuple):

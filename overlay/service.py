@@ -36,7 +36,7 @@ def serve(
             trouble = ""
             while not stop.wait(interval_seconds):
                 try:
-                    changes = session.refresh()
+                    changes = session.refresh(only_settled=True)
                 except OverlayError as error:
                     if str(error) != trouble:  # once, not at every turn
                         logger.warning("%s", error)

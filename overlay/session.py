@@ -121,14 +121,17 @@ class Session:
         logger.debug("%s comes from the %s: %s", model_id, _origin(model), model.path)
         return Path(model.path)
 
-    def refresh(self) -> Changes:
+    def refresh(self, *, only_settled: bool = False) -> Changes:
         """Make the tree show what is in the folders and the cache now.
+
+        `only_settled` is for calling it all the time: what changed since the last call is shown by the next one that
+        finds it unchanged, so that a model being copied is not shown, and counted as changed, at every turn.
 
         Loads that have begun go on in the tree they began in. Raises SessionError, the tree as it was.
         """
         with self._lock:
             before = self._published
-            self._catalog.scan()
+            self._catalog.scan(only_settled=only_settled)
             after = _custom(self._catalog)
             changes = Changes(
                 added=tuple(sorted(after.keys() - before.keys())),

@@ -47,6 +47,8 @@ class Tree:
         self._session = session
         self._shadows: dict[str, Shadowed] = {}
         self._entries: dict[str, str] = {}
+        self._earlier: dict[str, set[str]] = {}
+        """Hub folders that were replaced: where their entries led."""
         self._generation = 0
         for folder in ("home", "hubs", "shadows"):
             os.mkdir(f"{session}/{folder}", 0o700)
@@ -122,8 +124,9 @@ class Tree:
             os.makedirs(path, exist_ok=True)
 
     def _make_shadow(self, name: str, model: Model) -> Shadowed:
-        commit = hfcache.commit_of(model)
-        folder = f"{name}.{hfcache.fingerprint(model)[:16]}"
+        fingerprint = hfcache.fingerprint(model)
+        commit = model.commit or fingerprint
+        folder = f"{name}.{fingerprint[:16]}"
         path = f"{self._session}/shadows/{folder}"
         made = Shadowed(model, commit, f"../../shadows/{folder}")
         if os.path.isdir(path):  # the folder is again as it was at an earlier refresh
@@ -174,6 +177,7 @@ class Tree:
         os.replace(link, self.hub)
         if self._generation:
             os.utime(f"{self._session}/hubs/{self._generation}")  # from now on its hour runs
+            self._earlier[str(self._generation)] = set(self._entries.values())
         self._generation = generation
         self._entries = entries
         self._prune()
@@ -200,7 +204,7 @@ class Tree:
             if hub.name == str(self._generation):
                 continue
             if hub.stat().st_mtime > oldest:
-                needed.update(os.readlink(entry.path) for entry in os.scandir(hub.path) if entry.is_symlink())
+                needed |= self._earlier.get(hub.name, set())
             else:
                 _remove_links(hub.path)
                 _rmdir_if_empty(hub.path)

@@ -48,7 +48,8 @@ def _written_repos(session: str) -> Iterator[tuple[str, str]]:
                 yield path, name
     for shadow in _names(f"{session}/shadows"):
         path = f"{session}/shadows/{shadow}"
-        _drop_copies(path)
+        if has_payload(path):
+            _drop_copies(path)
         if has_payload(path):
             yield path, shadow.rpartition(".")[0]
 

@@ -241,6 +241,26 @@ def test_a_load_goes_on_after_a_refresh_however_old_its_tree_is(models: Path, se
         assert len(list((session.path / "shadows").iterdir())) == 2
 
 
+def test_a_model_that_is_being_copied_is_shown_once_it_rests(models: Path, sessions: Path) -> None:
+    """Looked at every two seconds, a copy that grows must not make a tree each time."""
+    lay_model(models / "org/old")
+    with overlay.open_session([models]) as session:
+        assert session.refresh(only_settled=True) == ((), (), ())
+        new = lay_model(models / "org/new")
+        for _ in range(5):
+            with (
+                (new / "model.safetensors").open("ab") as file,
+                (models / "org/old/model.safetensors").open("ab") as old,
+            ):
+                file.write(b"more")
+                old.write(b"more")
+            assert session.refresh(only_settled=True) == ((), (), ())
+            assert listed(session) == ["org/old"]
+        assert session.refresh(only_settled=True) == (("org/new",), ("org/old",), ())
+        assert session.refresh(only_settled=True) == ((), (), ())
+        assert len(list((session.path / "hubs").iterdir())) == 2
+
+
 def test_a_folder_that_is_again_as_it_was_keeps_its_readers(models: Path, sessions: Path) -> None:
     lay_model(models / "org/name", {"file.txt": b"1"})
     with overlay.open_session([models]) as session:

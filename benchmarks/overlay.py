@@ -1,0 +1,296 @@
+"""What the overlay costs: ratios measured in one run, each beside its goal.
+
+    python benchmarks/overlay.py [--models 1000 --cached 1000 --files 12 --rounds 5]
+
+Ratios, because they hold on other machines where milliseconds do not. What is compared takes turns, and the shortest
+time of each counts, because whatever else the machine does only ever adds to it. A goal that is missed is a word in
+the output, not a failure.
+
+All of it happens in a temporary folder, with a home of its own; TMPDIR chooses the disk. On one where files are made
+in no time (tmpfs), the overlay's own work shows most; ext4 makes them many times more slowly for minutes after many
+were deleted, which hides it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # else `import overlay` finds this file
+
+from overlay import open_session
+from tests.support.hfcache import add_repo
+from tests.support.models import make_model
+
+LONG_AGO = 1_700_000_000
+"""When the models were copied to the disk; what is being copied right now is looked at more closely."""
+FEW_MODELS = 100
+"""For whole processes."""
+PROCESS_ROUNDS = 15
+LOAD_ROUNDS = 50
+SAYS = " ".join(f"word{number}" for number in range(3000))
+"""Makes a model of 88 MB, which is as small as models are that people load."""
+
+LAYERS = 32
+MODULES = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+SMALL_FILES = (
+    "README.md",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+
+class Ratio(NamedTuple):
+    """One line of the result."""
+
+    what: str
+    seconds: float
+    base: str
+    base_seconds: float
+    goal: float
+
+    def line(self) -> str:
+        ratio = self.seconds / self.base_seconds
+        verdict = "met" if ratio <= self.goal else "MISSED"
+        left, right = (f"{seconds * 1000:.1f} ms" for seconds in (self.seconds, self.base_seconds))
+        return f"{ratio:8.3f}  goal {self.goal:<5} {verdict:7}{self.what} ({left}) ÷ {self.base} ({right})"
+
+
+class Operation(NamedTuple):
+    """One call that makes one entry of a tree."""
+
+    call: Callable[..., None]
+    arguments: tuple[str | bytes, ...]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--models", type=int, default=1000, help="user models (default: %(default)s)")
+    parser.add_argument("--cached", type=int, default=1000, help="cached repos (default: %(default)s)")
+    parser.add_argument("--files", type=int, default=12, help="files a user model, at least 4 (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often trees are built (default: %(default)s)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="overlay-benchmark-") as folder, home_of_its_own(Path(folder)):
+        disk = Path(folder)
+        hub = disk / "home/.cache/huggingface/hub"
+        make_models(disk / "models", options.models, options.files)
+        make_models(disk / "few", FEW_MODELS, options.files)
+        for number in range(options.cached):
+            add_repo(hub, f"cached/model-{number}", {"config.json": b"{}", "model.safetensors": b"weights"}, tree=True)
+        print(f"{options.models} models of {options.files} files, {options.cached} cached repos", flush=True)
+        show(tree_ratios(disk / "models", disk / "replay", options.rounds))
+        show(process_ratios(disk))
+        make_model(disk / "loaded/org/name", SAYS)
+        show(load_ratios(disk / "loaded"))
+    return 0
+
+
+def show(ratios: Sequence[Ratio]) -> None:
+    for ratio in ratios:
+        print(ratio.line(), flush=True)
+
+
+@contextmanager
+def home_of_its_own(disk: Path) -> Iterator[None]:
+    """For this process and those it starts: no variable of the user's leads to their home or cache."""
+    environment = {
+        "HOME": str(disk / "home"),
+        "PATH": os.environ["PATH"],
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+    }
+    with patch.dict(os.environ, environment, clear=True):
+        yield
+
+
+@contextmanager
+def clock(times: dict[str, list[float]], name: str) -> Iterator[None]:
+    gc.collect()  # or one measurement pays for what another left behind
+    started = time.perf_counter()
+    yield
+    times[name].append(time.perf_counter() - started)
+
+
+# Trees -----------------------------------------------------------------------------------------------------------
+
+
+def tree_ratios(models: Path, replayed: Path, rounds: int) -> list[Ratio]:
+    """Build, refresh and scan one tree in each round; a first round, not counted, fills the caches of the disk."""
+    from huggingface_hub import scan_cache_dir
+
+    changing = models / "org-0/model-0/config.json"
+    times: dict[str, list[float]] = defaultdict(list)
+    replayed.mkdir()
+    with ExitStack() as sessions:  # closed at the end, so that no tree is made where one was just deleted
+        for number in range(1 + rounds):
+            with clock(times, "build"):
+                session = sessions.enter_context(open_session([models]))
+            operations = recorded(session.path, replayed / str(number))
+            with clock(times, "bare"):
+                for call, arguments in operations:
+                    call(*arguments)
+            with clock(times, "unchanged"):
+                unchanged = session.refresh()
+            changing.write_text(config(f"round {number}"))
+            settle(changing, LONG_AGO + number)
+            with clock(times, "changed"):
+                changed = session.refresh()
+            if any(unchanged) or changed.changed != ("org-0/model-0",):
+                raise SystemExit(f"not worth measuring: the refreshes found {unchanged} and {changed}")
+            with clock(times, "scan"):
+                scan_cache_dir(session.hub_cache)
+    build, bare, unchanged_refresh, changed_refresh, scan = (
+        min(times[name][1:]) for name in ("build", "bare", "unchanged", "changed", "scan")
+    )
+    return [
+        Ratio("build", build, "the bare system calls of the same tree", bare, 1.5),
+        Ratio("build", build, "one scan_cache_dir of it", scan, 1.0),
+        Ratio("refresh, nothing changed", unchanged_refresh, "build", build, 0.03),
+        Ratio("refresh, one model changed", changed_refresh, "build", build, 0.05),
+    ]
+
+
+def recorded(tree: Path, target: Path) -> list[Operation]:
+    """The calls that make in `target` what is in `tree`."""
+    operations = [Operation(os.mkdir, (str(target),))]
+    for folder, folders, files in os.walk(tree):
+        for name in sorted(folders + files):
+            path = os.path.join(folder, name)
+            copy = str(target / os.path.relpath(path, tree))
+            if os.path.islink(path):
+                operations.append(Operation(os.symlink, (os.readlink(path), copy)))
+            elif os.path.isdir(path):
+                operations.append(Operation(os.mkdir, (copy,)))
+            else:
+                operations.append(Operation(write, (copy, Path(path).read_bytes())))
+    return operations
+
+
+def write(path: str, content: bytes) -> None:
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    os.write(fd, content)
+    os.close(fd)
+
+
+# Processes -------------------------------------------------------------------------------------------------------
+
+
+def process_ratios(disk: Path) -> list[Ratio]:
+    python = [sys.executable, "-c", "pass"]
+    command = str(Path(sys.executable).with_name("hf-overlay"))
+    few = ["--model-path", str(disk / "few")]
+    (disk / "none").mkdir()
+    none = ["--model-path", str(disk / "none")]
+    measured = {
+        f"hf-overlay ls, {FEW_MODELS} models": [command, "ls", *few],
+        f"hf-overlay run -- true, {FEW_MODELS} models": [command, "run", *few, "--", "true"],
+        "hf-overlay run -- true, no models": [command, "run", *none, "--", "true"],
+    }
+    environment = {**os.environ, "HF_HOME": str(disk / "no-cache")}
+    times: dict[str, list[float]] = defaultdict(list)
+    for _ in range(1 + PROCESS_ROUNDS):
+        for name, arguments in {**measured, "python": python}.items():
+            with clock(times, name):
+                subprocess.run(arguments, cwd=disk, env=environment, check=True, capture_output=True)
+    base = min(times["python"][1:])
+    return [Ratio(name, min(times[name][1:]), "python -c pass", base, 5) for name in measured]
+
+
+def load_ratios(models: Path) -> list[Ratio]:
+    """In processor time: a load runs on several threads, and 2 % of its wall time cannot be told from noise."""
+    script = """
+import gc, json, sys, time
+import mlx_lm
+
+shortest = {}
+for round in range(1 + int(sys.argv[1])):
+    for model in sorted(sys.argv[2:], reverse=round % 2 == 0):
+        gc.collect()
+        started = time.process_time()
+        loaded = mlx_lm.load(model)
+        seconds = time.process_time() - started
+        del loaded
+        if round:
+            shortest[model] = min(seconds, shortest.get(model, seconds))
+print(json.dumps(shortest))
+"""
+    model_id, path = "org/name", str(models / "org/name")
+    with open_session([models]) as session:
+        arguments = [sys.executable, "-c", script, str(LOAD_ROUNDS), model_id, path]
+        result = subprocess.run(arguments, cwd=models.parent, env=session.environment, check=True, capture_output=True)
+    shortest: Mapping[str, float] = json.loads(result.stdout)
+    return [
+        Ratio("mlx_lm.load through the overlay, processor time", shortest[model_id], "by path", shortest[path], 1.02)
+    ]
+
+
+# Models ----------------------------------------------------------------------------------------------------------
+
+
+def make_models(root: Path, count: int, files: int) -> None:
+    """As a drive holds them: ten in an organisation's folder, all copied long ago."""
+    for number in range(count):
+        folder = root / f"org-{number // 10}" / f"model-{number}"
+        folder.mkdir(parents=True)
+        for name, content in model_files(files).items():
+            (folder / name).write_text(content)
+            settle(folder / name)
+        settle(folder)
+        settle(folder.parent)
+
+
+def model_files(count: int) -> dict[str, str]:
+    """The files of a quantized Llama, its weights and vocabulary left out: nothing here reads them."""
+    small = SMALL_FILES[: max(0, count - 4)]
+    shards = max(1, count - 2 - len(small))
+    names = [f"model-{shard + 1:05}-of-{shards:05}.safetensors" for shard in range(shards)]
+    tensors = [
+        f"model.layers.{layer}.{module}.{part}"
+        for layer in range(LAYERS)
+        for module in MODULES
+        for part in ("weight", "scales", "biases")
+    ]
+    weight_map = {tensor: names[number * shards // len(tensors)] for number, tensor in enumerate(tensors)}
+    index = json.dumps({"metadata": {"total_size": 4_500_000_000}, "weight_map": weight_map}, indent=4)
+    return {
+        "config.json": config("as downloaded"),
+        "model.safetensors.index.json": index,
+        **dict.fromkeys((*names, *small), "content"),
+    }
+
+
+def config(note: str) -> str:
+    values = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": LAYERS, "note": note}
+    return json.dumps(values, indent=4)
+
+
+def settle(path: Path, seconds: int = LONG_AGO) -> None:
+    os.utime(path, (seconds, seconds))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
