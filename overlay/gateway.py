@@ -83,7 +83,8 @@ class Gateway:
         self._session = session
         self._upstream = upstream.rstrip("/")
         self._prefix = f"/{os.urandom(20).hex()}"
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        # Named, or asyncio leaves Nagle's algorithm on: 40 ms for each answer with a body.
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._client: httpx2.AsyncClient | None = None
         self._stop = threading.Event()
         self._server: Any = None
@@ -241,12 +242,14 @@ class Asked(NamedTuple):
         return hfcache.repo_folder(self.repo_id, self.kind)
 
     def announces_download(self, method: str) -> bool:
-        """Whether a client that gets this answer goes on to write into its cache."""
-        return (self.what == "resolve" and method in ("HEAD", "GET")) or (
-            self.what in ("info", "revision", "tree") and method == "GET"
-        )
+        """Whether a client that gets this answer may go on to write into its cache."""
+        if self.what == "resolve":
+            return method in ("HEAD", "GET")
+        is_pinned = self.what == "tree" and _COMMIT.fullmatch(self.revision or "") is not None
+        return method == "GET" and (self.what == "revision" or is_pinned)
 
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _API = re.compile(r"/api/(models|datasets|spaces|kernels)/(.+)")
 _RESOLVE = re.compile(r"/(?:(datasets|spaces|kernels)/)?([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)")
 
@@ -298,6 +301,11 @@ async def _answer(request: Request, asked: Asked, found: Shadowed) -> Response:
     if asked.what in ("info", "revision"):
         return JSONResponse(_info(found))
     if asked.what == "tree":
+        if _verifies(request) and any(file.etag is None for file in model.files):
+            message = (
+                f"{model.path} was not made by hf download, so there are no checksums of the Hub's to compare with"
+            )
+            return _error(501, "", message)
         listed = list(_tree(model, asked.path, is_recursive="recursive" in request.query_params))
         return JSONResponse(listed) if listed else _error(404, "EntryNotFound", f"{model.path} has no {asked.path}")
     if asked.what == "paths-info":
@@ -329,6 +337,17 @@ def _info(found: Shadowed) -> dict[str, object]:
         "createdAt": "1970-01-01T00:00:00.000Z",
         "siblings": [{"rfilename": file.name, **_sizes(model, file)} for file in model.files],
     }
+
+
+def _verifies(request: Request) -> bool:
+    """Whether the listing is for `hf cache verify`, which would take our made-up ids for checksums of the files.
+
+    Clients that can tell (huggingface_hub >= 1.32) flag what they ask for a download.
+    """
+    version = re.search(r"hf_hub/(\d+)\.(\d+)", request.headers.get("user-agent", ""))
+    can_tell = version is not None and (int(version[1]), int(version[2])) >= (1, 32)
+    is_pinned = _COMMIT.search(request.url.path.rpartition("/tree/")[2]) is not None
+    return can_tell and is_pinned and "x-hf-download-counter" not in request.headers
 
 
 def _tree(model: Model, below: str, *, is_recursive: bool) -> list[dict[str, object]]:
@@ -379,7 +398,7 @@ def _file(found: Shadowed, name: str) -> Response:
     headers = {
         "ETag": f'"{hfcache.etag(model, file)}"',
         "X-Repo-Commit": commit,
-        "X-Linked-Size": str(file.size),
+        "X-Linked-Size": str(os.path.getsize(path)),
         "X-Linked-ETag": f'"{hfcache.etag(model, file)}"',
     }
     return FileResponse(path, headers=headers, media_type="application/octet-stream")

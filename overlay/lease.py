@@ -130,6 +130,8 @@ def sessions_in(sessions: str) -> list[str]:
 
 def remove(path: str) -> None:
     """Take away what is left of a session once its tree is gone: the owner's file and the folder. Raises OSError."""
+    if set(os.listdir(path)) - {OWNER_FILE}:  # without that file nobody could ever prove the owner dead
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
     try:
         os.unlink(os.path.join(path, OWNER_FILE))
     except FileNotFoundError:

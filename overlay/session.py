@@ -95,6 +95,8 @@ class Session:
         variables["HF_HUB_DISABLE_SHARED_BLOBS"] = "1"
         if self._gateway is not None:
             variables["HF_ENDPOINT"] = self._gateway.endpoint
+        if config.is_offline(self._environ):  # also for programs started elsewhere, which nothing keeps from the Hub
+            variables["HF_HUB_OFFLINE"] = "1"
         return variables
 
     @property
@@ -278,9 +280,9 @@ def clear(sessions: str, path: str) -> Cleared | None:
         try:
             owner = lease.read_owner(path)
             stuck = writeback.bring_home(path, owner.hub_cache) if owner is not None else {}
-            kept = tree.remove(path)
+            kept = tree.remove(path, stuck)
             for kept_path in kept:
-                reason = stuck.get(kept_path, "it has no place in the Hugging Face cache")
+                reason = stuck.get(kept_path, "the cache holds, or a program is downloading, other bytes for it")
                 logger.warning("a download stays in %s and is tried again at the next start: %s", kept_path, reason)
             if not kept:
                 lease.remove(path)

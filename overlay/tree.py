@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Collection
 from typing import NamedTuple
 
 from overlay import hfcache
@@ -106,7 +107,8 @@ class Tree:
         for entry in (hfcache.LOCKS, name):
             if os.path.isdir(f"{self.hub}/{entry}"):
                 continue
-            self._make_real(f"{real_hub}/{entry}")
+            # Scans warn of a repo without snapshots, and some that are announced are only looked at.
+            self._make_real(f"{real_hub}/{entry}" if entry == hfcache.LOCKS else f"{real_hub}/{entry}/snapshots")
             self._entries[entry] = f"{real_hub}/{entry}"
             for hub in _entries(f"{self._session}/hubs"):
                 if not os.path.lexists(f"{hub.path}/{entry}"):
@@ -222,19 +224,22 @@ def _home_entries(hf_home: str) -> set[str]:
         return set()
 
 
-def remove(session: str) -> list[str]:
-    """Remove a session's tree, and nothing that a client downloaded into it: returns those paths, which stay."""
+def remove(session: str, unfinished: Collection[str] = ()) -> list[str]:
+    """Remove a session's tree, and nothing that a client downloaded into it: returns those paths, which stay.
+
+    So do the `unfinished`: of those not all is in the real cache, even if the bytes are.
+    """
     kept: list[str] = []
     for hub in _entries(f"{session}/hubs"):
         _remove_links(hub.path)
-        kept += _remove_unless_downloaded(hub.path)
+        kept += _remove_unless_downloaded(hub.path, unfinished)
         _rmdir_if_empty(hub.path)
-    kept += _remove_unless_downloaded(f"{session}/shadows")
+    kept += _remove_unless_downloaded(f"{session}/shadows", unfinished)
     if os.path.isdir(f"{session}/{ASIDE}"):
         _remove_folder(f"{session}/{ASIDE}")
     _remove_links(session)
     _remove_links(f"{session}/home")
-    kept += _remove_unless_downloaded(f"{session}/home")
+    kept += _remove_unless_downloaded(f"{session}/home", unfinished)
     for folder in ("home", "hubs", "shadows"):
         _rmdir_if_empty(f"{session}/{folder}")
     _unmake_real(f"{session}/{MADE}")
@@ -246,7 +251,7 @@ def has_payload(repo: str) -> bool:
     return any(_has_files(f"{repo}/{folder}") for folder in ("blobs", "snapshots"))
 
 
-def _remove_unless_downloaded(folder: str) -> list[str]:
+def _remove_unless_downloaded(folder: str, unfinished: Collection[str]) -> list[str]:
     kept = []
     for entry in _entries(folder):
         is_repo = hfcache.is_repo(entry.name)
@@ -254,7 +259,7 @@ def _remove_unless_downloaded(folder: str) -> list[str]:
             is_payload = False  # clients put them beside what they download
         else:
             is_payload = has_payload(entry.path) if is_repo else _has_files(entry.path)
-        if is_payload:
+        if is_payload or entry.path in unfinished:
             kept.append(entry.path)
         else:
             _remove_folder(entry.path)
@@ -279,7 +284,8 @@ def _remove_folder(path: str) -> None:
         return
     if not os.access(path, os.W_OK):
         os.chmod(path, 0o700)  # sealed by us
-    for entry in _entries(path):
+    # Last what tells ours from a client's, so that whoever goes on after a kill can tell, too.
+    for entry in sorted(_entries(path), key=lambda entry: entry.name == hfcache.ORIGIN):
         _remove_folder(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
     os.rmdir(path)
 

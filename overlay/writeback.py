@@ -21,21 +21,26 @@ from overlay.tree import has_payload
 def bring_home(session: str, hub: str) -> dict[str, str]:
     """Move every download in a dead session's tree into the real cache `hub`.
 
-    Returns why, for each path that may have to stay.
+    Returns why, for each path that must stay because it is not all there yet.
     """
     stuck: dict[str, str] = {}
     for repo, name in _written_repos(session):
         try:
             os.makedirs(hub, exist_ok=True)
             if not _move_whole(repo, f"{hub}/{name}"):
-                _merge(repo, f"{hub}/{name}", f"{hub}/{hfcache.LOCKS}/{name}")
-            stuck[repo] = "the cache holds other files of these names, or a program is downloading them"
+                # One name a session, so that what a kill leaves of it is overwritten when it is done again.
+                aside = f"{hub}/{name}/{os.path.basename(session)}.incomplete"
+                _merge(repo, f"{hub}/{name}", f"{hub}/{hfcache.LOCKS}/{name}", aside)
         except OSError as error:
-            stuck[repo] = f"{error.strerror or error}: {error.filename2 or error.filename or hub}"
+            if _is_worth_keeping(repo):
+                stuck[repo] = f"{error.strerror or error}: {error.filename2 or error.filename or hub}"
     for number in _names(f"{session}/hubs"):
         tag = f"{session}/hubs/{number}/{hfcache.CACHEDIR_TAG}"
         if os.path.isfile(tag) and os.path.isdir(hub) and not os.path.lexists(f"{hub}/{hfcache.CACHEDIR_TAG}"):
-            _move(tag, f"{hub}/{hfcache.CACHEDIR_TAG}")
+            try:
+                os.rename(tag, f"{hub}/{hfcache.CACHEDIR_TAG}")
+            except OSError:  # another volume: the next client makes one
+                pass
     return stuck
 
 
@@ -50,8 +55,15 @@ def _written_repos(session: str) -> Iterator[tuple[str, str]]:
         path = f"{session}/shadows/{shadow}"
         if has_payload(path):
             _drop_copies(path)
-        if has_payload(path):
+        if _is_worth_keeping(path):
             yield path, shadow.rpartition(".")[0]
+
+
+def _is_worth_keeping(repo: str) -> bool:
+    """Whether a client wrote something into a repo: bytes, or, when those are home already, a revision's links."""
+    own = _own_commit(repo)
+    revisions = (f"{repo}/snapshots/{commit}" for commit in _names(f"{repo}/snapshots") if commit != own)
+    return has_payload(repo) or any(_files(revision) for revision in revisions)
 
 
 def _move_whole(repo: str, target: str) -> bool:
@@ -71,22 +83,27 @@ def _move_whole(repo: str, target: str) -> bool:
     return True
 
 
-def _merge(repo: str, target: str, locks: str) -> None:
-    """Add a repo's downloads to the one in the cache, revision by revision. Raises OSError; can be repeated."""
+def _merge(repo: str, target: str, locks: str, aside: str) -> None:
+    """Add a repo's downloads to the one in the cache, revision by revision. Raises OSError; can be repeated.
+
+    `aside` is where a file is until it is complete: no folder that programs look into.
+    """
     own = _own_commit(repo)
+    os.makedirs(f"{target}/snapshots", exist_ok=True)  # a repo without it is a corrupt one to scans
     for name in _names(f"{repo}/blobs"):
         path = f"{repo}/blobs/{name}"
         if os.path.islink(path) or not os.path.isfile(path):
             continue
         if name.endswith(".incomplete"):
-            _move_incomplete(path, f"{target}/blobs/{name}", f"{locks}/{name.removesuffix('.incomplete')}.lock")
+            lock = f"{locks}/{name.removesuffix('.incomplete')}.lock"
+            _move_incomplete(path, f"{target}/blobs/{name}", lock, aside)
         elif not os.path.exists(f"{target}/blobs/{name}"):
-            _move(path, f"{target}/blobs/{name}")
+            _move(path, f"{target}/blobs/{name}", aside)
         elif os.path.getsize(f"{target}/blobs/{name}") == os.path.getsize(path):
             os.unlink(path)  # named by its content: the cache has it already
     complete: set[str] = set()
     for commit in _names(f"{repo}/snapshots"):
-        if commit != own and _merge_snapshot(f"{repo}/snapshots/{commit}", f"{target}/snapshots/{commit}"):
+        if commit != own and _merge_snapshot(f"{repo}/snapshots/{commit}", f"{target}/snapshots/{commit}", aside):
             complete.add(commit)
     for folder in ("trees", ".no_exist", "refs"):
         for relative in _files(f"{repo}/{folder}"):
@@ -94,20 +111,29 @@ def _merge(repo: str, target: str, locks: str) -> None:
             with open(path, "rb") as file:
                 content = file.read()
             commit = content.decode("ascii", "replace") if folder == "refs" else relative.split("/")[0].split(".")[0]
-            if commit in complete:
-                _write(f"{target}/{folder}/{relative}", content)
+            wanted = f"{target}/{folder}/{relative}"
+            if commit in complete and not _is_newer(wanted, path):
+                _write(wanted, content, aside)
 
 
-def _merge_snapshot(snapshot: str, target: str) -> bool:
+def _is_newer(path: str, other: str) -> bool:
+    """Whether somebody wrote `path` after `other`: it moved on while the session lay dead."""
+    return os.path.exists(path) and os.path.getmtime(path) > os.path.getmtime(other)
+
+
+def _merge_snapshot(snapshot: str, target: str, aside: str) -> bool:
     """Give the cache's repo one revision's links; False when a part of it is not the cache's to hold."""
     is_complete = True
     for relative in _files(snapshot):
         path, wanted = f"{snapshot}/{relative}", f"{target}/{relative}"
+        is_link = os.path.islink(path)
         if os.path.lexists(wanted):
+            if not is_link and os.path.isfile(wanted) and os.path.getsize(wanted) == os.path.getsize(path):
+                os.unlink(path)  # one commit's file is one file
             continue
         os.makedirs(os.path.dirname(wanted), exist_ok=True)
-        if not os.path.islink(path):  # clients copy where they cannot link
-            _move(path, wanted)
+        if not is_link:  # clients copy where they cannot link
+            _move(path, wanted, aside)
             continue
         link = os.readlink(path)
         blob = os.path.normpath(os.path.join(os.path.dirname(wanted), link))
@@ -118,14 +144,14 @@ def _merge_snapshot(snapshot: str, target: str) -> bool:
     return is_complete
 
 
-def _move_incomplete(path: str, target: str, lock: str) -> None:
+def _move_incomplete(path: str, target: str, lock: str, aside: str) -> None:
     """A partial download, which older clients append to under a lock: the longer one stays."""
     os.makedirs(os.path.dirname(lock), exist_ok=True)
     fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.exists(target) or os.path.getsize(target) < os.path.getsize(path):
-            _move(path, target)
+            _move(path, target, aside)
         else:
             os.unlink(path)
     except BlockingIOError:
@@ -134,7 +160,7 @@ def _move_incomplete(path: str, target: str, lock: str) -> None:
         os.close(fd)
 
 
-def _move(path: str, target: str) -> None:
+def _move(path: str, target: str, aside: str) -> None:
     """Rename, or between volumes copy aside, sync and rename: under its name a file is complete."""
     os.makedirs(os.path.dirname(target), exist_ok=True)
     try:
@@ -143,7 +169,6 @@ def _move(path: str, target: str) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-    aside = f"{target}.{os.getpid()}.incomplete"
     try:
         shutil.copyfile(path, aside)
         shutil.copystat(path, aside)
@@ -160,9 +185,8 @@ def _move(path: str, target: str) -> None:
     os.unlink(path)
 
 
-def _write(path: str, content: bytes) -> None:
+def _write(path: str, content: bytes, aside: str) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    aside = f"{path}.{os.getpid()}.tmp"
     with open(aside, "wb") as file:
         file.write(content)
     os.replace(aside, path)

@@ -10,7 +10,7 @@ import fcntl
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -202,6 +202,14 @@ def test_a_partial_download_waits_for_a_program_that_is_at_it(dead: Dead) -> Non
 # Into a repo of the user's -----------------------------------------------------------------------------------------
 
 
+def add_revision(hub: Path, model_id: str, files: Mapping[str, bytes]) -> Path:
+    """Another revision beside the user's, as a client leaves it that does not mind what it may not write to."""
+    for folder in (hub / repo_folder(model_id)).rglob("*"):
+        if folder.is_dir() and not folder.is_symlink():
+            folder.chmod(0o755)
+    return add_repo(hub, model_id, files, commit=OTHER, tree=True)
+
+
 def force(hub: Path, model_id: str, name: str, content: bytes) -> None:
     """What a forced download of one file leaves: bytes where the link to the user's file was."""
     (snapshot,) = (hub / repo_folder(model_id)).glob("snapshots/*")
@@ -240,7 +248,7 @@ def test_another_revision_of_a_users_model_comes_home_without_anything_of_ours(d
     lay_model(dead.models / "org/m", {"config.json": CONFIG}, settled=True)
     with dead.written() as hub:
         (own,) = (path.name for path in hub.glob("models--org--m/snapshots/*"))
-        add_repo(hub, "org/m", {"config.json": b"{}", "model.safetensors": b"new"}, commit=OTHER, tree=True)
+        add_revision(hub, "org/m", {"config.json": b"{}", "model.safetensors": b"new"})
     assert [cleared.kept for cleared in dead.clear()] == [()]
     repo = dead.repo("org/m")
     assert os.listdir(repo / "snapshots") == [OTHER]
@@ -256,7 +264,7 @@ def test_a_revision_that_is_partly_the_users_comes_home_without_that_part_and_wi
     lay_model(dead.models / "org/m", {"config.json": CONFIG}, settled=True)
     with dead.written() as hub:
         (ours,) = hub.glob("models--org--m/snapshots/*/config.json")
-        snapshot = add_repo(hub, "org/m", {"model.safetensors": b"new"}, commit=OTHER, tree=True)
+        snapshot = add_revision(hub, "org/m", {"model.safetensors": b"new"})
         (snapshot / "config.json").symlink_to(os.readlink(ours))
     assert [cleared.kept for cleared in dead.clear()] == [()]
     repo = dead.repo("org/m")
@@ -352,7 +360,7 @@ def lay_everything(dead: Dead) -> None:
         partial(hub, b"half")
         add_repo(hub, "org/merged", {"pr.txt": b"pull request"}, refs=["refs/pr/1"], no_exist=["x"])
         add_repo(hub, "org/data", {"config.json": CONFIG}, repo_type="dataset")
-        add_repo(hub, "org/mine", {"new.safetensors": b"revision of a user's"}, commit=OTHER, tree=True)
+        add_revision(hub, "org/mine", {"new.safetensors": b"revision of a user's"})
         (own,) = (path for path in hub.glob("models--org--mine/snapshots/*") if path.name != OTHER)
         blob = own / os.readlink(own / "model.safetensors")
         blob.unlink()
