@@ -98,7 +98,7 @@ class Catalog:
         entries = self._cache_entries()
         examined: dict[str, tuple[object, hfcache.Examined]] = {}
         for name, path in entries.items():
-            if hfcache.is_repo(name):
+            if "--" in name:  # what scans take for a repo
                 state = hfcache.state(path)
                 before = self._examined.get(path)
                 examined[path] = before if before and before[0] == state else (state, hfcache.examine(path))

@@ -112,6 +112,7 @@ class _Walk:
         self._root = root
         self._before = before
         self._after = after
+        self._real_root = os.path.realpath(root)
         self._models: list[Model] = []
         self._rejects: list[Reject] = []
         self._junk = 0
@@ -200,7 +201,7 @@ class _Walk:
                 if cached_id is not None and "snapshots" in inside.folders:
                     self._take(self.snapshot(path, cached_id, "custom"))
                 elif not self._is_model(path, model_id, inside):
-                    if here in chain:
+                    if here in chain or (os.path.islink(path) and _holds(os.path.realpath(path), self._real_root)):
                         self._reject(path, None, "is a link back to a folder above it")
                     elif os.path.islink(path) and here in linked:
                         self._reject(path, None, "links to a folder that another link has shown already")
@@ -282,6 +283,7 @@ class _Walk:
         newest = max(file.mtime_ns for file in files)
         if source == "custom" and not has_links and newest < time.time_ns() - SETTLED_SECONDS * 10**9:
             watched = [*folders, *(f"{path}/{name}" for name in _MARKERS if name in folder.files)]
+            watched += hfcache.local_dir_records(path) if commit is not None else ()
             self._after[path] = _Seen(model, tuple((name, _stamp(name)) for name in watched), junk)
         return model
 
@@ -356,11 +358,16 @@ def _subfolders(path: str, top: _Folder) -> Iterator[tuple[str, _Folder]]:
             real = os.path.realpath(f"{path}/{prefix}{name}")
             if prefix.count("/") > MAX_DEPTH:
                 raise _Unfit(f"has folders more than {MAX_DEPTH} deep")
-            if _is_utf8(name) and real not in entered and not f"{home}/".startswith(f"{real}/"):
+            if _is_utf8(name) and real not in entered and not _holds(real, home):
                 entered.add(real)
                 inside = _list(f"{path}/{prefix}{name}")
                 yield f"{prefix}{name}/", inside
                 pending.append((f"{prefix}{name}/", inside))
+
+
+def _holds(folder: str, inner: str) -> bool:
+    """Whether one real path is the other or above it."""
+    return f"{inner}/".startswith(folder.rstrip("/") + "/")
 
 
 def _check_weights(path: str, files: tuple[File, ...], broken: list[str], *, required: bool) -> None:

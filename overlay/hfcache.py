@@ -6,6 +6,7 @@ utils/_cache_manager.py, utils/_validators.py of 2.4).
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -131,12 +132,17 @@ def entries(hub: str) -> dict[str, str]:
 
 def state(repo: str) -> object:
     """Something that is equal as long as no revision or ref of a cached repo came, went, or changed its mode."""
-    times = []
-    for folder in ("refs", "snapshots"):
+    times: list[int] = []
+    folders = ["refs", "snapshots"]
+    for folder in folders:
         try:
-            times.append(os.stat(f"{repo}/{folder}").st_ctime_ns)
+            status = os.stat(f"{repo}/{folder}")
         except OSError as error:
             times.append(error.errno or 0)
+            continue
+        times.append(status.st_ctime_ns)
+        if folder == "refs" and status.st_nlink != 2:  # 2: no folder in it; other numbers may mean anything
+            folders += ["refs/refs", "refs/refs/pr"]
     return tuple(times)
 
 
@@ -165,6 +171,8 @@ def examine(repo: str) -> Examined:
             if os.path.isdir(revision):
                 os.stat(f"{revision}/.")
                 commits.append(name)
+                if loop := _link_loop(revision):
+                    return Examined((), f"snapshots/{name}/{loop} is a link to itself")
             elif os.path.islink(revision) and not os.path.exists(revision):
                 return Examined((), f"snapshots/{name} is a broken link")
         for folder, _, names in os.walk(f"{repo}/refs"):
@@ -178,6 +186,18 @@ def examine(repo: str) -> Examined:
     except (OSError, UnicodeDecodeError) as error:
         return Examined((), str(error))
     return Examined(tuple(commits), None)
+
+
+def _link_loop(revision: str) -> str | None:
+    """A file of a snapshot whose links never end, on which releases up to 1.31 fail."""
+    for folder, _, names in os.walk(revision):
+        for name in names:
+            try:
+                os.stat(f"{folder}/{name}")
+            except OSError as error:
+                if error.errno == errno.ELOOP:
+                    return os.path.relpath(f"{folder}/{name}", revision)
+    return None
 
 
 def _subfolders(path: str) -> list[str]:
@@ -292,6 +312,12 @@ def local_dir_identity(folder: str, mtimes_ns: Mapping[str, int]) -> tuple[str, 
         commits.add(commit)
         etags[name] = etag
     return (commits.pop(), etags) if len(commits) == 1 else None
+
+
+def local_dir_records(folder: str) -> list[str]:
+    """A record that `hf download --local-dir` rewrites with each newer commit, where there is one."""
+    record = f"{folder}/.cache/huggingface/download/config.json.metadata"
+    return [record] if os.path.isfile(record) else []
 
 
 def _sha1(text: str) -> str:

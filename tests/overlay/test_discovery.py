@@ -261,10 +261,12 @@ def test_links_to_models_are_followed_and_loops_end(models: Path, tmp_path: Path
     (models / "alias").symlink_to(models / "org")
     (models / "org/loop").symlink_to(models)
     (models / "self").symlink_to("self")
+    (models / "up").symlink_to(models.parent)
     source = scan(models)
     assert ids(source) == ["alias/again", "alias/linked", "org/again", "org/linked"]
     by_path = {reject.path: reject.reason for reject in source.rejects}
     assert "back to a folder above it" in by_path[str(models / "org/loop")]
+    assert "back to a folder above it" in by_path[str(models / "up")]
 
 
 def test_links_inside_a_model_are_followed_unless_they_lead_to_what_holds_it(models: Path, tmp_path: Path) -> None:

@@ -1,0 +1,153 @@
+"""Which models mlx-lm can load: the answer of its own `_get_classes`, which one process gives for all configs here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overlay.errors import OverlayError
+from overlay.kinds import ModelTypes
+
+# A module that lacks a package may end the whole process, which is an answer too.
+ASK_MLX_LM = """
+import json, os, sys
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+from mlx_lm import utils
+
+def loads(config):
+    try:
+        utils._get_classes(config=config)
+    except (Exception, SystemExit):
+        return False
+    return True
+
+given = json.load(sys.stdin)
+types = [*given["types"], *utils.MODEL_REMAPPING, *utils.MODEL_REMAPPING.values()]
+configs = [{"model_type": each} for each in types]
+for (model_type, architecture), target in utils.MODEL_ARCHITECTURE_REMAPPING.items():
+    for each in (architecture, [architecture], ["Other", architecture], [architecture, "Other"], {architecture: 1}):
+        configs += [{"model_type": model_type, "architectures": each}, {"model_type": target, "architectures": each}]
+configs += given["configs"]
+json.dump([[config, loads(config)] for config in configs], answers)
+"""
+STRANGE_TYPES: list[Any] = [
+    *("", " ", "llama ", " llama", "LLAMA", "Llama", "llama.py", "llama.Model", ".llama", "..utils", "../llama"),
+    *("models.llama", "llama/..", "cache", "base", "__init__", "__pycache__", "utils", "os", "ünïcode", "a\nb", "\0"),
+    *("switch_layers", "rope_utils", "\ud800", "x" * 5000, "9lives", "import", "_", "llama-2", "llama_"),
+    *(None, 0, 7, 1.5, True, [], ["llama"], {}, {"llama": 1}),
+]
+STRANGE_ARCHITECTURES: list[Any] = [
+    *(None, "", "LlamaForCausalLM", [], ["LlamaForCausalLM"], [None], [7], [["LlamaForCausalLM"]], [{}]),
+    *({}, {"LlamaForCausalLM": 1}, 0, 7, 1.5, True, False),
+]
+STRANGE_CONFIGS: list[Any] = [
+    {},
+    {"architectures": ["LlamaForCausalLM"]},
+    {"type": "llama"},
+    {"Model_Type": "llama"},
+    *({"model_type": "llama", "architectures": each} for each in STRANGE_ARCHITECTURES),
+    *({"model_type": "mistral", "architectures": each} for each in STRANGE_ARCHITECTURES),
+    *({"model_type": "no_such", "architectures": each} for each in STRANGE_ARCHITECTURES),
+]
+
+
+@pytest.fixture(scope="module")
+def installed() -> Path:
+    spec = find_spec("mlx_lm")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
+
+
+def test_every_config_gets_the_answer_of_mlx_lm(home: Path, installed: Path) -> None:
+    modules = sorted(path.stem for path in (installed / "models").iterdir())
+    assert len(modules) > 50
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_MLX_LM],
+        input=json.dumps({"types": [*modules, *STRANGE_TYPES], "configs": STRANGE_CONFIGS}),
+        capture_output=True,
+        text=True,
+        env={"HOME": str(home), "PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1"},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    types = ModelTypes.installed()
+    answers = json.loads(done.stdout)
+    assert sum(loads for _, loads in answers) > 100, "mlx-lm loads most of its own types"
+    wrong = {
+        json.dumps(config)[:200]: types.why_not(config) or "is said to load"
+        for config, loads in answers
+        if (types.why_not(config) is None) != loads
+    }
+    assert not wrong, f"mlx-lm's own answer differs for {wrong}"
+
+
+def test_custom_code_is_refused_as_mlx_lm_does_unless_told_to_trust_it() -> None:
+    types = ModelTypes.installed()
+    assert "own code" in (types.why_not({"model_type": "llama", "model_file": "model.py"}) or "")
+    assert types.why_not({"model_type": "llama", "model_file": None}) is None
+
+
+@pytest.mark.parametrize("model_type", STRANGE_TYPES, ids=lambda value: ascii(value)[:20])
+def test_every_reason_is_one_short_line_that_can_be_printed(model_type: object) -> None:
+    reason = ModelTypes.installed().why_not({"model_type": model_type})
+    assert reason is not None
+    assert len(reason) < 200
+    assert "\n" not in reason
+    reason.encode()
+
+
+def empty(package: Path) -> None:
+    package.mkdir()
+
+
+def without_remapping(package: Path) -> None:
+    (package / "models").mkdir(parents=True)
+    (package / "utils.py").write_text("MODEL_REMAPPING = {}\n")
+
+
+def computed_remapping(package: Path) -> None:
+    (package / "models").mkdir(parents=True)
+    (package / "utils.py").write_text("MODEL_REMAPPING = {}\nMODEL_ARCHITECTURE_REMAPPING = {name(): 1}\n")
+
+
+@pytest.mark.parametrize("lay", [empty, without_remapping, computed_remapping])
+def test_an_mlx_lm_laid_out_otherwise_is_an_error_that_names_it(tmp_path: Path, lay: Callable[[Path], None]) -> None:
+    """P12: with another mlx-lm the answers would be guesses."""
+    lay(tmp_path / "mlx_lm")
+    with pytest.raises(OverlayError, match=str(tmp_path)):
+        ModelTypes(str(tmp_path / "mlx_lm"))
+
+
+def test_a_module_with_model_and_arguments_by_other_means_counts(tmp_path: Path) -> None:
+    package = tmp_path / "mlx_lm"
+    (package / "models").mkdir(parents=True)
+    (package / "utils.py").write_text(
+        'MODEL_REMAPPING = {"old": "plain"}\nMODEL_ARCHITECTURE_REMAPPING: dict = {\n    ("a", "B"): "plain",\n}\n'
+    )
+    sources = {
+        "plain": "class ModelArgs: ...\nclass Model(Base): ...\n",
+        "imported": "from .plain import Model, ModelArgs\n",
+        "renamed": "from .plain import Model as Model, ModelArgs as ModelArgs\n",
+        "assigned": "from . import plain\nModel = plain.Model\nModelArgs = plain.ModelArgs\n",
+        "half": "class Model: ...\n",
+        "mentioned": '"""class Model and class ModelArgs."""\n',
+        "lacking": "import no_such_package_anywhere\nclass ModelArgs: ...\nclass Model: ...\n",
+    }
+    for name, source in sources.items():
+        (package / "models" / f"{name}.py").write_text(source)
+    types = ModelTypes(str(package))
+    loadable = [name for name in sources if types.why_not({"model_type": name}) is None]
+    assert loadable == ["plain", "imported", "renamed", "assigned"]
+    assert types.why_not({"model_type": "old"}) is None
+    assert types.why_not({"model_type": "a"}) is not None
+    assert types.why_not({"model_type": "a", "architectures": "B"}) is None
