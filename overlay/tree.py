@@ -273,12 +273,8 @@ def _unmake_real(record: str) -> None:
             paths = made.read().splitlines()
     except FileNotFoundError:
         return
-    used: tuple[str, ...] = ()
     for path in reversed(paths):
-        if not os.path.isdir(path):  # it was used, and removed by somebody since: what held it stays
-            used += (path,)
-        elif not any(each.startswith(f"{path}/") for each in used):
-            _rmdir_if_empty(path)
+        _rmdir_if_empty(path)
     os.unlink(record)
 
 

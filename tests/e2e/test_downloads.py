@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 import overlay
 from tests.support import hubs
-from tests.support.alone import check_stands_alone, contents
+from tests.support.alone import Contents, check_stands_alone, contents
 from tests.support.client import Clients, open_clients
 from tests.support.folders import lay_model
 from tests.support.hfcache import etag, repo_folder
@@ -181,6 +181,12 @@ def take(step: Step, sides: Sequence[Side], hub: LoopbackHub, first: str) -> Non
     assert asked[0] == asked[1], f"{step}: the gateway passed on something else"
 
 
+def holdings(hf_home: Path) -> Contents:
+    """What a home holds; a cache with nothing in it (the user removed it all) is as good as none."""
+    found = contents(hf_home)
+    return found if found.keys() - {".", "hub"} else {}
+
+
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(steps=st.lists(STEPS, min_size=1, max_size=6), is_logged_in=st.booleans())
 @example(steps=[file("absent.json"), SNAPSHOT], is_logged_in=False)
@@ -197,7 +203,7 @@ def test_what_is_downloaded_through_the_gateway_is_in_the_real_cache_as_without_
         with direct(clients[0], one) as plain, overlaid(clients[1], other) as through:
             for step in steps:
                 take(step, (plain, through), hub, first)
-        assert contents(through.hf_home) == contents(plain.hf_home), "P3 or P4 is broken: another cache than without"
+        assert holdings(through.hf_home) == holdings(plain.hf_home), "P3 or P4 is broken: another cache than without"
 
 
 # Killed ----------------------------------------------------------------------------------------------------------
