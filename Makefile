@@ -29,8 +29,9 @@ format: $(VENV)/.ready  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.ready  ## print the overlay's ratios
+bench: $(VENV)/.ready  ## print the overlay's and the gateway's ratios
 	$(BIN)/python benchmarks/overlay.py
+	$(BIN)/python benchmarks/gateway.py
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -56,7 +56,7 @@ def test_a_model_tells_its_type_size_and_files(models: Path) -> None:
 
 def test_junk_is_no_part_of_a_model_and_is_counted(models: Path) -> None:
     junk = ["._config.json", ".DS_Store", "Thumbs.db", "a.incomplete", "b.lock", ".cache/huggingface/x", ".git/HEAD"]
-    lay_model(models / "org/name", {name: b"junk" for name in junk})
+    lay_model(models / "org/name", dict.fromkeys(junk, b"junk"))
     lay_model(models / "org/._name")
     lay_model(models / ".Trashes/org/name")
     source = scan(models)

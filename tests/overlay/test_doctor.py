@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,5 +101,5 @@ def test_a_cached_repo_that_makes_every_plain_scan_fail(models: Path, hub: Path)
 def test_a_hub_library_whose_deletions_follow_links(
     models: Path, version: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor.metadata, "version", lambda _name: version)
+    monkeypatch.setattr(metadata, "version", lambda _name: version)
     assert len([each for each in examine(models) if each.kind == "deletions"]) == count

@@ -19,7 +19,7 @@ FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"from 
 
 
 def load(session: overlay.Session, model_id: str) -> str:
-    return snapshot_download(model_id, cache_dir=session.hub_cache, local_files_only=True)
+    return str(snapshot_download(model_id, cache_dir=session.hub_cache, local_files_only=True))
 
 
 def listed(session: overlay.Session) -> list[str]:
