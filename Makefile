@@ -16,7 +16,7 @@ help:  ## this list
 demo: $(VENV)/.ready  ## make a tiny model in a folder and let unmodified mlx_lm load it through the overlay
 	@sh docs/demo.sh $(BIN)
 
-test: $(VENV)/.ready  ## run the tests
+test: $(VENV)/.hubs  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.ready  ## lint and type-check
@@ -43,10 +43,14 @@ $(VENV)/.ready: pyproject.toml Makefile
 	@echo "Setting up $(VENV) (once) …"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.hubs: $(VENV)/.ready
 	@for version in $(HUB_VERSIONS); do \
 		test -d $(VENV)/hubs/$$version || { \
+			echo "Setting up huggingface_hub $$version for the tests (once) …" && \
 			rm -rf $(VENV)/hubs/.new && \
-			$(PIP) install --target $(VENV)/hubs/.new "huggingface_hub==$$version" && \
+			$(PIP) install --no-warn-conflicts --target $(VENV)/hubs/.new "huggingface_hub==$$version" && \
 			mv $(VENV)/hubs/.new $(VENV)/hubs/$$version; \
 		} || exit 1; \
 	done
