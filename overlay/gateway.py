@@ -55,7 +55,6 @@ _HOP_BY_HOP = frozenset(
         "upgrade",
     }
 )
-_KINDS = {"models": "models", "datasets": "datasets", "spaces": "spaces", "kernels": "kernels"}
 
 
 class Unavailable(NamedTuple):
