@@ -148,8 +148,10 @@ class World:
         unequal = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
         fine = {name for name in unequal & self.may_go if name not in after}
         fine |= {name for name in unequal & after.keys() if self._may_come(name, is_new=name not in before)}
-        inhabited = {os.path.dirname(name) or "." for name in fine} & before.keys() & after.keys()
-        fine |= {name for name in inhabited if before[name][:2] == after[name][:2]}  # but for size and time
+        touched = {os.path.dirname(name) or "." for name in fine}
+        touched |= {name for name in unequal if self._may_come(name, is_new=True)}  # files lie there until complete
+        folders = {name for name in touched & before.keys() & after.keys() if before[name][0] == "folder"}
+        fine |= {name for name in folders if before[name][:2] == after[name][:2]}  # but for size and time
         changed = _changes(
             *({name: found[name] for name in (unequal - fine) & found.keys()} for found in (before, after))
         )
