@@ -193,9 +193,11 @@ class Tree:
             if hub.name == str(self._generation):
                 continue
             there = set(os.listdir(hub.path))
-            for name in gone & there:
+            # Only links are ours: a folder under that name is what a client wrote.
+            broken = {name for name in gone & there if os.path.islink(f"{hub.path}/{name}")}
+            for name in broken:
                 os.unlink(f"{hub.path}/{name}")
-            for name in self._entries.keys() - (there - gone):
+            for name in self._entries.keys() - (there - broken):
                 os.symlink(self._entries[name], f"{hub.path}/{name}")
 
     def _prune(self) -> None:
