@@ -120,7 +120,10 @@ class Session:
         Raises InvalidModelId, ModelNotFound, or SourceAway when the drive it was on is gone.
         """
         model = self._catalog.find(model_id)
-        logger.debug("%s comes from the %s: %s", model_id, _origin(model), model.path)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s comes from the %s: %s", model_id, _origin(model), model.path)
+            for candidate in self._catalog.explain(model_id)[1:]:
+                logger.debug("%s: %s %s", model_id, candidate.path, candidate.verdict)
         return Path(model.path)
 
     def refresh(self, *, only_settled: bool = False) -> Changes:
@@ -203,6 +206,10 @@ class Session:
                 self._tree.expect(folder, self.settings.hub_cache)
         except OSError as error:
             logger.debug("%s is downloaded into the session and moved later: %s", folder, error)
+
+    def expect_model(self, model_id: str) -> None:
+        """A model is about to be downloaded by a program in `environment`: let it land in the real cache."""
+        self.expect_download(hfcache.repo_folder(model_id))
 
     def _publish(self) -> None:
         plan = self._catalog.plan(case_insensitive=self._tree.is_case_insensitive)

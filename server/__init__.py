@@ -1,1 +1,7 @@
-"""An OpenAI-compatible chat server on mlx-lm that runs on an overlay. Nothing is served yet."""
+"""An OpenAI- and Anthropic-compatible chat server on mlx-lm, for the models an overlay shows.
+
+settings -> app -> api (one file a dialect) -> service -> pool -> engine (the one thread that owns MLX)
+
+A request is decoded by its dialect into a `requests.Request`, rendered to tokens by `chat`, stepped by `engine`, read
+back into `events` by `chat`, and encoded by its dialect again.
+"""

@@ -1,26 +1,49 @@
-"""Tiny model folders whose greedy answer is known beforehand.
+"""Tiny model folders for tests: some say what is known beforehand, some babble.
 
-A folder made here holds a two-layer Llama that was never trained: its weights are a table
+A folder made by `make_model` holds a two-layer Llama that was never trained: its weights are a table
 "last token -> next token". Attention and MLP add nothing to the residual stream (`o_proj` and `down_proj`
 are zero), so the logits depend on the last token alone:
 
 * every token a prompt can end with (bytes, chat markers, BOS, EOS) shares one embedding direction, whose next
   token is step 0 of the script;
 * step `i` of the script has a token and a direction of its own, whose next token is step `i + 1`; the last
-  step is followed by EOS.
+  step is followed by EOS;
+* the token that ends a prompt after a tool's answer may lead to a second script instead.
 
-A step's token is never produced by encoding text. It is stored as a step number between two private-use
-characters, then the text; the decoder drops the number. So two steps with the same text are two tokens.
+A folder made by `make_random_model` holds a whole Llama with random weights, to be measured: what it says
+depends on all that came before and means nothing.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from tests.support.tokens import (
+    AFTER_TOOL,
+    BOS_ID,
+    CHAT_TEMPLATE,
+    EOS,
+    EOS_ID,
+    PAD_ID,
+    SPECIAL,
+    THINK,
+    Piece,
+    chat_template,
+    cut,
+    scripted_tokenizer,
+    special_tokens_map,
+    split,
+    step_tokens,
+    tokenizer_config,
+    vocabulary,
+    word_tokenizer,
+    word_vocabulary,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,32 +51,10 @@ if TYPE_CHECKING:
 
     Tensors = dict[str, npt.NDArray[np.floating[Any]]]
 
+__all__ = ["MEDIUM", "SMALL", "DType", "Sizes", "make_model", "make_random_model", "split", "vocabulary"]
+
 DType = Literal["float32", "float16"]
 
-BOS = "<|begin_of_text|>"
-EOS = "<|im_end|>"
-PAD = "<|pad|>"
-TURN = "<|im_start|>"
-SPECIAL = (BOS, EOS, PAD, TURN)
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + (message['content'] or '') + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-# Opens and closes the step number inside a step's token. Private use: `says` may not contain them.
-_MARK_OPEN, _MARK_CLOSE = "\ue000", "\ue001"
-
-# bytes 0..255 come first, so a byte is its own token id
-_BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-_BOS_ID, _EOS_ID, _PAD_ID = (len(_BYTES) + SPECIAL.index(token) for token in (BOS, EOS, PAD))
-
-_LAYERS = 2
-_HEADS = 2
-_KV_HEADS = 1
-_HEAD_DIM = 64
-_INTERMEDIATE = 64
 _CONTEXT = 4096
 # After the final norm a direction is sqrt(hidden size) >= 8 long, so the next token leads by at least 128:
 # sampling at temperature 1 gives the same text as greedy decoding.
@@ -62,158 +63,91 @@ _LOGIT = 16.0
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
 
+@dataclass(frozen=True)
+class _Shape:
+    vocab: int
+    hidden: int
+    layers: int = 2
+    heads: int = 2
+    kv_heads: int = 1
+    head_dim: int = 64
+    intermediate: int = 64
+    context: int = _CONTEXT
+
+
+# Models that say a script ---------------------------------------------------------------------------------------
+
+
 def make_model(
-    folder: Path, says: str, *, shards: int = 1, model_type: str = "llama", dtype: DType = "float32"
+    folder: Path,
+    says: str,
+    *,
+    shards: int = 1,
+    model_type: str = "llama",
+    dtype: DType = "float32",
+    thinks: bool = False,
+    calls_tools: bool = False,
+    after_tool: str | None = None,
+    pieces: Sequence[Piece] | None = None,
 ) -> Path:
     """Write a model folder that answers any prompt with exactly `says`, then EOS; return `folder`.
 
     The tensors are Llama's whatever `model_type` is: mlx-lm runs them as "llama" and as "mistral"; under any
     other name the folder is well-formed but need not load. Equal arguments give equal bytes.
+
+    `thinks` and `calls_tools` make the model one that can: programs find its tags and tools in the vocabulary and
+    the template. What it does is in `says`: `<think>…</think>`, `<tool_call>…</tool_call>`. A prompt that itself
+    ends with a thinking tag that `says` holds is continued after that tag.
+
+    `after_tool` is said instead of `says` where the chat's last message is a tool's answer.
+
+    `pieces` are the tokens that `says` is said in, instead of `split(says)`; those that are
+    bytes may end inside of a character.
     """
-    steps = split(says)
-    vocab = vocabulary(steps)
+    steps, after = cut(says, pieces), [] if after_tool is None else split(after_tool)
+    added = (*SPECIAL, *(THINK if thinks else ()), *((AFTER_TOOL,) if after_tool is not None else ()))
+    vocab = vocabulary([*steps, *after], added)
+    tokens = step_tokens([*steps, *after], added)
+    table = _table(vocab, tokens[: len(steps)], None if after_tool is None else tokens[len(steps) :])
+    shape = _Shape(vocab=len(vocab), hidden=_hidden_size(table))
+    template = chat_template(thinks=thinks, calls_tools=calls_tools, after_tool=after_tool is not None)
     folder.mkdir(parents=True, exist_ok=True)
-    hidden = _hidden_size(steps)
-    _write_json(folder / "config.json", _config(len(vocab), hidden, model_type, dtype))
-    _write_json(folder / "generation_config.json", _generation_config())
-    _write_json(folder / "tokenizer.json", _tokenizer(vocab))
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config())
-    _write_json(folder / "special_tokens_map.json", _special_tokens())
-    _write_weights(folder, _tensors(len(steps), vocab, hidden, dtype, zlib.crc32(says.encode())), shards)
+    _write_configs(folder, shape, model_type, dtype)
+    _write_tokenizer(folder, scripted_tokenizer(vocab, added), tokenizer_config(added, template, _CONTEXT))
+    seed = zlib.crc32((says + (after_tool or "")).encode())
+    _write_weights(folder, _scripted_tensors(table, shape, dtype, seed), shards)
     return folder
 
 
-def split(says: str) -> list[str]:
-    """Cut a text into the pieces the model says one by one: words, each with the space before it."""
-    if _MARK_OPEN in says or _MARK_CLOSE in says:
-        raise ValueError("the text holds a character that marks step tokens")
-    return re.findall(r"\s*\S+|\s+", says)
+@dataclass(frozen=True)
+class _Table:
+    """What comes next: a token has a direction, a direction leads to a token."""
+
+    directions: Sequence[int]
+    """The direction of each token of the vocabulary."""
+    follows: Sequence[int]
+    """The token that each direction leads to."""
 
 
-def vocabulary(steps: Sequence[str]) -> dict[str, int]:
-    """Token -> id: 256 bytes, the special tokens, one token for each step."""
-    scripted = [f"{_MARK_OPEN}{number}{_MARK_CLOSE}{text}" for number, text in enumerate(steps)]
-    return {token: number for number, token in enumerate((*_BYTES, *SPECIAL, *scripted))}
+def _table(vocab: Mapping[str, int], says: Sequence[str], after_tool: Sequence[str] | None) -> _Table:
+    """Direction 0 is every prompt's, direction `i + 1` step `i`'s, the last one is that of `AFTER_TOOL`."""
+    directions = [0] * len(vocab)
+    follows = [vocab[token] for token in (*says, EOS)]
+    for step, token in enumerate((*says, *(after_tool or ()))):
+        directions[vocab[token]] = step + 1
+    if after_tool is not None:
+        first, *others = [vocab[token] for token in (*after_tool, EOS)]
+        follows += [*others, first]
+        directions[vocab[AFTER_TOOL]] = len(follows) - 1
+    return _Table(directions, follows)
 
 
-def _hidden_size(steps: Sequence[str]) -> int:
-    """One direction for prompts and one for each step, rounded up to 64 (the group size of quantization)."""
-    return -(-(1 + len(steps)) // 64) * 64
+def _hidden_size(table: _Table) -> int:
+    """As many as there are directions, rounded up to 64 (the group size of quantization)."""
+    return -(-len(table.follows) // 64) * 64
 
 
-def _config(vocab_size: int, hidden: int, model_type: str, dtype: DType) -> dict[str, object]:
-    return {
-        "architectures": [_ARCHITECTURES.get(model_type, f"{model_type.capitalize()}ForCausalLM")],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": _BOS_ID,
-        "eos_token_id": _EOS_ID,
-        "head_dim": _HEAD_DIM,
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "initializer_range": 0.02,
-        "intermediate_size": _INTERMEDIATE,
-        "max_position_embeddings": _CONTEXT,
-        "mlp_bias": False,
-        "model_type": model_type,
-        "num_attention_heads": _HEADS,
-        "num_hidden_layers": _LAYERS,
-        "num_key_value_heads": _KV_HEADS,
-        "pad_token_id": _PAD_ID,
-        "rms_norm_eps": 1e-5,
-        "rope_scaling": None,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": dtype,
-        "use_cache": True,
-        "vocab_size": vocab_size,
-    }
-
-
-def _generation_config() -> dict[str, object]:
-    return {
-        "bos_token_id": _BOS_ID,
-        "do_sample": False,
-        "eos_token_id": _EOS_ID,
-        "pad_token_id": _PAD_ID,
-    }
-
-
-def _special_tokens() -> dict[str, object]:
-    return {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-
-
-def _added_tokens() -> list[dict[str, object]]:
-    return [
-        {
-            "id": len(_BYTES) + number,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for number, token in enumerate(SPECIAL)
-    ]
-
-
-def _tokenizer_config() -> dict[str, object]:
-    return {
-        "added_tokens_decoder": {
-            str(entry["id"]): {key: value for key, value in entry.items() if key != "id"} for entry in _added_tokens()
-        },
-        "bos_token": BOS,
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": EOS,
-        "model_max_length": _CONTEXT,
-        "pad_token": PAD,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-
-
-def _tokenizer(vocab: Mapping[str, int]) -> dict[str, object]:
-    """tokenizer.json: text is encoded byte by byte, BOS first; tokens are joined with nothing between."""
-    bos = {"SpecialToken": {"id": BOS, "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": _added_tokens(),
-        "normalizer": None,
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [bos, first],
-            "pair": [bos, first, second],
-            "special_tokens": {BOS: {"id": BOS, "ids": [_BOS_ID], "tokens": [BOS]}},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "ByteFallback"},
-                {"type": "Replace", "pattern": {"Regex": f"^{_MARK_OPEN}[0-9]+{_MARK_CLOSE}"}, "content": ""},
-                {"type": "Fuse"},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": dict(vocab),
-            "merges": [],
-        },
-    }
-
-
-def _tensors(steps: int, vocab: Mapping[str, int], hidden: int, dtype: DType, seed: int) -> Tensors:
+def _scripted_tensors(table: _Table, shape: _Shape, dtype: DType, seed: int) -> Tensors:
     """The weights, in the order a checkpoint lists them.
 
     The projections that cannot reach the residual stream hold noise drawn from `seed`, so that models with
@@ -223,36 +157,186 @@ def _tensors(steps: int, vocab: Mapping[str, int], hidden: int, dtype: DType, se
 
     random = np.random.default_rng(seed)
 
-    def noise(rows: int, columns: int) -> npt.NDArray[np.floating[Any]]:
+    def matrix(name: str, rows: int, columns: int) -> npt.NDArray[np.floating[Any]]:
+        if name in {"o_proj", "down_proj"}:
+            return np.zeros((rows, columns), dtype=dtype)
         return random.standard_normal((rows, columns), dtype=np.float32).astype(dtype) / 64
 
-    prompt = 0  # the direction of every token that is not a step; step i has direction i + 1
-    first_step = len(vocab) - steps
-    embedding = np.zeros((len(vocab), hidden), dtype=dtype)
-    embedding[:first_step, prompt] = 1
-    head = np.zeros((len(vocab), hidden), dtype=dtype)
-    for step in range(steps):
-        embedding[first_step + step, step + 1] = 1
-        head[first_step + step, step] = _LOGIT
-    head[_EOS_ID, steps] = _LOGIT
+    embedding = np.zeros((shape.vocab, shape.hidden), dtype=dtype)
+    embedding[np.arange(shape.vocab), table.directions] = 1
+    head = np.zeros((shape.vocab, shape.hidden), dtype=dtype)
+    head[table.follows, np.arange(len(table.follows))] = _LOGIT
+    return _llama(shape, dtype, embedding, head, matrix)
 
+
+# Models that babble ---------------------------------------------------------------------------------------------
+
+
+class Sizes(TypedDict):
+    hidden: int
+    layers: int
+    heads: int
+    vocab: int
+
+
+SMALL: Sizes = {"hidden": 256, "layers": 4, "heads": 4, "vocab": 512}
+"""4.5 million parameters: `make_random_model(folder, **SMALL)`."""
+MEDIUM: Sizes = {"hidden": 768, "layers": 10, "heads": 12, "vocab": 4096}
+"""100 million parameters."""
+
+# How far the logits of words spread: at temperature 1 the next word is one of dozens.
+_SPREAD = 2.0
+# How far attention scores spread: enough that a word far back can turn what comes next.
+_ATTENTION = 4.0
+# Before the final norm scales it down by the length of the residual stream, which grows slowly with the layers.
+_NEVER = -256.0
+
+
+def make_random_model(
+    folder: Path,
+    *,
+    hidden: int = 64,
+    layers: int = 2,
+    heads: int = 2,
+    vocab: int = 512,
+    seed: int = 0,
+    context: int = 4096,
+) -> Path:
+    """Write a model folder that says random words of the letters a to z and never stops; return `folder`.
+
+    It has about 16 x `layers` x `hidden`² + 2 x `vocab` x `hidden` parameters, in float32. Equal arguments give
+    equal bytes. "bake bami " is two tokens; text other than such words is a token for each byte.
+    """
+    if hidden % heads:
+        raise ValueError("heads must divide hidden")
+    tokens = word_vocabulary(vocab)
+    shape = _Shape(
+        vocab=vocab,
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=hidden // heads,
+        intermediate=4 * hidden,
+        context=context,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_configs(folder, shape, "llama", "float32")
+    _write_tokenizer(folder, word_tokenizer(tokens), tokenizer_config(SPECIAL, CHAT_TEMPLATE, context))
+    _write_weights(folder, _random_tensors(shape, seed), shards=1)
+    return folder
+
+
+def _random_tensors(shape: _Shape, seed: int) -> Tensors:
+    """Weights that keep each layer's input at unit length per coordinate.
+
+    Coordinate 0 of the residual stream is 1 from beginning to end, so that the head can tell tokens that are not
+    words from those that are, whatever else the model thinks.
+    """
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+
+    def matrix(name: str, rows: int, columns: int) -> npt.NDArray[np.floating[Any]]:
+        scale = _ATTENTION**0.5 if name in {"q_proj", "k_proj"} else 1.0
+        made = random.standard_normal((rows, columns), dtype=np.float32)
+        made *= np.float32(scale / columns**0.5)
+        if name in {"o_proj", "down_proj"}:
+            made[0] = 0
+        return made
+
+    embedding = random.standard_normal((shape.vocab, shape.hidden), dtype=np.float32)
+    embedding[:, 0] = 1
+    head = random.standard_normal((shape.vocab, shape.hidden), dtype=np.float32)
+    head *= np.float32(_SPREAD / shape.hidden**0.5)
+    head[:, 0] = 0
+    no_words = len(vocabulary([]))
+    head[:no_words] = 0
+    head[:no_words, 0] = _NEVER
+    return _llama(shape, "float32", embedding, head, matrix)
+
+
+# Both kinds' files ----------------------------------------------------------------------------------------------
+
+
+def _llama(
+    shape: _Shape,
+    dtype: DType,
+    embedding: npt.NDArray[np.floating[Any]],
+    head: npt.NDArray[np.floating[Any]],
+    matrix: Callable[[str, int, int], npt.NDArray[np.floating[Any]]],
+) -> Tensors:
+    """The tensors of a Llama whose projections are `matrix(name, rows, columns)`."""
+    import numpy as np
+
+    def norm() -> npt.NDArray[np.floating[Any]]:
+        return np.ones(shape.hidden, dtype=dtype)
+
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     tensors: Tensors = {"model.embed_tokens.weight": embedding}
-    for number in range(_LAYERS):
+    for number in range(shape.layers):
         layer = f"model.layers.{number}"
         tensors |= {
-            f"{layer}.input_layernorm.weight": np.ones(hidden, dtype=dtype),
-            f"{layer}.self_attn.q_proj.weight": noise(_HEADS * _HEAD_DIM, hidden),
-            f"{layer}.self_attn.k_proj.weight": noise(_KV_HEADS * _HEAD_DIM, hidden),
-            f"{layer}.self_attn.v_proj.weight": noise(_KV_HEADS * _HEAD_DIM, hidden),
-            f"{layer}.self_attn.o_proj.weight": np.zeros((hidden, _HEADS * _HEAD_DIM), dtype=dtype),
-            f"{layer}.post_attention_layernorm.weight": np.ones(hidden, dtype=dtype),
-            f"{layer}.mlp.gate_proj.weight": noise(_INTERMEDIATE, hidden),
-            f"{layer}.mlp.up_proj.weight": noise(_INTERMEDIATE, hidden),
-            f"{layer}.mlp.down_proj.weight": np.zeros((hidden, _INTERMEDIATE), dtype=dtype),
+            f"{layer}.input_layernorm.weight": norm(),
+            f"{layer}.self_attn.q_proj.weight": matrix("q_proj", queries, shape.hidden),
+            f"{layer}.self_attn.k_proj.weight": matrix("k_proj", keys, shape.hidden),
+            f"{layer}.self_attn.v_proj.weight": matrix("v_proj", keys, shape.hidden),
+            f"{layer}.self_attn.o_proj.weight": matrix("o_proj", shape.hidden, queries),
+            f"{layer}.post_attention_layernorm.weight": norm(),
+            f"{layer}.mlp.gate_proj.weight": matrix("gate_proj", shape.intermediate, shape.hidden),
+            f"{layer}.mlp.up_proj.weight": matrix("up_proj", shape.intermediate, shape.hidden),
+            f"{layer}.mlp.down_proj.weight": matrix("down_proj", shape.hidden, shape.intermediate),
         }
-    tensors["model.norm.weight"] = np.ones(hidden, dtype=dtype)
-    tensors["lm_head.weight"] = head
-    return tensors
+    return tensors | {"model.norm.weight": norm(), "lm_head.weight": head}
+
+
+def _write_configs(folder: Path, shape: _Shape, model_type: str, dtype: DType) -> None:
+    _write_json(folder / "config.json", _config(shape, model_type, dtype))
+    _write_json(folder / "generation_config.json", _generation_config())
+
+
+def _write_tokenizer(folder: Path, tokenizer: Mapping[str, object], config: Mapping[str, object]) -> None:
+    _write_json(folder / "tokenizer.json", tokenizer)
+    _write_json(folder / "tokenizer_config.json", config)
+    _write_json(folder / "special_tokens_map.json", special_tokens_map())
+
+
+def _config(shape: _Shape, model_type: str, dtype: DType) -> dict[str, object]:
+    return {
+        "architectures": [_ARCHITECTURES.get(model_type, f"{model_type.capitalize()}ForCausalLM")],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": shape.intermediate,
+        "max_position_embeddings": shape.context,
+        "mlp_bias": False,
+        "model_type": model_type,
+        "num_attention_heads": shape.heads,
+        "num_hidden_layers": shape.layers,
+        "num_key_value_heads": shape.kv_heads,
+        "pad_token_id": PAD_ID,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "vocab_size": shape.vocab,
+    }
+
+
+def _generation_config() -> dict[str, object]:
+    return {
+        "bos_token_id": BOS_ID,
+        "do_sample": False,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": PAD_ID,
+    }
 
 
 def _write_weights(folder: Path, tensors: Tensors, shards: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.support.hfcache import add_repo, etag, git_blob_id, listing, repo_folder
-from tests.support.models import make_model, split
+from tests.support.models import MEDIUM, SMALL, Sizes, make_model, make_random_model, split
 
 PLAIN = "the cat saw the cat and the cat ran."
 AWKWARD = "  two  spaces\n\n\tlines é 日本語 🙂 <0x41> <|im_end|> \x00 end  "
@@ -160,8 +161,266 @@ def test_pieces_join_to_the_text() -> None:
     assert split(PLAIN)[:3] == ["the", " cat", " saw"]
     for text in (PLAIN, AWKWARD, "", "\n", " "):
         assert "".join(split(text)) == text
+    for mark in "\ue000\ue001":
+        with pytest.raises(ValueError):
+            split(mark)
+
+
+def test_tags_are_pieces_of_their_own() -> None:
+    assert split(CALLS) == [
+        *("<think>", "Hm,", " what?", "</think>", "Let", " me", " look. "),
+        *("<tool_call>", '{"name":', ' "get_weather",', ' "arguments":', ' {"city":', ' "Paris"}}', "</tool_call>"),
+    ]
+    assert split(" <think>\n\n</think> a<b </think>c ") == [
+        *(" ", "<think>", "\n\n", "</think>", " a<b ", "</think>", "c", " "),
+    ]
+
+
+CHAT = """
+import json, sys, warnings
+warnings.simplefilter("error")
+from mlx_lm import generate, load, stream_generate
+from mlx_lm.generate import TextStateMachine, make_text_state_machine
+from mlx_lm.sample_utils import make_sampler
+
+def told_apart(parts):
+    machine, found = make_text_state_machine(tokenizer).make_state(), []
+    for part in parts:
+        machine, segments = TextStateMachine.split(machine, part)
+        found += segments
+    states = {state: "" for state, _ in found}
+    for state, text in found:
+        states[state] += text
+    return states
+
+def answer(messages, options):
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
+    runs = []
+    for temperature in (0.0, 1.0):
+        sampler = make_sampler(temp=temperature)
+        runs.append([part.text for part in stream_generate(model, tokenizer, prompt, max_tokens=50, sampler=sampler)])
+    assert runs[0] == runs[1]
+    assert generate(model, tokenizer, prompt, max_tokens=50) == "".join(runs[0])
+    states = told_apart(runs[0])
+    call = tokenizer.tool_parser(states["tool"]) if "tool" in states else None
+    return {"prompt": tokenizer.decode(prompt), "parts": runs[0], "states": states, "call": call}
+
+model, tokenizer = load(sys.argv[1])
+said = [answer(*chat) for chat in json.loads(sys.argv[2])]
+can = [tokenizer.has_thinking, tokenizer.has_tool_calling, tokenizer.think_start_id]
+print(json.dumps([can, said]))
+"""
+
+CALLS = (
+    "<think>Hm, what?</think>Let me look. "
+    '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}}</tool_call>'
+)
+CALL = {"name": "get_weather", "arguments": {"city": "Paris"}}
+ASKED = {"role": "user", "content": "hi"}
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
+
+
+def chat(home: Path, model: Path, *chats: tuple[list[dict[str, Any]], dict[str, Any]]) -> tuple[list[Any], list[Any]]:
+    """What mlx-lm takes the model for, and what it answers to each chat."""
+    can, said = json.loads(run_python(home, "-c", CHAT, str(model), json.dumps(chats)))
+    return can, said
+
+
+@needs("mlx_lm")
+def test_a_plain_model_neither_thinks_nor_calls_tools(tmp_path: Path) -> None:
+    can, (said,) = chat(tmp_path / "home", make_model(tmp_path / "model", CALLS), ([ASKED], {"tools": TOOLS}))
+    assert can == [False, False, None]
+    assert said["states"] == {"normal": CALLS}
+
+
+@needs("mlx_lm")
+def test_a_thinking_model_calls_a_tool_and_reads_its_answer(tmp_path: Path) -> None:
+    after = "<think>Fine.</think>It is 20 °C 🙂\nin Paris."
+    model = make_model(tmp_path / "model", CALLS, thinks=True, calls_tools=True, after_tool=after)
+    wire = {"id": "a", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
+    asks: dict[str, Any] = {"role": "assistant", "content": None, "reasoning_content": "Hm", "tool_calls": [wire, CALL]}
+    answered = [ASKED, asks, {"role": "tool", "tool_call_id": "a", "content": "20"}]
+    again = [*answered, {"role": "assistant", "content": "20 °C."}, ASKED]
+    can, said = chat(
+        tmp_path / "home",
+        model,
+        ([ASKED], {"tools": TOOLS}),
+        ([ASKED], {"enable_thinking": False}),
+        (answered, {"tools": TOOLS}),
+        (answered, {"enable_thinking": False}),
+        (again, {}),
+    )
+    assert can == [True, True, 260]
+    called, brief, told, briefly_told, once_more = said
+
+    assert called["parts"] == [*split(CALLS), ""]
+    assert called["states"] == {"normal": "Let me look. ", "reasoning": "Hm, what?", "tool": json.dumps(CALL)}
+    assert called["call"] == CALL
+    assert f"\n<tools>\n{json.dumps(TOOLS[0])}\n</tools>\n" in called["prompt"]
+    assert called["prompt"].endswith("<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    assert brief["parts"] == once_more["parts"] == called["parts"]
+    assert brief["prompt"].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert "<tools>" not in brief["prompt"]
+
+    assert "".join(told["parts"]) == "".join(briefly_told["parts"]) == after
+    assert told["states"] == {"normal": "It is 20 °C 🙂\nin Paris.", "reasoning": "Fine."}
+    call = f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>"
+    assert told["prompt"].endswith(
+        f"<|im_start|>assistant\n<think>Hm</think>{call}\n{call}<|im_end|>\n"
+        "<|im_start|>tool\n<tool_response>\n20\n</tool_response><|im_end|>\n<|im_start|>assistant\n<|after_tool|>"
+    )
+    assert briefly_told["prompt"].endswith("<think>\n\n</think>\n\n<|after_tool|>")
+    assert "<|after_tool|>" not in called["prompt"] + once_more["prompt"]
+
+
+@needs("mlx_lm")
+def test_nothing_can_be_said_after_a_tool(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "now", after_tool="")
+    tool = {"role": "tool", "content": "20"}
+    can, said = chat(tmp_path / "home", model, ([ASKED], {}), ([ASKED, tool], {}), ([ASKED, tool, ASKED], {}))
+    assert can == [False, False, None]
+    assert ["".join(answer["parts"]) for answer in said] == ["now", "", "now"]
+
+
+@needs("mlx_lm")
+def test_pieces_are_the_tokens_said(tmp_path: Path) -> None:
+    """A character cut between tokens comes whole, with the last of its bytes."""
+    smile, others = "🙂".encode(), "🙂é".encode()
+    pieces: list[str | bytes] = ["x", "", "STO", "P", "STO"]
+    pieces += [smile[:1], smile[1:2], smile[2:3], smile[3:], others[:2], others[2:5], others[5:]]
+    pieces += [" é", "<|im_end|>", " "]
+    says = "xSTOPSTO🙂🙂é é<|im_end|> "
+    model = make_model(tmp_path / "model", says, pieces=pieces)
+    _, (said,) = chat(tmp_path / "home", model, ([ASKED], {}))
+    parts = ["x", "", "STO", "P", "STO", "", "", "", "🙂", "", "🙂", "é", " é", "<|im_end|>", " "]
+    assert said["parts"] == [*parts, ""]
+    with pytest.raises(ValueError, match="join"):
+        make_model(tmp_path / "other", says, pieces=pieces[1:])
+
+
+GRAMMAR = """
+import json, sys, warnings
+warnings.simplefilter("error")
+import mlx.core as mx
+import numpy
+from llguidance import LLMatcher, hf
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+from mlx_lm import load, stream_generate
+from transformers import AutoTokenizer
+
+model, tokenizer = load(sys.argv[1])
+table = hf.from_tokenizer(AutoTokenizer.from_pretrained(sys.argv[1]))
+FIRST_STEP = 260
+
+def constrained(grammar):
+    matcher, allowed = LLMatcher(table, grammar), []
+    assert not matcher.get_error(), matcher.get_error()
+
+    def mask(tokens, logits):
+        if allowed:
+            assert matcher.consume_token(int(tokens[-1]))
+        bits = allocate_token_bitmask(1, table.vocab_size)
+        fill_next_token_bitmask(matcher, bits, 0)
+        fits = numpy.unpackbits(bits.view(numpy.uint8)[0], bitorder="little")[: len(tokenizer)].astype(bool)
+        steps = [int(token) for token in numpy.flatnonzero(fits) if token >= FIRST_STEP]
+        allowed.append([table.decode_bytes([token]).decode() for token in steps])
+        return mx.where(mx.array(fits), logits, -mx.inf)
+
+    parts = list(stream_generate(model, tokenizer, "hi", max_tokens=20, logits_processors=[mask]))
+    return ["".join(part.text for part in parts), allowed[: len(parts)]]  # mlx-lm is a token ahead
+
+schema, lark = json.loads(sys.argv[2])
+never = [token for token in tokenizer.encode(sys.argv[3]) if token >= FIRST_STEP]
+print(json.dumps([never, constrained(LLMatcher.grammar_from_json_schema(schema)), constrained(lark)]))
+"""
+
+
+@needs("mlx_lm")
+@needs("llguidance")
+def test_a_grammar_finds_the_steps_that_fit(tmp_path: Path) -> None:
+    """The vocabulary's bytes are what is said; and encoding what is said gives none of its tokens."""
+    says = '{"name":\n"Zoé", "mood": "🙂 日本", "age": 7}'
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "mood": {"type": "string"}, "age": {"type": "integer"}},
+        "required": ["name", "mood", "age"],
+        "additionalProperties": False,
+    }
+    lark = 'start: "{" /[^}]*/ "}"'
+    model = make_model(tmp_path / "model", says)
+    found = run_python(tmp_path / "home", "-c", GRAMMAR, str(model), json.dumps([schema, lark]), says)
+    never, by_schema, by_lark = json.loads(found)
+    assert never == []
+    assert by_schema[0] == says
+    # a text may begin with the space that other tokens begin with; after the last brace comes no step, but EOS
+    assert by_schema[1] == [
+        *(['{"name":'], ['\n"Zoé",', ' "🙂'], [' "mood":'], ['\n"Zoé",', ' "🙂']),
+        *([' 日本",', " 7}"], [' "age":'], [" 7}"], []),
+    ]
+    assert by_lark[0] == says
+    assert by_lark[1] == [['{"name":'], *[split(says)] * (len(split(says)) - 1), []]
+
+
+@needs("mlx_lm")
+def test_a_random_model_says_words_and_repeats_itself(tmp_path: Path) -> None:
+    script = """
+import json, sys, warnings
+warnings.simplefilter("error")
+import mlx.core as mx
+from mlx_lm import load, stream_generate
+from mlx_lm.sample_utils import make_sampler
+
+model, tokenizer = load(sys.argv[1])
+encode = tokenizer.encode
+assert encode("bake Bake bami\\n🙂 ", add_special_tokens=False).count(encode("bake ")[-1]) == 1
+assert tokenizer.decode(encode("bake Bake bami\\n🙂 ", add_special_tokens=False)) == "bake Bake bami\\n🙂 "
+prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
+mx.random.seed(0)
+
+def said(temperature):
+    sampler = make_sampler(temp=temperature)
+    parts = list(stream_generate(model, tokenizer, prompt, max_tokens=200, sampler=sampler))
+    text = "".join(part.text for part in parts)
+    assert encode(text, add_special_tokens=False) == [part.token for part in parts]
+    return [text, parts[-1].finish_reason]
+
+answers = [said(0.0), said(0.0), said(1.0), said(1.0)]
+print(json.dumps([type(tokenizer.detokenizer).__name__, answers]))
+"""
+    first, again = (make_random_model(tmp_path / name, **SMALL) for name in ("first", "again"))
+    other = make_random_model(tmp_path / "other", **SMALL, seed=1)
+    assert contents(first) == contents(again)
+    assert (first / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
+
+    detokenizer, answers = json.loads(run_python(tmp_path / "home", "-c", script, str(first)))
+    assert detokenizer == "BPEStreamingDetokenizer"
+    texts = [text for text, _ in answers]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) == 3
+    for text, finish_reason in answers:
+        assert re.fullmatch("([a-z]{4} ){200}", text)
+        assert finish_reason == "length"
+    assert len(set(texts[2].split())) > 50
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("sizes", "millions"), [(SMALL, 4.5), (MEDIUM, 100)])
+def test_sizes_of_random_models(tmp_path: Path, sizes: Sizes, millions: float) -> None:
+    """By the sum that `make_random_model` gives; a gigabyte of weights need not be written to know."""
+    count = 16 * sizes["layers"] * sizes["hidden"] ** 2 + 2 * sizes["vocab"] * sizes["hidden"]
+    assert count / 1e6 == pytest.approx(millions, rel=0.02)
+    if sizes is SMALL:
+        weights = make_random_model(tmp_path / "model", **sizes) / "model.safetensors"
+        assert weights.stat().st_size / 4 == pytest.approx(count, rel=0.01)
+
+
+@pytest.mark.parametrize(("vocab", "heads"), [(260, 2), (512, 3)])
+def test_impossible_random_models_are_refused(tmp_path: Path, vocab: int, heads: int) -> None:
     with pytest.raises(ValueError):
-        split("\ue000")
+        make_random_model(tmp_path / "model", vocab=vocab, heads=heads)
 
 
 def test_making_a_model_is_quick(tmp_path: Path) -> None:

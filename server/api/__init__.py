@@ -1,0 +1,1 @@
+"""How the server is asked and answered: one file a dialect."""

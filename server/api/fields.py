@@ -1,0 +1,71 @@
+"""What the dialects' request bodies share: refusing what is not known, and naming the field that is wrong."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.errors import InvalidRequest
+from server.requests import Image
+
+Temperature = Annotated[float, Field(ge=0, le=2)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Count = Annotated[int, Field(ge=1, le=1 << 31)]
+Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+Json = dict[str, Any]
+
+MAX_STOPS = 16
+
+
+class Body(BaseModel):
+    """A request body: a field that is not listed is refused, so that nothing is accepted and ignored."""
+
+    model_config = ConfigDict(extra="forbid", strict=False)
+
+
+class Part(BaseModel):
+    """A part of a conversation: clients send back what other servers put there, which asks for nothing."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+def wrong_field(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
+    """pydantic's first complaint, as one line that names the field."""
+    error = errors[0]
+    place = [part for part in error.get("loc", ()) if part != "body"]
+    name = ""
+    for part in place:
+        if isinstance(part, int):
+            name += f"[{part}]"
+        elif not str(part).startswith(("function-", "tagged-union", "list[", "dict[", "constrained-", "lax-or-")):
+            name += f".{part}" if name else str(part)
+    if error["type"] == "extra_forbidden":
+        text = f"`{name}` is not supported by this server"
+    elif error["type"] == "none_required":
+        text = f"`{name}` is not supported by this server; leave it out"
+    elif error["type"] == "json_invalid":
+        return InvalidRequest("the body is not valid JSON", code="invalid_json")
+    elif error["type"] == "missing" and not name:
+        return InvalidRequest("the body is missing: send a JSON object", code="invalid_json")
+    else:
+        text = f"`{name}`: {error['msg'][:1].lower()}{error['msg'][1:]}" if name else str(error["msg"])
+    return InvalidRequest(text, param=name or None)
+
+
+def image(url: str, where: str) -> Image:
+    """An image from a data URL. Raises InvalidRequest.
+
+    Others are not fetched: a server that fetches what it is told reaches places it should not.
+    """
+    head, separator, data = url.partition(",")
+    if not head.startswith("data:image/") or not head.endswith(";base64") or not separator:
+        raise InvalidRequest("images are taken as data URLs (data:image/png;base64,…) only", param=where)
+    try:
+        return Image(base64.b64decode(data, validate=True), where)
+    except (binascii.Error, ValueError):
+        raise InvalidRequest("the image's base64 cannot be decoded", param=where) from None

@@ -1,0 +1,120 @@
+"""Models that are nowhere here, from the Hub into the real Hugging Face cache: by a process of its own.
+
+A process can be ended when the server stops, and leaves partial files that a later download goes on with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Callable
+
+import overlay
+from server.errors import Unavailable, UnknownModel
+
+logger = logging.getLogger("server")
+
+PATTERNS = (
+    "*.json",
+    "model*.safetensors",
+    "*.py",
+    "tokenizer.model",
+    "*.tiktoken",
+    "tiktoken.model",
+    "*.txt",
+    "*.jsonl",
+    "*.jinja",
+)
+"""What mlx-lm fetches (mlx_lm/utils.py, `_download`)."""
+_NOT_FOUND = frozenset({"RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError", "HFValidationError"})
+
+
+class Downloader:
+    """Downloads for one overlay session."""
+
+    def __init__(self, session: overlay.Session) -> None:
+        self._session = session
+
+    async def fetch(self, model_id: str, progress: Callable[[str], None] = lambda _: None) -> None:
+        """Download a model. Raises UnknownModel when the Hub has none, Unavailable when it cannot be reached."""
+        self._session.expect_model(model_id)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "server.download",
+            model_id,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            env=self._session.environment,
+        )
+        assert process.stdout is not None  # noqa: S101 - asked for above
+        problem: tuple[str, str] | None = None
+        said = -1
+        try:
+            async for line in process.stdout:
+                told = json.loads(line)
+                if "error" in told:
+                    problem = (told["error"], told["message"])
+                    continue
+                progress(f"downloading {model_id}: {told['done'] / 1e6:.0f} of {told['total'] / 1e6:.0f} MB")
+                if (percent := told["done"] * 10 // max(told["total"], 1) * 10) != said:
+                    said = percent
+                    logger.info("downloading %s: %d %% of %.1f MB", model_id, percent, told["total"] / 1e6)
+            await process.wait()
+        finally:
+            if process.returncode is None:
+                process.terminate()
+                await process.wait()
+        if problem is None and process.returncode == 0:
+            return
+        kind, message = problem or ("", f"it ended with status {process.returncode}")
+        if kind in _NOT_FOUND:
+            raise UnknownModel(
+                f"no model {model_id} in the model paths, the cache or on the Hub ({kind})", param="model"
+            )
+        raise Unavailable(f"{model_id} cannot be downloaded: {message}", code="download_failed")
+
+
+def main() -> int:
+    """In the process: download the model named by the first argument; say how it goes as JSON lines."""
+    from typing import Any
+
+    from huggingface_hub import snapshot_download  # noqa: TID251 - the environment is the overlay's by now
+    from huggingface_hub.utils import tqdm  # noqa: TID251
+
+    def say(**words: Any) -> None:
+        print(json.dumps(words), flush=True)
+
+    class Progress(tqdm):  # type: ignore[misc]
+        """Tells of bytes, not of files."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": False, "file": _Nowhere()})
+
+        def display(self, *_: Any, **__: Any) -> None:
+            if self.unit == "B" and self.total:
+                say(done=int(self.n), total=int(self.total))
+
+    try:
+        snapshot_download(sys.argv[1], allow_patterns=list(PATTERNS), tqdm_class=Progress)
+    except Exception as error:  # noqa: BLE001 - the boundary: whatever it is, the server tells its client
+        lines = str(error).strip().splitlines()
+        say(error=type(error).__name__, message=lines[0] if lines else type(error).__name__)
+        return 1
+    return 0
+
+
+class _Nowhere:
+    """Where tqdm's own bar goes."""
+
+    def write(self, _: str) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,392 @@
+"""The one thread that owns MLX: loads models and steps all their sequences in continuous batches.
+
+The event loop hands it commands and takes what comes back from mailboxes. Under `mlx.launch` every rank runs this loop
+on the same commands, which rank 0 shares; so everything here is decided by commands and by what the model says alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import pickle
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from server.commands import Cancel, Command, Item, Load, Options, Sampled, Stats, Stop, Submit, Unload
+from server.errors import Failed, ServerError, Unavailable
+from server.grammar import Constraint
+from server.models import Loaded
+
+if TYPE_CHECKING:
+    from server.prefix import PrefixCache
+    from server.runner import Runner
+
+logger = logging.getLogger("server")
+
+IDLE_SECONDS = 0.1
+"""How long other ranks wait at most for rank 0 when nothing happens."""
+
+
+class Mailbox:
+    """Where the event loop waits for what the engine has for a request: (number of the sequence, item)."""
+
+    def __init__(self) -> None:
+        self._items: list[tuple[int, Item]] = []
+        self._wake: asyncio.Future[None] | None = None
+
+    def put(self, number: int, item: Item) -> None:
+        """On the event loop only."""
+        self._items.append((number, item))
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    async def take(self) -> list[tuple[int, Item]]:
+        """Everything that has come, at least one."""
+        while not self._items:
+            self._wake = asyncio.get_running_loop().create_future()
+            await self._wake
+        items, self._items = self._items, []
+        return items
+
+
+class Engine:
+    """The handle that the event loop has on the thread. Its methods are the loop's to call; none of them blocks."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.stats = Stats()
+        self._inbox: deque[Command] = deque()
+        self._wake = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._mailboxes: dict[int, tuple[Mailbox, int]] = {}
+        self._loads: dict[str, Future[Loaded]] = {}
+        self._ids = itertools.count()
+        self._keys = itertools.count()
+
+    def start(self) -> None:
+        """Start the thread; it imports mlx-lm, which takes a second or two, while the caller goes on."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=_Worker(self).run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End the thread once it has finished its step. Whoever still waits is told."""
+        self._fail_all(Unavailable("the server is shutting down"))
+        self._send(Stop())
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    async def load(self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None) -> Loaded:
+        """Make the model in a folder resident. Raises ServerError."""
+        key = f"{next(self._keys)}:{path}"
+        future: Future[Loaded] = Future()
+        self._loads[key] = future
+        self._send(Load(key, path, adapter_path, draft_path))
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            self._loads.pop(key, None)
+
+    def unload(self, model: Loaded) -> None:
+        """Drop a model. Whoever still generates with it is told."""
+        self._send(Unload(model.key))
+
+    def submit(self, model: Loaded, sequences: Sequence[Submit]) -> tuple[Mailbox, list[int]]:
+        """Generate some sequences; their numbers in the mailbox are their places here. Returns it and their ids."""
+        mailbox = Mailbox()
+        ids = []
+        for number, sequence in enumerate(sequences):
+            id_ = next(self._ids)
+            self._mailboxes[id_] = (mailbox, number)
+            ids.append(id_)
+            self._send(replace(sequence, id=id_, key=model.key))
+        return mailbox, ids
+
+    @staticmethod
+    def matcher(constraint: Constraint, model: Loaded) -> Any:
+        """What holds an answer to a constraint. May take a second; any thread may call it once a model is loaded."""
+        from server.sampling import Matcher
+
+        return Matcher(constraint, model.grammar_tokenizer)
+
+    def abort(self) -> None:
+        """End every sequence and load; whoever waits is told."""
+        ids = list(self._mailboxes)
+        self._fail_all(Unavailable("the server is shutting down"))
+        for id_ in ids:
+            self._send(Cancel(id_))
+
+    def cancel(self, ids: Sequence[int]) -> None:
+        """Free what sequences hold; nothing for those that have ended."""
+        for id_ in ids:
+            if self._mailboxes.pop(id_, None) is not None:
+                self._send(Cancel(id_))
+
+    @property
+    def pending(self) -> int:
+        """Sequences that somebody waits for."""
+        return len(self._mailboxes)
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine can do nothing; None when it can."""
+        return None if self._thread is None or self._thread.is_alive() else self.stats.last_failure or "it has ended"
+
+    def _fail_all(self, error: ServerError) -> None:
+        for mailbox, number in self._mailboxes.values():
+            mailbox.put(number, error)
+        self._mailboxes.clear()
+        for future in self._loads.values():
+            if not future.done():
+                future.set_exception(error)
+
+    def _send(self, command: Command) -> None:
+        self._inbox.append(command)
+        self._wake.set()
+
+    # Called by the thread.
+
+    def take(self, seconds: float) -> list[Command]:
+        """The commands that have come; waits for one up to some seconds."""
+        if not self._inbox and seconds:
+            self._wake.wait(seconds)
+        self._wake.clear()
+        commands: list[Command] = []
+        while self._inbox:
+            commands.append(self._inbox.popleft())
+        return commands
+
+    def post(self, items: list[tuple[int, Item]], stats: Stats) -> None:
+        """Hand over what a step made, in one go."""
+        self._call(self._deliver, items, stats)
+
+    def settle(self, key: str, result: Loaded | ServerError) -> None:
+        """A load has ended."""
+        self._call(self._settle, key, result)
+
+    def _call(self, function: Any, *arguments: Any) -> None:
+        if self._loop is None:
+            return
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            pass
+
+    def _deliver(self, items: list[tuple[int, Item]], stats: Stats) -> None:
+        self.stats = stats
+        for id_, item in items:
+            found = self._mailboxes.get(id_)
+            if found is None:  # cancelled meanwhile
+                continue
+            mailbox, number = found
+            mailbox.put(number, item)
+            if isinstance(item, ServerError) or (isinstance(item, Sampled) and item.finish is not None):
+                del self._mailboxes[id_]
+
+    def _settle(self, key: str, result: Loaded | ServerError) -> None:
+        future = self._loads.get(key)
+        if future is None or future.done():
+            return
+        if isinstance(result, ServerError):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+
+
+class _Worker:
+    """What runs in the thread, of every rank."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._options = engine.options
+        self._runners: dict[str, Runner] = {}
+        self._loading: dict[str, Iterator[Runner | None]] = {}
+        self._owner: dict[int, str] = {}
+        """Of each sequence: the key of its model."""
+        self._steps = self._failures = 0
+        self._last_failure: str | None = None
+        self._group: Any = None
+        self._prefixes: PrefixCache
+
+    def run(self) -> None:
+        """Until Stop. An error that no model is to blame for costs every sequence, and no more than that."""
+        import mlx.core as mx
+
+        group = mx.distributed.init()
+        self._group = group if group.size() > 1 else None
+        if self._group is not None:
+            state: Any = mx.random.state
+            seed: Any = mx.distributed.all_sum(state[0]).view(mx.uint64).item()
+            mx.random.seed(seed)  # ranks draw the same tokens
+        import server.runner  # noqa: F401 - imports mlx-lm, which the first load would wait for
+        from server.prefix import PrefixCache
+
+        self._prefixes = PrefixCache(self._options.cache_bytes)
+        self._publish([])
+        while True:
+            try:
+                if not self._turn():
+                    break
+            except Exception as error:  # noqa: BLE001 - the thread must outlive whatever goes wrong in it
+                self._reset(error)
+        self._runners.clear()
+        self._loading.clear()
+        self._clear_memory()
+
+    def _turn(self) -> bool:
+        is_busy = bool(self._loading) or any(runner.is_busy for runner in self._runners.values())
+        commands = self._shared(self._engine.take(0 if is_busy else (IDLE_SECONDS if self._group else 3600)))
+        items: list[tuple[int, Item]] = []
+        for command in commands:
+            if isinstance(command, Stop):
+                return False
+            self._apply(command, items)
+        for key, steps in list(self._loading.items()):
+            self._go_on_loading(key, steps)
+        for key, runner in list(self._runners.items()):
+            if runner.is_busy:
+                self._step(key, runner, items)
+        if items or commands:
+            self._publish(items)
+        return True
+
+    def _apply(self, command: Command, items: list[tuple[int, Item]]) -> None:
+        if isinstance(command, Load):
+            self._loading[command.key] = self._load(command)
+        elif isinstance(command, Unload):
+            self._loading.pop(command.key, None)
+            if (runner := self._runners.pop(command.key, None)) is not None:
+                items += [(id_, Unavailable("the model was unloaded")) for id_ in self._forget(command.key)]
+                runner.close()
+                del runner
+                self._clear_memory()
+        elif isinstance(command, Submit):
+            runner = self._runners.get(command.key)
+            if runner is None:
+                items.append((command.id, Unavailable("the model was unloaded; try again")))
+                return
+            try:
+                runner.add(command)
+                self._owner[command.id] = command.key
+            except Exception as error:  # noqa: BLE001 - one request's trouble is not the others'
+                items.append((command.id, _failed(error)))
+        elif isinstance(command, Cancel) and (key := self._owner.pop(command.id, None)) is not None:
+            self._runners[key].cancel(command.id)
+
+    def _load(self, command: Load) -> Iterator[Runner | None]:
+        from server.runner import load
+
+        return load(command, self._options, self._group, self._prefixes)
+
+    def _go_on_loading(self, key: str, steps: Iterator[Runner | None]) -> None:
+        """One slice of a load, so that sequences of other models go on meanwhile."""
+        try:
+            runner = next(steps)
+        except Exception as error:  # noqa: BLE001 - loading runs the model's code on the user's files
+            self._loading.pop(key, None)
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            logger.warning("cannot load %s: %s", key.partition(":")[2], reason)
+            self._engine.settle(key, Unavailable(f"the model cannot be loaded: {reason}", code="model_load_failed"))
+            self._clear_memory()
+            return
+        if runner is not None:
+            self._loading.pop(key, None)
+            self._runners[key] = runner
+            self._engine.settle(key, runner.loaded)
+
+    def _step(self, key: str, runner: Runner, items: list[tuple[int, Item]]) -> None:
+        self._steps += 1
+        try:
+            made = runner.step()
+        except Exception as error:  # noqa: BLE001 - a batch that failed is lost; the model and the others are not
+            self._failures += 1
+            self._last_failure = f"{type(error).__name__} in a batch of {key.partition(':')[2]}"
+            logger.error("%s: %s", self._last_failure, _first_line(error))
+            made = [(id_, _failed(error)) for id_ in self._forget(key)]
+            runner.reset()
+            self._clear_memory()
+        for id_, item in made:
+            if isinstance(item, ServerError) or (isinstance(item, Sampled) and item.finish is not None):
+                self._owner.pop(id_, None)
+        items += made
+
+    def _reset(self, error: Exception) -> None:
+        self._failures += 1
+        self._last_failure = f"{type(error).__name__} in the engine"
+        logger.error("%s: %s", self._last_failure, _first_line(error))
+        items: list[tuple[int, Item]] = [(id_, _failed(error)) for id_ in self._owner]
+        self._owner.clear()
+        for runner in self._runners.values():
+            runner.reset()
+        self._publish(items)
+
+    def _forget(self, key: str) -> list[int]:
+        ids = [id_ for id_, owner in self._owner.items() if owner == key]
+        for id_ in ids:
+            del self._owner[id_]
+        return ids
+
+    def _shared(self, commands: list[Command]) -> list[Command]:
+        """Rank 0's commands, on every rank."""
+        if self._group is None:
+            return commands
+        import mlx.core as mx
+
+        if self._group.rank() == 0:
+            if not commands:
+                mx.eval(mx.distributed.all_sum(mx.array(0), stream=mx.cpu))
+                return []
+            plain = [replace(each, matcher=None) if isinstance(each, Submit) else each for each in commands]
+            data = mx.array(list(pickle.dumps(plain)), dtype=mx.uint8)
+            mx.eval(mx.distributed.all_sum(mx.array(data.size), stream=mx.cpu))
+            mx.eval(mx.distributed.all_sum(data, stream=mx.cpu))
+            return plain
+        size: Any = mx.distributed.all_sum(mx.array(0), stream=mx.cpu).item()
+        if size == 0:
+            return []
+        data = mx.distributed.all_sum(mx.zeros(size, dtype=mx.uint8), stream=mx.cpu)
+        content: Any = data.tolist()
+        shared = pickle.loads(bytes(content))  # noqa: S301 - from rank 0, which started us
+        return list(shared)
+
+    def _publish(self, items: list[tuple[int, Item]]) -> None:
+        runners = self._runners.values()
+        stats = Stats(
+            active=sum(runner.active for runner in runners),
+            waiting=sum(runner.waiting for runner in runners),
+            cache_bytes=self._prefixes.nbytes,
+            cache_entries=len(self._prefixes),
+            steps=self._steps,
+            failures=self._failures,
+            is_alive=True,
+            last_failure=self._last_failure,
+        )
+        self._engine.post(items, stats)
+
+    @staticmethod
+    def _clear_memory() -> None:
+        import gc
+
+        import mlx.core as mx
+
+        gc.collect()
+        mx.clear_cache()
+
+
+def follow(options: Options) -> None:
+    """Run a rank other than 0, until rank 0 stops."""
+    _Worker(Engine(options)).run()
+
+
+def _failed(error: Exception) -> ServerError:
+    return error if isinstance(error, ServerError) else Failed(f"the engine failed: {type(error).__name__}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else ""

@@ -1,0 +1,84 @@
+"""Constrained answers: what a request's format or tool choice allows, as grammars of llguidance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.errors import InvalidRequest
+from server.models import Loaded
+from server.requests import ChatRequest, Tool
+
+# One way to write each value: else a small model can go on with white space for ever.
+_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer must be. It does not hold for reasoning."""
+
+    grammar: str
+    """For llguidance.LLMatcher."""
+    after: tuple[int, ...] = ()
+    """Holds once these tokens were generated, which end the reasoning that the prompt has opened; (): at once."""
+    unless: int | None = None
+    """The token that opens reasoning, which may come instead of the first."""
+    ends: tuple[int, ...] = ()
+    """What ends the reasoning that `unless` opened."""
+
+
+def constraint(model: Loaded, request: ChatRequest, *, is_reasoning: bool) -> Constraint | None:
+    """What holds for the answer to a request; None: anything. Raises InvalidRequest for what cannot be enforced."""
+    if is_forced(request):
+        grammar, param = _calls([tool for tool in request.tools if request.choice.name in (None, tool.name)]), "tools"
+    elif request.format is not None:
+        grammar, param = _json(request.format.schema), "response_format"
+    else:
+        return None
+    _check(model, grammar, param)
+    tokenizer = model.tokenizer
+    ends = tuple(tokenizer.think_end_tokens or ())
+    if is_reasoning:
+        return Constraint(grammar, after=ends)
+    opening = tokenizer.encode(tokenizer.think_start, add_special_tokens=False) if tokenizer.think_start else []
+    is_possible = request.thinking is not False and len(opening) == 1
+    return Constraint(grammar, unless=opening[0] if is_possible else None, ends=ends)
+
+
+def is_forced(request: ChatRequest) -> bool:
+    """Whether the answer as a whole must be a tool call."""
+    return request.choice.mode == "required" and bool(request.tools)
+
+
+def _json(schema: Mapping[str, Any] | None) -> str:
+    return json.dumps({"grammars": [{"json_schema": _with_options(schema or {"type": "object"})}]})
+
+
+def _calls(tools: Sequence[Tool]) -> str:
+    """One call of one of the tools, as {"name": …, "arguments": …}: each tool's schema has `$defs` of its own."""
+    rules = [f"start: {' | '.join(f'call_{number}' for number in range(len(tools)))}"]
+    for number, tool in enumerate(tools):
+        schema = {"type": "object", **(tool.parameters or {})}
+        head = json.dumps(f'{{"name": {json.dumps(tool.name)}, "arguments": ')
+        rules += [
+            f'call_{number}: {head} arguments_{number} "}}"',
+            f"arguments_{number}: %json {json.dumps(_with_options(schema))}",
+        ]
+    return json.dumps({"grammars": [{"lark_grammar": "\n".join(rules)}]})
+
+
+def _with_options(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"x-guidance": _OPTIONS, **{key: value for key, value in schema.items() if key != "$schema"}}
+
+
+def _check(model: Loaded, grammar: str, param: str) -> None:
+    from llguidance import LLMatcher
+
+    try:
+        tokenizer = model.grammar_tokenizer
+    except ValueError as error:
+        raise InvalidRequest(f"answers of this model cannot be constrained: {error}", param=param) from None
+    if problem := LLMatcher.validate_grammar(grammar, tokenizer):
+        raise InvalidRequest(f"this schema cannot be enforced: {problem.splitlines()[0]}", param=param)

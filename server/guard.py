@@ -1,0 +1,117 @@
+"""Who may ask, and how much: the checks before any route, as ASGI middleware."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import socket
+from collections.abc import Callable, Iterable
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import Forbidden, ServerError, TooLarge, Unauthorized
+
+_OPEN = frozenset({"/health", "/v1/health"})
+"""Paths that need no key: what load balancers ask."""
+
+
+class Guard:
+    """Refuses strangers, foreign web pages and bodies that are too large."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None,
+        host: str,
+        origins: Iterable[str],
+        max_body: int,
+        refuse: Callable[[str, ServerError], Response],
+        count: Callable[[str, int], None],
+    ) -> None:
+        """`refuse` gives an error the shape of a path's dialect; `count` is told each answer's path and status."""
+        self._app = app
+        self._key = api_key.encode() if api_key else None
+        self._hosts = {"localhost", host.lower(), socket.gethostname().lower(), f"{socket.gethostname().lower()}.local"}
+        self._origins = frozenset(origins)
+        self._max_body = max_body
+        self._refuse = refuse
+        self._count = count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = scope.get("route")  # set by the router: not the path, which anybody makes up
+                self._count(route.path if route is not None else "other", message["status"])
+            await send(message)
+
+        try:
+            self._check(scope, Headers(scope=scope))
+        except ServerError as error:
+            await self._refuse(scope["path"], error)(scope, receive, counted)
+            return
+        await self._app(scope, self._bounded(receive), counted)
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        if int(headers.get("content-length") or 0) > self._max_body:
+            raise self._too_large()
+        if self._key is None:
+            self._check_browser(headers)
+        elif scope["path"] not in _OPEN and scope["method"] != "OPTIONS":  # browsers ask beforehand without a key
+            given = headers.get("x-api-key") or headers.get("authorization", "").partition(" ")[2]
+            if not hmac.compare_digest(given.encode(), self._key):
+                raise Unauthorized("this server needs an API key: send Authorization: Bearer …, or x-api-key")
+
+    def _check_browser(self, headers: Headers) -> None:
+        """Without a key, a web page anywhere could use the server through its reader's browser (DNS rebinding)."""
+        host = headers.get("host", "")
+        if not self._is_ours(_hostname(f"//{host}")):
+            raise Forbidden(f"requests for host {host!r} are refused without an API key", code="foreign_host")
+        origin = headers.get("origin")
+        if origin is None or origin in self._origins or "*" in self._origins:
+            return
+        if urlsplit(origin).netloc != host:
+            raise Forbidden(
+                f"requests from pages of {origin} are refused; allow them with --cors-allow-origins",
+                code="foreign_origin",
+            )
+
+    def _is_ours(self, name: str | None) -> bool:
+        if name is None or name in self._hosts:
+            return name is not None
+        try:
+            ipaddress.ip_address(name)  # a page's name cannot be made to look like a plain address
+        except ValueError:
+            return False
+        return True
+
+    def _bounded(self, receive: Receive) -> Receive:
+        size = 0
+
+        async def bounded() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._max_body:
+                raise self._too_large()
+            return message
+
+        return bounded
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(f"the body is larger than {self._max_body} bytes")
+
+
+def _hostname(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None

@@ -1,0 +1,87 @@
+"""Which models there are and where each is loaded from: the overlay, asked off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+import overlay
+from server.errors import InvalidRequest, Unavailable, UnknownModel
+
+
+class Listed(NamedTuple):
+    """A model that can be asked for."""
+
+    id: str
+    created: int
+    """Unix seconds: when its newest file was written."""
+
+
+class Located(NamedTuple):
+    """A folder to load, and what its weights take."""
+
+    path: str
+    nbytes: int
+
+
+Download = Callable[[str], Awaitable[None]]
+"""Fetches a model into the Hugging Face cache. Raises ServerError."""
+
+
+class Library:
+    """The models of one overlay session."""
+
+    def __init__(self, session: overlay.Session, download: Download | None) -> None:
+        """`download` is for ids that are nowhere here; None: the server is offline."""
+        self._session = session
+        self._download = download
+
+    async def listed(self) -> list[Listed]:
+        """Every model that can be loaded, one an id, sorted by id; folders and cache are looked at now."""
+        return await asyncio.to_thread(self._list)
+
+    def _list(self) -> list[Listed]:
+        self._refresh()
+        return [
+            Listed(model.id, max((file.mtime_ns for file in model.files), default=0) // 10**9)
+            for model in self._session.models
+        ]
+
+    async def locate(self, model_id: str) -> Located:
+        """Where to load a model from, downloading it where it is nowhere else. Raises ServerError."""
+        try:
+            return await asyncio.to_thread(self._locate, model_id)
+        except UnknownModel:
+            if self._download is None:
+                raise
+        await self._download(model_id)
+        return await asyncio.to_thread(self._locate, model_id)
+
+    async def is_known(self, model_id: str) -> bool:
+        """Whether the id can be answered without asking the Hub. Raises ServerError, but not UnknownModel."""
+        try:
+            await asyncio.to_thread(self._locate, model_id)
+        except UnknownModel:
+            return False
+        return True
+
+    def _locate(self, model_id: str) -> Located:
+        self._refresh()
+        try:
+            path = os.fspath(self._session.resolve(model_id))
+        except overlay.InvalidModelId as error:
+            raise InvalidRequest(str(error), param="model") from None
+        except overlay.SourceAway as error:
+            raise Unavailable(str(error), param="model", code="model_away") from None
+        except overlay.ModelNotFound as error:
+            raise UnknownModel(str(error), param="model") from None
+        sizes = (entry.stat().st_size for entry in os.scandir(path) if entry.name.endswith(".safetensors"))
+        return Located(path, sum(sizes))
+
+    def _refresh(self) -> None:
+        try:
+            self._session.refresh()
+        except overlay.SessionError as error:
+            raise Unavailable(str(error)) from None

@@ -1,0 +1,58 @@
+"""What `/metrics` tells Prometheus. Values that others keep already are read when it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+class Gauges:
+    """Numbers as they are now: name -> (help, value)."""
+
+    def __init__(self, read: Callable[[], dict[str, tuple[str, float]]], counters: frozenset[str]) -> None:
+        self._read = read
+        self._counters = counters
+
+    def collect(self) -> Iterator[Metric]:
+        """For prometheus_client."""
+        for name, (text, value) in self._read().items():
+            family = CounterMetricFamily if name in self._counters else GaugeMetricFamily
+            yield family(f"mlx_omni_{name}", text, value=value)
+
+
+class Metrics:
+    """One server's metrics, in a registry of its own."""
+
+    def __init__(
+        self, read: Callable[[], dict[str, tuple[str, float]]], counters: frozenset[str] = frozenset()
+    ) -> None:
+        """`read` gives the numbers that are kept elsewhere; `counters` names those that only grow."""
+        self.registry = CollectorRegistry()
+        self.registry.register(Gauges(read, counters))
+        self.requests = Counter(
+            "mlx_omni_requests", "Requests by route and status.", ["route", "status"], registry=self.registry
+        )
+        self.prompt_tokens = Counter(
+            "mlx_omni_prompt_tokens", "Tokens of prompts, reused ones included.", registry=self.registry
+        )
+        self.cached_tokens = Counter(
+            "mlx_omni_cached_tokens", "Tokens of prompts found in the KV cache.", registry=self.registry
+        )
+        self.cache_hits = Counter(
+            "mlx_omni_cache_hits", "Prompts whose beginning was in the KV cache.", registry=self.registry
+        )
+        self.completion_tokens = Counter("mlx_omni_completion_tokens", "Tokens generated.", registry=self.registry)
+        self.first_token = Histogram(
+            "mlx_omni_time_to_first_token_seconds",
+            "From the request to its first token.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+
+    def text(self) -> bytes:
+        """In Prometheus's text format."""
+        return generate_latest(self.registry)

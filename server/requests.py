@@ -1,0 +1,134 @@
+"""What a dialect asks of the server, as frozen values: the one request that all dialects share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image in a message, as the bytes of its file."""
+
+    data: bytes
+    where: str
+    """The field it came in, for messages about it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A tool call of an earlier turn."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: tuple[str | Image, ...] = ()
+    """Texts and images in their order."""
+    reasoning: str = ""
+    calls: tuple[Call, ...] = ()
+    call_id: str | None = None
+    """In a tool message: the call it answers."""
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """All of its text."""
+        return "".join(part for part in self.content if isinstance(part, str))
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function the model may call."""
+
+    name: str
+    description: str | None
+    parameters: Mapping[str, Any] | None
+    """A JSON schema."""
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Which tool the model may, or must, call."""
+
+    mode: Literal["auto", "none", "required"] = "auto"
+    name: str | None = None
+    """With `required`: this one."""
+    parallel: bool = True
+    """Whether one answer may hold several calls."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """What the answer must be: any JSON object (schema None), or JSON that a schema describes."""
+
+    schema: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """How tokens are chosen. None: as the model's generation_config.json says, else the API's default."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    """Multiplies, over prompt and answer; 1: none."""
+    repetition_context: int | None = None
+    """Tokens that the repetition penalty looks back on; None: all."""
+    presence_penalty: float = 0.0
+    """Subtracted once for each token the answer already has."""
+    frequency_penalty: float = 0.0
+    """Subtracted each time the answer already has the token."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    max_tokens: int | None = None
+    """None: as many as the model's context holds."""
+    logprobs: int | None = None
+    """How many alternatives to report for each token; None: no log probabilities at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request for `n` answers."""
+
+    model: str
+    params: Params = Params()
+    stop: tuple[str, ...] = ()
+    n: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest(Request):
+    """An answer to a conversation."""
+
+    messages: tuple[Message, ...] = ()
+    tools: tuple[Tool, ...] = ()
+    choice: ToolChoice = ToolChoice()
+    format: Format | None = None
+    thinking: bool | None = None
+    """Whether to reason first; None: as the model's template does."""
+    effort: str | None = None
+    """How much to reason, in the words of the template."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    is_effort_optional: bool = False
+    """Go on without, where the template knows no effort, instead of refusing."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextRequest(Request):
+    """A continuation of plain prompts: `n` for each of them, in their order."""
+
+    prompts: tuple[str | tuple[int, ...], ...] = ()
+    echo: bool = False

@@ -1,0 +1,165 @@
+"""How the next token is chosen: samplers and logits processors for mlx-lm, one set a request. Runs in the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.sample_utils import (
+    apply_min_p,
+    apply_top_k,
+    apply_top_p,
+    greedy_sampler,
+    make_frequency_penalty,
+    make_presence_penalty,
+    make_repetition_penalty,
+    make_sampler,
+)
+
+from server.grammar import Constraint
+from server.requests import Params
+
+Sampler = Callable[[mx.array], mx.array]
+Processor = Callable[[mx.array, mx.array], mx.array]
+
+_ALL = 1 << 30  # as a context size: all of it
+
+
+class Choice(NamedTuple):
+    """A request's parameters with the model's defaults filled in."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+
+
+def choice(params: Params, defaults: Mapping[str, Any], vocab_size: int) -> Choice:
+    """What holds for a request: its own values, else generation_config.json's, else OpenAI's."""
+
+    def of(given: float | None, name: str, otherwise: float) -> float:
+        default = defaults.get(name)
+        return given if given is not None else float(otherwise if default is None else default)
+
+    temperature = of(params.temperature, "temperature", 0.0 if defaults.get("do_sample") is False else 1.0)
+    top_p = of(params.top_p, "top_p", 1.0)
+    top_k = int(of(params.top_k, "top_k", 0))
+    return Choice(
+        temperature=0.0 if top_p == 0 or top_k == 1 else temperature,
+        top_p=top_p,
+        top_k=top_k if 0 < top_k < vocab_size else 0,
+        min_p=of(params.min_p, "min_p", 0.0),
+        repetition_penalty=of(params.repetition_penalty, "repetition_penalty", 1.0),
+    )
+
+
+def sampler(chosen: Choice, seed: int | None) -> Sampler:
+    """A sampler of log probabilities [batch, vocabulary] -> tokens [batch]."""
+    if chosen.temperature == 0:
+        return greedy_sampler  # type: ignore[no-any-return]
+    return _shared(chosen[:4]) if seed is None else _seeded(chosen, seed)
+
+
+@lru_cache(maxsize=256)
+def _shared(key: tuple[float, float, int, float]) -> Sampler:
+    """The same object for the same parameters: BatchGenerator samples rows in one call only where they share it."""
+    temperature, top_p, top_k, min_p = key
+    return make_sampler(temperature, top_p=top_p, min_p=min_p, top_k=top_k)  # type: ignore[no-any-return]
+
+
+def _seeded(chosen: Choice, seed: int) -> Sampler:
+    """Draws from a random state of its own: what else runs takes nothing from it."""
+    key = mx.random.key(seed)
+
+    def sample(logprobs: mx.array) -> mx.array:
+        nonlocal key
+        key, now = mx.random.split(key)
+        if 0 < chosen.top_p < 1:
+            logprobs = apply_top_p(logprobs, chosen.top_p)
+        if chosen.min_p:
+            logprobs = apply_min_p(logprobs, chosen.min_p)
+        if chosen.top_k:
+            logprobs = apply_top_k(logprobs, chosen.top_k)
+        return mx.random.categorical(logprobs * (1 / chosen.temperature), key=now)
+
+    return sample
+
+
+def processors(
+    params: Params, chosen: Choice, prompt: Sequence[int], *, cached: int = 0, matcher: Processor | None = None
+) -> list[Processor]:
+    """What is done to the logits of each step before sampling.
+
+    mlx-lm calls a processor with the tokens so far, of which the first `cached` of the prompt may be missing.
+    Presence and frequency penalties look at the answer alone, as OpenAI's and vLLM's do; repetition at the prompt, too.
+    """
+    seen = len(prompt) - cached
+    made: list[Processor] = []
+    if params.logit_bias:
+        tokens = mx.array(list(params.logit_bias))
+        values = mx.array(list(params.logit_bias.values()))
+        made.append(lambda _, logits: logits.at[:, tokens].add(values.astype(logits.dtype)))
+    if chosen.repetition_penalty != 1:
+        repeat = make_repetition_penalty(chosen.repetition_penalty, params.repetition_context or _ALL)
+        missing = mx.array(list(prompt[:cached]), dtype=mx.int32)
+        made.append(lambda so_far, logits: repeat(mx.concatenate([missing, so_far.astype(mx.int32)]), logits))
+    if params.presence_penalty:
+        present = make_presence_penalty(params.presence_penalty, _ALL)
+        made.append(lambda so_far, logits: present(so_far[seen:], logits))
+    if params.frequency_penalty:
+        frequent = make_frequency_penalty(params.frequency_penalty, _ALL)
+        made.append(lambda so_far, logits: frequent(so_far[seen:], logits))
+    if matcher is not None:
+        made.append(matcher)
+    return made
+
+
+class Matcher:
+    """A logits processor that lets only tokens pass which a grammar allows."""
+
+    def __init__(self, constraint: Constraint, tokenizer: Any) -> None:
+        """`tokenizer` is llguidance's. The constructor may take a second for a large schema; any thread may call it."""
+        from llguidance import LLMatcher
+        from llguidance.numpy import allocate_token_bitmask
+
+        self._matcher = LLMatcher(tokenizer, constraint.grammar, log_level=0)
+        self._unless = constraint.unless
+        self._ends = constraint.after or constraint.ends
+        self._is_free = bool(constraint.after)
+        self._mask = allocate_token_bitmask(1, tokenizer.vocab_size)
+        self._steps = 0
+        self._last: tuple[int, ...] = ()
+        self.problem: str | None = None
+        """Why the grammar can be followed no further."""
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        if self._steps:
+            last: Any = tokens[-1].item()
+            self._accept(last)
+        self._steps += 1
+        if self._is_free or self.problem is not None:
+            return logits
+        from llguidance.numpy import fill_next_token_bitmask
+
+        fill_next_token_bitmask(self._matcher, self._mask, 0)
+        if self._matcher.is_error():
+            self.problem = self._matcher.get_error().splitlines()[0]
+            return logits
+        allowed = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: logits.shape[-1]].astype(bool)
+        allowed = np.pad(allowed, (0, logits.shape[-1] - len(allowed)))  # rows of the output that no token has
+        if self._steps == 1 and self._unless is not None:
+            allowed[self._unless] = True
+        return mx.where(mx.array(allowed), logits, -float("inf"))
+
+    def _accept(self, token: int) -> None:
+        if self._is_free:
+            self._last = (*self._last, token)[-len(self._ends) :]
+            self._is_free = self._last != self._ends
+        elif self._steps == 1 and token == self._unless and self._ends:
+            self._is_free = True
+        elif not self._matcher.is_stopped() and not self._matcher.consume_token(token):
+            self.problem = self._matcher.get_error().splitlines()[0]
