@@ -167,7 +167,7 @@ def _deletions() -> Iterator[Finding]:
             "deletions",
             f"huggingface_hub {version}",
             "its cache deletions follow links to the end; the overlay is built so that they find nothing of yours, "
-            "except for root, whom no sealed folder stops; nor are links safe that you put into a cache yourself",
+            "but links that you put into a cache yourself are not safe",
             "Update it: pip install -U huggingface_hub",
         )
 

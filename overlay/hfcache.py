@@ -20,6 +20,8 @@ CACHEDIR_TAG = "CACHEDIR.TAG"
 """Clients put it into a hub folder, to keep backups out."""
 ORIGIN = "overlay.json"
 """In a repo folder of ours: the user's folder it stands for, and its commit. No client looks at it."""
+VIEWS = "views"
+"""In a repo folder of ours: the links that make up its revision, to which `snapshots/<commit>` is a link."""
 SHARED_BLOBS = "blobs"
 """huggingface_hub >= 2 keeps payloads that several repos share here; reached through each repo's own links."""
 
@@ -251,13 +253,15 @@ def shadow(model: Model, commit: str) -> Shadow:
     """The repo of exactly one revision in which each file is two links away from the user's.
 
     Two hops, because clients take the first for the blob and unlink it; one revision, because with two,
-    huggingface_hub <= 1.31 follows links to their end and deletes what is there. For that reason a client that goes
-    past the gateway must not add a second one: refs and snapshots are sealed.
+    huggingface_hub <= 1.31 follows links to their end and deletes what is there. So that a client that goes past the
+    gateway does not add a second one, refs and snapshots are sealed; which does not stop root, and so the snapshot is
+    a link: those releases delete snapshots before blobs, with an rmtree that refuses a link and ends the deletion.
+    It leads to a folder as deep as itself, for links in it are read by their text as well as by the kernel.
     """
-    revision = f"snapshots/{commit}"
-    folders = dict.fromkeys(("refs", "blobs", "trees", "snapshots", revision))
+    revision = f"{VIEWS}/{commit}"
+    folders = dict.fromkeys(("refs", "blobs", "trees", "snapshots", VIEWS, revision))
     blobs: dict[str, str] = {}
-    links: list[tuple[str, str]] = []
+    links: list[tuple[str, str]] = [(f"snapshots/{commit}", f"../{revision}")]
     tree: dict[str, dict[str, object]] = {}
     for file in model.files:
         blob = etag(model, file)

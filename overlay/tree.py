@@ -250,7 +250,7 @@ def remove(session: str, unfinished: Collection[str] = ()) -> list[str]:
 
 def has_payload(repo: str) -> bool:
     """Whether a repo folder holds a byte that was downloaded: refs, listings and links are none."""
-    return any(_has_files(f"{repo}/{folder}") for folder in ("blobs", "snapshots"))
+    return any(_has_files(f"{repo}/{folder}") for folder in ("blobs", "snapshots", hfcache.VIEWS))
 
 
 def _remove_unless_downloaded(folder: str, unfinished: Collection[str]) -> list[str]:

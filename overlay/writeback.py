@@ -197,9 +197,9 @@ def _drop_copies(shadow: str) -> None:
     origin = _origin(shadow)
     if origin is None:
         return
-    snapshot = f"{shadow}/snapshots/{origin['commit']}"
-    for relative in _files(snapshot):
-        blob = os.path.realpath(f"{snapshot}/{relative}")
+    view = f"{shadow}/{hfcache.VIEWS}/{origin['commit']}"
+    for relative in _files(view):
+        blob = os.path.realpath(f"{view}/{relative}")
         original = f"{origin['folder']}/{relative}"
         is_copy = blob.startswith(os.path.realpath(shadow) + os.sep) and os.path.isfile(blob)
         if is_copy and os.path.isfile(original) and os.path.getsize(original) == os.path.getsize(blob):

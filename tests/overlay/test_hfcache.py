@@ -49,13 +49,15 @@ def test_each_file_of_a_shadow_is_two_links_from_the_users_and_there_is_one_revi
     model = user_model()
     shadow = hfcache.shadow(model, "c" * 40)
     links = dict(shadow.links)
+    assert links[f"snapshots/{'c' * 40}"] == f"../views/{'c' * 40}", "a deletion that follows links stops at this one"
     for file in model.files:
-        hop = links[f"snapshots/{'c' * 40}/{file.name}"]
+        hop = links[f"views/{'c' * 40}/{file.name}"]
         blob = hop.lstrip("./")
         assert blob.startswith("blobs/")
         assert hop.count("../") == 2 + file.name.count("/")
         assert links[blob] == f"{model.path}/{file.name}"
-    assert {name.split("/")[1] for name in [*links, *shadow.folders] if name.startswith("snapshots/")} == {"c" * 40}
+    made = [*links, *shadow.folders]
+    assert {name.split("/")[1] for name in made if name.startswith(("snapshots/", "views/"))} == {"c" * 40}
     assert all(folder.rpartition("/")[0] in ("", *shadow.folders) for folder in shadow.folders)
     contents = dict(shadow.files)
     assert contents["refs/main"] == b"c" * 40
