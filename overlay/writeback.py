@@ -89,7 +89,8 @@ def _merge(repo: str, target: str, locks: str, aside: str) -> None:
     `aside` is where a file is until it is complete: no folder that programs look into.
     """
     own = _own_commit(repo)
-    os.makedirs(f"{target}/snapshots", exist_ok=True)  # a repo without it is a corrupt one to scans
+    if has_payload(repo):
+        os.makedirs(f"{target}/snapshots", exist_ok=True)  # a repo without it is a corrupt one to scans
     for name in _names(f"{repo}/blobs"):
         path = f"{repo}/blobs/{name}"
         if os.path.islink(path) or not os.path.isfile(path):
@@ -122,7 +123,10 @@ def _is_newer(path: str, other: str) -> bool:
 
 
 def _merge_snapshot(snapshot: str, target: str, aside: str) -> bool:
-    """Give the cache's repo one revision's links; False when a part of it is not the cache's to hold."""
+    """Give the cache's repo one revision's links; False when a part of it is not the cache's to hold, or there is none.
+
+    No folder is made before there is something to put into it: an empty one is a revision to clients.
+    """
     is_complete = True
     for relative in _files(snapshot):
         path, wanted = f"{snapshot}/{relative}", f"{target}/{relative}"
@@ -131,17 +135,17 @@ def _merge_snapshot(snapshot: str, target: str, aside: str) -> bool:
             if not is_link and os.path.isfile(wanted) and os.path.getsize(wanted) == os.path.getsize(path):
                 os.unlink(path)  # one commit's file is one file
             continue
-        os.makedirs(os.path.dirname(wanted), exist_ok=True)
         if not is_link:  # clients copy where they cannot link
             _move(path, wanted, aside)
             continue
         link = os.readlink(path)
         blob = os.path.normpath(os.path.join(os.path.dirname(wanted), link))
         if os.path.dirname(blob) == os.path.normpath(f"{target}/../../blobs") and os.path.isfile(blob):
+            os.makedirs(os.path.dirname(wanted), exist_ok=True)
             os.symlink(link, wanted)
         else:  # it leads to a user's folder
             is_complete = False
-    return is_complete
+    return is_complete and os.path.isdir(target)
 
 
 def _move_incomplete(path: str, target: str, lock: str, aside: str) -> None:

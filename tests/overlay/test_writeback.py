@@ -274,6 +274,43 @@ def test_a_revision_that_is_partly_the_users_comes_home_without_that_part_and_wi
     check_stands_alone(dead.hub)
 
 
+def test_a_revision_of_which_all_is_the_users_leaves_nothing_in_the_cache(dead: Dead) -> None:
+    """Not even empty folders, which offline programs would take for the revision."""
+    lay_model(dead.models / "org/m", {"config.json": CONFIG, "sub/vocab.json": b"{}"}, settled=True)
+    with dead.written() as hub:
+        (ours,) = hub.glob("models--org--m/snapshots/*")
+        snapshot = add_revision(hub, "org/m", {})
+        (snapshot / "sub").mkdir()
+        for name in ("config.json", "sub/vocab.json"):
+            (snapshot / name).symlink_to(os.readlink(ours / name))
+    assert [cleared.kept for cleared in dead.clear()] == [()]
+    assert not dead.repo("org/m").exists()
+    assert dead.left() == []
+
+
+def test_a_folder_of_a_revision_that_is_the_users_is_not_made(dead: Dead) -> None:
+    lay_model(dead.models / "org/m", {"config.json": CONFIG, "sub/vocab.json": b"{}"}, settled=True)
+    with dead.written() as hub:
+        (ours,) = hub.glob("models--org--m/snapshots/*/sub/vocab.json")
+        snapshot = add_revision(hub, "org/m", {"model.safetensors": b"new"})
+        (snapshot / "sub").mkdir()
+        (snapshot / "sub/vocab.json").symlink_to(os.readlink(ours))
+    assert [cleared.kept for cleared in dead.clear()] == [()]
+    assert os.listdir(dead.repo("org/m") / f"snapshots/{OTHER}") == ["model.safetensors"]
+    check_stands_alone(dead.hub)
+
+
+def test_a_ref_of_a_revision_of_which_nothing_has_come_yet_stays_out(dead: Dead) -> None:
+    """A client that is killed at its start leaves the ref, an empty folder and the first bytes of a file."""
+    with dead.written() as hub:
+        add_repo(dead.hub, "org/m", {"config.json": CONFIG}, commit=MAIN, refs=[])
+        add_repo(hub, "org/m", {}, commit=OTHER)
+        partial(hub, b"the first bytes")
+    assert [cleared.kept for cleared in dead.clear()] == [()]
+    assert dead.held()[b"the first bytes"] == 1
+    check_stands_alone(dead.hub)
+
+
 # Whatever breaks on the way ----------------------------------------------------------------------------------------
 
 
