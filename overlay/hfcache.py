@@ -224,6 +224,8 @@ class Shadow(NamedTuple):
     """(where, content)"""
     sealed: tuple[str, ...]
     """What nobody may write to."""
+    watched: tuple[str, ...]
+    """The folders whose time changes when a client takes a file of the revision away."""
 
 
 def fingerprint(model: Model) -> str:
@@ -284,6 +286,8 @@ def shadow(model: Model, commit: str) -> Shadow:
             (ORIGIN, origin.encode()),
         ),
         ("refs/main", "refs", "snapshots"),
+        # The view by way of its snapshot, so that this is missed, too.
+        ("blobs", f"snapshots/{commit}", *(folder for folder in folders if folder.startswith(f"{revision}/"))),
     )
 
 

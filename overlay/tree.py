@@ -6,7 +6,7 @@
       hubs/2/             the plan's entries, each a link of ours; what is no link was written by a client
         models--acme--tiny  -> ../../shadows/models--acme--tiny.0123456789abcdef
         models--org--other  -> <real cache>/models--org--other
-      shadows/            one repo folder a user's model, made once, never edited
+      shadows/            one repo folder a user's model, made once, never edited; another where a client deletes in it
 
 A client resolves HF_HUB_CACHE when it begins (huggingface_hub >= 1.0), so one that is in the middle of a load stays
 in the hub folder it began in. Those are kept for an hour.
@@ -14,6 +14,7 @@ in the hub folder it began in. Those are kept for an hour.
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Collection
@@ -29,6 +30,8 @@ ASIDE = "new"
 MADE = "made"
 """In a session's folder: what was made in the real cache for downloads that were announced, a path a line."""
 _TOKENS = ("token", "stored_tokens")
+_UNTOUCHED_NS = 10**18
+"""The time of a shadow's folders until a client changes something in them: no clock is too coarse to tell that."""
 
 
 class Shadowed(NamedTuple):
@@ -47,6 +50,8 @@ class Tree:
         """Make the folders and the links to the rest of the user's HF_HOME. Raises OSError."""
         self._session = session
         self._shadows: dict[str, Shadowed] = {}
+        self._watched: dict[str, tuple[str, ...]] = {}
+        """By the link of a shadow, the folders in it that tell whether a client deleted something."""
         self._entries: dict[str, str] = {}
         self._earlier: dict[str, set[str]] = {}
         """Hub folders that were replaced: where their entries led."""
@@ -79,9 +84,11 @@ class Tree:
             if isinstance(entry, str):
                 entries[name] = entry
                 continue
-            before = self._shadows.get(name)
-            shadows[name] = before if before and before.model == entry else self._make_shadow(name, entry)
-            entries[name] = shadows[name].link
+            shadowed = self._shadows.get(name)
+            if shadowed is None or shadowed.model != entry or not self._is_untouched(shadowed.link):
+                shadowed = self._make_shadow(name, entry)
+            shadows[name] = shadowed
+            entries[name] = shadowed.link
         entries |= {name: path for name, path in self._written().items() if name not in shadows}
         if self._generation == 0 or entries != self._entries or not self._is_whole():
             gone = {name for name, each in self._shadows.items() if not os.path.isdir(each.model.path)}
@@ -128,15 +135,19 @@ class Tree:
     def _make_shadow(self, name: str, model: Model) -> Shadowed:
         fingerprint = hfcache.fingerprint(model)
         commit = model.commit or fingerprint
-        folder = f"{name}.{fingerprint[:16]}"
-        path = f"{self._session}/shadows/{folder}"
-        made = Shadowed(model, commit, f"../../shadows/{folder}")
-        if os.path.isdir(path):  # the folder is again as it was at an earlier refresh
-            return made
+        shadow = hfcache.shadow(model, commit)
+        for number in itertools.count():  # of those in which a client deleted something: loads may still be reading
+            folder = f"{name}.{fingerprint[:12]}{number:04x}"
+            path = f"{self._session}/shadows/{folder}"
+            made = Shadowed(model, commit, f"../../shadows/{folder}")
+            self._watched[made.link] = tuple(f"{path}/{inner}" for inner in shadow.watched)
+            if not os.path.lexists(path):
+                break
+            if _is_whole(path, shadow):  # the user's folder is again as it was at an earlier refresh
+                return made
         aside = f"{self._session}/{ASIDE}"
         if os.path.isdir(aside):  # cut short by a full disk
             _remove_folder(aside)
-        shadow = hfcache.shadow(model, commit)
         os.mkdir(aside)
         for inner in shadow.folders:
             os.mkdir(f"{aside}/{inner}")
@@ -145,10 +156,21 @@ class Tree:
         for where, content in shadow.files:
             with open(f"{aside}/{where}", "wb") as file:
                 file.write(content)
+        _mark(aside, shadow)
         os.rename(aside, path)
         for where in shadow.sealed:
             os.chmod(f"{path}/{where}", 0o500)
         return made
+
+    def _is_untouched(self, link: str) -> bool:
+        """Whether nothing came or went where a client may delete. Two system calls a model, at every refresh."""
+        try:
+            for folder in self._watched[link]:
+                if os.stat(folder).st_mtime_ns != _UNTOUCHED_NS:
+                    return False
+        except OSError:
+            return False
+        return True
 
     def _written(self) -> dict[str, str]:
         """What clients made in the hub folders: it stays where it is and stays visible."""
@@ -215,6 +237,26 @@ class Tree:
         for shadow in list(os.scandir(f"{self._session}/shadows")):
             if f"../../shadows/{shadow.name}" not in needed and not has_payload(shadow.path):
                 _remove_folder(shadow.path)
+
+
+def _is_whole(repo: str, shadow: hfcache.Shadow) -> bool:
+    """Whether all that was made of a shadow is there; if so, it counts as untouched from now on.
+
+    Looked at on both sides of the mark, so that it neither covers what is missing nor what goes meanwhile.
+    """
+    made = [f"{repo}/{where}" for where, _ in (*shadow.links, *shadow.files)]
+    if not all(map(os.path.lexists, made)):
+        return False
+    try:
+        _mark(repo, shadow)
+    except FileNotFoundError:
+        return False
+    return all(map(os.path.lexists, made))
+
+
+def _mark(repo: str, shadow: hfcache.Shadow) -> None:
+    for folder in shadow.watched:
+        os.utime(f"{repo}/{folder}", ns=(_UNTOUCHED_NS, _UNTOUCHED_NS))
 
 
 def _home_entries(hf_home: str) -> set[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,80 @@ def test_refresh_brings_back_what_a_client_deleted(models: Path, hub: Path, sess
         (session.hub_cache / "models--org--name").unlink()
         session.refresh()
         assert listed(session) == ["org/name"]
+
+
+def delete_files(repo: Path) -> None:
+    """As `HFCacheInfo.delete_files` does it since 1.32."""
+    path = next(repo.glob("snapshots/*/sub/file.txt"))
+    blob = Path(os.path.normpath(path.parent / path.readlink()))
+    path.unlink()
+    blob.unlink()
+
+
+def delete_snapshots(repo: Path) -> None:
+    """With a user's rights only who does not mind modes gets so far."""
+    (repo / "snapshots").chmod(0o700)
+    shutil.rmtree(repo / "snapshots")
+
+
+def delete_all(repo: Path) -> None:
+    for sealed in ("refs", "snapshots"):
+        (repo / sealed).chmod(0o700)
+    shutil.rmtree(repo.resolve())
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "delete_files": delete_files,
+    "a blob": lambda repo: next(repo.glob("blobs/*")).unlink(),
+    "a file of the snapshot": lambda repo: next(repo.glob("snapshots/*/config.json")).unlink(),
+    "a file in a folder of the snapshot": lambda repo: next(repo.glob("snapshots/*/sub/file.txt")).unlink(),
+    "all blobs": lambda repo: shutil.rmtree(repo / "blobs"),
+    "the snapshots": delete_snapshots,
+    "everything": delete_all,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_refresh_mends_a_model_of_which_a_client_deleted_parts(
+    models: Path, sessions: Path, damage: Callable[[Path], None]
+) -> None:
+    folder = lay_model(models / "org/name", {"sub/file.txt": b"x"})
+    files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with overlay.open_session([models]) as session:
+        for _ in range(3):
+            damage(session.hub_cache / "models--org--name")
+            assert session.refresh() == ((), (), ()), "the user's folder is as it was"
+            assert listed(session) == ["org/name"]
+            begun = Path(load(session, "org/name"))
+            assert {path.relative_to(begun): path.read_bytes() for path in begun.rglob("*") if path.is_file()} == files
+            before = hfcache.listing(session.path)
+            session.refresh()
+            assert hfcache.listing(session.path) == before, "what is mended stays as it is"
+    assert not session.path.exists()
+
+
+def test_a_load_that_began_in_what_a_client_damaged_keeps_what_is_left(models: Path, sessions: Path) -> None:
+    lay_model(models / "org/name", {"first.txt": b"1", "second.txt": b"2"})
+    with overlay.open_session([models]) as session:
+        begun = Path(load(session, "org/name")).resolve()
+        (begun / "first.txt").unlink()
+        session.refresh()
+        assert (begun / "second.txt").read_bytes() == b"2"
+        assert Path(load(session, "org/name"), "first.txt").read_bytes() == b"1"
+        assert not (begun / "first.txt").exists(), "made aside: whoever reads never meets half of one"
+
+
+def test_what_a_program_writes_beside_a_models_files_is_no_damage(models: Path, sessions: Path) -> None:
+    lay_model(models / "org/name")
+    with overlay.open_session([models]) as session:
+        begun = Path(load(session, "org/name")).resolve()
+        (begun / "notes.txt").touch()
+        for _ in range(2):
+            session.refresh()
+            assert Path(load(session, "org/name")).resolve() == begun
+        (begun / "config.json").unlink()  # and is not overlooked afterwards
+        session.refresh()
+        assert Path(load(session, "org/name"), "config.json").exists()
 
 
 def test_rebuilding_gives_the_same_tree(models: Path, hub: Path, sessions: Path) -> None:
