@@ -7,14 +7,17 @@ BIN := $(VENV)/bin
 HUB_VERSIONS := 0.36.2 1.31.0 1.32.0 1.33.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test check format bench clean
+.PHONY: help demo serve test check format bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
 
-demo: $(VENV)/.ready  ## make a tiny model in a folder and let unmodified mlx_lm load it through the overlay
-	@sh docs/demo.sh $(BIN)
+demo: $(VENV)/.ready  ## make a tiny model in a folder, serve it, list it and chat with it
+	@$(BIN)/python docs/demo.py
+
+serve: $(VENV)/.ready  ## serve your own: make serve MODEL_PATH=/Volumes/LLMS/models [ARGS="--port 8000"]
+	@$(BIN)/mlx-omni-server $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)") $(ARGS)
 
 test: $(VENV)/.hubs  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -29,9 +32,10 @@ format: $(VENV)/.ready  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.ready  ## print the overlay's and the gateway's ratios
+bench: $(VENV)/.ready  ## print the overlay's, the gateway's and the server's ratios
 	$(BIN)/python benchmarks/overlay.py
 	$(BIN)/python benchmarks/gateway.py
+	$(BIN)/python benchmarks/server.py
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

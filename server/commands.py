@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from server.errors import ServerError
-from server.grammar import Constraint
+from server.grammar import Budget, Constraint
 from server.requests import Params
 
 
@@ -59,6 +59,7 @@ class Submit:
     system: int = 0
     """Tokens at the prompt's start whose KV cache is worth keeping for other conversations."""
     constraint: Constraint | None = None
+    budget: Budget | None = None
     images: tuple[Any, ...] = ()
     matcher: Any = None
     """The constraint's, made already. Ranks that are not given one make it themselves."""

@@ -29,6 +29,26 @@ class Constraint:
     """What ends the reasoning that `unless` opened."""
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How long an answer may reason: then the mark that ends it is forced."""
+
+    tokens: int
+    is_open: bool
+    """Whether the prompt has opened the reasoning already."""
+    opens: tuple[int, ...]
+    ends: tuple[int, ...]
+
+
+def budget(model: Loaded, request: ChatRequest, *, is_reasoning: bool) -> Budget | None:
+    """The limit on an answer's reasoning; None: none, or a model that has no marks for it."""
+    tokenizer = model.tokenizer
+    if request.reasoning_budget is None or not tokenizer.think_start or not tokenizer.think_end_tokens:
+        return None
+    opens = tokenizer.encode(tokenizer.think_start, add_special_tokens=False)
+    return Budget(request.reasoning_budget, is_reasoning, tuple(opens), tuple(tokenizer.think_end_tokens))
+
+
 def constraint(model: Loaded, request: ChatRequest, *, is_reasoning: bool) -> Constraint | None:
     """What holds for the answer to a request; None: anything. Raises InvalidRequest for what cannot be enforced."""
     if is_forced(request):
@@ -60,7 +80,7 @@ def _calls(tools: Sequence[Tool]) -> str:
     """One call of one of the tools, as {"name": …, "arguments": …}: each tool's schema has `$defs` of its own."""
     rules = [f"start: {' | '.join(f'call_{number}' for number in range(len(tools)))}"]
     for number, tool in enumerate(tools):
-        schema = {"type": "object", **(tool.parameters or {})}
+        schema = {"type": "object", "additionalProperties": False, **(tool.parameters or {})}
         head = json.dumps(f'{{"name": {json.dumps(tool.name)}, "arguments": ')
         rules += [
             f'call_{number}: {head} arguments_{number} "}}"',

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 import overlay
 from server.errors import InvalidRequest, Unavailable, UnknownModel
+
+
+logger = logging.getLogger("server")
 
 
 class Listed(NamedTuple):
@@ -76,7 +80,10 @@ class Library:
         except overlay.SourceAway as error:
             raise Unavailable(str(error), param="model", code="model_away") from None
         except overlay.ModelNotFound as error:
-            raise UnknownModel(str(error), param="model") from None
+            logger.info("%s", error)  # it tells where was looked, which is not for every client to know
+            raise UnknownModel(
+                f"there is no model {model_id!r} here; GET /v1/models lists what there is", param="model"
+            ) from None
         sizes = (entry.stat().st_size for entry in os.scandir(path) if entry.name.endswith(".safetensors"))
         return Located(path, sum(sizes))
 

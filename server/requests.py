@@ -119,6 +119,8 @@ class ChatRequest(Request):
     format: Format | None = None
     thinking: bool | None = None
     """Whether to reason first; None: as the model's template does."""
+    reasoning_budget: int | None = None
+    """Tokens that the reasoning may take; None: any number."""
     effort: str | None = None
     """How much to reason, in the words of the template."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -204,7 +204,7 @@ class Runner:
             caches=[cache],
             all_tokens=[prompt[:cached]],
             samplers=[sampler(chosen, None)],
-            logits_processors=[processors(submit.params, chosen, prompt, matcher=matcher)],
+            logits_processors=[processors(submit.params, chosen, prompt, matcher=matcher, budget=submit.budget)],
             stop_sequences=[self._eos],
         )
         self._sequences[uid] = _Sequence(submit, cached, matcher)
@@ -287,7 +287,9 @@ class Runner:
         shared = {
             "max_tokens": submit.max_tokens,
             "sampler": sampler(chosen, submit.params.seed),
-            "logits_processors": processors(submit.params, chosen, submit.prompt, cached=cached, matcher=matcher),
+            "logits_processors": processors(
+                submit.params, chosen, submit.prompt, cached=cached, matcher=matcher, budget=submit.budget
+            ),
             "prompt_cache": cache,
             "prefill_step_size": options.prefill_step,
             "kv_bits": options.kv_bits,

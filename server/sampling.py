@@ -19,7 +19,7 @@ from mlx_lm.sample_utils import (
     make_sampler,
 )
 
-from server.grammar import Constraint
+from server.grammar import Budget, Constraint
 from server.requests import Params
 
 Sampler = Callable[[mx.array], mx.array]
@@ -90,7 +90,13 @@ def _seeded(chosen: Choice, seed: int) -> Sampler:
 
 
 def processors(
-    params: Params, chosen: Choice, prompt: Sequence[int], *, cached: int = 0, matcher: Processor | None = None
+    params: Params,
+    chosen: Choice,
+    prompt: Sequence[int],
+    *,
+    cached: int = 0,
+    matcher: Processor | None = None,
+    budget: Budget | None = None,
 ) -> list[Processor]:
     """What is done to the logits of each step before sampling.
 
@@ -113,9 +119,44 @@ def processors(
     if params.frequency_penalty:
         frequent = make_frequency_penalty(params.frequency_penalty, _ALL)
         made.append(lambda so_far, logits: frequent(so_far[seen:], logits))
+    if budget is not None:
+        made.append(ReasoningBudget(budget))
     if matcher is not None:
         made.append(matcher)
     return made
+
+
+class ReasoningBudget:
+    """A logits processor that ends reasoning which takes too long, by forcing its closing mark."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._left: int | None = budget.tokens if budget.is_open else None
+        """Tokens that the open reasoning may still take; None: none is open."""
+        self._last: tuple[int, ...] = ()
+        self._steps = 0
+        self._forced = 0
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        if self._steps:
+            last: Any = tokens[-1].item()
+            self._accept(last)
+        self._steps += 1
+        if self._left is None or self._left > 0:
+            return logits
+        forced = mx.arange(logits.shape[-1]) == self._budget.ends[self._forced]
+        self._forced = (self._forced + 1) % len(self._budget.ends)
+        return mx.where(forced, logits, -float("inf"))
+
+    def _accept(self, token: int) -> None:
+        opens, ends = self._budget.opens, self._budget.ends
+        self._last = (*self._last, token)[-max(len(opens), len(ends)) :]
+        if self._left is None and self._last[-len(opens) :] == opens:
+            self._left = self._budget.tokens
+        elif self._left is not None and self._last[-len(ends) :] == ends:
+            self._left, self._forced = None, 0
+        elif self._left is not None:
+            self._left = max(0, self._left - 1)
 
 
 class Matcher:

@@ -210,10 +210,11 @@ class Service:
     def _chat_jobs(self, model: Loaded, request: ChatRequest) -> list[_Job]:
         prompt = chat.render(model, request)
         rule = grammar.constraint(model, request, is_reasoning=prompt.is_reasoning)
+        limit = grammar.budget(model, request, is_reasoning=prompt.is_reasoning)
         jobs = []
         for number in range(request.n):
             submit = self._submit(model, request, prompt.tokens, number)
-            submit = replace(submit, system=prompt.system, images=prompt.images, constraint=rule)
+            submit = replace(submit, system=prompt.system, images=prompt.images, constraint=rule, budget=limit)
             if rule is not None:
                 submit = replace(submit, matcher=self.engine.matcher(rule, model))
             reader = chat.Reader(
@@ -249,7 +250,7 @@ class Service:
         if model.context is not None and (limit is None or model.context - 1 < limit):
             limit = model.context - 1
         if limit is not None and size > limit:
-            raise PromptTooLong(f"the prompt has {size} tokens, {request.model} takes {limit} here", param="messages")
+            raise PromptTooLong(f"prompt is too long: {size} tokens > {limit} maximum", param="messages")
         if outside := [token for token in params.logit_bias if not 0 <= token < model.vocab_size]:
             raise InvalidRequest(f"{outside[0]} is no token of {request.model}", param="logit_bias")
         room = model.context - size if model.context is not None else 1 << 30
