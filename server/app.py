@@ -9,15 +9,16 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Scope
 
 import overlay
 from server import download, errors
-from server.api import openai
+from server.api import anthropic, models, openai, responses
 from server.api.fields import wrong_field
 from server.api.transport import answer, as_server_error
 from server.commands import Options
@@ -61,7 +62,8 @@ def build(settings: Settings, session: overlay.Session) -> tuple[ASGIApp, Servic
             "5XX": {"description": "What is wrong with the server."},
         },
     )
-    app.include_router(openai.router(service))
+    for dialect in (openai, responses, anthropic, models):
+        app.include_router(dialect.router(service))
     _add_status(app, service)
     _add_errors(app)
     guarded: Any = Guard(
@@ -161,22 +163,22 @@ def _add_status(app: FastAPI, service: Service) -> None:
 def _add_errors(app: FastAPI) -> None:
     async def expected(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServerError)  # noqa: S101 - registered for it alone
-        return _refuse(request.url.path, error)
+        return _refuse(request.scope, error)
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it alone
-        return _refuse(request.url.path, wrong_field(error.errors()))
+        return _refuse(request.scope, wrong_field(error.errors()))
 
     async def routing(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101 - registered for it alone
         kind = {404: errors.NotFound, 405: errors.MethodNotAllowed}.get(error.status_code, errors.InvalidRequest)
         told = kind(f"{request.method} {request.url.path}: {str(error.detail).lower()}")
-        response = _refuse(request.url.path, told)
+        response = _refuse(request.scope, told)
         response.headers.update(error.headers or {})
         return response
 
     async def unexpected(request: Request, error: Exception) -> Response:
-        return _refuse(request.url.path, as_server_error(error))
+        return _refuse(request.scope, as_server_error(error))
 
     app.add_exception_handler(ServerError, expected)
     app.add_exception_handler(RequestValidationError, invalid)
@@ -184,7 +186,9 @@ def _add_errors(app: FastAPI) -> None:
     app.add_exception_handler(Exception, unexpected)
 
 
-def _refuse(path: str, error: ServerError) -> Response:
-    """An error in the shape that the clients of a path expect."""
-    _ = path
+def _refuse(scope: Scope, error: ServerError) -> Response:
+    """An error in the shape that the client expects: Anthropic's always say which version they speak."""
+    is_anthropic = "messages" in scope["path"].split("/") or scope["path"].startswith("/anthropic/")
+    if is_anthropic or "anthropic-version" in Headers(scope=scope):
+        return anthropic.refuse(error)
     return openai.refuse(error)

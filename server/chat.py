@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import uuid
 from collections import deque
@@ -277,6 +278,7 @@ class Reader:
         """Of reasoning: held back, since those before the closing mark belong to the template."""
         self._waiting: deque[tuple[int, TokenLogprob]] = deque()
         """Log probabilities of tokens whose text is not out yet, with how long the text is with each."""
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self._length = self._released = 0
         self._events: list[Event] = []
         self.tokens = 0
@@ -303,7 +305,9 @@ class Reader:
     def _read(self, text: str, logprob: TokenLogprob | None) -> None:
         self._length += len(text)
         if logprob is not None:
-            self._waiting.append((self._length, logprob))
+            self._bytes.decode(logprob.data)
+            is_in_character = bool(self._bytes.getstate()[0])  # whose text comes with a later token
+            self._waiting.append((self._length + is_in_character, logprob))
         released = self._stops.feed(text)
         self._released += len(released)
         self._split(released)
@@ -323,6 +327,8 @@ class Reader:
         rest = self._stops.finish()
         self._released += len(rest)
         self._split(rest)
+        if reason != "stop_sequence":
+            self._released = self._length + 1  # nothing follows
         self._release_logprobs()
         if self._state is not None:
             self._take(self._name, self._state[3])  # what might have become a mark

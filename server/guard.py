@@ -29,10 +29,10 @@ class Guard:
         host: str,
         origins: Iterable[str],
         max_body: int,
-        refuse: Callable[[str, ServerError], Response],
+        refuse: Callable[[Scope, ServerError], Response],
         count: Callable[[str, int], None],
     ) -> None:
-        """`refuse` gives an error the shape of a path's dialect; `count` is told each answer's path and status."""
+        """`refuse` gives an error the shape of its client's dialect; `count` is told each answer's path and status."""
         self._app = app
         self._key = api_key.encode() if api_key else None
         self._hosts = {"localhost", host.lower(), socket.gethostname().lower(), f"{socket.gethostname().lower()}.local"}
@@ -56,7 +56,7 @@ class Guard:
         try:
             self._check(scope, Headers(scope=scope))
         except ServerError as error:
-            await self._refuse(scope["path"], error)(scope, receive, counted)
+            await self._refuse(scope, error)(scope, receive, counted)
             return
         await self._app(scope, self._bounded(receive), counted)
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import overlay
 from server.errors import InvalidRequest, Unavailable, UnknownModel
 
-
 logger = logging.getLogger("server")
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from server import chat, grammar
 from server.commands import Prefilled, Sampled, Submit
 from server.engine import Engine
-from server.errors import InvalidRequest, Overloaded, PromptTooLong, Unavailable
+from server.errors import InvalidRequest, Overloaded, PromptTooLong, Unavailable, UnknownModel
 from server.events import Done, Event, Started, Text, TokenLogprob, Usage
 from server.library import Library, Listed
 from server.metrics import Metrics
@@ -90,6 +90,13 @@ class Service:
             if id_ in listed:
                 listed.setdefault(alias, Listed(alias, listed[id_].created))
         return sorted(listed.values())
+
+    async def model(self, model_id: str) -> Listed:
+        """One of them. Raises UnknownModel."""
+        for each in await self.models():
+            if each.id == model_id:
+                return each
+        raise UnknownModel(f"there is no model {model_id!r} here; GET /v1/models lists what there is", param="model")
 
     async def chat(self, request: ChatRequest, ticket: Ticket) -> AsyncIterator[Batch]:
         """The answers to a conversation, as they come. Raises ServerError."""

@@ -1,4 +1,4 @@
-"""OpenAI's dialect: chat completions, completions, models (reference: platform.openai.com/docs/api-reference)."""
+"""OpenAI's dialect: chat completions and completions (reference: platform.openai.com/docs/api-reference)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from server.api.fields import MAX_STOPS, Body, Count, Json, Part, Penalty, Seed,
 from server.api.transport import EventStream, answer, dumps, unless_gone
 from server.errors import InvalidRequest, ServerError
 from server.events import Done, Event, Logprobs, Reasoning, Started, Text, TokenLogprob, ToolCall, Usage
+from server.library import Listed
 from server.requests import ChatRequest, Params, TextRequest
 from server.service import Batch, Service, Ticket, gathered
 
@@ -293,7 +294,9 @@ def _message(message: SystemMessage | UserMessage | AssistantMessage | ToolMessa
     if isinstance(message, ToolMessage):
         return requests.Message("tool", content, call_id=message.tool_call_id)
     calls = tuple(
-        requests.Call(call.id, call.function.name, _arguments(call.function.arguments, f"{where}.tool_calls[{at}]"))
+        requests.Call(
+            call.id, call.function.name, arguments(call.function.arguments, f"{where}.tool_calls[{at}].function")
+        )
         for at, call in enumerate(message.tool_calls or ())
     )
     return requests.Message(
@@ -317,14 +320,15 @@ def _content(content: Content | None, where: str) -> tuple[str | requests.Image,
     return tuple(parts)
 
 
-def _arguments(text: str, where: str) -> Json:
+def arguments(text: str, where: str) -> Json:
+    """The arguments of an earlier call. Raises InvalidRequest."""
     try:
-        arguments = json.loads(text or "{}")
+        parsed = json.loads(text or "{}")
     except ValueError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise InvalidRequest("a call's arguments are a JSON object", param=f"{where}.function.arguments")
-    return arguments
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise InvalidRequest("a call's arguments are a JSON object", param=f"{where}.arguments")
+    return parsed
 
 
 Prompt = str | Annotated[list[str], Field(min_length=1)] | Annotated[list[int], Field(min_length=1)]
@@ -391,18 +395,20 @@ def _finish_reason(done: Done) -> str:
     return "stop" if done.reason == "stop_sequence" else done.reason
 
 
-def _chat_logprobs(tokens: Iterable[TokenLogprob]) -> Json:
+def logprob_entries(tokens: Iterable[TokenLogprob]) -> list[Json]:
+    """Tokens with their log probabilities, as chat completions and responses tell them."""
+
     def entry(token: str, data: bytes, logprob: float) -> Json:
         return {"token": token, "logprob": max(logprob, -9999.0), "bytes": list(data)}
 
-    content = [
-        {
-            **entry(each.token, each.data, each.logprob),
-            "top_logprobs": [entry(*other) for other in each.top],
-        }
+    return [
+        {**entry(each.token, each.data, each.logprob), "top_logprobs": [entry(*other) for other in each.top]}
         for each in tokens
     ]
-    return {"content": content, "refusal": None}
+
+
+def _chat_logprobs(tokens: Iterable[TokenLogprob]) -> Json:
+    return {"content": logprob_entries(tokens), "refusal": None}
 
 
 def _call(call: ToolCall) -> Json:
@@ -603,24 +609,10 @@ def router(service: Service) -> APIRouter:
             }
         )
 
-    @routes.get("/v1/models")
-    @routes.get("/models", include_in_schema=False)
-    async def models() -> Response:
-        """Every model there is, folders and cache merged."""
-        return answer({"object": "list", "data": [_model(each.id, each.created) for each in await service.models()]})
-
-    @routes.get("/v1/models/{model_id:path}")
-    @routes.get("/models/{model_id:path}", include_in_schema=False)
-    async def model(model_id: str) -> Response:
-        """One model."""
-        for each in await service.models():
-            if each.id == model_id:
-                return answer(_model(each.id, each.created))
-        raise errors.UnknownModel(f"there is no model {model_id!r}", param="model")
-
     return routes
 
 
-def _model(id_: str, created: int) -> Json:
-    owner, slash, _ = id_.partition("/")
-    return {"id": id_, "object": "model", "created": created, "owned_by": owner if slash else "local"}
+def model_info(listed: Listed) -> Json:
+    """One model, in OpenAI's shape."""
+    owner, slash, _ = listed.id.partition("/")
+    return {"id": listed.id, "object": "model", "created": listed.created, "owned_by": owner if slash else "local"}
