@@ -167,7 +167,7 @@ class Pool:
         async with self._room:  # one at a time: two must not count the same bytes as free
             while self.nbytes + self._reserved + nbytes > self._budget:
                 pinned = sum(each.model.nbytes for each in self._resident.values() if each.id in self._pinned)
-                if (pinned if model_id not in self._pinned else 0) + nbytes > self._budget:
+                if pinned + nbytes > self._budget:
                     held = f", of which pinned models hold {_gb(pinned)}" if pinned else ""
                     raise Unavailable(
                         f"{model_id} needs {_gb(nbytes)} and the memory budget is {_gb(self._budget)}{held}; "

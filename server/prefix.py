@@ -85,6 +85,7 @@ class PrefixCache:
                 return
             if common == len(entry.tokens) and can_trim:  # the new one serves for it
                 self._remove(entry)
+                system = max(system, entry.system)
         self._add(_Entry(key, tokens, cache, _nbytes(cache), system, next(self._clock)))
         self.trim(self._max_bytes)
 

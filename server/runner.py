@@ -60,6 +60,7 @@ def load(command: Load, options: Options, group: Any, prefixes: PrefixCache) -> 
             while not wait([loading], timeout=0.005).done:
                 yield None
             tokenizer = loading.result()
+    tokenizer.model_max_length = 1 << 60  # transformers would warn of long prompts in the log; the server refuses them
     tokenizer.encode("")  # the first call may change the tokenizer's settings, later ones come from several threads
     loaded = Loaded(
         key=command.key,

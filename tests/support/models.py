@@ -89,6 +89,8 @@ def make_model(
     calls_tools: bool = False,
     after_tool: str | None = None,
     pieces: Sequence[Piece] | None = None,
+    context: int = _CONTEXT,
+    is_brief: bool = False,
 ) -> Path:
     """Write a model folder that answers any prompt with exactly `says`, then EOS; return `folder`.
 
@@ -102,18 +104,21 @@ def make_model(
     `after_tool` is said instead of `says` where the chat's last message is a tool's answer.
 
     `pieces` are the tokens that `says` is said in, instead of `split(says)`; those that are
-    bytes may end inside of a character.
+    bytes may end inside of a character. `context` is how many tokens prompt and answer may have;
+    the template of an `is_brief` model shows it little of a long prompt.
     """
     steps, after = cut(says, pieces), [] if after_tool is None else split(after_tool)
     added = (*SPECIAL, *(THINK if thinks else ()), *((AFTER_TOOL,) if after_tool is not None else ()))
     vocab = vocabulary([*steps, *after], added)
     tokens = step_tokens([*steps, *after], added)
     table = _table(vocab, tokens[: len(steps)], None if after_tool is None else tokens[len(steps) :])
-    shape = _Shape(vocab=len(vocab), hidden=_hidden_size(table))
-    template = chat_template(thinks=thinks, calls_tools=calls_tools, after_tool=after_tool is not None)
+    shape = _Shape(vocab=len(vocab), hidden=_hidden_size(table), context=context)
+    template = chat_template(
+        thinks=thinks, calls_tools=calls_tools, after_tool=after_tool is not None, is_brief=is_brief
+    )
     folder.mkdir(parents=True, exist_ok=True)
     _write_configs(folder, shape, model_type, dtype)
-    _write_tokenizer(folder, scripted_tokenizer(vocab, added), tokenizer_config(added, template, _CONTEXT))
+    _write_tokenizer(folder, scripted_tokenizer(vocab, added), tokenizer_config(added, template, context))
     seed = zlib.crc32((says + (after_tool or "")).encode())
     _write_weights(folder, _scripted_tensors(table, shape, dtype, seed), shards)
     return folder
