@@ -43,7 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     from server import run
 
-    return run.serve(chosen)
+    status = run.serve(chosen)
+    if status and settings_.rank(os.environ) is not None:
+        sys.stderr.flush()
+        os._exit(status)  # a thread that waits for lost ranks would keep the process for ever
+    return status
 
 
 def read(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Settings:

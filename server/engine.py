@@ -32,6 +32,10 @@ IDLE_SECONDS = 0.1
 """How long other ranks wait at most for rank 0 when nothing happens."""
 
 
+STOP_SECONDS = 10
+"""How long a step may take once the server stops."""
+
+
 class Mailbox:
     """Where the event loop waits for what the engine has for a request: (number of the sequence, item)."""
 
@@ -76,11 +80,14 @@ class Engine:
         self._thread.start()
 
     async def stop(self) -> None:
-        """End the thread once it has finished its step. Whoever still waits is told."""
+        """End the thread once it has finished its step. Whoever still waits is told.
+
+        A rank that lost the others may wait for them for ever: then `is_stuck`.
+        """
         self._fail_all(Unavailable("the server is shutting down"))
         self._send(Stop())
         if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, STOP_SECONDS)
 
     async def load(self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None) -> Loaded:
         """Make the model in a folder resident. Raises ServerError."""
@@ -132,6 +139,11 @@ class Engine:
     def pending(self) -> int:
         """Sequences that somebody waits for."""
         return len(self._mailboxes)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the thread still runs: after `stop`, it will not end."""
+        return self._thread is not None and self._thread.is_alive()
 
     @property
     def failure(self) -> str | None:
@@ -234,6 +246,9 @@ class _Worker:
                 if not self._turn():
                     break
             except Exception as error:  # noqa: BLE001 - the thread must outlive whatever goes wrong in it
+                if self._group is not None:  # ranks that no longer do the same cannot go on
+                    logger.error("%s: %s", type(error).__name__, _first_line(error))
+                    return
                 self._reset(error)
         self._runners.clear()
         self._loading.clear()
@@ -379,9 +394,11 @@ class _Worker:
         mx.clear_cache()
 
 
-def follow(options: Options) -> None:
-    """Run a rank other than 0, until rank 0 stops."""
-    _Worker(Engine(options)).run()
+def follow(options: Options) -> threading.Thread:
+    """Run a rank other than 0, until rank 0 stops: the thread that does."""
+    thread = threading.Thread(target=_Worker(Engine(options)).run, name="engine", daemon=True)
+    thread.start()
+    return thread
 
 
 def _failed(error: Exception) -> ServerError:

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -42,12 +43,18 @@ def serve(settings: Settings) -> int:
 
 
 def _follow(settings: Settings) -> int:
+    """Another rank than 0. It stops when rank 0 says so; a signal is for rank 0, too, which may have died of it."""
     from server.app import options
-    from server.engine import follow
+    from server.engine import STOP_SECONDS, follow
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 gets it, too, and tells us to stop
-    follow(options(settings))
-    return 0
+    told = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: told.set())
+    engine = follow(options(settings))
+    while engine.is_alive() and not told.wait(0.5):
+        pass
+    engine.join(settings.shutdown_seconds + STOP_SECONDS if told.is_set() else None)
+    return 1 if engine.is_alive() else 0
 
 
 def _serve_http(settings: Settings, session: overlay.Session) -> int:
@@ -75,7 +82,7 @@ def _serve_http(settings: Settings, session: overlay.Session) -> int:
     _server_class()(
         config, service, settings.shutdown_seconds, f"http://{f'[{host}]' if ':' in host else host}:{port}"
     ).run(sockets=[listening])
-    return 0
+    return 1 if service.engine.is_stuck else 0
 
 
 def _listen(host: str, port: int) -> socket.socket:
