@@ -95,7 +95,7 @@ class Session:
         variables["HF_HUB_DISABLE_SHARED_BLOBS"] = "1"
         if self._gateway is not None:
             variables["HF_ENDPOINT"] = self._gateway.endpoint
-        if config.is_offline(self._environ):  # also for programs started elsewhere, which nothing keeps from the Hub
+        if self.is_offline:  # also for programs started elsewhere, which nothing keeps from the Hub
             variables["HF_HUB_OFFLINE"] = "1"
         return variables
 
@@ -103,6 +103,11 @@ class Session:
     def environment(self) -> dict[str, str]:
         """The whole environment for a program that should see the overlay."""
         return config.applied(self.variables, self._environ)
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether programs in `environment` will not use the network."""
+        return config.is_offline(self._environ)
 
     @property
     def owner_fd(self) -> int:

@@ -84,7 +84,7 @@ def build(settings: Settings, session: overlay.Session) -> tuple[ASGIApp, Servic
 
 def _service(settings: Settings, session: overlay.Session) -> Service:
     engine = Engine(options(settings))
-    library = Library(session, None if settings.is_offline else download.Downloader(session).fetch)
+    library = Library(session, None if session.is_offline else download.Downloader(session).fetch)
     first = settings.models[:1]
     pool = Pool(
         library,
@@ -167,7 +167,7 @@ def _add_errors(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it alone
-        return _refuse(request.scope, wrong_field(error.errors()))
+        return _refuse(request.scope, wrong_field(error.errors(), error.body))
 
     async def routing(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # noqa: S101 - registered for it alone

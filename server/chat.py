@@ -51,6 +51,7 @@ def render(model: Loaded, request: ChatRequest) -> Prompt:
     if images:
         text, pixels = model.processor(text, images=[_pixels(image) for image in images])
         system = ""
+    check_unicode(text, "messages")
     tokens = tokenizer.encode(text, add_special_tokens=False)
     return Prompt(
         tuple(tokens),
@@ -58,6 +59,14 @@ def render(model: Loaded, request: ChatRequest) -> Prompt:
         system=_common(tokenizer.encode(system, add_special_tokens=False), tokens) if system else 0,
         images=tuple(pixels),
     )
+
+
+def check_unicode(text: str, param: str) -> None:
+    """Raises InvalidRequest for half a surrogate pair, which JSON can hold and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest("is no valid Unicode text", param=param) from None
 
 
 def _apply(
@@ -339,7 +348,7 @@ class Reader:
         elif self._name == "tool" and reason == "length":
             self._say(f"{self._model.tokenizer.tool_call_start}{self._call}")  # cut short, but not lost
         elif self._name == "tool":  # some templates have no closing mark: the end of the turn is one
-            self._end_call(self._model.tokenizer.tool_parser)
+            self._end_call(self._model.tokenizer.tool_parser, is_closed=False)
         self.reason = self.reason or ("tool_calls" if self._calls and reason == "stop" else reason)
 
     def _split(self, text: str) -> None:
@@ -392,7 +401,7 @@ class Reader:
         else:
             self._events.append(event)
 
-    def _end_call(self, parse: Callable[[str, list[dict[str, Any]]], Any]) -> None:
+    def _end_call(self, parse: Callable[[str, list[dict[str, Any]]], Any], *, is_closed: bool = True) -> None:
         """A call's text is complete. What is no call is said as text: nothing the model writes is lost."""
         text, self._call = self._call, ""
         tokenizer = self._model.tokenizer
@@ -401,8 +410,9 @@ class Reader:
             calls = [_as_call(each) for each in (parsed if isinstance(parsed, list) else [parsed])]
         except Exception:  # noqa: BLE001 - parsers meet whatever a model says
             self._is_after_mark = False
-            marks = ("", "") if self._is_call else (tokenizer.tool_call_start, tokenizer.tool_call_end or "")
-            self._say(f"{marks[0]}{text}{marks[1]}")
+            opening = "" if self._is_call else tokenizer.tool_call_start
+            closing = "" if self._is_call or not is_closed else tokenizer.tool_call_end or ""
+            self._say(f"{opening}{text}{closing}")
             return
         calls = calls if self._is_parallel else calls[:1]
         self._events += calls

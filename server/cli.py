@@ -71,7 +71,9 @@ def read(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
         models=tuple(arguments.model),
         is_offline=arguments.offline,
         api_key=arguments.api_key or environ.get(API_KEY_VARIABLE) or None,
-        origins=tuple(origin for each in arguments.cors_allow_origins for origin in each.split(",") if origin),
+        origins=tuple(
+            origin.strip() for each in arguments.cors_allow_origins for origin in each.split(",") if origin.strip()
+        ),
         aliases=aliases,
         default_model=arguments.default_model,
         log_level=arguments.log_level,

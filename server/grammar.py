@@ -54,7 +54,7 @@ def constraint(model: Loaded, request: ChatRequest, *, is_reasoning: bool) -> Co
     if is_forced(request):
         grammar, param = _calls([tool for tool in request.tools if request.choice.name in (None, tool.name)]), "tools"
     elif request.format is not None:
-        grammar, param = _json(request.format.schema), "response_format"
+        grammar, param = _json(request.format.schema, _call_opening(model, request)), "response_format"
     else:
         return None
     _check(model, grammar, param)
@@ -72,8 +72,25 @@ def is_forced(request: ChatRequest) -> bool:
     return request.choice.mode == "required" and bool(request.tools)
 
 
-def _json(schema: Mapping[str, Any] | None) -> str:
-    return json.dumps({"grammars": [{"json_schema": _with_options(schema or {"type": "object"})}]})
+def _call_opening(model: Loaded, request: ChatRequest) -> list[str]:
+    """What opens a call that may come instead of an answer, as terms of a grammar: as text, and as a token."""
+    mark = model.tokenizer.tool_call_start
+    if not mark or not request.tools or request.choice.mode == "none":
+        return []
+    tokens = model.tokenizer.encode(mark, add_special_tokens=False)
+    return [json.dumps(mark), *(f"<[{token}]>" for token in tokens if len(tokens) == 1)]
+
+
+def _json(schema: Mapping[str, Any] | None, call_opening: Sequence[str]) -> str:
+    options = _with_options(schema or {"type": "object"})
+    if not call_opening:
+        return json.dumps({"grammars": [{"json_schema": options}]})
+    rules = (
+        "start: answer | call",
+        f"answer: %json {json.dumps(options)}",
+        f"call: ({' | '.join(call_opening)}) /(?s:.*)/",
+    )
+    return json.dumps({"grammars": [{"lark_grammar": "\n".join(rules)}]})
 
 
 def _calls(tools: Sequence[Tool]) -> str:

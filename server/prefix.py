@@ -97,7 +97,9 @@ class PrefixCache:
                 self._remove(min(self._entries, key=_used))
                 continue
             self._remove(oldest)
-            if (system := _shrunk(oldest)) is not None and not self._is_covered(system):
+            if (covering := self._covering(oldest)) is not None:
+                covering.system = max(covering.system, oldest.system)
+            elif (system := _shrunk(oldest)) is not None:
                 self._add(system)
 
     def drop(self, key: str) -> None:
@@ -105,11 +107,11 @@ class PrefixCache:
         for entry in [each for each in self._entries if each.key == key]:
             self._remove(entry)
 
-    def _is_covered(self, system: _Entry) -> bool:
-        return any(
-            each.key == system.key and _common(each.tokens, system.tokens) == len(system.tokens)
-            for each in self._entries
-        )
+    def _covering(self, entry: _Entry) -> _Entry | None:
+        """Another entry that begins with an entry's shared beginning."""
+        shared = entry.tokens[: entry.system]
+        same = (each for each in self._entries if each.key == entry.key)
+        return next((each for each in same if _common(each.tokens, shared) == entry.system), None)
 
     def _add(self, entry: _Entry) -> None:
         self._entries.append(entry)

@@ -73,7 +73,7 @@ def _shared(key: tuple[float, float, int, float]) -> Sampler:
 
 def _seeded(chosen: Choice, seed: int) -> Sampler:
     """Draws from a random state of its own: what else runs takes nothing from it."""
-    key = mx.random.key(seed)
+    key = mx.random.key(seed % (1 << 64))
 
     def sample(logprobs: mx.array) -> mx.array:
         nonlocal key

@@ -147,6 +147,7 @@ class Service:
 
     async def _resolved(self, name: str, ticket: Ticket) -> str:
         """The id that a request's model name stands for. Raises InvalidRequest."""
+        chat.check_unicode(name, "model")
         id_ = self.aliases.get(name, name)
         if not self.pool.is_resident(id_):
             if self._default is not None and not await self.library.is_known(id_):
@@ -238,6 +239,8 @@ class Service:
     def _text_jobs(self, model: Loaded, request: TextRequest) -> list[_Job]:
         jobs: list[_Job] = []
         for prompt in request.prompts:
+            if isinstance(prompt, str):
+                chat.check_unicode(prompt, "prompt")
             tokens = tuple(model.tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
             if any(not 0 <= token < model.vocab_size for token in tokens):
                 raise InvalidRequest(f"tokens are numbers from 0 to {model.vocab_size - 1}", param="prompt")
@@ -250,14 +253,15 @@ class Service:
     def _submit(self, model: Loaded, request: Request, tokens: Sequence[int], number: int) -> Submit:
         """A choice for the engine, within the limits. Raises InvalidRequest."""
         params = request.params
+        where = "prompt" if isinstance(request, TextRequest) else "messages"
         size = len(tokens)
         if not size:
-            raise InvalidRequest("the prompt is empty", param="prompt")
+            raise InvalidRequest("the prompt is empty", param=where)
         limit = self.limits.prompt_tokens
         if model.context is not None and (limit is None or model.context - 1 < limit):
             limit = model.context - 1
         if limit is not None and size > limit:
-            raise PromptTooLong(f"prompt is too long: {size} tokens > {limit} maximum", param="messages")
+            raise PromptTooLong(f"prompt is too long: {size} tokens > {limit} maximum", param=where)
         if outside := [token for token in params.logit_bias if not 0 <= token < model.vocab_size]:
             raise InvalidRequest(f"{outside[0]} is no token of {request.model}", param="logit_bias")
         room = model.context - size if model.context is not None else 1 << 30

@@ -34,16 +34,17 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
-def wrong_field(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
-    """pydantic's first complaint, as one line that names the field."""
-    error = errors[0]
-    place = [part for part in error.get("loc", ()) if part != "body"]
-    name = ""
-    for part in place:
-        if isinstance(part, int):
-            name += f"[{part}]"
-        elif not str(part).startswith(("function-", "tagged-union", "list[", "dict[", "constrained-", "lax-or-")):
-            name += f".{part}" if name else str(part)
+def wrong_field(errors: Sequence[Mapping[str, Any]], body: object) -> InvalidRequest:
+    """pydantic's complaint about the first field that is wrong, as one line that names the field.
+
+    Of a field that may be several things, it is the complaint that is farthest inside: about what it nearly is.
+    """
+    same = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
+    places = [_place(error, body) for error in same]
+    place, error = max(
+        zip(places, same, strict=True), key=lambda pair: (len(pair[0]), not pair[1]["type"].endswith("_type"))
+    )
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
     if error["type"] == "extra_forbidden":
         text = f"`{name}` is not supported by this server"
     elif error["type"] == "none_required":
@@ -55,6 +56,20 @@ def wrong_field(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
     else:
         text = f"`{name}`: {error['msg'][:1].lower()}{error['msg'][1:]}" if name else str(error["msg"])
     return InvalidRequest(text, param=name or None)
+
+
+def _place(error: Mapping[str, Any], body: object) -> list[str | int]:
+    """Where in a body an error is: of its `loc`, what leads there. The rest names the types that were tried."""
+    place: list[str | int] = []
+    here: Any = body
+    for at, part in enumerate(error["loc"][1:], 2):
+        is_list = isinstance(here, list) and isinstance(part, int)
+        if part < len(here) if is_list else isinstance(here, dict) and part in here:
+            here = here[part]
+        elif error["type"] != "missing" or at != len(error["loc"]):
+            continue
+        place.append(part)
+    return place
 
 
 def image(url: str, where: str) -> Image:
