@@ -1,0 +1,233 @@
+"""Where the server takes models from: folders first, the Hugging Face cache next, the Hub last."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support.hfcache import add_repo, listing, repo_folder
+from tests.support.loopback_hub import LoopbackHub
+from tests.support.models import make_model
+from tests.support.processes import PYTHON, environment, finish
+from tests.support.server import Server, serving
+
+MINE, CACHED, HUBS = "From the folder.", "From the cache.", "From the Hub."
+
+
+def files_of(folder: Path, says: str) -> dict[str, bytes]:
+    """A model's files, for a cache or a Hub."""
+    return {path.name: path.read_bytes() for path in make_model(folder, says).iterdir()}
+
+
+@pytest.fixture
+def cache(home: Path, tmp_path: Path) -> Path:
+    """A real cache that holds `acme/both` and `acme/cached`."""
+    hub = home / ".cache" / "huggingface" / "hub"
+    for name in ("both", "cached"):
+        add_repo(hub, f"acme/{name}", files_of(tmp_path / "made" / name, CACHED), tree=True)
+    return hub
+
+
+@pytest.fixture
+def drive(tmp_path: Path) -> Path:
+    """A folder that holds `acme/both` and `acme/mine`."""
+    for name in ("both", "mine"):
+        make_model(tmp_path / "drive" / "acme" / name, MINE)
+    return tmp_path / "drive"
+
+
+def said(server: Server, model: str) -> str:
+    return server.chat_answer(model, "Where are you?", stream=False).content
+
+
+def ids(server: Server) -> list[str]:
+    return [model.id for model in server.openai.models.list()]
+
+
+def refused(server: Server, model: str) -> tuple[int, dict[str, str]]:
+    """Status and error of a chat that does not come about."""
+    body = {"model": model, "messages": [{"role": "user", "content": "Hi"}]}
+    response = server.http.post("/v1/chat/completions", json=body)
+    return response.status_code, response.json()["error"]
+
+
+def test_without_a_model_path_the_cache_alone_answers(home: Path, cache: Path) -> None:
+    with serving(home) as server:
+        assert ids(server) == ["acme/both", "acme/cached"]
+        assert said(server, "acme/cached") == CACHED
+    assert "using HuggingFace cache only" in server.log()
+
+
+def test_folders_stand_before_the_cache_and_nothing_is_written_to_either(home: Path, cache: Path, drive: Path) -> None:
+    before = listing(drive), listing(cache)
+    with serving(home, drive, options=["--log-level", "debug"]) as server:
+        assert ids(server) == ["acme/both", "acme/cached", "acme/mine"], "one entry an id, sorted by id"
+        assert [said(server, f"acme/{name}") for name in ("both", "mine", "cached")] == [MINE, MINE, CACHED]
+    assert (listing(drive), listing(cache)) == before, "P1: the user's bytes changed"
+    log = server.log()
+    assert f"acme/both comes from the model path {drive}: {drive}/acme/both" in log
+    assert f"acme/cached: {drive}/acme/cached does not exist" in log, "a fallback is not logged"
+
+
+def test_the_list_is_in_openais_format_and_tells_no_source(home: Path, cache: Path, drive: Path) -> None:
+    with serving(home, drive) as server:
+        listed = server.http.get("/v1/models").json()
+    assert listed.keys() == {"object", "data"}
+    assert all(model.keys() == {"id", "object", "created", "owned_by"} for model in listed["data"])
+    assert {(model["object"], model["owned_by"]) for model in listed["data"]} == {("model", "acme")}
+
+
+def test_a_missing_model_path_is_a_warning_and_the_cache_answers(home: Path, cache: Path, tmp_path: Path) -> None:
+    with serving(home, tmp_path / "unplugged") as server:
+        assert said(server, "acme/cached") == CACHED
+    assert f"{tmp_path / 'unplugged'}" in server.log()
+
+
+def test_the_flag_wins_over_the_variable(home: Path, drive: Path, tmp_path: Path) -> None:
+    make_model(tmp_path / "other" / "acme" / "mine", "From the variable.")
+    variable = {"MLX_OMNI_MODEL_PATH": str(tmp_path / "other")}
+    with serving(home, drive, environ=variable) as server:
+        assert said(server, "acme/mine") == MINE
+    with serving(home, environ=variable) as server:
+        assert said(server, "acme/mine") == "From the variable."
+
+
+def test_a_model_path_that_is_a_file_is_a_usage_error(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = finish([PYTHON, "-m", "server.cli", "--model-path", str(tmp_path / "file")], environment(home))
+    assert (done.status, done.err) == (
+        2,
+        f"error: model path {tmp_path}/file is a file; give the folder that holds your models\n",
+    )
+
+
+def test_a_port_that_is_taken_is_an_error_of_one_line(home: Path, drive: Path) -> None:
+    with serving(home, drive) as server:
+        port = server.url.rpartition(":")[2]
+        done = finish([PYTHON, "-m", "server.cli", "--port", port], environment(home))
+    assert (done.status, done.err.splitlines()[-1]) == (
+        1,
+        f"error: cannot listen on 127.0.0.1:{port}: Address already in use; try --port 0",
+    )
+
+
+def test_folders_that_are_no_models_are_left_out(home: Path, drive: Path) -> None:
+    (drive / "acme" / "empty").mkdir()
+    make_model(drive / "acme" / "no-config", MINE)
+    (drive / "acme" / "no-config" / "config.json").unlink()
+    with serving(home, drive) as server:
+        assert ids(server) == ["acme/both", "acme/mine"]
+        assert refused(server, "acme/no-config")[0] == 404
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything: run the tests as a user")
+def test_an_unreadable_model_path_is_a_warning(home: Path, drive: Path, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    make_model(closed / "model", MINE)
+    closed.chmod(0)
+    try:
+        with serving(home, closed, drive) as server:
+            assert "acme/mine" in ids(server)
+        assert f"{closed}" in server.log()
+    finally:
+        closed.chmod(0o755)
+
+
+def test_linked_flat_and_nested_folders_answer_to_their_ids(home: Path, drive: Path, tmp_path: Path) -> None:
+    elsewhere = make_model(tmp_path / "elsewhere", "Through a link.")
+    (drive / "acme" / "linked").symlink_to(elsewhere)
+    make_model(drive / "flat", "Flat.")
+    make_model(drive / "a" / "b" / "c", "Nested.")
+    with serving(home, drive) as server:
+        for name, text in (("acme/linked", "Through a link."), ("flat", "Flat."), ("a/b/c", "Nested.")):
+            assert said(server, name) == text
+            assert server.openai.models.retrieve(name).id == name
+
+
+@pytest.mark.parametrize("model", ["../drive/acme/mine", "/etc", "acme/../acme/mine", "a\\b", "."])
+def test_an_id_cannot_lead_out_of_the_folders(home: Path, drive: Path, model: str) -> None:
+    with serving(home, drive) as server:
+        status, error = refused(server, model)
+    assert (status, error["param"]) == (400, "model")
+
+
+def test_new_and_changed_models_are_there_at_the_next_list_and_load(home: Path, drive: Path) -> None:
+    with serving(home, drive, options=["--idle-ttl", "0.01"]) as server:
+        assert said(server, "acme/mine") == MINE
+        make_model(drive / "acme" / "new", "New.")
+        assert "acme/new" in ids(server)
+        assert said(server, "acme/new") == "New."
+
+
+def test_an_unplugged_drive_is_named_and_works_again_when_it_is_back(home: Path, cache: Path, drive: Path) -> None:
+    away = drive.with_name("unplugged")
+    with serving(home, drive) as server:
+        assert "acme/mine" in ids(server)
+        drive.rename(away)
+        assert ids(server) == ["acme/both", "acme/cached"]
+        assert said(server, "acme/both") == CACHED, "the cache has a copy"
+        status, error = refused(server, "acme/mine")
+        assert (status, error["code"]) == (503, "model_away")
+        assert str(drive) in error["message"], "the error does not name the drive"
+        away.rename(drive)
+        assert said(server, "acme/mine") == MINE
+
+
+def test_what_is_nowhere_else_is_downloaded_once_into_the_real_cache(home: Path, drive: Path, tmp_path: Path) -> None:
+    with LoopbackHub() as hub:
+        hub.add_repo("acme/hubs", files_of(tmp_path / "made", HUBS))
+        hub.add_repo("acme/mine", files_of(tmp_path / "newer", "The Hub's newer one."))
+        online = hub.environment(home) | {"HF_HUB_OFFLINE": "0"}
+        with serving(home, drive, environ=online) as server:
+            assert said(server, "acme/mine") == MINE
+            assert not hub.requests, "P2: the Hub was asked about a model that a folder has"
+            assert said(server, "acme/hubs") == HUBS
+            assert refused(server, "acme/nowhere")[1]["code"] == "model_not_found"
+            assert refused(server, "no such id!")[0] in (400, 404)
+        assert hub.bytes_served("acme/hubs") > 0
+        hub.reset_counts()
+        with serving(home, environ=online) as server:
+            assert said(server, "acme/hubs") == HUBS, "P3: the download is not in the real cache"
+        assert not hub.requests
+    assert (home / ".cache" / "huggingface" / "hub" / repo_folder("acme/hubs") / "snapshots").is_dir()
+
+
+def test_a_stream_tells_how_far_a_download_is(home: Path, tmp_path: Path) -> None:
+    with LoopbackHub() as hub:
+        hub.add_repo("acme/hubs", files_of(tmp_path / "made", HUBS))
+        hub.slow(200_000)
+        body = {"model": "acme/hubs", "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
+        with serving(home, environ=hub.environment(home) | {"HF_HUB_OFFLINE": "0"}) as server:
+            text = server.http.post("/v1/chat/completions", json=body).text
+    assert text.startswith(": "), "nothing kept the client waiting"
+    assert "data: [DONE]" in text
+
+
+def test_a_hub_that_is_down_is_a_503_and_an_unknown_model_offline_a_404(home: Path) -> None:
+    with LoopbackHub() as hub:
+        hub.fail(500)
+        with serving(home, environ=hub.environment(home) | {"HF_HUB_OFFLINE": "0"}) as server:
+            assert refused(server, "acme/any")[1]["code"] == "download_failed"
+        with serving(home, options=["--offline"], environ=hub.environment(home)) as server:
+            assert refused(server, "acme/any")[1]["code"] == "model_not_found"
+
+
+def test_a_model_that_cannot_be_loaded_is_an_error_and_no_other_suffers(home: Path, drive: Path) -> None:
+    broken = make_model(drive / "acme" / "broken", MINE)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    with serving(home, drive) as server:
+        status, error = refused(server, "acme/broken")
+        assert (status, error["code"]) == (503, "model_load_failed")
+        assert said(server, "acme/mine") == MINE
+
+
+def test_code_that_comes_with_a_model_is_run_by_a_flag_only(home: Path, drive: Path) -> None:
+    tricky = make_model(drive / "acme" / "tricky", MINE)
+    config = (tricky / "config.json").read_text()
+    (tricky / "config.json").write_text(config.replace("{", '{"model_file": "own.py",', 1))
+    (tricky / "own.py").write_text(f"open({os.fspath(tricky.parent / 'ran')!r}, 'w').close()\n")
+    with serving(home, drive) as server:
+        assert refused(server, "acme/tricky")[0] in (404, 503)
+    assert not (tricky.parent / "ran").exists(), "a model's code was run"
