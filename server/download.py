@@ -37,9 +37,10 @@ class Downloader:
     def __init__(self, session: overlay.Session) -> None:
         self._session = session
 
-    async def fetch(self, model_id: str, progress: Callable[[str], None] = lambda _: None) -> None:
+    async def fetch(self, model_id: str, progress: Callable[[str], None]) -> None:
         """Download a model. Raises UnknownModel when the Hub has none, Unavailable when it cannot be reached."""
         self._session.expect_model(model_id)
+        progress(f"downloading {model_id}")
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",

@@ -72,6 +72,7 @@ class Engine:
         self._loads: dict[str, Future[Loaded]] = {}
         self._ids = itertools.count()
         self._keys = itertools.count()
+        self._failure: str | None = None
 
     def start(self) -> None:
         """Start the thread; it imports mlx-lm, which takes a second or two, while the caller goes on."""
@@ -91,6 +92,7 @@ class Engine:
 
     async def load(self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None) -> Loaded:
         """Make the model in a folder resident. Raises ServerError."""
+        self._check()
         key = f"{next(self._keys)}:{path}"
         future: Future[Loaded] = Future()
         self._loads[key] = future
@@ -105,7 +107,11 @@ class Engine:
         self._send(Unload(model.key))
 
     def submit(self, model: Loaded, sequences: Sequence[Submit]) -> tuple[Mailbox, list[int]]:
-        """Generate some sequences; their numbers in the mailbox are their places here. Returns it and their ids."""
+        """Generate some sequences; their numbers in the mailbox are their places here. Returns it and their ids.
+
+        Raises Failed when the engine can do nothing.
+        """
+        self._check()
         mailbox = Mailbox()
         ids = []
         for number, sequence in enumerate(sequences):
@@ -148,7 +154,11 @@ class Engine:
     @property
     def failure(self) -> str | None:
         """Why the engine can do nothing; None when it can."""
-        return None if self._thread is None or self._thread.is_alive() else self.stats.last_failure or "it has ended"
+        return self._failure
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise Failed(f"the engine has failed: {self._failure}; start the server again")
 
     def _fail_all(self, error: ServerError) -> None:
         for mailbox, number in self._mailboxes.values():
@@ -178,6 +188,10 @@ class Engine:
         """Hand over what a step made, in one go."""
         self._call(self._deliver, items, stats)
 
+    def end(self, reason: str) -> None:
+        """The thread can do nothing any more."""
+        self._call(self._end, reason)
+
     def settle(self, key: str, result: Loaded | ServerError) -> None:
         """A load has ended."""
         self._call(self._settle, key, result)
@@ -200,6 +214,10 @@ class Engine:
             mailbox.put(number, item)
             if isinstance(item, ServerError) or (isinstance(item, Sampled) and item.finish is not None):
                 del self._mailboxes[id_]
+
+    def _end(self, reason: str) -> None:
+        self._failure = reason
+        self._fail_all(Failed(f"the engine has failed: {reason}"))
 
     def _settle(self, key: str, result: Loaded | ServerError) -> None:
         future = self._loads.get(key)
@@ -227,7 +245,18 @@ class _Worker:
         self._prefixes: PrefixCache
 
     def run(self) -> None:
-        """Until Stop. An error that no model is to blame for costs every sequence, and no more than that."""
+        """Until Stop."""
+        try:
+            self._prepare()
+            self._run()
+        except Exception as error:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+            logger.error("the engine has failed: %s", reason)
+            self._engine.end(reason)
+        self._runners.clear()
+        self._loading.clear()
+
+    def _prepare(self) -> None:
         import mlx.core as mx
 
         group = mx.distributed.init()
@@ -241,18 +270,17 @@ class _Worker:
 
         self._prefixes = PrefixCache(self._options.cache_bytes)
         self._publish([])
-        while True:
+
+    def _run(self) -> None:
+        """An error that no model is to blame for costs every sequence, and no more than that."""
+        goes_on = True
+        while goes_on:
             try:
-                if not self._turn():
-                    break
-            except Exception as error:  # noqa: BLE001 - the thread must outlive whatever goes wrong in it
+                goes_on = self._turn()
+            except Exception as error:
                 if self._group is not None:  # ranks that no longer do the same cannot go on
-                    logger.error("%s: %s", type(error).__name__, _first_line(error))
-                    return
+                    raise
                 self._reset(error)
-        self._runners.clear()
-        self._loading.clear()
-        self._clear_memory()
 
     def _turn(self) -> bool:
         is_busy = bool(self._loading) or any(runner.is_busy for runner in self._runners.values())
@@ -303,7 +331,7 @@ class _Worker:
         """One slice of a load, so that sequences of other models go on meanwhile."""
         try:
             runner = next(steps)
-        except Exception as error:  # noqa: BLE001 - loading runs the model's code on the user's files
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - loading runs the model's code; some of mlx-lm's calls sys.exit
             self._loading.pop(key, None)
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             logger.warning("cannot load %s: %s", key.partition(":")[2], reason)

@@ -29,8 +29,8 @@ class Located(NamedTuple):
     nbytes: int
 
 
-Download = Callable[[str], Awaitable[None]]
-"""Fetches a model into the Hugging Face cache. Raises ServerError."""
+Download = Callable[[str, Callable[[str], None]], Awaitable[None]]
+"""Fetches a model into the Hugging Face cache, telling how far it is. Raises ServerError."""
 
 
 class Library:
@@ -40,6 +40,8 @@ class Library:
         """`download` is for ids that are nowhere here; None: the server is offline."""
         self._session = session
         self._download = download
+        self.progress: dict[str, str] = {}
+        """Of each model that is being downloaded: how far it is."""
 
     async def listed(self) -> list[Listed]:
         """Every model that can be loaded, one an id, sorted by id; folders and cache are looked at now."""
@@ -59,7 +61,10 @@ class Library:
         except UnknownModel:
             if self._download is None:
                 raise
-        await self._download(model_id)
+        try:
+            await self._download(model_id, lambda text: self.progress.update({model_id: text}))
+        finally:
+            self.progress.pop(model_id, None)
         return await asyncio.to_thread(self._locate, model_id)
 
     async def is_known(self, model_id: str) -> bool:

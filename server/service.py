@@ -39,7 +39,7 @@ class Ticket:
     """What a request is waiting for, for whoever keeps its client patient."""
 
     started: float = field(default_factory=time.monotonic)
-    note: str = "waiting"
+    note: Callable[[], str] = lambda: "waiting"
 
 
 Batch = tuple[int, list[Event]]
@@ -138,7 +138,7 @@ class Service:
         self._open += 1
         try:
             async with self.pool.use(await self._resolved(request.model, ticket)) as model:
-                ticket.note = "reading the prompt"
+                ticket.note = lambda: "reading the prompt"
                 jobs = await self._in_worker(lambda: prepare(model))
                 async for batch in self._run(model, jobs, ticket):
                     yield batch
@@ -152,7 +152,7 @@ class Service:
         if not self.pool.is_resident(id_):
             if self._default is not None and not await self.library.is_known(id_):
                 id_ = self._default
-            ticket.note = f"loading {id_}"
+            ticket.note = lambda: self.library.progress.get(id_) or f"loading {id_}"
         return id_
 
     async def _run(self, model: Loaded, jobs: list[_Job], ticket: Ticket) -> AsyncIterator[Batch]:
@@ -172,7 +172,7 @@ class Service:
                             tokens[number].append(_token(model, item))
                         ends[number] = item.finish
                     elif isinstance(item, Prefilled):
-                        ticket.note = f"reading the prompt: {item.done} of {item.total} tokens"
+                        ticket.note = _reading(item)
                         if item.done == item.total:
                             cached[number] = item.cached
                             begun.append(number)
@@ -180,7 +180,7 @@ class Service:
                         raise item
                 if tokens and not is_started:
                     is_started = True
-                    ticket.note = "generating"
+                    ticket.note = lambda: "generating"
                     self.metrics.first_token.observe(time.monotonic() - ticket.started)
                 for number in begun:
                     size = len(jobs[number].submit.prompt)
@@ -277,6 +277,10 @@ async def gathered(batches: AsyncIterator[Batch], choices: int) -> list[list[Eve
     async for number, new in batches:
         events[number] += new
     return events
+
+
+def _reading(item: Prefilled) -> Callable[[], str]:
+    return lambda: f"reading the prompt: {item.done} of {item.total} tokens"
 
 
 def _token(model: Loaded, item: Sampled) -> chat.Token:

@@ -117,11 +117,11 @@ class EventStream(Response):
     async def _keep_alive(self, send: Send) -> None:
         await asyncio.sleep(PATIENCE_SECONDS)
         if not self._has_begun:
-            await self._write(send, self._ping(self._ticket.note))
+            await self._write(send, self._ping(self._ticket.note()))
         while True:
             await asyncio.sleep(max(0.1, self._last_sent + PING_SECONDS - time.monotonic()))
             if time.monotonic() >= self._last_sent + PING_SECONDS:
-                await self._write(send, self._ping(self._ticket.note))
+                await self._write(send, self._ping(self._ticket.note()))
 
 
 def _comment(note: str) -> bytes:

@@ -201,7 +201,7 @@ def test_a_stream_tells_how_far_a_download_is(home: Path, tmp_path: Path) -> Non
         body = {"model": "acme/hubs", "stream": True, "messages": [{"role": "user", "content": "Hi"}]}
         with serving(home, environ=hub.environment(home) | {"HF_HUB_OFFLINE": "0"}) as server:
             text = server.http.post("/v1/chat/completions", json=body).text
-    assert text.startswith(": "), "nothing kept the client waiting"
+    assert text.startswith(": downloading acme/hubs"), "nothing kept the client waiting"
     assert "data: [DONE]" in text
 
 

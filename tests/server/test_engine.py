@@ -1,0 +1,198 @@
+"""The engine's thread on real tiny models: what goes wrong in it is told to whom it concerns, and to nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server import runner
+from server.commands import Options, Prefilled, Sampled, Submit
+from server.engine import Engine, Mailbox, _Worker
+from server.errors import Failed, ServerError, Unavailable
+from server.models import Loaded
+from server.requests import Params
+from tests.support.models import make_model, make_random_model
+
+SECONDS = 60
+
+
+def run(use: Callable[[Engine], Awaitable[None]], options: Options = Options()) -> None:  # noqa: B008 - frozen
+    """Use an engine, and stop it whatever comes of that."""
+
+    async def main() -> None:
+        engine = Engine(options)
+        engine.start()
+        try:
+            await asyncio.wait_for(use(engine), SECONDS)
+        finally:
+            await engine.stop()
+        assert not engine.is_stuck
+
+    asyncio.run(main())
+
+
+def submit(model: Loaded, *, max_tokens: int = 50, **options: Any) -> Submit:
+    prompt = tuple(model.tokenizer.encode("Hi"))
+    return Submit(0, "", prompt, Params(temperature=0), max_tokens, **options)
+
+
+async def text_of(model: Loaded, mailbox: Mailbox) -> str:
+    """What a sequence says, read to its end. Raises what it is told instead."""
+    tokens: list[int] = []
+    while True:
+        for _, item in await mailbox.take():
+            if isinstance(item, ServerError):
+                raise item
+            if isinstance(item, Sampled):
+                if item.finish == "stop":
+                    return model.tokenizer.decode(tokens)
+                tokens.append(item.token)
+                if item.finish is not None:
+                    return model.tokenizer.decode(tokens)
+
+
+async def say(engine: Engine, model: Loaded, **options: Any) -> str:
+    mailbox, _ = engine.submit(model, [submit(model, **options)])
+    return await text_of(model, mailbox)
+
+
+def test_a_batch_that_fails_costs_its_own_sequences_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (str(make_model(tmp_path / name, f"I am {name}.")) for name in ("one", "two"))
+    step = runner.Runner.step
+    broken: list[str] = []
+
+    def breaks_once(self: runner.Runner) -> Any:
+        if self.loaded.path == one and not broken:
+            broken.append(one)
+            raise MemoryError("no memory for the prompt: secret")
+        return step(self)
+
+    monkeypatch.setattr(runner.Runner, "step", breaks_once)
+
+    async def use(engine: Engine) -> None:
+        first, second = await engine.load(one), await engine.load(two)
+        told = await asyncio.gather(say(engine, first), say(engine, second), return_exceptions=True)
+        assert isinstance(told[0], Failed)
+        assert "secret" not in told[0].message, "an error's text may hold a prompt"
+        assert told[1] == "I am two."
+        assert await say(engine, first) == "I am one.", "the engine did not recover"
+        assert engine.stats.failures == 1
+        assert engine.failure is None
+
+    run(use)
+
+
+def test_one_request_that_cannot_be_taken_on_harms_no_other(tmp_path: Path) -> None:
+    async def use(engine: Engine) -> None:
+        model = await engine.load(str(make_model(tmp_path / "one", "I am one.")))
+        mailbox, _ = engine.submit(model, [submit(model, max_tokens=0), submit(model)])
+        told: dict[int, list[Any]] = {0: [], 1: []}
+        while not (told[1] and isinstance(told[1][-1], Sampled) and told[1][-1].finish):
+            for number, item in await mailbox.take():
+                told[number].append(item)
+        assert [type(item) for item in told[0]] == [Failed]
+
+    run(use)
+
+
+def test_an_engine_that_cannot_start_says_why_to_everybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: _Worker) -> None:
+        raise ImportError("libcudart is missing")
+
+    monkeypatch.setattr(_Worker, "_prepare", broken)
+
+    async def use(engine: Engine) -> None:
+        with pytest.raises(Failed, match="libcudart is missing"):
+            await engine.load(str(tmp_path))
+        assert engine.failure == "ImportError: libcudart is missing"
+        with pytest.raises(Failed, match="libcudart"):
+            await engine.load(str(tmp_path))
+
+    run(use)
+
+
+def test_an_error_in_the_loop_itself_is_told_and_the_engine_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = _Worker._publish
+    broken: list[bool] = []
+
+    def breaks_once(self: _Worker, items: list[Any]) -> None:
+        if any(isinstance(item, Sampled) for _, item in items) and not broken:
+            broken.append(True)
+            raise RuntimeError("unexpected")
+        publish(self, items)
+
+    monkeypatch.setattr(_Worker, "_publish", breaks_once)
+
+    async def use(engine: Engine) -> None:
+        model = await engine.load(str(make_model(tmp_path / "one", "I am one.")))
+        with pytest.raises(Failed):
+            await say(engine, model)
+        assert await say(engine, model) == "I am one."
+        assert engine.stats.last_failure == "RuntimeError in the engine"
+
+    run(use)
+
+
+def test_a_cancelled_sequence_is_gone_after_a_step_and_its_prefix_is_kept(tmp_path: Path) -> None:
+    async def use(engine: Engine) -> None:
+        model = await engine.load(str(make_random_model(tmp_path / "random")))
+        mailbox, ids = engine.submit(model, [submit(model, max_tokens=100_000)])
+        while not any(isinstance(item, Sampled) for _, item in await mailbox.take()):
+            pass
+        assert engine.stats.active == 1
+        engine.cancel(ids)
+        steps = engine.stats.steps
+        while engine.stats.active:
+            await asyncio.sleep(0.001)
+        assert engine.stats.steps - steps <= 3, "the slot was not freed within a step of the cancel's arrival"
+        assert (engine.pending, engine.stats.cache_entries) == (0, 1)
+
+    run(use)
+
+
+def test_who_generates_with_an_unloaded_model_is_told(tmp_path: Path) -> None:
+    async def use(engine: Engine) -> None:
+        model = await engine.load(str(make_random_model(tmp_path / "random")))
+        mailbox, _ = engine.submit(model, [submit(model, max_tokens=100_000)])
+        await mailbox.take()
+        engine.unload(model)
+        with pytest.raises(Unavailable, match="unloaded"):
+            await text_of(model, mailbox)
+        with pytest.raises(Unavailable, match="unloaded"):
+            await say(engine, model)
+
+    run(use)
+
+
+def test_a_folder_that_is_no_model_is_an_error_of_one_line(tmp_path: Path) -> None:
+    async def use(engine: Engine) -> None:
+        with pytest.raises(Unavailable) as told:
+            await engine.load(str(tmp_path))
+        assert told.value.code == "model_load_failed"
+        assert "\n" not in told.value.message
+
+    run(use)
+
+
+def test_a_prompt_tells_how_much_of_it_was_reused(tmp_path: Path) -> None:
+    async def use(engine: Engine) -> None:
+        model = await engine.load(str(make_model(tmp_path / "one", "I am one.")))
+        seen = []
+        for _ in range(2):
+            mailbox, _ids = engine.submit(model, [submit(model)])
+            items: list[Any] = []
+            while not any(isinstance(item, Sampled) and item.finish for item in items):
+                items += [item for _, item in await mailbox.take()]
+            seen.append([item for item in items if isinstance(item, Prefilled)][-1])
+        size = len(model.tokenizer.encode("Hi"))
+        assert seen == [Prefilled(size, size, 0), Prefilled(size, size, size - 1)]
+
+    run(use)
