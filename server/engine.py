@@ -72,6 +72,7 @@ class Engine:
         self._loads: dict[str, Future[Loaded]] = {}
         self._ids = itertools.count()
         self._keys = itertools.count()
+        self._is_aborted = False
         self._failure: str | None = None
 
     def start(self) -> None:
@@ -129,7 +130,8 @@ class Engine:
         return Matcher(constraint, model.grammar_tokenizer)
 
     def abort(self) -> None:
-        """End every sequence and load; whoever waits is told."""
+        """End every sequence and load, and take no more; whoever waits is told."""
+        self._is_aborted = True
         ids = list(self._mailboxes)
         self._fail_all(Unavailable("the server is shutting down"))
         for id_ in ids:
@@ -157,6 +159,8 @@ class Engine:
         return self._failure
 
     def _check(self) -> None:
+        if self._is_aborted:
+            raise Unavailable("the server is shutting down")
         if self._failure is not None:
             raise Failed(f"the engine has failed: {self._failure}; start the server again")
 

@@ -27,6 +27,8 @@ class Constraint:
     """The token that opens reasoning, which may come instead of the first."""
     ends: tuple[int, ...] = ()
     """What ends the reasoning that `unless` opened."""
+    param: str | None = None
+    """The request's field that asks for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +63,10 @@ def constraint(model: Loaded, request: ChatRequest, *, is_reasoning: bool) -> Co
     tokenizer = model.tokenizer
     ends = tuple(tokenizer.think_end_tokens or ())
     if is_reasoning:
-        return Constraint(grammar, after=ends)
+        return Constraint(grammar, after=ends, param=param)
     opening = tokenizer.encode(tokenizer.think_start, add_special_tokens=False) if tokenizer.think_start else []
     is_possible = request.thinking is not False and len(opening) == 1
-    return Constraint(grammar, unless=opening[0] if is_possible else None, ends=ends)
+    return Constraint(grammar, unless=opening[0] if is_possible else None, ends=ends, param=param)
 
 
 def is_forced(request: ChatRequest) -> bool:

@@ -118,10 +118,14 @@ class Pool:
                 if now - each.used >= self._idle_ttl:
                     self._unload(each, "idle")
 
-    async def close(self) -> None:
-        """Give up loads that still run."""
+    def abort(self) -> None:
+        """Give up loads that still run; whoever waits for them is told."""
         for task in self._loading.values():
             task.cancel()
+
+    async def close(self) -> None:
+        """The same, and wait until they have ended."""
+        self.abort()
         await asyncio.gather(*self._loading.values(), return_exceptions=True)
 
     async def _load(self, model_id: str) -> Resident:

@@ -123,12 +123,12 @@ def _server_class() -> Any:
 
         def _stop(self, loop: asyncio.AbstractEventLoop) -> None:
             if self.should_exit:  # asked again: at once
-                self._service.engine.abort()
+                self._service.abort()
                 return
             logger.info("stopping")
             self.should_exit = True
             self._service.close()
-            loop.call_later(self._seconds, self._service.engine.abort)
+            loop.call_later(self._seconds, self._service.abort)
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)

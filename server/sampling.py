@@ -19,6 +19,7 @@ from mlx_lm.sample_utils import (
     make_sampler,
 )
 
+from server.errors import InvalidRequest
 from server.grammar import Budget, Constraint
 from server.requests import Params
 
@@ -163,15 +164,22 @@ class Matcher:
     """A logits processor that lets only tokens pass which a grammar allows."""
 
     def __init__(self, constraint: Constraint, tokenizer: Any) -> None:
-        """`tokenizer` is llguidance's. The constructor may take a second for a large schema; any thread may call it."""
+        """`tokenizer` is llguidance's. The constructor may take a second for a large schema; any thread may call it.
+
+        Raises InvalidRequest for a grammar that nothing follows, as that of a schema which refers to itself alone.
+        """
         from llguidance import LLMatcher
-        from llguidance.numpy import allocate_token_bitmask
+        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
         self._matcher = LLMatcher(tokenizer, constraint.grammar, log_level=0)
         self._unless = constraint.unless
         self._ends = constraint.after or constraint.ends
         self._is_free = bool(constraint.after)
         self._mask = allocate_token_bitmask(1, tokenizer.vocab_size)
+        fill_next_token_bitmask(self._matcher, self._mask, 0)  # it shows only now
+        if self._matcher.is_error():
+            problem = self._matcher.get_error().splitlines()[0]
+            raise InvalidRequest(f"this schema cannot be enforced: {problem}", param=constraint.param)
         self._steps = 0
         self._last: tuple[int, ...] = ()
         self.problem: str | None = None

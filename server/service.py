@@ -122,6 +122,11 @@ class Service:
         """Take no more requests. Those that run go on."""
         self._is_closing = True
 
+    def abort(self) -> None:
+        """End what still runs or waits; its clients are told."""
+        self.pool.abort()
+        self.engine.abort()
+
     def stop(self) -> None:
         """Free what the service holds."""
         self._worker.shutdown(wait=False, cancel_futures=True)
