@@ -11,6 +11,7 @@ import itertools
 import logging
 import pickle
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -32,6 +33,12 @@ IDLE_SECONDS = 0.1
 """How long other ranks wait at most for rank 0 when nothing happens."""
 
 
+HOLD_SECONDS = 0.0005
+"""For each sequence: how long tokens may be held back so that more of them are handed over in one go.
+
+Each hand-over costs the event loop a wake-up, a line of JSON and a system call a stream, on the processor that the next
+step wants as well. For one stream that is nothing, for 32 it is 16 ms, which nobody sees.
+"""
 STOP_SECONDS = 10
 """How long a step may take once the server stops."""
 
@@ -245,6 +252,12 @@ class _Worker:
         """Of each sequence: the key of its model."""
         self._steps = self._failures = 0
         self._last_failure: str | None = None
+        self._held: list[tuple[int, Item]] = []
+        """What was not handed over yet."""
+        self._post_at = 0.0
+        """Monotonic seconds: when it must be."""
+        self._new: set[int] = set()
+        """Sequences without a first token, for which somebody waits."""
         self._group: Any = None
         self._prefixes: PrefixCache
 
@@ -299,9 +312,21 @@ class _Worker:
         for key, runner in list(self._runners.items()):
             if runner.is_busy:
                 self._step(key, runner, items)
-        if items or commands:
-            self._publish(items)
+        self._held += items
+        if commands or any(map(self._is_urgent, items)) or (self._held and time.monotonic() >= self._post_at):
+            self._publish(self._held)
+            self._held = []
+            self._post_at = time.monotonic() + HOLD_SECONDS * len(self._owner)
         return True
+
+    def _is_urgent(self, told: tuple[int, Item]) -> bool:
+        """Whether something must not wait: all but a token in the middle of an answer."""
+        id_, item = told
+        if not isinstance(item, Sampled) or item.finish is not None:
+            return True
+        is_first = id_ in self._new
+        self._new.discard(id_)
+        return is_first
 
     def _apply(self, command: Command, items: list[tuple[int, Item]]) -> None:
         if isinstance(command, Load):
@@ -321,9 +346,11 @@ class _Worker:
             try:
                 runner.add(command)
                 self._owner[command.id] = command.key
+                self._new.add(command.id)
             except Exception as error:  # noqa: BLE001 - one request's trouble is not the others'
                 items.append((command.id, _failed(error)))
         elif isinstance(command, Cancel) and (key := self._owner.pop(command.id, None)) is not None:
+            self._new.discard(command.id)
             self._runners[key].cancel(command.id)
 
     def _load(self, command: Load) -> Iterator[Runner | None]:
@@ -367,8 +394,10 @@ class _Worker:
         self._failures += 1
         self._last_failure = f"{type(error).__name__} in the engine"
         logger.error("%s: %s", self._last_failure, _first_line(error))
-        items: list[tuple[int, Item]] = [(id_, _failed(error)) for id_ in self._owner]
+        items: list[tuple[int, Item]] = [*self._held, *((id_, _failed(error)) for id_ in self._owner)]
+        self._held = []
         self._owner.clear()
+        self._new.clear()
         for runner in self._runners.values():
             runner.reset()
         self._publish(items)
@@ -377,6 +406,7 @@ class _Worker:
         ids = [id_ for id_, owner in self._owner.items() if owner == key]
         for id_ in ids:
             del self._owner[id_]
+            self._new.discard(id_)
         return ids
 
     def _shared(self, commands: list[Command]) -> list[Command]:
