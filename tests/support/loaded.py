@@ -1,0 +1,32 @@
+"""Models as the server's readers see them: a real tokenizer and its marks, and no weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.generate import make_text_state_machine
+from mlx_lm.tokenizer_utils import load
+
+from server.models import Loaded
+
+
+def loaded(folder: Path, *, template: str | None = None, defaults: Mapping[str, Any] | None = None) -> Loaded:
+    """The model of a folder, as the engine hands it over; `template` takes the place of the folder's own."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tokenizer = load(folder, eos_token_ids=config["eos_token_id"])
+    if template is not None:
+        tokenizer.chat_template = template
+        tokenizer.has_chat_template = True
+    return Loaded(
+        key=f"0:{folder}",
+        path=str(folder),
+        tokenizer=tokenizer,
+        machine=make_text_state_machine(tokenizer),
+        nbytes=0,
+        vocab_size=config["vocab_size"],
+        context=config["max_position_embeddings"],
+        defaults=defaults or {},
+    )
