@@ -5,9 +5,14 @@ BIN := $(VENV)/bin
 # Releases of huggingface_hub that tests run beside the installed one: the last of 0.x, the last whose deletions
 # follow links to the end, the first whose do not, the last of 1.x.
 HUB_VERSIONS := 0.36.2 1.31.0 1.32.0 1.33.0
+# Coding agents that tests run against the server, from npm: where it is not, or cannot, those tests are skipped.
+AGENTS := @anthropic-ai/claude-code@2.1.197 @openai/codex@0.169.0
+NPM_INSTALL := npm install --prefix $(VENV)/.agents.new --no-audit --no-fund --no-update-notifier --loglevel error \
+	--fetch-retries 1 --fetch-timeout 60000
+BOUNDED := $(BIN)/python -c 'import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:], timeout=300).returncode)'
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo serve test check format bench clean
+.PHONY: help demo serve test agents check format bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -19,7 +24,7 @@ demo: $(VENV)/.ready  ## make a tiny model in a folder, serve it, list it and ch
 serve: $(VENV)/.ready  ## serve your own: make serve MODEL_PATH=/Volumes/LLMS/models [ARGS="--port 8000"]
 	@$(BIN)/mlx-omni-server $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)") $(ARGS)
 
-test: $(VENV)/.hubs  ## run the tests
+test: $(VENV)/.hubs agents  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.ready  ## lint and type-check
@@ -59,3 +64,14 @@ $(VENV)/.hubs: $(VENV)/.ready
 		} || exit 1; \
 	done
 	@touch $@
+
+# No failure of this is one of `make test`. What is there already, in these versions, stays.
+agents: $(VENV)/.ready
+	@test "$$(cat $(VENV)/agents/.versions 2>/dev/null)" = "$(AGENTS)" || ! command -v npm >/dev/null || { \
+		echo "Setting up coding agents for the tests (once) …" && \
+		rm -rf $(VENV)/.agents.new && mkdir $(VENV)/.agents.new && \
+		$(BOUNDED) $(NPM_INSTALL) $(AGENTS) >$(VENV)/agents.log 2>&1 && \
+		$(BOUNDED) node $(VENV)/.agents.new/node_modules/@anthropic-ai/claude-code/install.cjs >>$(VENV)/agents.log 2>&1 && \
+		echo "$(AGENTS)" >$(VENV)/.agents.new/.versions && \
+		rm -rf $(VENV)/agents && mv $(VENV)/.agents.new $(VENV)/agents; \
+	} || echo "… which failed ($(VENV)/agents.log): their tests are skipped"

@@ -24,9 +24,10 @@ class ServerError(Exception):
     code: str | None = None
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        message = _bounded(message, 1000)
         super().__init__(message)
         self.message = message
-        self.param = param
+        self.param = None if param is None else _bounded(param, 200)
         if code is not None:
             self.code = code
 
@@ -77,3 +78,8 @@ class Failed(ServerError):
 
 class Unavailable(ServerError):
     status = 503
+
+
+def _bounded(text: str, size: int) -> str:
+    """What a client sent is quoted, and may be megabytes."""
+    return text if len(text) <= size else f"{text[: size - 1]}…"

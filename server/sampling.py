@@ -27,6 +27,8 @@ Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]
 
 _ALL = 1 << 30  # as a context size: all of it
+_LEAST = 1e-6
+"""Below it one candidate is left, and float32 would end in infinities on the way there."""
 
 
 class Choice(NamedTuple):
@@ -50,7 +52,7 @@ def choice(params: Params, defaults: Mapping[str, Any], vocab_size: int) -> Choi
     top_p = of(params.top_p, "top_p", 1.0)
     top_k = int(of(params.top_k, "top_k", 0))
     return Choice(
-        temperature=0.0 if top_p == 0 or top_k == 1 else temperature,
+        temperature=0.0 if temperature < _LEAST or top_p < _LEAST or top_k == 1 else temperature,
         top_p=top_p,
         top_k=top_k if 0 < top_k < vocab_size else 0,
         min_p=of(params.min_p, "min_p", 0.0),
@@ -108,7 +110,8 @@ def processors(
     made: list[Processor] = []
     if params.logit_bias:
         tokens = mx.array(list(params.logit_bias))
-        values = mx.array(list(params.logit_bias.values()))
+        # -100 is OpenAI's "never", which no model may outvote.
+        values = mx.array([-float("inf") if bias <= -100 else bias for bias in params.logit_bias.values()])
         made.append(lambda _, logits: logits.at[:, tokens].add(values.astype(logits.dtype)))
     if chosen.repetition_penalty != 1:
         repeat = make_repetition_penalty(chosen.repetition_penalty, params.repetition_context or _ALL)

@@ -51,15 +51,17 @@ def wrong_field(errors: Sequence[Mapping[str, Any]], body: object) -> InvalidReq
         text = f"`{name}` is not supported by this server; leave it out"
     elif error["type"] == "json_invalid":
         return InvalidRequest("the body is not valid JSON", code="invalid_json")
-    elif error["type"] == "missing" and not name:
-        return InvalidRequest("the body is missing: send a JSON object", code="invalid_json")
+    elif not name:
+        return InvalidRequest("send a JSON object, with Content-Type: application/json", code="invalid_json")
     else:
-        text = f"`{name}`: {error['msg'][:1].lower()}{error['msg'][1:]}" if name else str(error["msg"])
+        text = f"`{name}`: {error['msg'][:1].lower()}{error['msg'][1:]}"
     return InvalidRequest(text, param=name or None)
 
 
 def _place(error: Mapping[str, Any], body: object) -> list[str | int]:
     """Where in a body an error is: of its `loc`, what leads there. The rest names the types that were tried."""
+    if error["loc"][0] != "body":  # of the address
+        return [*error["loc"][1:]]
     place: list[str | int] = []
     here: Any = body
     for at, part in enumerate(error["loc"][1:], 2):

@@ -64,7 +64,7 @@ class _Sampling(Body):
     min_p: Share | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     repetition_context_size: Count | None = None
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Seed | None = None
@@ -399,7 +399,7 @@ def logprob_entries(tokens: Iterable[TokenLogprob]) -> list[Json]:
     """Tokens with their log probabilities, as chat completions and responses tell them."""
 
     def entry(token: str, data: bytes, logprob: float) -> Json:
-        return {"token": token, "logprob": max(logprob, -9999.0), "bytes": list(data)}
+        return {"token": token, "logprob": max(-9999.0, logprob), "bytes": list(data)}
 
     return [
         {**entry(each.token, each.data, each.logprob), "top_logprobs": [entry(*other) for other in each.top]}
@@ -499,8 +499,8 @@ class _TextLogprobs:
         shape: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for each in tokens:
             shape["tokens"].append(each.token)
-            shape["token_logprobs"].append(max(each.logprob, -9999.0))
-            shape["top_logprobs"].append({token: max(logprob, -9999.0) for token, _, logprob in each.top})
+            shape["token_logprobs"].append(max(-9999.0, each.logprob))
+            shape["top_logprobs"].append({token: max(-9999.0, logprob) for token, _, logprob in each.top})
             shape["text_offset"].append(self._offset)
             self._offset += len(each.token)
         return shape

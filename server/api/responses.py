@@ -28,6 +28,9 @@ from server.service import Batch, Service, Ticket, gathered
 STORED = 1000
 """Responses kept in memory for `previous_response_id`: the newest."""
 
+_NAMES = {"messages": "input", "response_format": "text.format"}
+"""Names that fields of the shared request have in this dialect, for errors about them."""
+
 # Requests: input items -----------------------------------------------------------------------------------------
 
 
@@ -75,6 +78,7 @@ class CustomCallItem(Part):
     call_id: str
     name: str
     input: str
+    namespace: str | None = None
 
 
 class ReasoningText(Part):
@@ -231,10 +235,15 @@ class _Tools:
         self._custom: set[str] = set()
         self._places: dict[str, tuple[str, str]] = {}
         """Names the model uses -> (namespace, name in it)."""
-        for namespace, tool in _flat(given):
+        flat = list(_flat(given))
+        taken = {tool.name for namespace, tool in flat if namespace is None}
+        for namespace, tool in flat:
             if tool.name is None:
                 raise InvalidRequest("a function tool has no name", param="tools")
-            name = tool.name if namespace is None or tool.name not in found else f"{namespace}__{tool.name}"
+            name = tool.name
+            while namespace is not None and name in taken:
+                name = f"{namespace}__{name}"
+            taken.add(name)
             parameters = tool.parameters
             if tool.type == "custom":  # takes plain text: a function of one string to the model
                 self._custom.add(name)
@@ -305,7 +314,8 @@ def _turns(items: Sequence[Item], tools: _Tools) -> list[requests.Message]:
             arguments = openai.arguments(item.arguments, where)
             calls.append(requests.Call(item.call_id, tools.named(item.namespace, item.name), arguments))
         elif isinstance(item, CustomCallItem):
-            calls.append(requests.Call(item.call_id, item.name, {"input": item.input}))
+            name = tools.named(item.namespace, item.name)
+            calls.append(requests.Call(item.call_id, name, {"input": item.input}))
         elif isinstance(item, MessageItem) and item.role == "assistant":
             if calls:
                 end_answer()
@@ -387,13 +397,15 @@ class _Answer:
             }
             yield self._event(f"response.{self.response['status']}", response=self.response)
 
-    def fail(self, error: ServerError) -> Json:
-        """The event of an error in the middle."""
+    def fail(self, error: ServerError) -> Iterator[Json]:
+        """An error in the middle, or before anything else where the client had to wait for it."""
+        if self._sequence < 0:
+            yield from self.begin()
         code = (
             "rate_limit_exceeded" if error.status == 429 else "invalid_prompt" if error.status < 500 else "server_error"
         )
         self.response |= {"status": "failed", "error": {"code": code, "message": error.message}}
-        return self._event("response.failed", response=self.response)
+        yield self._event("response.failed", response=self.response)
 
     def _text(self, kind: str, text: str) -> Iterator[Json]:
         if self._item is None or self._item["type"] != kind:
@@ -643,13 +655,13 @@ def router(service: Service) -> APIRouter:
         """A response to some input, whole or as a stream of server-sent events."""
         asked, tools = body.decoded(store.turns_of(body.previous_response_id))
         made, ticket = _Answer(body, tools), Ticket()
-        batches = service.chat(asked, ticket)
+        batches = _renamed(service.chat(asked, ticket))
         if body.stream:
             return EventStream(
                 stream(body, made, asked, batches),
                 ticket,
                 refuse=openai.refuse,
-                fail=lambda error: _sse(made.fail(error)),
+                fail=lambda error: b"".join(map(_sse, made.fail(error))),
             )
         choices = await unless_gone(request, gathered(batches, 1))
         if choices is None:
@@ -674,6 +686,16 @@ def router(service: Service) -> APIRouter:
         return answer({"id": response_id, "object": "response", "deleted": True})
 
     return routes
+
+
+async def _renamed(batches: AsyncIterator[Batch]) -> AsyncGenerator[Batch]:
+    """The same, but errors name fields as this dialect does."""
+    try:
+        async for batch in batches:
+            yield batch
+    except InvalidRequest as error:
+        error.param = _NAMES.get(error.param or "", error.param)
+        raise
 
 
 def _logprobs_first(events: list[Event]) -> list[Event]:
