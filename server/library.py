@@ -84,7 +84,8 @@ class Library:
         except overlay.SourceAway as error:
             raise Unavailable(str(error), param="model", code="model_away") from None
         except overlay.ModelNotFound as error:
-            logger.info("%.1000s", error)  # it tells where was looked, which is not for every client to know
+            # It tells where was looked, which is not for every client to know; the id in it may hold anything.
+            logger.info("%.1000s", " ".join(str(error).split()))
             raise UnknownModel(
                 f"there is no model {model_id!r} here; GET /v1/models lists what there is", param="model"
             ) from None

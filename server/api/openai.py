@@ -324,7 +324,7 @@ def arguments(text: str, where: str) -> Json:
     """The arguments of an earlier call. Raises InvalidRequest."""
     try:
         parsed = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
         raise InvalidRequest("a call's arguments are a JSON object", param=f"{where}.arguments")
