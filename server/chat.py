@@ -46,7 +46,8 @@ def render(model: Loaded, request: ChatRequest) -> Prompt:
         raise InvalidRequest(f"{request.model} does not take images", param=images[0].where)
     tools = request.tools if request.choice.mode != "none" else ()
     kwargs = _template_kwargs(tokenizer, request)
-    text, system = _apply(tokenizer, request.messages, tools, kwargs)
+    continues = request.continues and request.messages[-1].role == "assistant" and not request.messages[-1].calls
+    text, system = _apply(tokenizer, request.messages, tools, kwargs, continues=continues)
     pixels: tuple[Any, ...] = ()
     if images:
         text, pixels = model.processor(text, images=[_pixels(image) for image in images])
@@ -70,7 +71,12 @@ def check_unicode(text: str, param: str) -> None:
 
 
 def _apply(
-    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool], kwargs: dict[str, Any]
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Tool],
+    kwargs: dict[str, Any],
+    *,
+    continues: bool = False,
 ) -> tuple[str, str]:
     """The conversation's text, and that of its system messages and tools alone ('' where that cannot be told).
 
@@ -79,14 +85,16 @@ def _apply(
     """
     given = [_described(tool) for tool in tools] or None
 
-    def text(turns: Sequence[Message], *, end: bool) -> str:
+    ending = {"continue_final_message": True} if continues else {"add_generation_prompt": True}
+
+    def text(turns: Sequence[Message], **ending: bool) -> str:
         plain = [_as_dict(turn) for turn in turns]
-        return tokenizer.apply_chat_template(plain, tools=given, tokenize=False, add_generation_prompt=end, **kwargs)
+        return tokenizer.apply_chat_template(plain, tools=given, tokenize=False, **ending, **kwargs)
 
     problem: Exception | None = None
     for form in (_merged_system(messages), _alternating(messages), _without_system(messages)):
         try:
-            whole = text(form, end=True)
+            whole = text(form, **ending)
         except Exception as error:  # noqa: BLE001 - templates are programs that come with the model
             problem = problem or error
             continue
@@ -94,7 +102,7 @@ def _apply(
         if not (systems or given) or form[: len(systems)] != systems:
             return whole, ""
         try:
-            return whole, text([*systems, Message("user", ("",))], end=False)
+            return whole, text([*systems, Message("user", ("",))], add_generation_prompt=False)
         except Exception:  # noqa: BLE001 - as above; only the reuse of its KV cache needs it
             return whole, ""
     raise InvalidRequest(f"the model's chat template refuses these messages: {problem}", param="messages")

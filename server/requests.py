@@ -117,6 +117,8 @@ class ChatRequest(Request):
     tools: tuple[Tool, ...] = ()
     choice: ToolChoice = ToolChoice()
     format: Format | None = None
+    continues: bool = False
+    """Whether a last assistant message is the beginning of the answer, to be gone on with."""
     thinking: bool | None = None
     """Whether to reason first; None: as the model's template does."""
     reasoning_budget: int | None = None

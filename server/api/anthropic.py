@@ -212,6 +212,7 @@ class _Prompt(Body):
             tools=tools,
             choice=self._choice(tools),
             format=requests.Format(wanted.schema_) if wanted is not None else None,
+            continues=True,
             thinking=is_thinking,
             reasoning_budget=self.thinking.budget_tokens if self.thinking is not None and is_thinking else None,
             effort=config.effort if is_thinking else None,
@@ -462,7 +463,13 @@ def page(models: Sequence[Listed], *, limit: int, after_id: str | None, before_i
 def model_info(listed: Listed) -> Json:
     """One model, in Anthropic's shape."""
     created = datetime.fromtimestamp(listed.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {"type": "model", "id": listed.id, "display_name": listed.id, "created_at": created}
+    return {
+        "type": "model",
+        "id": listed.id,
+        "display_name": listed.id,
+        "created_at": created,
+        "lifecycle": "active",
+    }
 
 
 # Routes --------------------------------------------------------------------------------------------------------

@@ -24,7 +24,9 @@ def _program(name: str) -> str:
         pytest.skip("node is not installed, which coding agents need")
     path = _PROGRAMS / name
     if not path.exists():
-        pytest.skip(f"{name} is not in {_PROGRAMS}: `make test` puts it there where npm can install it")
+        pytest.skip(
+            f"{name} is not in {_PROGRAMS}, where `make test` puts some agents, and `npm install --prefix` others"
+        )
     return str(path)
 
 
