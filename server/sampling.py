@@ -27,6 +27,7 @@ Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]
 
 _ALL = 1 << 30  # as a context size: all of it
+_NEVER = -1e4
 _LEAST = 1e-6
 """Below it one candidate is left, and float32 would end in infinities on the way there."""
 
@@ -110,8 +111,8 @@ def processors(
     made: list[Processor] = []
     if params.logit_bias:
         tokens = mx.array(list(params.logit_bias))
-        # -100 is OpenAI's "never", which no model may outvote.
-        values = mx.array([-float("inf") if bias <= -100 else bias for bias in params.logit_bias.values()])
+        # -100 is OpenAI's "never", which no model may outvote; a grammar may, and something must be left to draw.
+        values = mx.array([_NEVER if bias <= -100 else bias for bias in params.logit_bias.values()])
         made.append(lambda _, logits: logits.at[:, tokens].add(values.astype(logits.dtype)))
     if chosen.repetition_penalty != 1:
         repeat = make_repetition_penalty(chosen.repetition_penalty, params.repetition_context or _ALL)

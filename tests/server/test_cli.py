@@ -1,0 +1,207 @@
+"""The command line and the environment: what becomes a setting, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server import cli
+from server.settings import Settings, device_memory
+from tests.support.processes import PYTHON, environment, finish
+
+FLAGS: list[tuple[str, str, str, Any]] = [
+    ("--model-path", "/a", "model_paths", ("/a",)),
+    ("--exclude", "org/m", "exclude", ("org/m",)),
+    ("--offline", "", "is_offline", True),
+    ("--model", "org/m", "models", ("org/m",)),
+    ("--alias", "gpt-5=org/m", "aliases", {"gpt-5": "org/m"}),
+    ("--default-model", "org/m", "default_model", "org/m"),
+    ("--host", "0.0.0.0", "host", "0.0.0.0"),
+    ("--port", "0", "port", 0),
+    ("--api-key", "secret", "api_key", "secret"),
+    ("--cors-allow-origins", "http://a,http://b", "origins", ("http://a", "http://b")),
+    ("--log-level", "debug", "log_level", "debug"),
+    ("--memory-budget", "24G", "memory_budget", 24 * 10**9),
+    ("--idle-ttl", "0.5", "idle_ttl", 0.5),
+    ("--prompt-cache", "1G", "cache_bytes", 10**9),
+    ("--kv-bits", "4", "kv_bits", 4),
+    ("--kv-group-size", "32", "kv_group_size", 32),
+    ("--quantized-kv-start", "0", "quantized_kv_start", 0),
+    ("--max-batch", "8", "batch_size", 8),
+    ("--max-queue", "0", "max_queue", 0),
+    ("--max-body", "1M", "max_body", 10**6),
+    ("--max-messages", "5", "max_messages", 5),
+    ("--max-prompt", "100", "max_prompt", 100),
+    ("--max-tokens", "100", "max_tokens", 100),
+    ("--prefill-step", "64", "prefill_step", 64),
+    ("--shutdown-seconds", "0", "shutdown_seconds", 0.0),
+    ("--draft-model", "org/d", "draft_model", "org/d"),
+    ("--num-draft-tokens", "5", "num_draft_tokens", 5),
+    ("--adapter-path", "/lora", "adapter_path", "/lora"),
+    ("--trust-remote-code", "", "trust_remote_code", True),
+    ("--pipeline", "", "is_pipeline", True),
+]
+
+
+def _read(*arguments: str, environ: Mapping[str, str] | None = None) -> Settings:
+    return cli.read(cli.make_parser().parse_args(arguments), environ or {})
+
+
+@pytest.mark.parametrize(("flag", "text", "name", "value"), FLAGS)
+def test_a_flag_is_a_setting(flag: str, text: str, name: str, value: Any) -> None:
+    model = ("--model", "org/m") if flag in ("--draft-model", "--adapter-path") else ()
+    assert getattr(_read(*model, flag, *([text] if text else [])), name) == value
+    assert getattr(_read(), name) != value
+
+
+def test_every_flag_has_a_setting_and_every_setting_a_flag() -> None:
+    flags = {option for action in cli.make_parser()._actions for option in action.option_strings}
+    assert flags - {"-h", "--help", "--print-completion"} == {flag for flag, *_ in FLAGS}
+    assert set(Settings.__slots__) == {name for _, _, name, _ in FLAGS}
+
+
+def test_flags_that_may_be_repeated_keep_their_order() -> None:
+    settings = _read(
+        *("--model-path", "/b", "--model-path", "/a"),
+        *("--model", "org/b", "--model", "org/a"),
+        *("--exclude", "x", "--exclude", "y"),
+        *("--alias", "b=org/b", "--alias", "a=org/a=1"),
+        *("--cors-allow-origins", "http://b, http://a", "--cors-allow-origins", "http://c,"),
+    )
+    assert settings.model_paths == ("/b", "/a")
+    assert settings.models == ("org/b", "org/a")
+    assert settings.exclude == ("x", "y")
+    assert settings.aliases == {"b": "org/b", "a": "org/a=1"}
+    assert settings.origins == ("http://b", "http://a", "http://c")
+
+
+def test_by_default_the_server_is_this_machine_s_alone() -> None:
+    settings = _read()
+    assert (settings.host, settings.port, settings.api_key, settings.origins) == ("127.0.0.1", 10240, None, ())
+    assert not settings.trust_remote_code
+    assert settings.memory_budget == device_memory()
+
+
+def test_the_prompt_cache_has_its_share_of_the_budget() -> None:
+    assert _read("--memory-budget", "8G").cache_bytes == 10**9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable", "expected"),
+    [
+        ((), "from-variable", "from-variable"),
+        (("--api-key", "from-flag"), "from-variable", "from-flag"),
+        ((), "", None),
+        (("--api-key", ""), "from-variable", "from-variable"),
+    ],
+)
+def test_the_key_comes_from_the_flag_or_else_from_the_environment(
+    arguments: tuple[str, ...], variable: str, expected: str | None
+) -> None:
+    assert _read(*arguments, environ={"MLX_OMNI_API_KEY": variable}).api_key == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--port", "x"], "'x' is no port"),
+        (["--port", "65536"], "is no port"),
+        (["--port", "-1"], "is no port"),
+        (["--memory-budget", "much"], "'much' is no size"),
+        (["--memory-budget", "inf"], "'inf' is no size"),
+        (["--max-body", "-1"], "is no size"),
+        (["--idle-ttl", "soon"], "is no number of seconds"),
+        (["--idle-ttl", "-1"], "is no number of seconds"),
+        (["--idle-ttl", "nan"], "is no number of seconds"),
+        (["--shutdown-seconds", "inf"], "is no number of seconds"),
+        (["--max-batch", "0"], "at least 1"),
+        (["--max-queue", "few"], "is no count"),
+        (["--kv-bits", "5"], "invalid choice"),
+        (["--log-level", "loud"], "invalid choice"),
+        (["--alias", "gpt-5"], "NAME=ID"),
+        (["--alias", "=org/m"], "NAME=ID"),
+        (["--alias", "gpt-5="], "NAME=ID"),
+        (["--draft-model", "org/d"], "--model"),
+        (["--adapter-path", "/lora"], "--model"),
+        (["--nonsense"], "unrecognized arguments"),
+        (["extra"], "unrecognized arguments"),
+    ],
+)
+def test_what_cannot_be_is_a_usage_error_in_one_line(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("mlx-omni-server: error: ")
+    assert told in last
+
+
+@pytest.mark.parametrize("flag", ["--draft-model", "--adapter-path"])
+def test_under_mlx_launch_what_mlx_lm_cannot_do_is_refused(flag: str) -> None:
+    with pytest.raises(ValueError, match=r"under mlx\.launch"):
+        _read("--model", "org/m", flag, "x", environ={"MLX_RANK": "0"})
+
+
+_LOADED = """
+import sys
+from server import cli
+try:
+    cli.main({arguments})
+except SystemExit as exit_:
+    print(exit_.code)
+heavy = {{"fastapi", "starlette", "uvicorn", "mlx", "mlx_lm", "huggingface_hub", "transformers", "pydantic", "numpy"}}
+print(sorted(heavy & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], "0"), (["--port", "x"], "2"), (["--alias", "x"], "2")])
+def test_help_and_usage_errors_load_nothing_that_takes_its_time(arguments: list[str], status: str, home: Path) -> None:
+    done = finish([PYTHON, "-c", _LOADED.format(arguments=arguments)], environment(home))
+    assert done.lines()[-2:] == [status, "[]"], done.err
+
+
+def test_help_tells_how_to_begin(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert all(flag in out for flag, *_ in FLAGS)
+    assert "MLX_OMNI_MODEL_PATH" in out
+    assert "MLX_OMNI_API_KEY" in out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_shells_complete_the_flags(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--print-completion", shell]) == 0
+    assert "model-path" in capsys.readouterr().out
+
+
+def test_the_command_is_installed() -> None:
+    assert (Path(sys.executable).parent / "mlx-omni-server").exists()
+
+
+def test_a_model_path_that_is_a_file_is_a_usage_error(home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    done = finish([PYTHON, "-m", "server.cli", "--port", "0", "--model-path", str(file)], environment(home))
+    assert (done.status, done.out) == (2, "")
+    assert str(file) in done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_port_that_is_taken_is_told(home: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = finish([PYTHON, "-m", "server.cli", "--port", port], environment(home))
+    assert done.status == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in done.err
+    assert "Traceback" not in done.err

@@ -1,0 +1,183 @@
+"""Mistakes in a request's body: one line that names the field as the client wrote it."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from server.api.fields import Body, image, wrong_field
+from server.api.openai import ChatCompletionRequest, CompletionRequest
+from server.errors import InvalidRequest
+
+CHAT: dict[str, Any] = {"model": "org/m", "messages": [{"role": "user", "content": "Hi"}]}
+TEXT: dict[str, Any] = {"model": "org/m", "prompt": "Hi"}
+
+
+def _mistake(kind: type[Body], body: Any) -> InvalidRequest:
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    # As FastAPI hands them over.
+    return wrong_field([{**error, "loc": ("body", *error["loc"])} for error in caught.value.errors()], body)
+
+
+def _message(**more: Any) -> dict[str, Any]:
+    return {"messages": [CHAT["messages"][0], {"role": "user", "content": "Hi", **more}]}
+
+
+def _call(**more: Any) -> dict[str, Any]:
+    call = {"id": "1", "function": {"name": "f", "arguments": "{}"}, **more}
+    return {"messages": [{"role": "assistant", "tool_calls": [call]}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": 3}, "temperature"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"n": 0}, "n"),
+        ({"seed": 1 << 63}, "seed"),
+        ({"stop": 5}, "stop"),
+        ({"stop": [5]}, "stop[0]"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"stream": "maybe"}, "stream"),
+        ({"stream_options": {"include_usage": "maybe"}}, "stream_options.include_usage"),
+        ({"stream_options": {"other": 1}}, "stream_options.other"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+        ({"model": None}, "model"),
+        ({"messages": []}, "messages"),
+        ({"messages": "Hi"}, "messages"),
+        ({"messages": [5]}, "messages[0]"),
+        ({"messages": [{}]}, "messages[0]"),
+        ({"messages": [{"role": "robot", "content": "Hi"}]}, "messages[0]"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        (_message(content=5), "messages[1].content"),
+        (_message(content=None), "messages[1].content"),
+        (_message(content=[5]), "messages[1].content[0]"),
+        (_message(content=[{"type": "text"}]), "messages[1].content[0].text"),
+        (_message(content=[{"type": "text", "text": 5}]), "messages[1].content[0].text"),
+        (_message(content=[{"type": "sound"}]), "messages[1].content[0]"),
+        (_message(content=[{"type": "image_url", "image_url": {}}]), "messages[1].content[0].image_url.url"),
+        (_message(name=5), "messages[1].name"),
+        (_call(id=None), "messages[0].tool_calls[0].id"),
+        (_call(function={"name": "f"}), "messages[0].tool_calls[0].function.arguments"),
+        (_call(type="custom"), "messages[0].tool_calls[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 5}}]}, "tools[0].function.parameters"),
+        ({"tool_choice": "all"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": 5}}}, "tool_choice.function.name"),
+        ({"response_format": {"type": "yaml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+    ],
+)
+def test_the_field_is_named_as_the_client_wrote_it(change: dict[str, Any], field: str) -> None:
+    mistake = _mistake(ChatCompletionRequest, CHAT | change)
+    assert mistake.param == field
+    assert f"`{field}`" in mistake.message
+    assert "\n" not in mistake.message
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": {}}, "prompt"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"best_of": 0}, "best_of"),
+        ({"suffix": "x"}, "suffix"),
+    ],
+)
+def test_so_it_is_in_plain_completions(change: dict[str, Any], field: str) -> None:
+    assert _mistake(CompletionRequest, TEXT | change).param == field
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"stop": ["a"] * 17}, "at most 16"),
+        ({"temperature": 3}, "less than or equal to 2"),
+        (_message(content=[{"type": "text", "text": 5}]), "valid string"),
+        ({"messages": [{"role": "robot", "content": "Hi"}]}, "'robot'"),
+    ],
+)
+def test_what_is_wrong_with_it_is_told(change: dict[str, Any], reason: str) -> None:
+    assert reason in _mistake(ChatCompletionRequest, CHAT | change).message
+
+
+@pytest.mark.parametrize("name", ["audio", "functions", "web_search_options", "thinking", "maxtokens"])
+def test_what_is_not_known_is_refused_and_not_ignored(name: str) -> None:
+    mistake = _mistake(ChatCompletionRequest, {**CHAT, name: 1})
+    assert mistake.param == name
+    assert mistake.message == f"`{name}` is not supported by this server"
+
+
+@pytest.mark.parametrize("missing", ["model", "messages"])
+def test_what_is_missing_is_named(missing: str) -> None:
+    body = {name: value for name, value in CHAT.items() if name != missing}
+    assert _mistake(ChatCompletionRequest, body).param == missing
+
+
+@pytest.mark.parametrize("body", [[], "text", 5, None])
+def test_a_body_that_is_no_object_is_told_so(body: Any) -> None:
+    mistake = _mistake(ChatCompletionRequest, body)
+    assert mistake.param is None
+    assert mistake.message
+
+
+def test_a_body_that_is_no_json_is_told_so() -> None:
+    mistake = wrong_field([{"type": "json_invalid", "loc": ("body", 17), "msg": "JSON decode error"}], "{")
+    assert (mistake.param, mistake.code) == (None, "invalid_json")
+
+
+def test_a_body_that_is_not_there_is_told_so() -> None:
+    mistake = wrong_field([{"type": "missing", "loc": ("body",), "msg": "Field required"}], None)
+    assert (mistake.param, mistake.code) == (None, "invalid_json")
+
+
+def test_nulls_ask_for_nothing() -> None:
+    optional = {name for name, field in ChatCompletionRequest.model_fields.items() if not field.is_required()}
+    whole = ChatCompletionRequest.model_validate(CHAT | dict.fromkeys(optional))
+    assert whole.decoded() == ChatCompletionRequest.model_validate(CHAT).decoded()
+
+
+def test_an_image_comes_as_a_data_url() -> None:
+    data = b"\x89PNG\r\n"
+    found = image(f"data:image/png;base64,{base64.b64encode(data).decode()}", "here")
+    assert (found.data, found.where) == (data, "here")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "data:",
+        "data:image/png;base64",
+        "data:image/png,x",
+        "data:text/html;base64,eA==",
+        "data:image/png;base64,e",
+        "data:image/png;base64,\u20ac",
+        "data:image/png;base64,e A==",
+        "https://example.com/cat.png",
+        "http://169.254.169.254/latest/meta-data",
+        "file:///etc/passwd",
+        "/etc/passwd",
+    ],
+)
+def test_no_other_url_is_fetched_or_opened(url: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        image(url, "messages[0].content[1].image_url.url")
+    assert caught.value.param == "messages[0].content[1].image_url.url"
