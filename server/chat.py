@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, PromptTooLong
 from server.events import Event, FinishReason, Logprobs, Reasoning, Text, TokenLogprob, ToolCall
 from server.models import Loaded, Tokenizer
 from server.requests import ChatRequest, Image, Message, Tool
@@ -36,11 +36,16 @@ class Prompt:
 # To tokens -----------------------------------------------------------------------------------------------------
 
 
-def render(model: Loaded, request: ChatRequest) -> Prompt:
-    """The tokens of a conversation, as the model's own template writes it. Raises InvalidRequest."""
+def render(model: Loaded, request: ChatRequest, limit: int | None = None) -> Prompt:
+    """The tokens of a conversation, as the model's own template writes it. Raises InvalidRequest.
+
+    A text that must have more tokens than `limit` is refused before megabytes of it are cut into tokens.
+    """
     tokenizer = model.tokenizer
     if not tokenizer.has_chat_template:
         raise InvalidRequest(f"{request.model} has no chat template; use /v1/completions", param="model")
+    if not request.messages:  # of empty ones, a dialect may leave none
+        raise InvalidRequest("no message says anything", param="messages")
     images = [part for message in request.messages for part in message.content if isinstance(part, Image)]
     if images and model.processor is None:
         raise InvalidRequest(f"{request.model} does not take images", param=images[0].where)
@@ -53,6 +58,7 @@ def render(model: Loaded, request: ChatRequest) -> Prompt:
         text, pixels = model.processor(text, images=[_pixels(image) for image in images])
         system = ""
     check_unicode(text, "messages")
+    check_length(model, text, limit, "messages")
     tokens = tokenizer.encode(text, add_special_tokens=False)
     return Prompt(
         tuple(tokens),
@@ -60,6 +66,13 @@ def render(model: Loaded, request: ChatRequest) -> Prompt:
         system=_common(tokenizer.encode(system, add_special_tokens=False), tokens) if system else 0,
         images=tuple(pixels),
     )
+
+
+def check_length(model: Loaded, text: str, limit: int | None, param: str) -> None:
+    """Raises PromptTooLong for a text that cannot have as few tokens as `limit`."""
+    fewest = len(text) // model.longest_token
+    if limit is not None and fewest > limit:
+        raise PromptTooLong(f"prompt is too long: at least {fewest} tokens > {limit} maximum", param=param)
 
 
 def check_unicode(text: str, param: str) -> None:
@@ -280,7 +293,7 @@ class Reader:
     ) -> None:
         """`has_marks`: not so for plain completions. `is_call`: a grammar makes the whole answer a call, as JSON."""
         self._model = model
-        self._detokenizer = model.tokenizer.detokenizer
+        self._detokenizer = model.detokenizer()
         self._stops = StopStrings(stop)
         self._state = model.machine.make_state("reasoning" if is_reasoning else "normal") if has_marks else None
         self._name = "reasoning" if is_reasoning else "normal"
@@ -295,6 +308,8 @@ class Reader:
         """Of reasoning: held back, since those before the closing mark belong to the template."""
         self._waiting: deque[tuple[int, TokenLogprob]] = deque()
         """Log probabilities of tokens whose text is not out yet, with how long the text is with each."""
+        self._halves: list[TokenLogprob] = []
+        """Those of tokens that end inside of a character, whose text is not known yet."""
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self._length = self._released = 0
         self._events: list[Event] = []
@@ -322,9 +337,10 @@ class Reader:
     def _read(self, text: str, logprob: TokenLogprob | None) -> None:
         self._length += len(text)
         if logprob is not None:
+            self._halves.append(logprob)
             self._bytes.decode(logprob.data)
-            is_in_character = bool(self._bytes.getstate()[0])  # whose text comes with a later token
-            self._waiting.append((self._length + is_in_character, logprob))
+            if not self._bytes.getstate()[0]:  # else the rest of a character comes with a later token
+                self._settle_logprobs()
         released = self._stops.feed(text)
         self._released += len(released)
         self._split(released)
@@ -332,6 +348,10 @@ class Reader:
         if self._stops.found is not None and self.reason is None:
             self.stop_sequence = self._stops.found
             self._finish("stop_sequence")
+
+    def _settle_logprobs(self) -> None:
+        self._waiting += [(self._length, logprob) for logprob in self._halves]
+        self._halves.clear()
 
     def _release_logprobs(self) -> None:
         ready = []
@@ -345,7 +365,7 @@ class Reader:
         self._released += len(rest)
         self._split(rest)
         if reason != "stop_sequence":
-            self._released = self._length + 1  # nothing follows
+            self._settle_logprobs()  # nothing follows
         self._release_logprobs()
         if self._state is not None:
             self._take(self._name, self._state[3])  # what might have become a mark

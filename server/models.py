@@ -49,9 +49,19 @@ class Loaded:
     """Tokens that prompt and answer may have together, as its config says."""
     defaults: Mapping[str, Any]
     """Its generation_config.json."""
+    longest_token: int = 1 << 20
+    """Characters of the longest token: a text has at least so many tokens as that goes into it."""
     processor: Any = None
     """mlx_lm's image processor; None: the model takes no images."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def detokenizer(self) -> Any:
+        """mlx-lm's streaming detokenizer, for one answer; where it has but a slow one, the tokenizers library's."""
+        made = self.tokenizer.detokenizer
+        inner = getattr(self.tokenizer, "backend_tokenizer", None)
+        if type(made).__name__ == "NaiveStreamingDetokenizer" and inner is not None:
+            return _Detokenizer(inner)
+        return made
 
     @functools.cached_property
     def _grammar_tokenizer(self) -> Any:
@@ -78,6 +88,38 @@ class Loaded:
         if "\ufffd" in whole and all(char in _BYTE_OF for char in text):  # a part of a character, in byte-level BPE
             return bytes(_BYTE_OF[char] for char in text)
         return whole.encode()
+
+
+class _Detokenizer:
+    """As mlx-lm's, whose naive one decodes the whole line anew for each token."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._text = ""
+        self._unfinished: list[int] = []
+        """Tokens of a character that is not complete."""
+
+    def add_token(self, token: int) -> None:
+        """One more."""
+        self._unfinished.append(token)
+        if text := self._stream.step(self._tokenizer, token):
+            self._text += text
+            self._unfinished.clear()
+
+    def finalize(self) -> None:
+        """There are no more."""
+        if self._unfinished:
+            self._text += self._tokenizer.decode(self._unfinished, skip_special_tokens=False)
+            self._unfinished.clear()
+
+    @property
+    def last_segment(self) -> str:
+        """The text since it was last asked for."""
+        text, self._text = self._text, ""
+        return text
 
 
 def _byte_of() -> dict[str, int]:

@@ -25,7 +25,7 @@ from server.commands import Item, Load, Options, Prefilled, Sampled, Submit
 from server.errors import Failed
 from server.models import Loaded
 from server.prefix import Cache, PrefixCache
-from server.sampling import Choice, Matcher, choice, processors, sampler
+from server.sampling import Choice, Guarded, Matcher, choice, processors, sampler
 
 SLICE_BYTES = 1 << 28
 """Weights that are read between two steps of other models."""
@@ -67,6 +67,7 @@ def load(command: Load, options: Options, group: Any, prefixes: PrefixCache) -> 
         path=command.path,
         tokenizer=tokenizer,
         machine=make_text_state_machine(tokenizer),
+        longest_token=max(map(len, tokenizer.get_vocab()), default=1),
         nbytes=sum(part.nbytes for each in (model, draft) if each is not None for part in _parameters(each)),
         vocab_size=_vocab_size(config, tokenizer),
         context=_context(config),
@@ -118,15 +119,15 @@ def _generation_config(path: Path) -> dict[str, Any]:
 class _Sequence:
     """What the runner knows of a sequence beside its tokens."""
 
-    def __init__(self, submit: Submit, cached: int, matcher: Matcher | None) -> None:
+    def __init__(self, submit: Submit, cached: int, guarded: Guarded) -> None:
         self.submit = submit
         self.cached = cached
-        self.matcher = matcher
+        self.guarded = guarded
         self.wants = submit.params.logprobs
 
     def sampled(self, token: int, logprobs: mx.array, finish: str | None) -> Item:
-        if self.matcher is not None and self.matcher.problem is not None and finish != "stop":
-            return Failed(f"the answer cannot follow its grammar any more: {self.matcher.problem}")
+        if self.guarded.problem is not None and finish != "stop":
+            return Failed(self.guarded.problem)
         if self.wants is None or finish == "stop":
             return Sampled(token, None, (), finish)
         top: tuple[tuple[int, float], ...] = ()
@@ -199,16 +200,18 @@ class Runner:
         prompt = list(submit.prompt)
         # Where a cache cannot be cut later, one is kept of the part that other conversations share.
         cut = submit.system if not self._can_trim and cached < submit.system < len(prompt) else cached
+        steps = processors(submit.params, chosen, prompt, matcher=matcher, budget=submit.budget)
+        guarded = Guarded(steps, matcher)
         (uid,) = self._batch.insert_segments(
             segments=[[prompt[cached:cut], prompt[cut:]]],
             max_tokens=[submit.max_tokens],
             caches=[cache],
             all_tokens=[prompt[:cached]],
             samplers=[sampler(chosen, None)],
-            logits_processors=[processors(submit.params, chosen, prompt, matcher=matcher, budget=submit.budget)],
+            logits_processors=[[guarded] if steps else []],
             stop_sequences=[self._eos],
         )
-        self._sequences[uid] = _Sequence(submit, cached, matcher)
+        self._sequences[uid] = _Sequence(submit, cached, guarded)
         self._uids[submit.id] = uid
 
     @property
@@ -277,20 +280,24 @@ class Runner:
 
     def _start_alone(self, submit: Submit, chosen: Choice, matcher: Matcher | None, *, may_reuse: bool) -> _Alone:
         cache, cached = None, 0
-        if may_reuse and not submit.images:
+        # A grammar and a budget keep count of tokens, and cannot take back what a draft model guessed.
+        has_draft = self._draft is not None and submit.constraint is None and submit.budget is None
+        may_reuse = may_reuse and not submit.images and has_draft == (self._draft is not None)
+        if may_reuse:
             cache, cached = self._prefixes.fetch(self.loaded.key, submit.prompt)
         if cache is None:
             cache = make_prompt_cache(self._model)
-            if self._draft is not None:
+            if has_draft:
                 cache += make_prompt_cache(self._draft)
         rest = list(submit.prompt[cached:])
         options = self._options
+        unseen = len(submit.prompt) - 1 if has_draft else cached  # speculative decoding shows processors no prompt
+        steps = processors(submit.params, chosen, submit.prompt, cached=unseen, matcher=matcher, budget=submit.budget)
+        guarded = Guarded(steps, matcher)
         shared = {
             "max_tokens": submit.max_tokens,
             "sampler": sampler(chosen, submit.params.seed),
-            "logits_processors": processors(
-                submit.params, chosen, submit.prompt, cached=cached, matcher=matcher, budget=submit.budget
-            ),
+            "logits_processors": [guarded] if steps else [],
             "prompt_cache": cache,
             "prefill_step_size": options.prefill_step,
             "kv_bits": options.kv_bits,
@@ -298,7 +305,7 @@ class Runner:
             "quantized_kv_start": options.quantized_kv_start,
             "stream": self._stream,
         }
-        if self._draft is not None:
+        if has_draft:
             drawn = speculative_generate_step(
                 mx.array(rest), self._model, self._draft, num_draft_tokens=options.num_draft_tokens, **shared
             )
@@ -308,8 +315,8 @@ class Runner:
                 embeddings = self._model.embed_inputs(mx.array(rest), pixel_values=list(submit.images))
                 mx.eval(embeddings)
             drawn = generate_step(mx.array(rest), self._model, input_embeddings=embeddings, **shared)
-        keep = self._prefixes if may_reuse and not submit.images else None
-        return _Alone(self.loaded, _Sequence(submit, cached, matcher), drawn, cache, keep)
+        keep = self._prefixes if may_reuse else None
+        return _Alone(self.loaded, _Sequence(submit, cached, guarded), drawn, cache, keep)
 
 
 class _Alone:

@@ -131,6 +131,30 @@ def processors(
     return made
 
 
+class Guarded:
+    """A request's processors as one. What goes wrong in them is that request's, not its batch's."""
+
+    def __init__(self, steps: Sequence[Processor], matcher: Matcher | None) -> None:
+        self._steps = steps
+        self._matcher = matcher
+        self._error: str | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """Why the sequence cannot go on."""
+        if self._matcher is not None and self._matcher.problem is not None:
+            return f"the answer cannot follow its grammar any more: {self._matcher.problem}"
+        return self._error
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        try:
+            for step in self._steps:
+                logits = step(tokens, logits)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the rows beside this one are well
+            self._error = f"the engine failed: {type(error).__name__}"
+        return logits
+
+
 class ReasoningBudget:
     """A logits processor that ends reasoning which takes too long, by forcing its closing mark."""
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 from server import chat, grammar
-from server.commands import Prefilled, Sampled, Submit
+from server.commands import Item, Prefilled, Sampled, Submit
 from server.engine import Engine
 from server.errors import InvalidRequest, Overloaded, PromptTooLong, Unavailable, UnknownModel
-from server.events import Done, Event, Started, Text, TokenLogprob, Usage
+from server.events import Done, Event, FinishReason, Started, Text, TokenLogprob, Usage
 from server.library import Library, Listed
 from server.metrics import Metrics
 from server.models import Loaded
@@ -115,7 +115,7 @@ class Service:
     async def count_tokens(self, request: ChatRequest, ticket: Ticket) -> int:
         """How many tokens a conversation's prompt has. Raises ServerError."""
         async with self.pool.use(await self._resolved(request.model, ticket)) as model:
-            prompt = await self._in_worker(lambda: chat.render(model, request))
+            prompt = await self._in_worker(lambda: chat.render(model, request, self._limit(model)))
             return len(prompt.tokens)
 
     def close(self) -> None:
@@ -164,39 +164,21 @@ class Service:
         mailbox, ids = self.engine.submit(model, [job.submit for job in jobs])
         open_ = set(range(len(jobs)))
         cached = [0] * len(jobs)
-        is_started = False
+        has_tokens = False
         try:
             while open_:
-                tokens: dict[int, list[chat.Token]] = {}
-                ends: dict[int, str | None] = {}
-                begun: list[int] = []
-                for number, item in await mailbox.take():
-                    if isinstance(item, Sampled):
-                        tokens.setdefault(number, [])
-                        if item.finish != "stop":  # the end mark is no part of the answer
-                            tokens[number].append(_token(model, item))
-                        ends[number] = item.finish
-                    elif isinstance(item, Prefilled):
-                        ticket.note = _reading(item)
-                        if item.done == item.total:
-                            cached[number] = item.cached
-                            begun.append(number)
-                    else:
-                        raise item
-                if tokens and not is_started:
-                    is_started = True
+                came = _sorted(model, await mailbox.take(), ticket)
+                for number, reused in came.begun.items():
+                    cached[number] = reused
+                    started: list[Event] = [Started(len(jobs[number].submit.prompt), reused)]
+                    yield number, started + ([Text(jobs[number].echo)] if jobs[number].echo else [])
+                if came.tokens and not has_tokens:
+                    has_tokens = True
                     ticket.note = lambda: "generating"
                     self.metrics.first_token.observe(time.monotonic() - ticket.started)
-                for number in begun:
-                    size = len(jobs[number].submit.prompt)
-                    started: list[Event] = [Started(size, cached[number])]
-                    yield number, started + ([Text(jobs[number].echo)] if jobs[number].echo else [])
-                for number, new in tokens.items():
-                    if number not in open_:
-                        continue
+                for number in came.tokens.keys() & open_:
                     reader = jobs[number].reader
-                    finish = ends[number]
-                    events = reader.feed(new, "stop" if finish == "stop" else "length" if finish == "length" else None)
+                    events = reader.feed(came.tokens[number], came.ends.get(number))
                     if reader.reason is not None:
                         open_.remove(number)
                         self.engine.cancel([ids[number]])
@@ -221,7 +203,7 @@ class Service:
     # Preparing, in the worker's thread -----------------------------------------------------------------------
 
     def _chat_jobs(self, model: Loaded, request: ChatRequest) -> list[_Job]:
-        prompt = chat.render(model, request)
+        prompt = chat.render(model, request, self._limit(model))
         rule = grammar.constraint(model, request, is_reasoning=prompt.is_reasoning)
         limit = grammar.budget(model, request, is_reasoning=prompt.is_reasoning)
         jobs = []
@@ -246,6 +228,7 @@ class Service:
         for prompt in request.prompts:
             if isinstance(prompt, str):
                 chat.check_unicode(prompt, "prompt")
+                chat.check_length(model, prompt, self._limit(model), "prompt")
             tokens = tuple(model.tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
             if any(not 0 <= token < model.vocab_size for token in tokens):
                 raise InvalidRequest(f"tokens are numbers from 0 to {model.vocab_size - 1}", param="prompt")
@@ -255,6 +238,11 @@ class Service:
                 jobs.append(_Job(submit, chat.Reader(model, stop=request.stop, has_marks=False), echo))
         return jobs
 
+    def _limit(self, model: Loaded) -> int | None:
+        """Tokens that a prompt may have."""
+        limits = [each for each in (self.limits.prompt_tokens, model.context and model.context - 1) if each is not None]
+        return min(limits, default=None)
+
     def _submit(self, model: Loaded, request: Request, tokens: Sequence[int], number: int) -> Submit:
         """A choice for the engine, within the limits. Raises InvalidRequest."""
         params = request.params
@@ -262,9 +250,7 @@ class Service:
         size = len(tokens)
         if not size:
             raise InvalidRequest("the prompt is empty", param=where)
-        limit = self.limits.prompt_tokens
-        if model.context is not None and (limit is None or model.context - 1 < limit):
-            limit = model.context - 1
+        limit = self._limit(model)
         if limit is not None and size > limit:
             raise PromptTooLong(f"prompt is too long: {size} tokens > {limit} maximum", param=where)
         if outside := [token for token in params.logit_bias if not 0 <= token < model.vocab_size]:
@@ -282,6 +268,34 @@ async def gathered(batches: AsyncIterator[Batch], choices: int) -> list[list[Eve
     async for number, new in batches:
         events[number] += new
     return events
+
+
+class _Came(NamedTuple):
+    """What the engine has sent for the choices of a request, by their numbers."""
+
+    begun: dict[int, int]
+    """Prompts that are in the KV cache now: how many of their tokens were before."""
+    tokens: dict[int, list[chat.Token]]
+    ends: dict[int, FinishReason]
+
+
+def _sorted(model: Loaded, items: Iterable[tuple[int, Item]], ticket: Ticket) -> _Came:
+    """Sort what came by choice. Raises what the engine tells of one."""
+    came = _Came({}, {}, {})
+    for number, item in items:
+        if isinstance(item, Sampled):
+            tokens = came.tokens.setdefault(number, [])
+            if item.finish != "stop":  # the end mark is no part of the answer
+                tokens.append(_token(model, item))
+            if item.finish is not None:
+                came.ends[number] = "stop" if item.finish == "stop" else "length"
+        elif isinstance(item, Prefilled):
+            ticket.note = _reading(item)
+            if item.done == item.total:
+                came.begun[number] = item.cached
+        else:
+            raise item
+    return came
 
 
 def _reading(item: Prefilled) -> Callable[[], str]:

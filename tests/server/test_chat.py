@@ -320,8 +320,8 @@ def test_log_probabilities_come_with_their_text_and_not_before(
     text = "".join(event.text for event in events if isinstance(event, Text)).encode()
     if reader.stop_sequence is None:
         assert _data(events) == SCRIPT.encode()
-    else:  # a token that is part text, part stop string is left out
-        assert len(text) - _LONGEST < len(_data(events)) <= len(text)
+    else:  # a token that is part text, part stop string is left out, and one before whose last character it ends
+        assert len(text) - 2 * _LONGEST < len(_data(events)) <= len(text)
 
 
 # Prompts --------------------------------------------------------------------------------------------------------

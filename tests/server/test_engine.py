@@ -13,6 +13,7 @@ from server import runner
 from server.commands import Options, Prefilled, Sampled, Submit
 from server.engine import Engine, Mailbox, _Worker
 from server.errors import Failed, ServerError, Unavailable
+from server.grammar import Constraint
 from server.models import Loaded
 from server.requests import Params
 from tests.support.models import make_model, make_random_model
@@ -194,5 +195,26 @@ def test_a_prompt_tells_how_much_of_it_was_reused(tmp_path: Path) -> None:
             seen.append([item for item in items if isinstance(item, Prefilled)][-1])
         size = len(model.tokenizer.encode("Hi"))
         assert seen == [Prefilled(size, size, 0), Prefilled(size, size, size - 1)]
+
+    run(use)
+
+
+def test_a_request_whose_processors_fail_harms_no_row_beside_it(tmp_path: Path) -> None:
+    """Within one batch of one model."""
+
+    class Breaks:
+        problem = None
+
+        def __call__(self, *_: Any) -> Any:
+            raise ZeroDivisionError("secret")
+
+    async def use(engine: Engine) -> None:
+        model = await engine.load(str(make_model(tmp_path / "one", "I am one.")))
+        broken = submit(model, constraint=Constraint("{}"), matcher=Breaks())
+        mailboxes = [engine.submit(model, [each])[0] for each in (submit(model), broken, submit(model))]
+        told = await asyncio.gather(*(text_of(model, each) for each in mailboxes), return_exceptions=True)
+        assert (told[0], told[2]) == ("I am one.", "I am one.")
+        assert isinstance(told[1], Failed)
+        assert engine.stats.failures == 0, "the batch was lost"
 
     run(use)
