@@ -59,6 +59,7 @@ class Scanner:
         self._hub_cache = hub_cache
         self._types = types
         self._seen: dict[str, _Seen] = {}
+        self._seen_cached: dict[str, _Seen] = {}
 
     def scan(self) -> tuple[Source, ...]:
         """Each root in order; never raises for what lies on the disk."""
@@ -67,7 +68,10 @@ class Scanner:
 
     def scan_cache(self) -> Source:
         """The real cache's models, as `mlx_lm.load(id)` would find them with the network down."""
-        return _Walk(self, self._hub_cache, {}, {}).cache()
+        seen: dict[str, _Seen] = {}
+        found = _Walk(self, self._hub_cache, self._seen_cached, seen).cache()
+        self._seen_cached = seen  # replaced as a whole: other threads read it
+        return found
 
     def read(self, path: str, model_id: str, root: str) -> Model | Reject:
         """What the folder `path` of a model path is, for an id asked for; one that scans pass over has a reason too."""
@@ -140,8 +144,9 @@ class _Walk:
             return Source(self._root, _reason(error))
         for name in names:
             model_id = hfcache.model_id(name)
-            if model_id is not None:
-                self._take(self.snapshot(f"{self._root}/{name}", model_id, "cache"))
+            repo = f"{self._root}/{name}"
+            if model_id is not None and not self._unchanged(repo):
+                self._take(self.snapshot(repo, model_id, "cache"))
         return self._result(status.st_dev)
 
     def _result(self, device: int) -> Source:
@@ -240,7 +245,12 @@ class _Walk:
         try:
             commit = hfcache.main_commit(repo, any_single=source == "custom")
             path = hfcache.snapshot(repo, commit)
-            return self.model(path, model_id, _list(path), source, commit)
+            model = self.model(path, model_id, _list(path), source, commit)
+            if source == "cache" and _is_settled(model):
+                folders = {os.path.dirname(f"{path}/{file.name}") for file in model.files}
+                watched = (*hfcache.watched(repo), f"{path}/config.json", *sorted(folders))
+                self._after[repo] = _Seen(model, tuple((name, _stamp(name)) for name in watched), 0)
+            return model
         except (_Unfit, hfcache.NoSnapshot, OSError) as error:
             return Reject(repo, model_id, _reason(error), self._root)
 
@@ -280,8 +290,7 @@ class _Walk:
             commit=commit,
         )
         self._junk += junk
-        newest = max(file.mtime_ns for file in files)
-        if source == "custom" and not has_links and newest < time.time_ns() - SETTLED_SECONDS * 10**9:
+        if source == "custom" and not has_links and _is_settled(model):
             watched = [*folders, *(f"{path}/{name}" for name in _MARKERS if name in folder.files)]
             watched += hfcache.local_dir_records(path) if commit is not None else ()
             self._after[path] = _Seen(model, tuple((name, _stamp(name)) for name in watched), junk)
@@ -301,6 +310,11 @@ class _Walk:
         self._models.append(seen.model)
         self._junk += seen.junk
         return True
+
+
+def _is_settled(model: Model) -> bool:
+    """Whether nobody has written to any file for long enough."""
+    return max(file.mtime_ns for file in model.files) < time.time_ns() - SETTLED_SECONDS * 10**9
 
 
 def _list(path: str) -> _Folder:

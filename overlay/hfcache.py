@@ -148,6 +148,11 @@ def state(repo: str) -> object:
     return tuple(times)
 
 
+def watched(repo: str) -> tuple[str, ...]:
+    """What changes its times when a cached repo gets another main revision, or gains or loses a blob."""
+    return (f"{repo}/refs/main", f"{repo}/snapshots", f"{repo}/blobs")
+
+
 class Examined(NamedTuple):
     """What the plan must know of a cached repo."""
 

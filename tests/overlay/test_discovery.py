@@ -293,3 +293,27 @@ def test_the_cache_lists_what_mlx_lm_load_finds_there(hub: Path) -> None:
     assert [(model.id, model.path, model.source) for model in source.models] == [("org/name", str(snapshot), "cache")]
     assert "no refs/main" in reasons(source)["org/pinned"]
     assert "bert" in reasons(source)["org/bert"]
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_scanning_the_cache_again_sees_every_change_of_a_repo(hub: Path, settled: bool) -> None:
+    """A new main revision, a blob that is gone, a repo that is gone; and what is as it was is found again."""
+    scanner = Scanner((), str(hub), TYPES)
+    first = hfcache.add_repo(hub, "org/name", FILES)
+    other = hfcache.add_repo(hub, "org/other", FILES)
+
+    def look() -> list[str]:
+        if settled:
+            settle(hub)
+            scanner.scan_cache()
+        return [model.path for model in scanner.scan_cache().models]
+
+    assert look() == look() == [str(first), str(other)]
+    second = hfcache.add_repo(hub, "org/name", {**FILES, "model.safetensors": b"newer"})
+    assert [model.path for model in scanner.scan_cache().models] == [str(second), str(other)]
+    look()
+    (second / "model.safetensors").resolve().unlink()
+    assert [model.path for model in scanner.scan_cache().models] == [str(other)]
+    look()
+    (other.parents[1] / "refs" / "main").unlink()
+    assert scanner.scan_cache().models == ()
