@@ -27,6 +27,8 @@ from server.models import Loaded
 from server.prefix import Cache, PrefixCache
 from server.sampling import Choice, Guarded, Matcher, choice, processors, sampler
 
+LONG_PROMPTS = 8
+"""Prompts that are read at the full prefill step at once. More of them share it: what is read takes memory."""
 SLICE_BYTES = 1 << 28
 """Weights that are read between two steps of other models."""
 
@@ -165,6 +167,8 @@ class Runner:
         """Of the shared batch, by BatchGenerator's uid."""
         self._uids: dict[int, int] = {}
         self._alone: dict[int, _Alone] = {}
+        self._unread: set[int] = set()
+        """Of the shared batch: those whose prompts are not read to the end, by uid."""
 
     def close(self) -> None:
         """Drop the model, too."""
@@ -213,6 +217,7 @@ class Runner:
         )
         self._sequences[uid] = _Sequence(submit, cached, guarded)
         self._uids[submit.id] = uid
+        self._unread.add(uid)
 
     @property
     def _batch(self) -> BatchGenerator:
@@ -232,6 +237,7 @@ class Runner:
             alone.close()
         elif (uid := self._uids.pop(id_, None)) is not None:
             sequence = self._sequences.pop(uid)
+            self._unread.discard(uid)
             for cache, tokens in self._batch.remove([uid], return_prompt_caches=True).values():
                 if cache is not None and len(tokens) > sequence.cached:
                     self._keep(sequence, cache, tokens)
@@ -252,9 +258,13 @@ class Runner:
         return made
 
     def _step_batch(self, made: list[tuple[int, Item]]) -> None:
+        share = max(1, min(len(self._unread), self._options.batch_size) // LONG_PROMPTS)
+        self._batch.prefill_step_size = max(1, self._options.prefill_step // share)
         prompts, sampled = self._batch.next()
         for part in prompts:
             sequence = self._sequences[part.uid]
+            if part.end_of_prompt:
+                self._unread.discard(part.uid)
             done, total = part.progress
             made.append(
                 (sequence.submit.id, Prefilled(sequence.cached + done, sequence.cached + total, sequence.cached))
