@@ -219,11 +219,9 @@ def _pixels(image: Image) -> Any:
     """An RGB array of height x width x 3 bytes. Raises InvalidRequest."""
     import io
 
-    try:
-        import numpy as np
-        from PIL import Image as Pillow
-    except ImportError:
-        raise InvalidRequest("images need Pillow here: pip install pillow", param=image.where) from None
+    import numpy as np
+    from PIL import Image as Pillow  # only models that see need it
+
     try:
         return np.asarray(Pillow.open(io.BytesIO(image.data)).convert("RGB"))
     except (OSError, ValueError, Pillow.DecompressionBombError):
