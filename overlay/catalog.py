@@ -32,7 +32,7 @@ class Catalog:
     def __init__(self, settings: Settings) -> None:
         """Scans at once. Raises OverlayError when mlx-lm's model types are needed and cannot be read."""
         self.settings = settings
-        types = None if settings.all_kinds else ModelTypes.installed()
+        types = None if settings.all_kinds else ModelTypes.installed(trusts_code=settings.trusts_code)
         self._scanner = Scanner(settings.roots, settings.hub_cache, types)
         self._warned: set[str] = set()
         self._cache_problem: str | None = None

@@ -34,6 +34,8 @@ class Settings(NamedTuple):
     """Also take models that mlx-lm cannot load (transformers, diffusers, sentence-transformers)."""
     exclude: tuple[str, ...] = ()
     """Ids for which the user's folders do not count: the cache, and the Hub, answer."""
+    trusts_code: bool = False
+    """Also take models whose architecture is in a Python file of their own."""
 
 
 def load(
@@ -43,6 +45,7 @@ def load(
     *,
     all_kinds: bool = False,
     exclude: Sequence[str] = (),
+    trusts_code: bool = False,
 ) -> Settings:
     """Settings from the command line's model paths and an environment; the former win.
 
@@ -67,6 +70,7 @@ def load(
         hf_home=_absolute(hf_home(environ), cwd),
         all_kinds=all_kinds,
         exclude=tuple(exclude),
+        trusts_code=trusts_code,
     )
 
 

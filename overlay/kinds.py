@@ -21,8 +21,12 @@ from overlay.errors import OverlayError
 class ModelTypes:
     """The model types one mlx-lm installation can load."""
 
-    def __init__(self, mlx_lm: str) -> None:
-        """`mlx_lm` is the package's folder. Raises OverlayError when it is not laid out as expected."""
+    def __init__(self, mlx_lm: str, *, trusts_code: bool = False) -> None:
+        """`mlx_lm` is the package's folder. Raises OverlayError when it is not laid out as expected.
+
+        `trusts_code`: whoever loads models tells mlx-lm to run code that comes with them.
+        """
+        self._trusts_code = trusts_code
         self._models = os.path.join(mlx_lm, "models")
         try:
             with open(os.path.join(mlx_lm, "utils.py"), encoding="utf-8") as file:
@@ -36,18 +40,20 @@ class ModelTypes:
         self._loadable: dict[str, bool] = {}
 
     @classmethod
-    def installed(cls) -> ModelTypes:
+    def installed(cls, *, trusts_code: bool = False) -> ModelTypes:
         """Those of the mlx-lm in this Python environment. Raises OverlayError when there is none."""
         spec = find_spec("mlx_lm")
         if spec is None or not spec.submodule_search_locations:
             raise OverlayError("mlx-lm is not installed here; install it, or use --all-kinds")
-        return cls(spec.submodule_search_locations[0])
+        return cls(spec.submodule_search_locations[0], trusts_code=trusts_code)
 
     def why_not(self, config: Mapping[str, Any]) -> str | None:
         """None when mlx-lm can load a model with this config, else the reason."""
         if "model_type" not in config:
             return "config.json names no model_type"
         if config.get("model_file") is not None:
+            if self._trusts_code:
+                return None
             return "config.json asks to run its own code (model_file), which mlx-lm does only when told to trust it"
         model_type = config["model_type"]
         if isinstance(model_type, str) and self._is_loadable(self._module(model_type, config)):

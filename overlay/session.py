@@ -233,6 +233,7 @@ def open_session(
     all_kinds: bool = False,
     exclude: Sequence[str] = (),
     gateway: bool = False,
+    trusts_code: bool = False,
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[Session]:
     """Open an overlay; it is removed when the context ends.
@@ -240,6 +241,7 @@ def open_session(
     `model_paths` come first to last; without any, MLX_OMNI_MODEL_PATH of `environ` (default: this process's) counts.
     `exclude` names ids for which they do not count. With `gateway`, programs keep the network: a loopback Hub answers
     for the user's models and passes on the rest; without it, a program that asks the Hub may be sent to download.
+    `trusts_code` also takes models that bring their architecture as a Python file: whoever loads them must tell mlx-lm.
     Raises UsageError for a model path that is a file, SessionError when the tree cannot be made.
 
         with overlay.open_session(["/Volumes/LLMS/models"]) as session:
@@ -247,7 +249,12 @@ def open_session(
     """
     environ = os.environ if environ is None else environ
     settings = config.load(
-        [os.fspath(path) for path in model_paths], environ, os.getcwd(), all_kinds=all_kinds, exclude=exclude
+        [os.fspath(path) for path in model_paths],
+        environ,
+        os.getcwd(),
+        all_kinds=all_kinds,
+        exclude=exclude,
+        trusts_code=trusts_code,
     )
     if settings.roots:
         logger.info("model paths: %s", ", ".join(settings.roots))

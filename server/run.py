@@ -27,7 +27,9 @@ def serve(settings: Settings) -> int:
     _log_to_stderr(settings.log_level)
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"} if settings.is_offline else dict(os.environ)
     try:
-        with overlay.open_session(settings.model_paths, exclude=settings.exclude, environ=environ) as session:
+        with overlay.open_session(
+            settings.model_paths, exclude=settings.exclude, trusts_code=settings.trust_remote_code, environ=environ
+        ) as session:
             # huggingface_hub reads its environment once, when it is imported, and we are the program that imports it.
             os.environ.update(session.environment)
             for name in [name for name in os.environ if name not in session.environment]:

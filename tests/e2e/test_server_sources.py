@@ -227,7 +227,13 @@ def test_code_that_comes_with_a_model_is_run_by_a_flag_only(home: Path, drive: P
     tricky = make_model(drive / "acme" / "tricky", MINE)
     config = (tricky / "config.json").read_text()
     (tricky / "config.json").write_text(config.replace("{", '{"model_file": "own.py",', 1))
-    (tricky / "own.py").write_text(f"open({os.fspath(tricky.parent / 'ran')!r}, 'w').close()\n")
+    ran = tricky.parent / "ran"
+    architecture = "from mlx_lm.models.llama import Model, ModelArgs"
+    (tricky / "own.py").write_text(f"{architecture}\nopen({os.fspath(ran)!r}, 'w').close()\n")
     with serving(home, drive) as server:
-        assert refused(server, "acme/tricky")[0] in (404, 503)
-    assert not (tricky.parent / "ran").exists(), "a model's code was run"
+        assert refused(server, "acme/tricky")[0] == 404
+        assert "acme/tricky" not in ids(server)
+    assert not ran.exists(), "a model's code was run"
+    with serving(home, drive, options=["--trust-remote-code"]) as server:
+        assert said(server, "acme/tricky") == MINE
+    assert ran.exists()
