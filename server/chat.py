@@ -19,6 +19,9 @@ _OURS = frozenset({"messages", "conversation", "tools", "documents", "chat_templ
                    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
                    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"})  # fmt: skip
 
+_FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
+"""What the dialects know. Pillow reads more, some by starting other programs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -55,7 +58,10 @@ def render(model: Loaded, request: ChatRequest, limit: int | None = None) -> Pro
     text, system = _apply(tokenizer, request.messages, tools, kwargs, continues=continues)
     pixels: tuple[Any, ...] = ()
     if images:
-        text, pixels = model.processor(text, images=[_pixels(image) for image in images])
+        try:
+            text, pixels = model.processor(text, images=[_pixels(image) for image in images])
+        except ValueError as error:  # its template leaves one out, or a text holds the mark of one
+            raise InvalidRequest(f"the model cannot place the images: {error}", param="messages") from None
         system = ""
     check_unicode(text, "messages")
     check_length(model, text, limit, "messages")
@@ -223,8 +229,8 @@ def _pixels(image: Image) -> Any:
     from PIL import Image as Pillow  # only models that see need it
 
     try:
-        return np.asarray(Pillow.open(io.BytesIO(image.data)).convert("RGB"))
-    except (OSError, ValueError, Pillow.DecompressionBombError):
+        return np.asarray(Pillow.open(io.BytesIO(image.data), formats=_FORMATS).convert("RGB"))
+    except Exception:  # noqa: BLE001 - decoders meet whatever is sent
         raise InvalidRequest("is no image that can be read", param=image.where) from None
 
 

@@ -45,9 +45,13 @@ def refuse(error: ServerError) -> Response:
 
 def _error(error: ServerError) -> Json:
     kind = next((_TYPES[each] for each in type(error).__mro__ if each in _TYPES), "api_error")
+    message = error.message
+    # There is no field for it. Clients know the beginning of the message for a prompt that is too long.
+    if error.param is not None and error.param not in message and not isinstance(error, errors.PromptTooLong):
+        message = f"`{error.param}`: {message}"
     return {
         "type": "error",
-        "error": {"type": kind, "message": error.message},
+        "error": {"type": kind, "message": message},
         "request_id": f"req_{uuid.uuid4().hex[:24]}",
     }
 
@@ -301,8 +305,10 @@ def _turns(message: Message, where: str) -> Iterable[requests.Message]:
         elif isinstance(block, ToolUseBlock):
             calls.append(requests.Call(block.id, block.name, block.input))
         elif not isinstance(block, RedactedBlock):
-            said += ["\n\n"] if said else []
-            said += _parts([block], place)
+            parts = _parts([block], place)
+            if said and isinstance(said[-1], str) and isinstance(parts[0], str):
+                said.append("\n\n")
+            said += parts
     if said or calls or reasoning:
         yield requests.Message(message.role, tuple(said), "\n\n".join(reasoning), tuple(calls))
 
