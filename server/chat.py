@@ -299,9 +299,13 @@ class Reader:
         self._model = model
         self._detokenizer = model.detokenizer()
         self._stops = StopStrings(stop)
-        self._state = model.machine.make_state("reasoning" if is_reasoning else "normal") if has_marks else None
-        self._name = "reasoning" if is_reasoning else "normal"
-        """The state that text was last in: normal, reasoning, or tool."""
+        self._name = "normal" if is_call or not has_marks else model.tokenizer.response_initial_state or "normal"
+        """The state that text was last in: normal, reasoning, tool, or one whose text says who is spoken to."""
+        if is_reasoning:
+            self._name = "reasoning"
+        self._state = model.machine.make_state(self._name) if has_marks else None
+        self._head: str | None = ""
+        """Text before the first mark that is not the answer's; None: there was a mark."""
         self._tools = [_described(tool) for tool in tools]
         self._is_parallel = is_parallel
         self._is_call = is_call
@@ -373,6 +377,8 @@ class Reader:
         self._release_logprobs()
         if self._state is not None:
             self._take(self._name, self._state[3])  # what might have become a mark
+        if self._head:  # no mark came: it is the answer, as where a grammar leaves no room for one
+            self._say(self._head)
         if self.reason is not None:
             return
         if self._is_call:
@@ -395,7 +401,7 @@ class Reader:
                 self._take(name, piece)
 
     def _pass_mark(self, name: str) -> None:
-        before, self._name = self._name, name
+        before, self._name, self._head = self._name, name, None
         self._is_after_mark, self._line_ends = True, ""
         if before == "tool":
             self._end_call(self._model.tokenizer.tool_parser)
@@ -407,8 +413,10 @@ class Reader:
             self._call += text
         elif name == "reasoning":
             self._think(text)
-        else:
+        elif name == "normal":
             self._say(text)
+        elif self._head is not None:
+            self._head += text
 
     def _think(self, text: str) -> None:
         text = self._line_ends + (text.lstrip("\n") if self._is_after_mark else text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.generate import make_text_state_machine
 
 from server.chat import Prompt, Reader, StopStrings, Token, render
 from server.errors import InvalidRequest
@@ -558,3 +560,28 @@ def test_without_system_messages_and_tools_nothing_is_shared(template: str, temp
 def test_a_prompt_of_which_the_shared_part_cannot_be_told_shares_nothing(templated: Templated) -> None:
     prompt = render(templated(_ALTERNATING), _ask(_system("Be brief."), _user("Hi")))
     assert prompt.system == 0
+
+
+# Formats whose answers begin with whom they are spoken to -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def addressing(model: Loaded) -> Loaded:
+    """A model whose format is Muse Spark's (mlx_lm/chat_templates/muse_spark.py)."""
+    transitions = {
+        "header": [("to=self<|message|>", "reasoning"), ("to=user<|message|>", "normal")],
+        "reasoning": [("<|eom|>", "header")],
+        "normal": [("<|eom|>", "header"), ("<|eot|>", "normal")],
+    }
+    tokenizer = copy.copy(model.tokenizer)
+    tokenizer._response_format = {"initial_state": "header", "transitions": transitions}  # type: ignore[attr-defined]
+    return replace(model, tokenizer=tokenizer, machine=make_text_state_machine(tokenizer))
+
+
+def test_whom_a_text_is_spoken_to_is_not_part_of_it(addressing: Loaded) -> None:
+    said = b" to=self<|message|>I think.<|eom|><|start|>assistant to=user<|message|>Hello.<|eot|>"
+    assert _read(Reader(addressing), list(said)) == [Reasoning("I think."), Text("Hello.")]
+
+
+def test_an_answer_without_any_header_is_said_all_the_same(addressing: Loaded) -> None:
+    assert _read(Reader(addressing), list(b'{"a": 1}')) == [Text('{"a": 1}')]
