@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 
 import overlay
-from server.errors import Unavailable, UnknownModel
+from server.errors import Forbidden, Unavailable, UnknownModel
 
 logger = logging.getLogger("server")
 
@@ -28,7 +28,7 @@ PATTERNS = (
     "*.jinja",
 )
 """What mlx-lm fetches (mlx_lm/utils.py, `_download`)."""
-_NOT_FOUND = frozenset({"RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError", "HFValidationError"})
+_NOT_FOUND = frozenset({"RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError"})
 
 
 class Downloader:
@@ -38,19 +38,22 @@ class Downloader:
         self._session = session
 
     async def fetch(self, model_id: str, progress: Callable[[str], None]) -> None:
-        """Download a model. Raises UnknownModel when the Hub has none, Unavailable when it cannot be reached."""
-        self._session.expect_model(model_id)
+        """Download a model.
+
+        Raises UnknownModel when the Hub has none, Forbidden for one that is gated, Unavailable when it does not answer.
+        """
         progress(f"downloading {model_id}")
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "server.download",
             model_id,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env=self._session.environment,
         )
-        assert process.stdout is not None  # noqa: S101 - asked for above
+        assert process.stdin is not None  # noqa: S101 - asked for below, as the next
+        assert process.stdout is not None  # noqa: S101
         problem: tuple[str, str] | None = None
         said = -1
         try:
@@ -58,6 +61,10 @@ class Downloader:
                 told = json.loads(line)
                 if "error" in told:
                     problem = (told["error"], told["message"])
+                    continue
+                if "found" in told:  # only now: ids are what clients send, and must not leave folders in a cache
+                    self._session.expect_model(model_id)
+                    process.stdin.write(b"\n")
                     continue
                 progress(f"downloading {model_id}: {told['done'] / 1e6:.0f} of {told['total'] / 1e6:.0f} MB")
                 if (percent := told["done"] * 10 // max(told["total"], 1) * 10) != said:
@@ -71,6 +78,12 @@ class Downloader:
         if problem is None and process.returncode == 0:
             return
         kind, message = problem or ("", f"it ended with status {process.returncode}")
+        if kind == "GatedRepoError":
+            raise Forbidden(
+                f"{model_id} is gated: ask for access on its page on the Hub, then `hf auth login` on the server",
+                param="model",
+                code="model_gated",
+            )
         if kind in _NOT_FOUND:
             raise UnknownModel(
                 f"no model {model_id} in the model paths, the cache or on the Hub ({kind})", param="model"
@@ -82,7 +95,7 @@ def main() -> int:
     """In the process: download the model named by the first argument; say how it goes as JSON lines."""
     from typing import Any
 
-    from huggingface_hub import snapshot_download  # noqa: TID251 - the environment is the overlay's by now
+    from huggingface_hub import HfApi, snapshot_download  # noqa: TID251 - the environment is the overlay's by now
     from huggingface_hub.utils import tqdm  # noqa: TID251
 
     def say(**words: Any) -> None:
@@ -99,6 +112,10 @@ def main() -> int:
                 say(done=int(self.n), total=int(self.total))
 
     try:
+        HfApi().model_info(sys.argv[1])
+        say(found=True)
+        if not sys.stdin.readline():  # waits until there is a place for it; nothing: the server has ended
+            return 1
         snapshot_download(sys.argv[1], allow_patterns=list(PATTERNS), tqdm_class=Progress)
     except Exception as error:  # noqa: BLE001 - the boundary: whatever it is, the server tells its client
         lines = str(error).strip().splitlines()

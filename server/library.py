@@ -89,7 +89,11 @@ class Library:
             raise UnknownModel(
                 f"there is no model {model_id!r} here; GET /v1/models lists what there is", param="model"
             ) from None
-        sizes = (entry.stat().st_size for entry in os.scandir(path) if entry.name.endswith(".safetensors"))
+        try:
+            with os.scandir(path) as entries:
+                sizes = [entry.stat().st_size for entry in entries if entry.name.endswith(".safetensors")]
+        except OSError as error:
+            raise Unavailable(f"{model_id} cannot be read: {error.strerror}", param="model") from None
         return Located(path, sum(sizes))
 
     def _refresh(self) -> None:

@@ -16,7 +16,6 @@ class Tokenizer(Protocol):
     has_thinking: bool
     has_tool_calling: bool
     think_start: str | None
-    think_end: str | None
     think_end_tokens: tuple[int, ...] | None
     tool_call_start: str | None
     tool_call_end: str | None

@@ -105,6 +105,8 @@ class Pool:
             yield resident.model
         finally:
             self._users[model_id] -= 1
+            if not self._users[model_id]:
+                del self._users[model_id]  # ids are what clients send: they must not pile up
             if (left := self._resident.get(model_id)) is not None:
                 left.used = time.monotonic()
             self._notify()

@@ -54,7 +54,6 @@ class Tool:
     description: str | None
     parameters: Mapping[str, Any] | None
     """A JSON schema."""
-    strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -100,10 +101,7 @@ class Service:
 
     async def chat(self, request: ChatRequest, ticket: Ticket) -> AsyncIterator[Batch]:
         """The answers to a conversation, as they come. Raises ServerError."""
-        if len(request.messages) > self.limits.messages:
-            raise InvalidRequest(
-                f"{len(request.messages)} messages are more than {self.limits.messages}", param="messages"
-            )
+        self._check_messages(request)
         async for batch in self._answer(request, ticket, lambda model: self._chat_jobs(model, request)):
             yield batch
 
@@ -114,9 +112,11 @@ class Service:
 
     async def count_tokens(self, request: ChatRequest, ticket: Ticket) -> int:
         """How many tokens a conversation's prompt has. Raises ServerError."""
-        async with self.pool.use(await self._resolved(request.model, ticket)) as model:
-            prompt = await self._in_worker(lambda: chat.render(model, request, self._limit(model)))
-            return len(prompt.tokens)
+        self._check_messages(request)
+        with self._admitted():
+            async with self.pool.use(await self._resolved(request.model, ticket)) as model:
+                prompt = await self._in_worker(lambda: chat.render(model, request, self._limit(model)))
+                return len(prompt.tokens)
 
     def close(self) -> None:
         """Take no more requests. Those that run go on."""
@@ -136,19 +136,29 @@ class Service:
     async def _answer(
         self, request: Request, ticket: Ticket, prepare: Callable[[Loaded], list[_Job]]
     ) -> AsyncIterator[Batch]:
+        with self._admitted():
+            async with self.pool.use(await self._resolved(request.model, ticket)) as model:
+                ticket.note = lambda: "reading the prompt"
+                jobs = await self._in_worker(lambda: prepare(model))
+                async for batch in self._run(model, jobs, ticket):
+                    yield batch
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        """A place among the open requests. Raises Unavailable or Overloaded."""
         if self._is_closing:
             raise Unavailable("the server is shutting down")
         if self._open >= self.limits.open_requests:
             raise Overloaded(f"{self._open} requests are running or waiting already; try again later")
         self._open += 1
         try:
-            async with self.pool.use(await self._resolved(request.model, ticket)) as model:
-                ticket.note = lambda: "reading the prompt"
-                jobs = await self._in_worker(lambda: prepare(model))
-                async for batch in self._run(model, jobs, ticket):
-                    yield batch
+            yield
         finally:
             self._open -= 1
+
+    def _check_messages(self, request: ChatRequest) -> None:
+        if (count := len(request.messages)) > self.limits.messages:
+            raise InvalidRequest(f"{count} messages are more than {self.limits.messages}", param="messages")
 
     async def _resolved(self, name: str, ticket: Ticket) -> str:
         """The id that a request's model name stands for. Raises InvalidRequest."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -85,8 +84,3 @@ def rank(environ: Mapping[str, str]) -> int | None:
         if environ.get(name, "").isdigit():
             return int(environ[name])
     return None
-
-
-def is_terminal() -> bool:
-    """Whether a person reads the log as it is written."""
-    return sys.stderr.isatty()

@@ -201,10 +201,7 @@ class _Prompt(Body):
         return data
 
     def _chat(self, params: Params, stop: tuple[str, ...]) -> ChatRequest:
-        tools = tuple(
-            requests.Tool(each.name, each.description, each.input_schema, bool(each.strict))
-            for each in self.tools or ()
-        )
+        tools = tuple(requests.Tool(each.name, each.description, each.input_schema) for each in self.tools or ())
         config = self.output_config or OutputConfig()
         wanted = config.format or self.output_format
         is_thinking = self.thinking is not None and self.thinking.type != "disabled"

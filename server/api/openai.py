@@ -242,9 +242,7 @@ class ChatCompletionRequest(_Sampling):
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("`top_logprobs` needs `logprobs`", param="top_logprobs")
         tools = tuple(
-            requests.Tool(
-                each.function.name, each.function.description, each.function.parameters, bool(each.function.strict)
-            )
+            requests.Tool(each.function.name, each.function.description, each.function.parameters)
             for each in self.tools or ()
         )
         return ChatRequest(

@@ -250,7 +250,7 @@ class _Tools:
                 parameters = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
             if namespace is not None:
                 self._places[name] = (namespace, tool.name)
-            found[name] = requests.Tool(name, tool.description, parameters, bool(tool.strict))
+            found[name] = requests.Tool(name, tool.description, parameters)
         self.tools = tuple(found.values())
 
     def named(self, namespace: str | None, name: str) -> str:

@@ -100,6 +100,7 @@ class EventStream(Response):
         except Exception as error:  # noqa: BLE001 - the boundary: a stream ends with an error its client understands
             told = as_server_error(error)
             if not self._has_begun:
+                self._has_begun, self._last_sent = True, time.monotonic()  # no ping may come before the refusal
                 await self._refuse(told)(scope, receive, send)
                 return
             await self._write(send, self._fail(told))

@@ -194,6 +194,23 @@ def test_what_is_nowhere_else_is_downloaded_once_into_the_real_cache(home: Path,
     assert (home / ".cache" / "huggingface" / "hub" / repo_folder("acme/hubs") / "snapshots").is_dir()
 
 
+def test_ids_that_the_hub_does_not_know_leave_nothing_in_the_real_cache(home: Path, tmp_path: Path) -> None:
+    real = home / ".cache" / "huggingface" / "hub"
+    with LoopbackHub() as hub, serving(home, environ=hub.environment(home) | {"HF_HUB_OFFLINE": "0"}) as server:
+        for model in ("acme/nowhere", "gpt-4o", "a/b/c", "no such id!"):
+            assert refused(server, model)[0] == 404
+        assert not real.exists() or not list(real.glob("models--*")), "any client could fill the user's cache"
+
+
+def test_a_gated_model_is_an_error_that_says_what_to_do(home: Path, tmp_path: Path) -> None:
+    with LoopbackHub() as hub:
+        hub.add_repo("acme/gated", files_of(tmp_path / "made", HUBS), gated=True)
+        with serving(home, environ=hub.environment(home) | {"HF_HUB_OFFLINE": "0"}) as server:
+            status, error = refused(server, "acme/gated")
+    assert (status, error["code"]) == (403, "model_gated")
+    assert "hf auth login" in error["message"]
+
+
 def test_a_stream_tells_how_far_a_download_is(home: Path, tmp_path: Path) -> None:
     with LoopbackHub() as hub:
         hub.add_repo("acme/hubs", files_of(tmp_path / "made", HUBS))
