@@ -56,6 +56,13 @@ class Tool:
     """A JSON schema."""
 
 
+def described(tool: Tool) -> dict[str, Any]:
+    """A tool as templates and mlx-lm's parsers of calls expect it, which is OpenAI's form."""
+    function: dict[str, Any] = {"name": tool.name, "description": tool.description or ""}
+    function["parameters"] = tool.parameters if tool.parameters is not None else {"type": "object", "properties": {}}
+    return {"type": "function", "function": function}
+
+
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
     """Which tool the model may, or must, call."""

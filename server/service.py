@@ -19,6 +19,7 @@ from server.library import Library, Listed
 from server.metrics import Metrics
 from server.models import Loaded
 from server.pool import Pool
+from server.reader import Reader, Token
 from server.requests import ChatRequest, Request, TextRequest
 
 R = TypeVar("R")
@@ -51,7 +52,7 @@ class _Job(NamedTuple):
     """One choice, ready for the engine."""
 
     submit: Submit
-    reader: chat.Reader
+    reader: Reader
     echo: str = ""
 
 
@@ -222,7 +223,7 @@ class Service:
             submit = replace(submit, system=prompt.system, images=prompt.images, constraint=rule, budget=limit)
             if rule is not None:
                 submit = replace(submit, matcher=self.engine.matcher(rule, model))
-            reader = chat.Reader(
+            reader = Reader(
                 model,
                 stop=request.stop,
                 is_reasoning=prompt.is_reasoning,
@@ -245,7 +246,7 @@ class Service:
             echo = (prompt if isinstance(prompt, str) else model.tokenizer.decode(list(tokens))) if request.echo else ""
             for _ in range(request.n):
                 submit = self._submit(model, request, tokens, len(jobs))
-                jobs.append(_Job(submit, chat.Reader(model, stop=request.stop, has_marks=False), echo))
+                jobs.append(_Job(submit, Reader(model, stop=request.stop, has_marks=False), echo))
         return jobs
 
     def _limit(self, model: Loaded) -> int | None:
@@ -285,7 +286,7 @@ class _Came(NamedTuple):
 
     begun: dict[int, int]
     """Prompts that are in the KV cache now: how many of their tokens were before."""
-    tokens: dict[int, list[chat.Token]]
+    tokens: dict[int, list[Token]]
     ends: dict[int, FinishReason]
 
 
@@ -312,16 +313,16 @@ def _reading(item: Prefilled) -> Callable[[], str]:
     return lambda: f"reading the prompt: {item.done} of {item.total} tokens"
 
 
-def _token(model: Loaded, item: Sampled) -> chat.Token:
+def _token(model: Loaded, item: Sampled) -> Token:
     if item.logprob is None:
-        return chat.Token(item.token)
+        return Token(item.token)
 
     def named(token: int) -> tuple[str, bytes]:
         data = model.token_bytes(token)
         return data.decode("utf-8", "replace"), data
 
     top = tuple((*named(token), logprob) for token, logprob in item.top)
-    return chat.Token(item.token, TokenLogprob(*named(item.token), item.logprob, top))
+    return Token(item.token, TokenLogprob(*named(item.token), item.logprob, top))
 
 
 def status(service: Service) -> dict[str, Any]:

@@ -7,26 +7,23 @@ import binascii
 import json
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import Discriminator, Field
 from pydantic import Tag as Variant
 from starlette.responses import Response
 
-from server import errors, requests
+from server import requests
 from server.api import openai
 from server.api.fields import Body, Count, Json, Part, Share, Temperature, image
+from server.api.stored import STORED, Store, Stored
 from server.api.transport import EventStream, answer, dumps, unless_gone
 from server.errors import InvalidRequest, ServerError
 from server.events import Done, Event, Logprobs, Reasoning, Text, ToolCall, Usage
 from server.requests import ChatRequest, Params
 from server.service import Batch, Service, Ticket, gathered
-
-STORED = 1000
-"""Responses kept in memory for `previous_response_id`: the newest."""
 
 _NAMES = {"messages": "input", "response_format": "text.format"}
 """Names that fields of the shared request have in this dialect, for errors about them."""
@@ -559,51 +556,6 @@ def _id(kind: str) -> str:
     return f"{kind}_{uuid.uuid4().hex}"
 
 
-# Stored responses ----------------------------------------------------------------------------------------------
-
-
-class _Stored(NamedTuple):
-    response: Json
-    turns: tuple[requests.Message, ...]
-    """The conversation up to and with it, instructions left out."""
-
-
-class _Store:
-    """The newest responses, for as long as the server runs."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._kept: OrderedDict[str, _Stored] = OrderedDict()
-
-    def put(self, stored: _Stored) -> None:
-        self._kept[stored.response["id"]] = stored
-        while len(self._kept) > self._size:
-            self._kept.popitem(last=False)
-
-    def get(self, response_id: str) -> _Stored:
-        """Raises NotFound."""
-        found = self._kept.get(response_id)
-        if found is None:
-            raise errors.NotFound(f"there is no response {response_id!r} here", code="response_not_found")
-        return found
-
-    def delete(self, response_id: str) -> None:
-        """Raises NotFound."""
-        self.get(response_id)
-        del self._kept[response_id]
-
-    def turns_of(self, response_id: str | None) -> tuple[requests.Message, ...]:
-        """The conversation so far. Raises InvalidRequest."""
-        if response_id is None:
-            return ()
-        try:
-            return self.get(response_id).turns
-        except errors.NotFound as error:
-            raise InvalidRequest(
-                error.message, param="previous_response_id", code="previous_response_not_found"
-            ) from None
-
-
 def _said(events: Iterable[Event]) -> requests.Message:
     """An answer as a turn of the conversation."""
     text = reasoning = ""
@@ -624,12 +576,12 @@ def _said(events: Iterable[Event]) -> requests.Message:
 def router(service: Service) -> APIRouter:
     """The dialect's routes, each with and without `/v1`."""
     routes = APIRouter(tags=["Responses"])
-    store = _Store(STORED)
+    store = Store(STORED)
 
     def keep(body: ResponsesRequest, made: _Answer, asked: ChatRequest, events: Iterable[Event]) -> None:
         if body.store is not False:
             history = asked.messages[1:] if body.instructions else asked.messages
-            store.put(_Stored(made.response, (*history, _said(events))))
+            store.put(Stored(made.response, (*history, _said(events))))
 
     async def stream(
         body: ResponsesRequest, made: _Answer, asked: ChatRequest, batches: AsyncIterator[Batch]

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import make_text_state_machine
 
-from server.chat import Prompt, Reader, StopStrings, Token, render
+from server.chat import Prompt, render
 from server.errors import InvalidRequest
 from server.events import Event, FinishReason, Logprobs, Reasoning, Text, TokenLogprob, ToolCall
 from server.models import Loaded
+from server.reader import Reader, StopStrings, Token
 from server.requests import Call, ChatRequest, Image, Message, Tool, ToolChoice
 from tests.support.loaded import loaded
 from tests.support.models import make_model

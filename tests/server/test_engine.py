@@ -11,11 +11,12 @@ import pytest
 
 from server import runner
 from server.commands import Options, Prefilled, Sampled, Submit
-from server.engine import Engine, Mailbox, _Worker
+from server.engine import Engine, Mailbox
 from server.errors import Failed, ServerError, Unavailable
 from server.grammar import Constraint
 from server.models import Loaded
 from server.requests import Params
+from server.worker import Worker
 from tests.support.models import make_model, make_random_model
 
 SECONDS = 60
@@ -103,10 +104,10 @@ def test_one_request_that_cannot_be_taken_on_harms_no_other(tmp_path: Path) -> N
 
 
 def test_an_engine_that_cannot_start_says_why_to_everybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: _Worker) -> None:
+    def broken(_: Worker) -> None:
         raise ImportError("libcudart is missing")
 
-    monkeypatch.setattr(_Worker, "_prepare", broken)
+    monkeypatch.setattr(Worker, "_prepare", broken)
 
     async def use(engine: Engine) -> None:
         with pytest.raises(Failed, match="libcudart is missing"):
@@ -121,16 +122,16 @@ def test_an_engine_that_cannot_start_says_why_to_everybody(tmp_path: Path, monke
 def test_an_error_in_the_loop_itself_is_told_and_the_engine_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish = _Worker._publish
+    publish = Worker._publish
     broken: list[bool] = []
 
-    def breaks_once(self: _Worker, items: list[Any]) -> None:
+    def breaks_once(self: Worker, items: list[Any]) -> None:
         if any(isinstance(item, Sampled) for _, item in items) and not broken:
             broken.append(True)
             raise RuntimeError("unexpected")
         publish(self, items)
 
-    monkeypatch.setattr(_Worker, "_publish", breaks_once)
+    monkeypatch.setattr(Worker, "_publish", breaks_once)
 
     async def use(engine: Engine) -> None:
         model = await engine.load(str(make_model(tmp_path / "one", "I am one.")))

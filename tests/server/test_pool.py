@@ -299,6 +299,7 @@ def test_an_unknown_model_is_told_and_costs_nothing() -> None:
         with pytest.raises(UnknownModel):
             await used(pool, "nowhere")
         assert (pool.loading, shelf.loads) == ([], [])
+        assert not pool._users, "ids that clients make up pile up"
 
     run(scenario())
 
