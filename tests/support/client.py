@@ -13,15 +13,14 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-SECONDS = 120.0
-"""What one call is bounded by."""
+from tests.support.processes import SECONDS, answer_to
+
 _HEAVY = ("filelock", "fsspec", "httpx", "packaging.version", "requests", "tqdm.auto", "typer", "yaml")
 
 
@@ -58,16 +57,7 @@ class Clients:
         self._process.communicate(timeout=SECONDS)
 
     def _ask(self, request: object) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        watchdog = threading.Timer(SECONDS, self._process.kill)
-        watchdog.start()
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        finally:
-            watchdog.cancel()
+        line = answer_to(self._process, json.dumps(request))
         assert line, f"the client ended, or hung and was killed, in {request}"
         reply = json.loads(line)
         assert "crash" not in reply, f"{request}: {reply.get('crash')}"

@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -123,6 +124,20 @@ def read_line(source: int | IO[bytes] | None) -> str:
             break
         line += byte
     return _text(line).rstrip("\r\n")
+
+
+def answer_to(process: subprocess.Popen[str], line: str) -> str:
+    """Say one line to a program and read the one that it answers; nothing when it ended, or hung and was killed."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    watchdog = threading.Timer(SECONDS, process.kill)
+    watchdog.start()
+    try:
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        return process.stdout.readline()
+    finally:
+        watchdog.cancel()
 
 
 def eventually(is_true: Callable[[], bool], what: str) -> None:

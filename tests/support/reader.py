@@ -12,17 +12,15 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.support.processes import SECONDS, answer_to
+
 Call = tuple[str, dict[str, Any]]
 """An operation of this file and its arguments, without the cache."""
-
-SECONDS = 120.0
-"""What one request is bounded by; a promise is broken where one takes a hundredth of it."""
 
 
 class Reader:
@@ -55,16 +53,7 @@ class Reader:
         self._process.communicate(timeout=SECONDS)
 
     def _ask(self, request: object) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        watchdog = threading.Timer(SECONDS, self._process.kill)
-        watchdog.start()
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        finally:
-            watchdog.cancel()
+        line = answer_to(self._process, json.dumps(request))
         assert line, "the process that reads caches ended, or was killed because it hung"
         return json.loads(line)
 
