@@ -46,12 +46,13 @@ clean:  ## remove what the other targets made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # The stamp goes away first, so that an interrupted set-up is done again.
-$(VENV)/.ready: pyproject.toml Makefile
+$(VENV)/.ready: pyproject.toml overlay/pyproject.toml server/pyproject.toml Makefile
 	@rm -f $@
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
 	@echo "Setting up $(VENV) (once) …"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install --editable '.[dev]'
+	@$(PIP) install --upgrade 'pip>=25.1'
+	@$(PIP) install --editable ./overlay --editable ./server --group dev
 	@touch $@
 
 $(VENV)/.hubs: $(VENV)/.ready

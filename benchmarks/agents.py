@@ -123,7 +123,16 @@ def served(place: Path, tokens: int, blas: str | None) -> Iterator[int]:
         **({"LD_PRELOAD": blas} if blas else {}),
     }
     (place / "home").mkdir()
-    command = [sys.executable, "-m", "server.cli", "--model-path", str(place / "models"), "--port", "0", "--offline"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_overlay_server",
+        "--model-path",
+        str(place / "models"),
+        "--port",
+        "0",
+        "--offline",
+    ]
     process = subprocess.Popen([*command, "--model", MODEL], env=environment, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:

@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # else `import overlay` finds this file
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # else `import hf_overlay` finds this file
 
-from overlay import open_session
+from hf_overlay import open_session
+
 from tests.support.hfcache import add_repo
 from tests.support.models import make_model
 

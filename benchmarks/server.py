@@ -212,7 +212,16 @@ class Bench:
 
     @contextmanager
     def _ours(self, *arguments: str) -> Iterator[Server]:
-        command = [sys.executable, "-m", "server.cli", "--model-path", str(self._models), "--port", "0", "--offline"]
+        command = [
+            sys.executable,
+            "-m",
+            "mlx_overlay_server",
+            "--model-path",
+            str(self._models),
+            "--port",
+            "0",
+            "--offline",
+        ]
         with self._started([*command, *arguments], r"listening on http://127\.0\.0\.1:(\d+)") as server:
             yield server
 

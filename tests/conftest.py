@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-
-from overlay import config, lease
+from hf_overlay import config
+from hf_overlay.tree import lease
 
 _REAL_ENVIRONMENT = dict(os.environ)
 _FORBIDDEN = tuple(

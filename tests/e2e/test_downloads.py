@@ -20,12 +20,12 @@ from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
+import hf_overlay
 import pytest
 from huggingface_hub import snapshot_download
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import overlay
 from tests.support import hubs
 from tests.support.alone import Contents, check_stands_alone, contents
 from tests.support.client import Clients, open_clients
@@ -119,7 +119,7 @@ def overlaid(clients: Clients, environ: Mapping[str, str]) -> Iterator[Side]:
     home = Path(environ["HOME"])
     lay_model(home / "drive/mine/own", settled=True)
     with (
-        overlay.open_session([home / "drive"], gateway=True, environ=environ) as session,
+        hf_overlay.open_session([home / "drive"], gateway=True, environ=environ) as session,
         clients.start(session.environment) as call,
     ):
         yield Side(call, home / ".cache/huggingface")
@@ -130,7 +130,7 @@ def environment(hub: LoopbackHub, home: Path, **more: str) -> dict[str, str]:
     home.mkdir(exist_ok=True)
     quiet = {"HF_HUB_VERBOSITY": "critical", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     # The overlay that these tests import, wherever it lies, is also the one in processes they start.
-    return hub.environment(home, **quiet, PYTHONPATH=str(Path(overlay.__file__).parents[1]), **more)
+    return hub.environment(home, **quiet, PYTHONPATH=str(Path(hf_overlay.__file__).parents[1]), **more)
 
 
 def left_sessions(home: Path) -> list[str]:

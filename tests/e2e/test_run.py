@@ -324,7 +324,7 @@ class Popen(subprocess.Popen):
         os.kill(os.getpid(), signal.SIGTERM)
         super().__init__(*arguments, **options)
 subprocess.Popen = Popen
-from overlay.cli import main
+from hf_overlay.command.cli import main
 sys.exit(main())
 """
     done = finish([PYTHON, "-c", started_in_between, *RUN[1:], "--", "sleep", "5"], environ)

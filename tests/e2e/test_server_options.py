@@ -137,7 +137,7 @@ def test_aliases_are_listed_and_a_default_model_answers_to_unknown_names(home: P
     ],
 )
 def test_wrong_options_are_usage_errors(home: Path, options: list[str], problem: str) -> None:
-    with start([PYTHON, "-m", "server.cli", *options], environment(home)) as process:
+    with start([PYTHON, "-m", "mlx_overlay_server", *options], environment(home)) as process:
         _, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 2
     assert problem in err.decode()
@@ -150,7 +150,7 @@ def test_two_ranks_answer_as_one(home: Path, drive: Path) -> None:
     sessions = home / "rank-sessions"
     environ = environment(home, **hubs.environment(hubs.INSTALLED), HF_OVERLAY_DIR=str(sessions))
     command = [str(BIN / "mlx.launch"), "-n", "2", "--backend", "ring", "--starting-port", str(two_free_ports()), "--"]
-    command += [PYTHON, "-m", "server.cli", "--port", "0", "--model-path", str(drive), "--model", "acme/random"]
+    command += [PYTHON, "-m", "mlx_overlay_server", "--port", "0", "--model-path", str(drive), "--model", "acme/random"]
     log = home / "ranks.log"
     with log.open("wb") as written, start(command, environ, stdout=written, stderr=written) as process:
         eventually(lambda: bool(address(log)), "rank 0 listens")

@@ -96,7 +96,7 @@ def test_the_flag_wins_over_the_variable(home: Path, drive: Path, tmp_path: Path
 
 def test_a_model_path_that_is_a_file_is_a_usage_error(home: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    done = finish([PYTHON, "-m", "server.cli", "--model-path", str(tmp_path / "file")], environment(home))
+    done = finish([PYTHON, "-m", "mlx_overlay_server", "--model-path", str(tmp_path / "file")], environment(home))
     assert (done.status, done.err) == (
         2,
         f"error: model path {tmp_path}/file is a file; give the folder that holds your models\n",
@@ -106,7 +106,7 @@ def test_a_model_path_that_is_a_file_is_a_usage_error(home: Path, tmp_path: Path
 def test_a_port_that_is_taken_is_an_error_of_one_line(home: Path, drive: Path) -> None:
     with serving(home, drive) as server:
         port = server.url.rpartition(":")[2]
-        done = finish([PYTHON, "-m", "server.cli", "--port", port], environment(home))
+        done = finish([PYTHON, "-m", "mlx_overlay_server", "--port", port], environment(home))
     assert (done.status, done.err.splitlines()[-1]) == (
         1,
         f"error: cannot listen on 127.0.0.1:{port}: Address already in use; try --port 0",

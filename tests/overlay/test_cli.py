@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hf_overlay.command import cli
 
-from overlay import cli
 from tests.support import hfcache
 from tests.support.folders import lay_model
 
@@ -202,7 +202,7 @@ def test_colour_and_control_characters_stay_off_what_is_no_terminal(
 def test_a_pipe_that_closes_early_is_no_error(models: Path) -> None:
     for number in range(200):
         lay_model(models / f"org/{'n' * 200}{number}")
-    command = f"{sys.executable} -c 'from overlay.cli import main; raise SystemExit(main())' ls --model-path {models}"
+    command = f"{sys.executable} -m hf_overlay ls --model-path {models}"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command} | head -1"], capture_output=True, text=True, check=False
     )
@@ -213,7 +213,7 @@ def test_finding_models_imports_none_of_the_heavy_libraries(models: Path) -> Non
     """`hf-overlay ls` starts in milliseconds: no mlx_lm (2 s), transformers, huggingface_hub (0.4 s)."""
     lay_model(models / "org/name")
     script = (
-        "import sys; from overlay.cli import main; main(sys.argv[1:])\n"
+        "import sys; from hf_overlay.command.cli import main; main(sys.argv[1:])\n"
         "heavy = {'mlx', 'mlx_lm', 'transformers', 'huggingface_hub', 'numpy', 'logging', 'shtab'}\n"
         "print(heavy & set(sys.modules), file=sys.stderr)"
     )

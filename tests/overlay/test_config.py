@@ -7,12 +7,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import hf_overlay
 import pytest
+from hf_overlay import config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import overlay
-from overlay import config
 from tests.support import hubs
 from tests.support.reader import Reader, open_readers
 
@@ -96,7 +96,7 @@ def test_a_program_in_the_overlay_finds_the_hub_cache_elsewhere_and_nothing_else
         home.mkdir()
         environ = {name: value.format(top=top) for name, value in places.items()}
         environ |= {"HOME": str(home), "BASE": top, "HF_OVERLAY_DIR": f"{top}/sessions"}
-        with overlay.open_session([], environ=environ) as session:
+        with hf_overlay.open_session([], environ=environ) as session:
             for release, reader in readers.items():
                 before, inside = reader.constants(environ), reader.constants(session.environment)
                 assert Path(inside["HF_HUB_CACHE"]) == session.hub_cache, f"with huggingface_hub {release}"
@@ -130,10 +130,10 @@ def test_a_folder_whose_name_a_program_would_expand_again_works_or_is_refused(
     reader = readers[hubs.INSTALLED]
     refusal = ""
     try:
-        with overlay.open_session([], environ=environ) as session:
+        with hf_overlay.open_session([], environ=environ) as session:
             found, plain = reader.constants(session.environment), reader.constants(environ)
             is_led_there = Path(found["HF_HUB_CACHE"]) == session.hub_cache
-    except overlay.OverlayError as error:
+    except hf_overlay.OverlayError as error:
         refusal = str(error)
     if refusal:
         assert "$" in refusal, "P12: says why"
@@ -168,7 +168,7 @@ def test_model_paths_are_resolved_without_touching_how_people_spell_them(tmp_pat
 
 @pytest.mark.parametrize("bad", ["", "a\0b"])
 def test_a_path_that_cannot_be_meant_is_a_usage_error(bad: str) -> None:
-    with pytest.raises(overlay.UsageError):
+    with pytest.raises(hf_overlay.UsageError):
         config.load([bad], {}, "/cwd")
 
 
@@ -176,6 +176,6 @@ def test_a_file_as_model_path_is_a_usage_error_that_names_it(tmp_path: Path) -> 
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "link").symlink_to("file")
     for name in ("file", "link"):
-        with pytest.raises(overlay.UsageError, match=f"{tmp_path / name} is a file"):
+        with pytest.raises(hf_overlay.UsageError, match=f"{tmp_path / name} is a file"):
             config.load([name], {}, str(tmp_path))
     assert roots(["later"], {}, str(tmp_path)) == (f"{tmp_path}/later",), "a missing one may come back"

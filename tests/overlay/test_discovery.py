@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hf_overlay.catalog.kinds import ModelTypes
+from hf_overlay.catalog.scan import Scanner
+from hf_overlay.models import Source
 
-from overlay.discovery import Scanner
-from overlay.kinds import ModelTypes
-from overlay.models import Source
 from tests.support import hfcache
 from tests.support.folders import lay_model, settle
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hf_overlay import config
+from hf_overlay.catalog.catalog import Catalog
+from hf_overlay.command import doctor
+from hf_overlay.command.doctor import Finding
 
-from overlay import config, doctor
-from overlay.catalog import Catalog
-from overlay.doctor import Finding
 from tests.support import hfcache
 from tests.support.folders import lay_model
 

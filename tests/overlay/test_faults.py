@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import hf_overlay
 import pytest
+from hf_overlay.tree import lease
 from huggingface_hub import scan_cache_dir, snapshot_download
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import overlay
-from overlay import lease
 from tests.support import hubs, processes
 from tests.support.folders import lay_model, settle
 from tests.support.hfcache import add_repo, listing
@@ -36,18 +36,18 @@ WEIGHTS = "model.safetensors"
 # What is seen --------------------------------------------------------------------------------------------------
 
 
-def ids(session: overlay.Session) -> list[str]:
+def ids(session: hf_overlay.Session) -> list[str]:
     return [model.id for model in session.models]
 
 
-def scanned(session: overlay.Session) -> list[str]:
+def scanned(session: hf_overlay.Session) -> list[str]:
     """The repos a scan reports; it must not raise, nor warn of anything (in these tests the real cache is whole)."""
     info = scan_cache_dir(session.hub_cache)
     assert not info.warnings, f"P8: {info.warnings}"
     return sorted(repo.repo_id for repo in info.repos)
 
 
-def loaded(session: overlay.Session, model_id: str) -> bytes:
+def loaded(session: hf_overlay.Session, model_id: str) -> bytes:
     """The weights that an unmodified program reads for an id."""
     folder = snapshot_download(model_id, cache_dir=session.hub_cache, local_files_only=True)
     return Path(folder, WEIGHTS).read_bytes()
@@ -60,7 +60,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return found
 
 
-def shown(session: overlay.Session) -> dict[str, Any]:
+def shown(session: hf_overlay.Session) -> dict[str, Any]:
     """All that a hub folder shows, so that two sessions, or two moments of one, can be compared."""
     return {
         entry.name: _repo(entry) if entry.resolve().is_relative_to(session.path) else os.readlink(entry)
@@ -76,9 +76,9 @@ def _repo(repo: Path) -> dict[str, str]:
     }
 
 
-def assert_as_new(session: overlay.Session) -> None:
+def assert_as_new(session: hf_overlay.Session) -> None:
     """P5: what a session shows after refreshes is what a new one shows."""
-    with overlay.open_session(session.settings.roots, all_kinds=session.settings.all_kinds) as fresh:
+    with hf_overlay.open_session(session.settings.roots, all_kinds=session.settings.all_kinds) as fresh:
         assert shown(session) == shown(fresh), "P5: a refreshed tree differs from a rebuilt one"
         assert session.models == fresh.models
 
@@ -91,7 +91,7 @@ def away(tmp_path: Path) -> Path:
 
 def opened(models: Path) -> dict[str, Any]:
     """What a session shows that is opened and ended."""
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         return shown(session)
 
 
@@ -99,7 +99,7 @@ def refused(act: Callable[[], object]) -> str:
     """What a SessionError says of an act; nothing when it is done."""
     try:
         act()
-    except overlay.SessionError as error:
+    except hf_overlay.SessionError as error:
         return str(error)
     return ""
 
@@ -113,13 +113,13 @@ def test_a_drive_that_is_not_there_yet_is_said_once_and_picked_up_when_it_appear
     lay_model(models / "org/mine")
     models.rename(away)
     add_repo(hub, "org/cached", CACHED)
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         assert [str(models) in warning for warning in said(caplog)] == [True]
         assert ids(session) == scanned(session) == ["org/cached"]
         assert loaded(session, "org/cached") == CACHED[WEIGHTS]
-        assert session.refresh() == overlay.Changes((), (), ())
+        assert session.refresh() == hf_overlay.Changes((), (), ())
         away.rename(models)
-        assert session.refresh() == overlay.Changes(("org/mine",), (), ())
+        assert session.refresh() == hf_overlay.Changes(("org/mine",), (), ())
         assert ids(session) == scanned(session) == ["org/cached", "org/mine"]
         assert said(caplog) == []
 
@@ -130,9 +130,9 @@ def test_between_listing_and_load_a_drive_that_is_gone_is_named_and_the_caches_c
     lay_model(models / "org/mine")
     lay_model(models / "org/both")
     cached = add_repo(hub, "org/both", CACHED)
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         models.rename(away)
-        with pytest.raises(overlay.SourceAway, match=str(models)):
+        with pytest.raises(hf_overlay.SourceAway, match=str(models)):
             session.resolve("org/mine")
         assert session.resolve("org/both") == cached
         away.rename(models)
@@ -147,17 +147,17 @@ def test_an_unplugged_drive_is_said_each_time_it_goes_and_back_without_a_word(
     both = lay_model(models / "org/both")
     cached = add_repo(hub, "org/both", CACHED)
     weights = (both / WEIGHTS).read_bytes()
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         for _ in range(3):
             models.rename(away)
             assert session.refresh().removed == ("org/both", "org/mine")
             assert [str(models) in warning for warning in said(caplog)] == [True]
-            assert session.refresh() == overlay.Changes((), (), ())
+            assert session.refresh() == hf_overlay.Changes((), (), ())
             assert said(caplog) == [], "P7: said once, not at each refresh"
             assert ids(session) == scanned(session) == ["org/both"]
             assert loaded(session, "org/both") == CACHED[WEIGHTS]
             assert session.resolve("org/both") == cached
-            with pytest.raises(overlay.SourceAway, match=str(models)):
+            with pytest.raises(hf_overlay.SourceAway, match=str(models)):
                 session.resolve("org/mine")
             assert_as_new(session)
             caplog.clear()
@@ -176,7 +176,7 @@ def test_an_unplugged_drive_hides_no_other(models: Path, away: Path, tmp_path: P
     lay_model(models / "org/both")
     lay_model(second / "org/both")
     lay_model(second / "org/second")
-    with overlay.open_session([models, second]) as session:
+    with hf_overlay.open_session([models, second]) as session:
         models.rename(away)
         assert session.resolve("org/both") == second / "org/both", "the next copy answers at once"
         session.refresh()
@@ -199,15 +199,15 @@ def test_an_empty_mount_point_is_a_drive_that_is_gone(
         lay_model(Path(drive, "org/mine"))
         mounted = tmp_path / "mount point"
         mounted.symlink_to(drive)
-        with overlay.open_session([mounted]) as session:
+        with hf_overlay.open_session([mounted]) as session:
             for _ in range(2):
                 mounted.unlink()
                 mounted.mkdir()
                 assert session.refresh().removed == ("org/mine",)
                 assert [str(mounted) in warning for warning in said(caplog)] == [True], "P7: says so once"
-                assert session.refresh() == overlay.Changes((), (), ())
+                assert session.refresh() == hf_overlay.Changes((), (), ())
                 assert said(caplog) == []
-                with pytest.raises(overlay.SourceAway, match=str(mounted)):
+                with pytest.raises(hf_overlay.SourceAway, match=str(mounted)):
                     session.resolve("org/mine")
                 mounted.rmdir()
                 mounted.symlink_to(drive)
@@ -220,7 +220,7 @@ def test_a_model_path_that_turns_into_a_file_hides_its_own_models(
 ) -> None:
     lay_model(models / "org/mine")
     add_repo(hub, "org/cached", CACHED)
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         models.rename(away)
         models.write_bytes(b"")
         session.refresh()
@@ -232,12 +232,12 @@ def test_a_deleted_folder_is_not_called_an_unplugged_drive(models: Path, session
     """P12: the reason is the true one."""
     lay_model(models / "org/gone")
     lay_model(models / "org/kept")
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         shutil.rmtree(models / "org/gone")
         for _ in range(2):
-            with pytest.raises(overlay.ModelNotFound) as raised:
+            with pytest.raises(hf_overlay.ModelNotFound) as raised:
                 session.resolve("org/gone")
-            assert not isinstance(raised.value, overlay.SourceAway)
+            assert not isinstance(raised.value, hf_overlay.SourceAway)
             session.refresh()
 
 
@@ -283,13 +283,13 @@ def test_a_drive_may_go_at_any_moment_of_a_refresh(
     every = ["flat", "org/both", "org/mine", "org/second-cache"]
     number, calls = 1, [""]
     while len(calls) >= number - 1:
-        with overlay.open_session([models]) as session:
+        with hf_overlay.open_session([models]) as session:
             # Changes each time, so that nothing is taken from the scan before.
             lay_model(models / "org/mine", {"number.txt": str(number).encode()})
             with moment(READS, models, number, lambda: models.rename(away)) as calls:
                 session.refresh()
             for model_id in every:
-                with contextlib.suppress(overlay.ModelNotFound):
+                with contextlib.suppress(hf_overlay.ModelNotFound):
                     session.resolve(model_id)
             scan_cache_dir(session.hub_cache)
             if models.exists():
@@ -310,12 +310,12 @@ def test_a_drive_may_go_at_any_moment_of_a_refresh(
 def test_a_drive_that_went_during_a_refresh_is_named_like_any_other(models: Path, away: Path, sessions: Path) -> None:
     lay_model(models / "zoo")
     lay_model(models / "org/mine")
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         with moment(("scandir",), models / "org", 1, lambda: models.rename(away)):
             session.refresh()
         for _ in range(2):
             for model_id in ("zoo", "org/mine"):
-                with pytest.raises(overlay.SourceAway, match=str(models)):
+                with pytest.raises(hf_overlay.SourceAway, match=str(models)):
                     session.resolve(model_id)
             session.refresh()
 
@@ -326,7 +326,7 @@ def test_a_reader_in_an_old_tree_sees_whole_models_while_a_drive_goes_and_comes(
     """P6: at no moment of a refresh is there half of a model, and one on another drive is always there."""
     names = {path.name for path in lay_model(models / "org/mine", {"more.txt": b"x"}).iterdir()}
     lay_model(tmp_path / "second drive/org/other")
-    with overlay.open_session([models, tmp_path / "second drive"]) as session:
+    with hf_overlay.open_session([models, tmp_path / "second drive"]) as session:
         mine, other = (
             Path(snapshot_download(model_id, cache_dir=session.hub_cache, local_files_only=True))
             for model_id in ("org/mine", "org/other")
@@ -375,7 +375,7 @@ def test_an_unreadable_folder_is_said_once_each_time_and_hides_itself_alone(
     lay_model(models / "org/open")
     add_repo(hub, "org/cached", CACHED)
     others = ["org/cached", "org/open"]
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         everything = ids(session)
         for _ in range(2):
             with closed(models / inner, mode):
@@ -398,7 +398,7 @@ def test_an_unreadable_model_path_is_said_once_each_time_and_hides_itself_alone(
     lay_model(models / "org/mine")
     lay_model(tmp_path / "open/org/open")
     add_repo(hub, "org/cached", CACHED)
-    with closed(models, mode), overlay.open_session([models, tmp_path / "open"]) as session:
+    with closed(models, mode), hf_overlay.open_session([models, tmp_path / "open"]) as session:
         for _ in range(2):
             warnings = said(caplog)
             assert warnings, "P7: says so"
@@ -419,9 +419,9 @@ def test_an_unreadable_file_that_must_be_read_hides_its_model_alone(models: Path
     index = json.dumps({"weight_map": {"a": WEIGHTS}}).encode()
     lay_model(models / "org/closed", {"model.safetensors.index.json": index})
     lay_model(models / "org/open")
-    with closed(models / "org/closed" / name), overlay.open_session([models]) as session:
+    with closed(models / "org/closed" / name), hf_overlay.open_session([models]) as session:
         assert ids(session) == scanned(session) == ["org/open"]
-        with pytest.raises(overlay.ModelNotFound, match="cannot be read: permission denied"):
+        with pytest.raises(hf_overlay.ModelNotFound, match="cannot be read: permission denied"):
             session.resolve("org/closed")
 
 
@@ -435,7 +435,7 @@ def test_an_unreadable_part_of_a_cached_repo_makes_no_scan_fail(
     add_repo(hub, "org/cached", CACHED)
     snapshot = add_repo(hub, "org/closed", CACHED, repo_type=repo_type)
     part = snapshot.parents[1] / inner.format(commit=snapshot.name)
-    with closed(part, mode), overlay.open_session([models]) as session:
+    with closed(part, mode), hf_overlay.open_session([models]) as session:
         found = scan_cache_dir(session.hub_cache)  # P8: never raises
         assert {"org/cached", "org/mine"} <= {repo.repo_id for repo in found.repos}
         assert loaded(session, "org/cached") == CACHED[WEIGHTS]
@@ -450,7 +450,7 @@ def test_a_read_only_cache_is_listed_and_loads(models: Path, hub: Path, home: Pa
     with contextlib.ExitStack() as stack:
         for folder in [path for path in (hub, *hub.rglob("*"), hub.parent) if path.is_dir()]:
             stack.enter_context(closed(folder, 0o555))
-        with overlay.open_session([models]) as session:
+        with hf_overlay.open_session([models]) as session:
             assert ids(session) == scanned(session) == ["org/cached", "org/mine"]
             assert loaded(session, "org/cached") == CACHED[WEIGHTS]
             session.refresh()
@@ -467,7 +467,7 @@ def test_an_unreadable_cache_is_said_once_and_hides_no_folder(
     add_repo(hub, "org/cached", CACHED)
     sessions.mkdir(parents=True)
     part = hub if level == "hub" else hub.parent
-    with closed(part), overlay.open_session([models]) as session:
+    with closed(part), hf_overlay.open_session([models]) as session:
         assert [str(hub) in warning for warning in said(caplog)] == [True]
         session.refresh()
         assert said(caplog) == []
@@ -494,7 +494,7 @@ def test_a_cache_that_does_not_exist_yet_is_no_fault_and_is_picked_up(
     models: Path, hub: Path, sessions: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lay_model(models / "org/mine")
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         assert ids(session) == scanned(session) == ["org/mine"]
         assert not hub.exists()
         add_repo(hub, "org/cached", CACHED)
@@ -512,7 +512,7 @@ def test_a_file_in_place_of_the_cache_is_said_once_each_time_and_hides_no_folder
     lay_model(models / "org/mine")
     hub.parent.mkdir(parents=True)
     hub.write_bytes(b"")
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         for _ in range(2):
             assert [str(hub) in warning for warning in said(caplog)] == [True]
             session.refresh()
@@ -534,7 +534,7 @@ def test_a_cached_repo_that_makes_scans_fail_is_left_out_and_that_is_said_once(
     """P12: a model that a person has is not hidden without a word."""
     add_repo(hub, "org/cached", CACHED)
     broken = add_repo(hub, "org/broken", CACHED).parents[1]
-    with overlay.open_session([]) as session:
+    with hf_overlay.open_session([]) as session:
         for _ in range(2):
             assert said(caplog) == []
             (broken / "refs/odd").write_bytes(b"\xff\xfe")
@@ -563,7 +563,7 @@ def test_helper_files_of_the_system_lie_everywhere_and_hide_nothing(models: Path
             in_a_caches_repo = {"refs", "snapshots"} & set(path.relative_to(top).parts[:-1])
             if path != top and not in_a_caches_repo:
                 beside.write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X\xa3")
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         assert ids(session) == ["flat", "org/cached", "org/mine", "org/second-cache"]
         assert scanned(session) == ["flat", "org/cached", "org/data", "org/mine", "org/second-cache"]
         for model_id in ids(session):
@@ -585,9 +585,9 @@ def test_dangling_links_hide_themselves_alone(models: Path, sessions: Path) -> N
         folder = lay_model(models / "org" / f"without-{name}")
         (folder / name).unlink()
         (folder / name).symlink_to(f"/nonexistent/{name}")
-        with overlay.open_session([models]) as session:
+        with hf_overlay.open_session([models]) as session:
             assert ids(session) == scanned(session) == ["org/mine"]
-            with pytest.raises(overlay.ModelNotFound, match=reason):
+            with pytest.raises(hf_overlay.ModelNotFound, match=reason):
                 session.resolve(f"org/without-{name}")
 
 
@@ -596,7 +596,7 @@ def test_a_model_path_that_is_a_dangling_link_is_a_drive_that_is_not_there(
 ) -> None:
     link = tmp_path / "link"
     link.symlink_to(models / "later")
-    with overlay.open_session([link]) as session:
+    with hf_overlay.open_session([link]) as session:
         assert [str(link) in warning for warning in said(caplog)] == [True]
         lay_model(models / "later/org/mine")
         session.refresh()
@@ -652,7 +652,7 @@ def test_link_loops_end_and_hide_no_model(models: Path, sessions: Path, lay: Cal
     lay_model(models / "zoo/last")
     lay(models)
     for all_kinds in (False, True):
-        with overlay.open_session([models], all_kinds=all_kinds) as session:
+        with hf_overlay.open_session([models], all_kinds=all_kinds) as session:
             session.refresh()
             assert ids(session) == scanned(session) == ["org/mine", "zoo/last"]
             assert loaded(session, "org/mine") == (models / "org/mine" / WEIGHTS).read_bytes()
@@ -668,7 +668,7 @@ def test_a_link_in_a_model_to_what_holds_it_is_not_followed(models: Path, sessio
     for name, target in {"parent": "..", "drive": os.fspath(models.parent), "disk": models.anchor}.items():
         link = models / "org/mine" / name
         link.symlink_to(target)
-        with moment(("scandir",), link, 1, fail), overlay.open_session([models]) as session:
+        with moment(("scandir",), link, 1, fail), hf_overlay.open_session([models]) as session:
             assert ids(session) == scanned(session) == ["org/mine"]
 
 
@@ -789,11 +789,11 @@ def test_a_broken_model_hides_itself_alone_gives_its_reason_and_is_back_when_rep
     broken = models / "org/broken"
     break_it(lay_model(broken))
     settle(broken)
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         for _ in range(2):
             assert ids(session) == scanned(session) == others
             assert loaded(session, "org/mine") == (models / "org/mine" / WEIGHTS).read_bytes()
-            with pytest.raises(overlay.ModelNotFound, match=reason) as raised:
+            with pytest.raises(hf_overlay.ModelNotFound, match=reason) as raised:
                 session.resolve("org/broken")
             assert len(str(raised.value)) < 2000
             shutil.rmtree(broken)
@@ -814,7 +814,7 @@ def test_every_broken_model_at_once_hides_no_other(models: Path, hub: Path, sess
     lay_model(models / "org/mine")
     for number, (break_it, _) in enumerate(BROKEN.values()):
         break_it(lay_model(models / f"broken/{number}"))
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         assert ids(session) == scanned(session) == ["org/mine"]
         shutil.rmtree(models / "broken")
         session.refresh()
@@ -831,7 +831,7 @@ def test_whatever_breaks_and_is_repaired_a_refresh_shows_what_a_new_session_show
 ) -> None:
     models = tmp_path_factory.mktemp("models")
     state: dict[str, str] = {}
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         for step in steps:
             for name, fault in step.items():
                 shutil.rmtree(models / name, ignore_errors=True)
@@ -889,7 +889,7 @@ def test_every_name_a_disk_can_hold_is_listed_and_every_listed_id_resolves(
     add_repo(hub, "org/cached", CACHED)
     for name in NAMES:
         lay_model(models / name)
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         listed = {model.id: model.path for model in session.models}
         refused = set(NAMES) - listed.keys()
         assert refused <= {"org/back\\slash"}, "only an id that `resolve` refuses as untrusted may be left out"
@@ -908,7 +908,7 @@ def test_every_name_a_disk_can_hold_is_listed_and_every_listed_id_resolves(
 def test_dot_folders_are_no_models_and_hide_none(models: Path, sessions: Path) -> None:
     for name in (".hidden/org/name", "org/.hidden", "..odd", ".Trashes/501/name", "org/mine"):
         lay_model(models / name)
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         assert ids(session) == scanned(session) == ["org/mine"]
 
 
@@ -931,8 +931,8 @@ class Handler(logging.Handler):
         warnings.append(record.getMessage())
 
 warnings = []
-logging.getLogger("overlay").addHandler(Handler(logging.WARNING))
-with overlay.open_session([sys.argv[1]]) as session:
+logging.getLogger("hf_overlay").addHandler(Handler(logging.WARNING))
+with hf_overlay.open_session([sys.argv[1]]) as session:
     session.refresh()
     said = len(warnings)
     assert_as_new(session)
@@ -1007,7 +1007,7 @@ def test_a_model_of_folders_in_folders_hides_no_other_and_is_cleared(
     deep = lay_model(models / "org/deep")
     nest(deep, name, (length - len(os.fsencode(deep))) // (len(name) + 1))
     try:
-        with overlay.open_session([models]) as session:
+        with hf_overlay.open_session([models]) as session:
             for _ in range(2):
                 assert "org/mine" in ids(session)
                 assert "org/mine" in scanned(session)
@@ -1025,7 +1025,7 @@ def test_two_thousand_folders_are_listed_shown_refreshed_and_cleared(models: Pat
         folder.mkdir(parents=True)
         (folder / "config.json").write_bytes(CONFIG if number % 100 else b"{")
         (folder / WEIGHTS).write_bytes(b"%d" % number)
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         assert len(ids(session)) == 1980
         assert scanned(session) == ids(session)
         assert loaded(session, "org-1/model-1001") == b"1001"
@@ -1112,7 +1112,7 @@ def test_a_disk_that_fills_up_at_any_moment_of_a_refresh_leaves_the_old_tree_who
         number += 1
         lay_model(models / "org/removed")
         changed = lay_model(models / "org/changed")
-        with overlay.open_session([models]) as session:
+        with hf_overlay.open_session([models]) as session:
             before, hub_folder = shown(session), session.hub_cache.resolve()
             shutil.rmtree(models / "org/removed")
             lay_model(changed, {"more.txt": b"x"})
@@ -1135,14 +1135,14 @@ def test_a_disk_that_fills_up_at_any_moment_of_a_refresh_leaves_the_old_tree_who
 def test_the_refresh_that_shows_changes_tells_them_though_one_before_failed(models: Path, sessions: Path) -> None:
     lay_model(models / "org/removed")
     changed = lay_model(models / "org/changed")
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         shutil.rmtree(models / "org/removed")
         lay_model(changed, {"more.txt": b"x"})
         lay_model(models / "org/added")
-        with full_disk(sessions, 1, once=False), pytest.raises(overlay.SessionError):
+        with full_disk(sessions, 1, once=False), pytest.raises(hf_overlay.SessionError):
             session.refresh()
-        assert session.refresh() == overlay.Changes(("org/added",), ("org/changed",), ("org/removed",))
-        assert session.refresh() == overlay.Changes((), (), ())
+        assert session.refresh() == hf_overlay.Changes(("org/added",), ("org/changed",), ("org/removed",))
+        assert session.refresh() == hf_overlay.Changes((), (), ())
 
 
 @contextlib.contextmanager
@@ -1159,17 +1159,17 @@ def files_of_at_most(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("size", [0, 10, 100, 1000, 5000])
 def test_a_write_cut_short_by_a_full_disk_is_not_taken_for_a_whole_one(models: Path, sessions: Path, size: int) -> None:
     lay_model(models / "org/mine", {f"file-{number}.txt": b"x" for number in range(100)})
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         whole = shown(session)
         with (
-            contextlib.suppress(overlay.SessionError),
+            contextlib.suppress(hf_overlay.SessionError),
             files_of_at_most(size),
-            overlay.open_session([models]) as other,
+            hf_overlay.open_session([models]) as other,
         ):
             assert shown(other) == whole
             assert lease.read_owner(str(other.path)), "P3: nobody would know where downloads in it belong"
         lay_model(models / "org/mine", {"more.txt": b"x"})
-        with contextlib.suppress(overlay.SessionError), files_of_at_most(size):
+        with contextlib.suppress(hf_overlay.SessionError), files_of_at_most(size):
             session.refresh()
         session.refresh()
         assert_as_new(session)
@@ -1184,7 +1184,10 @@ def test_a_volume_without_links_is_refused_with_what_to_do(
 
     lay_model(models / "org/mine")
     monkeypatch.setattr(os, "symlink", symlink)
-    with pytest.raises(overlay.SessionError, match=r"HF_OVERLAY_DIR.* symbolic links"), overlay.open_session([models]):
+    with (
+        pytest.raises(hf_overlay.SessionError, match=r"HF_OVERLAY_DIR.* symbolic links"),
+        hf_overlay.open_session([models]),
+    ):
         pass
     assert left(sessions) == []
 
@@ -1194,7 +1197,7 @@ def test_a_volume_without_links_is_refused_with_what_to_do(
 OPEN_ONE = """
 import json, sys, overlay
 sys.stdin.readline()
-with overlay.open_session([sys.argv[1]]) as session:
+with hf_overlay.open_session([sys.argv[1]]) as session:
     print(json.dumps([str(session.path), [model.id for model in session.models], sorted(
         path.name for path in session.hub_cache.iterdir()
     )]), flush=True)
@@ -1257,7 +1260,7 @@ def test_a_session_goes_on_while_another_process_writes_the_cache(
     stable = add_repo(hub, "org/stable", CACHED)
     environ = processes.environment(home, **hubs.environment(hubs.INSTALLED))
     with (
-        overlay.open_session([models]) as session,
+        hf_overlay.open_session([models]) as session,
         processes.start([processes.PYTHON, "-c", WRITE_THE_CACHE, str(hub)], environ) as writer,
     ):
         assert processes.read_line(writer.stdout) == "writing"
@@ -1268,7 +1271,7 @@ def test_a_session_goes_on_while_another_process_writes_the_cache(
             assert session.resolve("org/stable") == stable
             assert loaded(session, "org/stable") == CACHED[WEIGHTS]
             assert loaded(session, "org/mine") == (mine / WEIGHTS).read_bytes()
-            with contextlib.suppress(overlay.ModelNotFound):
+            with contextlib.suppress(hf_overlay.ModelNotFound):
                 session.resolve("org/model-1")
             refreshes += 1
         assert writer.wait() == 0
@@ -1291,7 +1294,7 @@ def test_a_home_with_spaces_and_dollars_in_its_name_is_as_good_as_any(
     add_repo(hub, "org/cached", CACHED)
     monkeypatch.setenv("HOME", str(home))
     for model_path in ("~/models", home / "models"):
-        with overlay.open_session([model_path]) as session:
+        with hf_overlay.open_session([model_path]) as session:
             assert session.path.is_relative_to(home)
             assert session.settings.hub_cache == str(hub)
             assert ids(session) == scanned(session) == ["org/cached", "org/mine"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from hf_overlay import hfcache
+from hf_overlay.models import File, Model
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlay import hfcache
-from overlay.models import File, Model
 from tests.support.hfcache import git_blob_id
 
 PARTS = st.text(st.sampled_from("abZ09-_.é "), min_size=1, max_size=6) | st.sampled_from(

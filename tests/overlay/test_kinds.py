@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from overlay.errors import OverlayError
-from overlay.kinds import ModelTypes
+from hf_overlay.catalog.kinds import ModelTypes
+from hf_overlay.errors import OverlayError
 
 # A module that lacks a package may end the whole process, which is an answer too.
 ASK_MLX_LM = """

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import hf_overlay
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-import overlay
 from tests.support import hubs
 from tests.support.folders import settle
 from tests.support.hfcache import add_repo, etag, listing, repo_folder
@@ -449,7 +449,7 @@ def overlay_commits(hub: Path, commits: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def assert_parity(session: overlay.Session, place: Place, world: World, readers: Mapping[str, Reader]) -> None:
+def assert_parity(session: hf_overlay.Session, place: Place, world: World, readers: Mapping[str, Reader]) -> None:
     plain = Path(tempfile.mkdtemp(dir=place.top)) / "plain"
     expected_commits = lay_expected(plain, place, world)
     hub = session.hub_cache
@@ -505,7 +505,7 @@ def test_every_read_call_gives_what_one_plain_cache_gives(
 ) -> None:
     with place() as here:
         here.lay(world)
-        with overlay.open_session(here.roots, all_kinds=world.all_kinds, environ=here.environ) as session:
+        with hf_overlay.open_session(here.roots, all_kinds=world.all_kinds, environ=here.environ) as session:
             assert_parity(session, here, world, {each: readers[each] for each in (hubs.INSTALLED, aside)})
         assert not list((here.top / "sessions").glob("session-*"))
 
@@ -518,7 +518,7 @@ def test_a_refresh_gives_what_one_plain_cache_gives(
     after = replace(after, all_kinds=before.all_kinds)
     with place() as here:
         here.lay(before)
-        with overlay.open_session(here.roots, all_kinds=before.all_kinds, environ=here.environ) as session:
+        with hf_overlay.open_session(here.roots, all_kinds=before.all_kinds, environ=here.environ) as session:
             here.lay(after)
             session.refresh()
             assert_parity(session, here, after, {each: readers[each] for each in (hubs.INSTALLED, aside)})
@@ -558,7 +558,7 @@ def test_no_fault_of_a_cached_repo_makes_a_scan_fail_or_hides_another(
             snapshot = add_repo(here.hub, "acme/to-break", {"config.json": b'{"model_type": "llama"}'})
             fault(snapshot.parents[1], snapshot)
             snapshot.parents[1].rename(here.hub / name)
-        with overlay.open_session([], environ=here.environ) as session:
+        with hf_overlay.open_session([], environ=here.environ) as session:
             for release, reader in readers.items():
                 asked: list[Call] = [("scan", {}), ("snapshot", {"repo_id": "acme/whole"})]
                 ours = answers(reader, session.hub_cache, asked, {}, here.hub)
@@ -578,7 +578,7 @@ def test_a_cached_repo_is_left_out_and_back_as_it_breaks_and_is_repaired(
     with place() as here:
         refs = ("main", "refs/pr/2")
         repo = add_repo(here.hub, "acme/tiny", {"config.json": b"{}"}, refs=refs).parents[1]
-        with overlay.open_session([], environ=here.environ) as session:
+        with hf_overlay.open_session([], environ=here.environ) as session:
             for broken in (False, True, False, True):
                 if broken:
                     (repo / "refs" / ref).write_bytes(b"\xff\xfe")
@@ -599,7 +599,7 @@ def test_a_model_from_the_hub_has_the_hubs_blob_ids_in_its_tree(
         world = World(([model], []), [], frozenset())
         here.lay(world)
         lay_expected(here.top / "plain", here, world)
-        with overlay.open_session(here.roots, environ=here.environ) as session:
+        with hf_overlay.open_session(here.roots, environ=here.environ) as session:
             for release, reader in readers.items():
                 asked: list[Call] = [("tree", {"repo_id": "acme/tiny"})]
                 ours, plain = reader.read(session.hub_cache, asked), reader.read(here.top / "plain", asked)
@@ -613,7 +613,7 @@ def test_a_newer_commit_of_the_same_files_is_shown_by_a_refresh(place: Callable[
         model = Custom("acme/tiny", "llama", "folder", "yes", frozenset(), False, is_settled, (), 0)
         here.lay(World(([model], []), [], frozenset()))
         download = here.roots[0] / "acme/tiny/.cache/huggingface/download"
-        with overlay.open_session(here.roots, environ=here.environ) as session:
+        with hf_overlay.open_session(here.roots, environ=here.environ) as session:
             before = overlay_commits(session.hub_cache, {"acme/tiny": ""})
             assert before == {"acme/tiny": model.commit("drive")}
             for metadata in download.iterdir():
@@ -633,7 +633,7 @@ def test_payloads_in_the_shared_blob_store_are_read(place: Callable[[], Any], re
         blob.rename(store)
         blob.symlink_to(os.path.relpath(store, blob.parent))
         before = listing(here.hub)
-        with overlay.open_session([], environ=here.environ) as session:
+        with hf_overlay.open_session([], environ=here.environ) as session:
             asked: list[Call] = [("scan", {}), ("snapshot", {"repo_id": "acme/tiny"})]
             asked += [("file", {"repo_id": "acme/tiny", "filename": "model.safetensors"})]
             for release, reader in readers.items():

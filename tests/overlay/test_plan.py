@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from hf_overlay.catalog.plan import Entry, choose, fold, plan
+from hf_overlay.models import File, Model, Source
 from hypothesis import given
 from hypothesis import strategies as st
-
-from overlay.models import File, Model, Source
-from overlay.plan import Entry, choose, fold, plan
 
 NAMES = st.sampled_from(["a", "b", "org/a", "Org/a", "org/b", "org/sub/a", "x--y", "org/" + "n" * 250, "é", "e\u0301"])
 CACHED = st.sets(st.sampled_from(["models--a", "models--ORG--a", "datasets--x--y", ".locks", "version.txt"]))

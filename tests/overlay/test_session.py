@@ -9,22 +9,22 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import hf_overlay
 import pytest
+from hf_overlay.session import clear_dead
 from huggingface_hub import scan_cache_dir, snapshot_download
 
-import overlay
-from overlay.session import clear_dead
 from tests.support import hfcache
 from tests.support.folders import lay_model
 
 FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"from the cache"}
 
 
-def load(session: overlay.Session, model_id: str) -> str:
+def load(session: hf_overlay.Session, model_id: str) -> str:
     return str(snapshot_download(model_id, cache_dir=session.hub_cache, local_files_only=True))
 
 
-def listed(session: overlay.Session) -> list[str]:
+def listed(session: hf_overlay.Session) -> list[str]:
     info = scan_cache_dir(session.hub_cache)
     assert not info.warnings
     return sorted(repo.repo_id for repo in info.repos)
@@ -36,7 +36,7 @@ def test_the_folder_stands_in_front_of_the_cache_and_the_rest_is_there(models: P
     hfcache.add_repo(hub, "org/both", FILES)
     cached = hfcache.add_repo(hub, "org/cached", FILES)
     hfcache.add_repo(hub, "org/data", FILES, repo_type="dataset")
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         assert listed(session) == ["org/both", "org/cached", "org/data", "org/mine"]
         assert (
             Path(load(session, "org/both"), "model.safetensors").read_bytes()
@@ -54,7 +54,7 @@ def test_the_folder_stands_in_front_of_the_cache_and_the_rest_is_there(models: P
 
 def test_a_session_is_private_and_gone_at_its_end(models: Path, sessions: Path) -> None:
     lay_model(models / "org/name", {"sub/file.txt": b"x"})
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         assert stat.S_IMODE(session.path.stat().st_mode) == 0o700
         assert session.path.parent == sessions
     assert not session.path.exists()
@@ -64,7 +64,7 @@ def test_the_environment_leads_to_the_overlay_and_leaves_the_rest_alone(
     models: Path, home: Path, sessions: Path
 ) -> None:
     environ = {"HOME": str(home), "PATH": "/bin", "TRANSFORMERS_CACHE": "/old", "HF_TOKEN": "secret"}
-    with overlay.open_session([models], environ=environ) as session:
+    with hf_overlay.open_session([models], environ=environ) as session:
         assert session.environment == {
             "HOME": str(home),
             "PATH": "/bin",
@@ -79,7 +79,7 @@ def test_the_environment_leads_to_the_overlay_and_leaves_the_rest_alone(
 def test_home_is_an_hf_home_with_the_users_token_and_datasets(models: Path, home: Path, sessions: Path) -> None:
     real = home / ".cache/huggingface"
     (real / "datasets").mkdir(parents=True)
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         (session.home / "token").write_text("a new login")
         assert (session.home / "datasets").samefile(real / "datasets")
         assert (session.home / "hub").samefile(session.hub_cache)
@@ -89,7 +89,7 @@ def test_home_is_an_hf_home_with_the_users_token_and_datasets(models: Path, home
 def test_refresh_tells_and_shows_what_was_added_changed_and_removed(models: Path, sessions: Path) -> None:
     lay_model(models / "org/changed")
     removed = lay_model(models / "org/removed")
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         assert session.refresh() == ((), (), ())
         lay_model(models / "org/added")
         (models / "org/changed/new.txt").write_text("new")
@@ -102,7 +102,7 @@ def test_refresh_tells_and_shows_what_was_added_changed_and_removed(models: Path
 def test_a_load_that_has_begun_goes_on_in_the_tree_it_began_in(models: Path, sessions: Path) -> None:
     """snapshot_download hands out a path; what is read through it later must still be there after a refresh."""
     lay_model(models / "org/name", {"first.txt": b"1", "second.txt": b"2"})
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         begun = Path(load(session, "org/name"))
         assert (begun / "first.txt").read_bytes() == b"1"
         (models / "org/name/added.txt").write_text("changes the commit")
@@ -115,7 +115,7 @@ def test_a_load_that_has_begun_goes_on_in_the_tree_it_began_in(models: Path, ses
 def test_an_unchanged_refresh_touches_nothing(models: Path, hub: Path, sessions: Path) -> None:
     lay_model(models / "org/name")
     hfcache.add_repo(hub, "org/cached", FILES)
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         before = hfcache.listing(session.path)
         session.refresh()
         assert hfcache.listing(session.path) == before
@@ -123,7 +123,7 @@ def test_an_unchanged_refresh_touches_nothing(models: Path, hub: Path, sessions:
 
 def test_refresh_brings_back_what_a_client_deleted(models: Path, hub: Path, sessions: Path) -> None:
     lay_model(models / "org/name")
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         (session.hub_cache / "models--org--name").unlink()
         session.refresh()
         assert listed(session) == ["org/name"]
@@ -166,7 +166,7 @@ def test_refresh_mends_a_model_of_which_a_client_deleted_parts(
 ) -> None:
     folder = lay_model(models / "org/name", {"sub/file.txt": b"x"})
     files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         for _ in range(3):
             damage(session.hub_cache / "models--org--name")
             assert session.refresh() == ((), (), ()), "the user's folder is as it was"
@@ -181,7 +181,7 @@ def test_refresh_mends_a_model_of_which_a_client_deleted_parts(
 
 def test_a_load_that_began_in_what_a_client_damaged_keeps_what_is_left(models: Path, sessions: Path) -> None:
     lay_model(models / "org/name", {"first.txt": b"1", "second.txt": b"2"})
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         begun = Path(load(session, "org/name")).resolve()
         (begun / "first.txt").unlink()
         session.refresh()
@@ -192,7 +192,7 @@ def test_a_load_that_began_in_what_a_client_damaged_keeps_what_is_left(models: P
 
 def test_what_a_program_writes_beside_a_models_files_is_no_damage(models: Path, sessions: Path) -> None:
     lay_model(models / "org/name")
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         begun = Path(load(session, "org/name")).resolve()
         (begun / "notes.txt").touch()
         for _ in range(2):
@@ -208,7 +208,7 @@ def test_rebuilding_gives_the_same_tree(models: Path, hub: Path, sessions: Path)
     hfcache.add_repo(hub, "org/cached", FILES)
     trees = []
     for _ in range(2):
-        with overlay.open_session([models]) as session:
+        with hf_overlay.open_session([models]) as session:
             trees.append(
                 {name: (e[0], e[4]) for name, e in hfcache.listing(session.path).items() if "owner" not in name}
             )
@@ -221,8 +221,8 @@ def test_a_session_in_a_session_works(models: Path, tmp_path: Path, sessions: Pa
     lay_model(models / "org/outer")
     lay_model(tmp_path / "inner/org/inner")
     with (
-        overlay.open_session([models]) as outer,
-        overlay.open_session([tmp_path / "inner"], environ=outer.environment) as inner,
+        hf_overlay.open_session([models]) as outer,
+        hf_overlay.open_session([tmp_path / "inner"], environ=outer.environment) as inner,
     ):
         assert listed(inner) == ["org/inner", "org/outer"]
 
@@ -231,35 +231,35 @@ def test_ids_from_outside_are_refused_before_the_disk_is_touched(
     models: Path, sessions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lay_model(models / "org/name")
-    with overlay.open_session([models / "org"]) as session:
+    with hf_overlay.open_session([models / "org"]) as session:
         with monkeypatch.context() as no_disk:
             for name in ("stat", "open", "scandir", "listdir", "lstat", "readlink"):
                 no_disk.setattr(os, name, None)
             for bad in ("..", "../org/name", "a/../b", "/etc", "", "a//b", "a/", "a\0b", "a\\b", ".", "./a"):
-                with pytest.raises(overlay.InvalidModelId):
+                with pytest.raises(hf_overlay.InvalidModelId):
                     session.resolve(bad)
-        with pytest.raises(overlay.ModelNotFound, match="did you mean name"):
+        with pytest.raises(hf_overlay.ModelNotFound, match="did you mean name"):
             session.resolve("nam")
 
 
 def test_start_up_logs_the_paths_or_that_there_are_none(
     models: Path, sessions: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "overlay")
-    with overlay.open_session([models]):
+    caplog.set_level(logging.INFO, "hf_overlay")
+    with hf_overlay.open_session([models]):
         pass
-    with overlay.open_session(environ={"HOME": os.environ["HOME"]}):
+    with hf_overlay.open_session(environ={"HOME": os.environ["HOME"]}):
         pass
     assert [record.message for record in caplog.records] == [f"model paths: {models}", "using HuggingFace cache only"]
 
 
 def test_a_path_that_is_a_file_is_refused_and_leaves_nothing(tmp_path: Path, sessions: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(overlay.UsageError, match="is a file"), overlay.open_session([tmp_path / "file"]):
+    with pytest.raises(hf_overlay.UsageError, match="is a file"), hf_overlay.open_session([tmp_path / "file"]):
         pass
 
 
-def download(session: overlay.Session) -> None:
+def download(session: hf_overlay.Session) -> None:
     """What a client leaves in the hub folder when no gateway saw it coming."""
     hfcache.add_repo(session.hub_cache, "org/downloaded", FILES, locks=True)
 
@@ -268,7 +268,7 @@ def test_what_clients_downloaded_stays_visible_and_comes_home_at_the_end(
     models: Path, hub: Path, sessions: Path, tmp_path: Path
 ) -> None:
     lay_model(models / "org/name")
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         download(session)
         session.refresh()
         lay_model(models / "org/new")
@@ -282,7 +282,7 @@ def test_what_clients_downloaded_stays_visible_and_comes_home_at_the_end(
 def test_a_download_that_cannot_come_home_stays_is_named_and_comes_at_a_later_start(
     models: Path, hub: Path, sessions: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         download(session)
         hub.parent.mkdir(parents=True)
         hub.write_text("in the way")
@@ -304,7 +304,7 @@ def contents(folder: Path) -> dict[str, tuple[str, str]]:
 
 def test_a_load_goes_on_after_a_refresh_however_old_its_tree_is(models: Path, sessions: Path) -> None:
     lay_model(models / "org/name", {"file.txt": b"1"})
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         begun = Path(load(session, "org/name"))
         os.utime(session.path / "hubs/1", (1, 1))
         (models / "org/name/added.txt").write_text("changes the commit")
@@ -320,7 +320,7 @@ def test_a_load_goes_on_after_a_refresh_however_old_its_tree_is(models: Path, se
 def test_a_model_that_is_being_copied_is_shown_once_it_rests(models: Path, sessions: Path) -> None:
     """Looked at every two seconds, a copy that grows must not make a tree each time."""
     lay_model(models / "org/old")
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         assert session.refresh(only_settled=True) == ((), (), ())
         new = lay_model(models / "org/new")
         for _ in range(5):
@@ -339,7 +339,7 @@ def test_a_model_that_is_being_copied_is_shown_once_it_rests(models: Path, sessi
 
 def test_a_folder_that_is_again_as_it_was_keeps_its_readers(models: Path, sessions: Path) -> None:
     lay_model(models / "org/name", {"file.txt": b"1"})
-    with overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models]) as session:
         begun = Path(load(session, "org/name"))
         added = models / "org/name/added.txt"
         added.write_text("new")
@@ -352,7 +352,7 @@ def test_a_folder_that_is_again_as_it_was_keeps_its_readers(models: Path, sessio
 
 def test_dead_sessions_are_cleared_and_living_ones_are_not(models: Path, sessions: Path) -> None:
     lay_model(models / "org/name")
-    with overlay.open_session([models]) as living:
+    with hf_overlay.open_session([models]) as living:
         dead = sessions / "session-1-1"
         (dead / "hubs/1").mkdir(parents=True)
         (dead / ".hf-overlay-session").write_text("{}")

@@ -19,7 +19,9 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import hf_overlay
 import pytest
+from hf_overlay.session import clear_dead
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -31,8 +33,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-import overlay
-from overlay.session import clear_dead
 from tests.support import hubs
 from tests.support.folders import lay_model, settle
 from tests.support.hfcache import Entry, add_repo, etag, listing, repo_folder
@@ -131,8 +131,8 @@ class World:
         add_repo(second, "org/second", _files("second, at first"), refs=("v1",), tree=True)
         add_repo(second, "org/second", _files("second, now"), tree=True)
 
-    def open(self) -> AbstractContextManager[overlay.Session]:
-        return overlay.open_session(self.roots, environ=self.environ)
+    def open(self) -> AbstractContextManager[hf_overlay.Session]:
+        return hf_overlay.open_session(self.roots, environ=self.environ)
 
     def recover(self) -> list[str]:
         """What the next start does first; returns what it reports as kept."""
@@ -256,7 +256,7 @@ def commits(hub: Path, model_id: str) -> list[str]:
         return []
 
 
-def contents(model: overlay.Model) -> dict[str, str]:
+def contents(model: hf_overlay.Model) -> dict[str, str]:
     """What loading a model must read: name -> sha1."""
     return {file.name: hashlib.sha1(Path(model.path, file.name).read_bytes()).hexdigest() for file in model.files}
 
@@ -587,7 +587,7 @@ def test_a_download_that_cannot_come_home_stays_and_is_reported_at_each_start(
     world: World, workers: Callable[[str], Worker], model_id: str, is_killed: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A new model's, or one into a repo of the user's; once what was in its way is gone, the next start moves it."""
-    caplog.set_level(logging.WARNING, "overlay")
+    caplog.set_level(logging.WARNING, "hf_overlay")
     payload = b"downloaded"
     with ExitStack() as stack:
         if is_killed:
@@ -702,7 +702,7 @@ class Lives(RuleBasedStateMachine):
         self.base = base
         self.world = World(base)
         self.client = client
-        self.open: list[tuple[ExitStack, overlay.Session]] = []
+        self.open: list[tuple[ExitStack, hf_overlay.Session]] = []
         self.loadable: dict[str, dict[str, str]] = {}
         """What the newest session must give for an id; nothing once anything else has happened."""
         self.payloads: list[bytes] = []
@@ -715,7 +715,7 @@ class Lives(RuleBasedStateMachine):
         lost = before - held(self.world, self.payloads)
         assert not lost, f"P3 is broken: downloads were deleted: {lost}"
 
-    def session(self, which: int) -> overlay.Session:
+    def session(self, which: int) -> hf_overlay.Session:
         return self.open[which % len(self.open)][1]
 
     def operate(self, which: int, model_id: str, operation: str) -> None:

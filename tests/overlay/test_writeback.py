@@ -16,10 +16,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from hf_overlay import config
+from hf_overlay.session import Cleared, Session, clear_dead
+from hf_overlay.tree.lease import Lease, sessions_folder
 
-from overlay import config
-from overlay.lease import Lease, sessions_folder
-from overlay.session import Cleared, Session, clear_dead
 from tests.support.alone import check_stands_alone, contents
 from tests.support.folders import lay_model
 from tests.support.hfcache import add_repo, etag, repo_folder

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import make_text_state_machine
+from mlx_overlay_server.chat.events import Event, FinishReason, Logprobs, Reasoning, Text, TokenLogprob, ToolCall
+from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.chat.prompt import Prompt, render
+from mlx_overlay_server.chat.reader import Reader, StopStrings, Token
+from mlx_overlay_server.chat.requests import Call, ChatRequest, Image, Message, Tool, ToolChoice
+from mlx_overlay_server.errors import InvalidRequest
 
-from server.chat import Prompt, render
-from server.errors import InvalidRequest
-from server.events import Event, FinishReason, Logprobs, Reasoning, Text, TokenLogprob, ToolCall
-from server.models import Loaded
-from server.reader import Reader, StopStrings, Token
-from server.requests import Call, ChatRequest, Image, Message, Tool, ToolChoice
 from tests.support.loaded import loaded
 from tests.support.models import make_model
 from tests.support.tokens import SPECIAL, THINK, step_tokens, vocabulary

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlx_overlay_server import cli
+from mlx_overlay_server.settings import Settings, device_memory
 
-from server import cli
-from server.settings import Settings, device_memory
 from tests.support.processes import PYTHON, environment, finish
 
 FLAGS: list[tuple[str, str, str, Any]] = [
@@ -151,7 +151,7 @@ def test_under_mlx_launch_what_mlx_lm_cannot_do_is_refused(flag: str) -> None:
 
 _LOADED = """
 import sys
-from server import cli
+from mlx_overlay_server import cli
 try:
     cli.main({arguments})
 except SystemExit as exit_:
@@ -190,7 +190,7 @@ def test_the_command_is_installed() -> None:
 def test_a_model_path_that_is_a_file_is_a_usage_error(home: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    done = finish([PYTHON, "-m", "server.cli", "--port", "0", "--model-path", str(file)], environment(home))
+    done = finish([PYTHON, "-m", "mlx_overlay_server", "--port", "0", "--model-path", str(file)], environment(home))
     assert (done.status, done.out) == (2, "")
     assert str(file) in done.err
     assert "Traceback" not in done.err
@@ -201,7 +201,7 @@ def test_a_port_that_is_taken_is_told(home: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        done = finish([PYTHON, "-m", "server.cli", "--port", port], environment(home))
+        done = finish([PYTHON, "-m", "mlx_overlay_server", "--port", port], environment(home))
     assert done.status == 1
     assert f"cannot listen on 127.0.0.1:{port}" in done.err
     assert "Traceback" not in done.err

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlx_overlay_server.chat.grammar import Constraint
+from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.chat.requests import Params
+from mlx_overlay_server.engine import runner
+from mlx_overlay_server.engine.commands import Options, Prefilled, Sampled, Submit
+from mlx_overlay_server.engine.handle import Engine, Mailbox
+from mlx_overlay_server.engine.worker import Worker
+from mlx_overlay_server.errors import Failed, ServerError, Unavailable
 
-from server import runner
-from server.commands import Options, Prefilled, Sampled, Submit
-from server.engine import Engine, Mailbox
-from server.errors import Failed, ServerError, Unavailable
-from server.grammar import Constraint
-from server.models import Loaded
-from server.requests import Params
-from server.worker import Worker
 from tests.support.models import make_model, make_random_model
 
 SECONDS = 60

@@ -6,11 +6,10 @@ import base64
 from typing import Any
 
 import pytest
+from mlx_overlay_server.api.fields import Body, image, wrong_field
+from mlx_overlay_server.api.openai import ChatCompletionRequest, CompletionRequest
+from mlx_overlay_server.errors import InvalidRequest
 from pydantic import ValidationError
-
-from server.api.fields import Body, image, wrong_field
-from server.api.openai import ChatCompletionRequest, CompletionRequest
-from server.errors import InvalidRequest
 
 CHAT: dict[str, Any] = {"model": "org/m", "messages": [{"role": "user", "content": "Hi"}]}
 TEXT: dict[str, Any] = {"model": "org/m", "prompt": "Hi"}

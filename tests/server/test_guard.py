@@ -12,12 +12,11 @@ import pytest
 from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_overlay_server.api.guard import Guard
+from mlx_overlay_server.errors import ServerError
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from server.errors import ServerError
-from server.guard import Guard
 
 _LIMIT = 10
 _OURS = (("host", "127.0.0.1:10240"),)

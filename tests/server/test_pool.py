@@ -8,12 +8,11 @@ from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
 import pytest
-
-from server import pool as pool_module
-from server.errors import ServerError, Unavailable, UnknownModel
-from server.library import Located
-from server.models import Loaded
-from server.pool import Extras, Pool, preload
+from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.errors import ServerError, Unavailable, UnknownModel
+from mlx_overlay_server.models import pool as pool_module
+from mlx_overlay_server.models.library import Located
+from mlx_overlay_server.models.pool import Extras, Pool, preload
 
 T = TypeVar("T")
 

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import ArraysCache, KVCache
-
-from server.prefix import Cache, PrefixCache
+from mlx_overlay_server.engine.prefix_cache import Cache, PrefixCache
 
 _LAYERS = 2
 _BYTES = _LAYERS * 2 * 4

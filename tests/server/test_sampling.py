@@ -12,13 +12,13 @@ import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_overlay_server.chat import grammar
+from mlx_overlay_server.chat.grammar import Budget, Constraint
+from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.chat.requests import ChatRequest, Format, Params, Tool, ToolChoice
+from mlx_overlay_server.engine.sampling import Choice, Matcher, ReasoningBudget, choice, processors, sampler
+from mlx_overlay_server.errors import InvalidRequest
 
-from server import grammar
-from server.errors import InvalidRequest
-from server.grammar import Budget, Constraint
-from server.models import Loaded
-from server.requests import ChatRequest, Format, Params, Tool, ToolChoice
-from server.sampling import Choice, Matcher, ReasoningBudget, choice, processors, sampler
 from tests.support.loaded import loaded
 from tests.support.models import make_model
 

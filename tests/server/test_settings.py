@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-
-from server.settings import device_memory, rank, size
+from mlx_overlay_server.settings import device_memory, rank, size
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import overlay
+import hf_overlay
+
 from tests.support import worker
 from tests.support.processes import SECONDS
 
@@ -29,7 +30,7 @@ FOLLOWING_LINKS = ("0.36.2", "1.31.0")
 def environment(release: str) -> dict[str, str]:
     """What a Python needs in its environment to import that release. AssertionError when it is not there."""
     # The overlay these tests import, wherever it lies, is also the one in processes they start.
-    path = [str(Path(overlay.__file__).parents[1])]
+    path = [str(Path(hf_overlay.__file__).parents[1])]
     if release != INSTALLED:
         folder = Path(sys.prefix, "hubs", release)
         assert (folder / "huggingface_hub").is_dir(), (

@@ -9,8 +9,7 @@ from typing import Any
 
 from mlx_lm.generate import make_text_state_machine
 from mlx_lm.tokenizer_utils import load
-
-from server.models import Loaded
+from mlx_overlay_server.chat.loaded import Loaded
 
 
 def loaded(folder: Path, *, template: str | None = None, defaults: Mapping[str, Any] | None = None) -> Loaded:

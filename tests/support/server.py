@@ -155,7 +155,7 @@ def serving(
     environ = environment(home, **hubs.environment(hubs.INSTALLED), HF_OVERLAY_DIR=str(sessions), **(environ or {}))
     log = home / f"server-{len(list(home.glob('server-*.log')))}.log"
     folders = [part for path in model_paths for part in ("--model-path", str(path))]
-    command = [PYTHON, "-m", "server.cli", "--port", "0", *folders, *options]
+    command = [PYTHON, "-m", "mlx_overlay_server", "--port", "0", *folders, *options]
     with log.open("wb") as stderr, start(command, environ, stderr=stderr) as process:
         url = _listening(process, log)
         with ExitStack() as clients:

@@ -153,7 +153,7 @@ def own_a_session(
     The model path is `link`, which the child makes lead to the next of `targets` before each refresh. After the
     refreshes it ends the session (with `kill_at` 0 it is killed instead). `killed` is False when it came to that end.
     """
-    from overlay import open_session  # here, so that the child's steps are a session's alone
+    from hf_overlay import open_session  # here, so that the child's steps are a session's alone
 
     child = os.fork()
     if child == 0:

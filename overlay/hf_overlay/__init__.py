@@ -1,0 +1,43 @@
+"""The user's model folders in front of the real Hugging Face cache, for programs that know only the latter.
+
+import hf_overlay
+
+with hf_overlay.open_session(["/Volumes/LLMS/models"]) as session:
+    session.environment            # for a program to start
+    session.models                 # what can be loaded
+    session.resolve("org/name")    # the folder to load
+    session.refresh()              # after folders changed
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hf_overlay.errors import InvalidModelId, ModelNotFound, OverlayError, SessionError, SourceAway, UsageError
+from hf_overlay.models import File, Model
+
+if TYPE_CHECKING:
+    from hf_overlay.session import Changes, Session, open_session
+
+__all__ = [
+    "Changes",
+    "File",
+    "InvalidModelId",
+    "Model",
+    "ModelNotFound",
+    "OverlayError",
+    "Session",
+    "SessionError",
+    "SourceAway",
+    "UsageError",
+    "open_session",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Sessions are imported when first asked for: `hf-overlay ls` needs none, and they are half of its start."""
+    if name in __all__:
+        from hf_overlay import session
+
+        return getattr(session, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

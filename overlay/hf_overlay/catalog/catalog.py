@@ -1,0 +1,235 @@
+"""What can be loaded, from where, and why: the user's folders and the real cache seen together. Reads only."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from hf_overlay import hfcache
+from hf_overlay.catalog.kinds import ModelTypes
+from hf_overlay.catalog.plan import Choice, Entry, Plan, choose, plan
+from hf_overlay.catalog.scan import Scanner
+from hf_overlay.config import Settings
+from hf_overlay.errors import InvalidModelId, ModelNotFound, SourceAway
+from hf_overlay.models import Model, Reject, Source
+
+
+class Candidate(NamedTuple):
+    """One place that was looked at for an id."""
+
+    path: str
+    source: str
+    """`custom` or `cache`."""
+    verdict: str
+    """`wins`, or why it lost."""
+
+
+class Catalog:
+    """The models of one configuration, as of the last `scan()`."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Scans at once. Raises OverlayError when mlx-lm's model types are needed and cannot be read."""
+        self.settings = settings
+        types = None if settings.all_kinds else ModelTypes.installed(trusts_code=settings.trusts_code)
+        self._scanner = Scanner(settings.roots, settings.hub_cache, types)
+        self._warned: set[str] = set()
+        self._cache_problem: str | None = None
+        self._examined: dict[str, tuple[object, hfcache.Examined]] = {}
+        """Cached repos: the state each was in when it was examined, so that it is not done again for nothing."""
+        self.unscannable: dict[str, str] = {}
+        """Cached repos left out of the last plan, because one of them makes every cache scan fail: path -> why."""
+        self._away: dict[str, tuple[int | None, frozenset[str]]] = {}
+        """Model paths that went away since they were seen: the device they were on, and the ids they held."""
+        self._last: dict[str, Model] = {}
+        self.sources: tuple[Source, ...] = ()
+        self.scan()
+
+    def scan(self, *, only_settled: bool = False) -> None:
+        """Look at the user's folders again.
+
+        `only_settled` is for looking again and again: what changed since the last look is taken at the next one that
+        finds it as it is now, so that a model that is being copied does not count as a new one every time.
+        """
+        found = tuple(map(self._without_excluded, self._scanner.scan()))
+        last, self._last = self._last, {model.path: model for source in found for model in source.models}
+        if only_settled:
+            taken = {model.path: model for source in self.sources for model in source.models}
+            found = tuple(_settled(source, last, taken) for source in found)
+        before, self.sources = self.sources, found
+        away = dict(self._away)
+        for old, new in zip(before, self.sources, strict=False):
+            device, ids = away.get(old.root, (old.device, frozenset()))
+            if old.models and (new.problem is not None or new.device != old.device or not os.path.isdir(new.root)):
+                away[old.root] = (old.device, ids.union(model.id for model in old.models))
+            elif old.root in away and (new.models or new.device == device):
+                del away[old.root]
+        self._away = away  # replaced as a whole: other threads read it
+
+    def _without_excluded(self, source: Source) -> Source:
+        out = [model for model in source.models if model.id in self.settings.exclude]
+        if not out:
+            return source
+        rejects = [Reject(model.path, model.id, "is left out by --exclude", model.root) for model in out]
+        models = tuple(model for model in source.models if model not in out)
+        return source._replace(models=models, rejects=(*source.rejects, *rejects))
+
+    def away(self, model_id: str) -> str | None:
+        """The model path an id's model was in, when that path has gone away since."""
+        return next((root for root, (_, ids) in self._away.items() if model_id in ids), None)
+
+    def is_cached(self, model_id: str) -> bool:
+        """Whether the real cache holds a loadable copy now."""
+        return isinstance(self._scanner.read_cached(model_id), Model)
+
+    def cache(self) -> Source:
+        """The real cache's models, looked at now."""
+        cache = self._scanner.scan_cache()
+        self._cache_problem = cache.problem
+        return cache
+
+    def choices(self) -> dict[str, Choice]:
+        """For each id there is, sorted: the model that answers to it. The real cache is looked at now."""
+        return choose([*self.sources, self.cache()])
+
+    def plan(self, *, case_insensitive: bool) -> Plan:
+        """The tree that shows the user's models in front of the real cache's entries, which are looked at now."""
+        entries = self._cache_entries()
+        examined: dict[str, tuple[object, hfcache.Examined]] = {}
+        for name, path in entries.items():
+            if "--" in name:  # what scans take for a repo
+                state = hfcache.state(path)
+                before = self._examined.get(path)
+                examined[path] = before if before and before[0] == state else (state, hfcache.examine(path))
+        self._examined = examined
+        self.unscannable = {path: repo.problem for path, (_, repo) in examined.items() if repo.problem is not None}
+        cached = [
+            Entry(name, path, examined[path][1].commits if path in examined else ())
+            for name, path in entries.items()
+            if path not in self.unscannable
+        ]
+        return plan(self.sources, cached, case_insensitive=case_insensitive)
+
+    def _cache_entries(self) -> dict[str, str]:
+        self._cache_problem = None
+        try:
+            return hfcache.entries(self.settings.hub_cache)
+        except OSError as error:
+            self._cache_problem = f"cannot be read: {error.strerror}"
+            return {}
+
+    def find(self, model_id: str) -> Model:
+        """The model that answers to an id, which is untrusted input.
+
+        Raises InvalidModelId, SourceAway or ModelNotFound, each with what to do.
+        """
+        model_id = self._as_spelled(model_id)
+        found = [model for source in self.sources for model in source.models if model.id == model_id]
+        for model in found:
+            if os.path.isdir(model.path):
+                return model
+        cached = self._scanner.read_cached(model_id)
+        if isinstance(cached, Model):
+            return cached
+        unplugged = next((model.root for model in found if not os.path.isdir(model.root)), None)
+        if away := unplugged or self.away(model_id):
+            raise SourceAway(f"{model_id} is in {away}, which is not there now; connect that drive and try again")
+        raise ModelNotFound(self._not_found(model_id))
+
+    def explain(self, model_id: str) -> list[Candidate]:
+        """Every place looked at for an id, the winner first; no winner when none has the verdict `wins`."""
+        model_id = self._as_spelled(model_id)
+        cached = self._scanner.read_cached(model_id)
+        choice = choose([*self.sources, Source("", None, (cached,) if isinstance(cached, Model) else ())]).get(model_id)
+        found = [choice.winner, *choice.shadows] if choice else []
+        candidates = [
+            Candidate(model.path, model.source, f"stands behind {found[0].path}" if model is not found[0] else "wins")
+            for model in found
+        ]
+        for source in self.sources:
+            if source.problem is not None:
+                candidates.append(Candidate(source.root, "custom", source.problem))
+                continue
+            rejects = [reject for reject in source.rejects if reject.id == model_id]
+            if not rejects and not any(model.root == source.root for model in found):
+                looked_at = self._scanner.read(f"{source.root}/{model_id}", model_id, source.root)
+                rejects = [looked_at] if isinstance(looked_at, Reject) else []
+            candidates += [Candidate(reject.path, "custom", reject.reason) for reject in rejects]
+        if isinstance(cached, Reject):
+            candidates.append(Candidate(cached.path, "cache", cached.reason))
+        return candidates
+
+    def warnings(self) -> list[str]:
+        """What a person should know now and was not told yet: whole paths and folders that cannot be used."""
+        now: dict[str, None] = {}
+        for source in self.sources:
+            if source.problem is not None:
+                rest = (
+                    "the other model paths and the Hugging Face cache"
+                    if len(self.sources) > 1
+                    else "the Hugging Face cache"
+                )
+                now[f"model path {source.root} {source.problem}; going on with {rest}"] = None
+            for reject in source.rejects:
+                if reject.id is None or reject.reason.startswith("cannot be read"):
+                    now[f"{reject.path} {reject.reason}; it is left out"] = None
+        if self._cache_problem is not None:
+            now[f"Hugging Face cache {self.settings.hub_cache} {self._cache_problem}; going on without it"] = None
+        for path, reason in self.unscannable.items():
+            now[f"{path} would make every scan of the cache fail ({reason}); it is left out"] = None
+        for root in self._away:
+            if any(source.root == root and source.problem is None for source in self.sources):
+                now[f"model path {root} is empty and on another volume than before; going on without it"] = None
+        fresh = [warning for warning in now if warning not in self._warned]
+        self._warned = set(now)
+        return fresh
+
+    def _as_spelled(self, model_id: str) -> str:
+        """The id as the disk spells it: macOS may store either Unicode form, people type the composed one."""
+        check_id(model_id)
+        if model_id.isascii():
+            return model_id
+        on_disk = [model.id for source in self.sources for model in source.models]
+        if model_id in on_disk:
+            return model_id
+        typed = unicodedata.normalize("NFC", model_id)
+        return next((spelled for spelled in on_disk if unicodedata.normalize("NFC", spelled) == typed), model_id)
+
+    def _not_found(self, model_id: str) -> str:
+        lost = [f"{candidate.path} {candidate.verdict}" for candidate in self.explain(model_id)]
+        import difflib  # only for this message
+
+        near = difflib.get_close_matches(model_id, self.choices(), n=1, cutoff=0.8)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"no model {model_id}: {'; '.join(lost)}{hint}"
+
+
+def _settled(source: Source, last: Mapping[str, Model], taken: Mapping[str, Model]) -> Source:
+    """The source with each model that differs from the last look as it was taken before, or left out."""
+    moving = [model for model in source.models if last.get(model.path) != model]
+    if not moving:
+        return source
+    models = (taken.get(model.path) if model in moving else model for model in source.models)
+    rejects = (
+        Reject(model.path, model.id, "has just changed: still being copied?", model.root)
+        for model in moving
+        if model.path not in taken
+    )
+    return source._replace(
+        models=tuple(model for model in models if model is not None), rejects=(*source.rejects, *rejects)
+    )
+
+
+def check_id(model_id: str) -> None:
+    """Refuse ids that could lead out of the folder they are looked up in. Raises InvalidModelId; touches no disk."""
+    parts = model_id.split("/")
+    if model_id.startswith("/"):
+        problem = "is an absolute path"
+    elif "\0" in model_id or "\\" in model_id:
+        problem = "has a NUL or a backslash in it"
+    elif any(part in ("", ".", "..") for part in parts):
+        problem = "has an empty part, `.` or `..` in it"
+    else:
+        return
+    raise InvalidModelId(f"model id {model_id!r} {problem}; give it as org/name")

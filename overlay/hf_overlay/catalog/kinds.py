@@ -1,0 +1,113 @@
+"""Which `config.json` the installed mlx-lm can load: the answer of its `_get_classes`, without importing it.
+
+Importing mlx_lm costs two seconds (MLX, transformers); finding the folder does not. The facts come from its source:
+`mlx_lm/models/<type>.py` must define `Model` and `ModelArgs`, after MODEL_ARCHITECTURE_REMAPPING and
+MODEL_REMAPPING of `mlx_lm/utils.py` have been applied (mlx-lm 0.32).
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from hf_overlay.errors import OverlayError
+
+
+class ModelTypes:
+    """The model types one mlx-lm installation can load."""
+
+    def __init__(self, mlx_lm: str, *, trusts_code: bool = False) -> None:
+        """`mlx_lm` is the package's folder. Raises OverlayError when it is not laid out as expected.
+
+        `trusts_code`: whoever loads models tells mlx-lm to run code that comes with them.
+        """
+        self._trusts_code = trusts_code
+        self._models = os.path.join(mlx_lm, "models")
+        try:
+            with open(os.path.join(mlx_lm, "utils.py"), encoding="utf-8") as file:
+                source = file.read()
+            self._remapping: Mapping[str, str] = _constant(source, "MODEL_REMAPPING")
+            self._by_architecture: Mapping[tuple[str, str], str] = _constant(source, "MODEL_ARCHITECTURE_REMAPPING")
+            with os.scandir(self._models) as entries:
+                self._modules = {entry.name.removesuffix(".py") for entry in entries if entry.name.endswith(".py")}
+        except (OSError, ValueError, SyntaxError) as error:
+            raise OverlayError(f"cannot read which models mlx-lm at {mlx_lm} loads: {error}; reinstall it") from error
+        self._loadable: dict[str, bool] = {}
+
+    @classmethod
+    def installed(cls, *, trusts_code: bool = False) -> ModelTypes:
+        """Those of the mlx-lm in this Python environment. Raises OverlayError when there is none."""
+        spec = find_spec("mlx_lm")
+        if spec is None or not spec.submodule_search_locations:
+            raise OverlayError("mlx-lm is not installed here; install it, or use --all-kinds")
+        return cls(spec.submodule_search_locations[0], trusts_code=trusts_code)
+
+    def why_not(self, config: Mapping[str, Any]) -> str | None:
+        """None when mlx-lm can load a model with this config, else the reason."""
+        if "model_type" not in config:
+            return "config.json names no model_type"
+        if config.get("model_file") is not None:
+            if self._trusts_code:
+                return None
+            return "config.json asks to run its own code (model_file), which mlx-lm does only when told to trust it"
+        model_type = config["model_type"]
+        if isinstance(model_type, str) and self._is_loadable(self._module(model_type, config)):
+            return None
+        return f"model type {str(model_type)[:80]!r} is not one that the installed mlx-lm can load"
+
+    def _module(self, model_type: str, config: Mapping[str, Any]) -> str | None:
+        architectures = config.get("architectures") or ()
+        if isinstance(architectures, str):
+            architectures = (architectures,)
+        try:
+            for architecture in architectures:
+                if (model_type, architecture) in self._by_architecture:
+                    return self._by_architecture[model_type, architecture]
+        except TypeError:  # as mlx-lm itself fails
+            return None
+        return self._remapping.get(model_type, model_type)
+
+    def _is_loadable(self, module: str | None) -> bool:
+        if module is None:
+            return False
+        if module not in self._loadable:
+            self._loadable[module] = module in self._modules and self._defines_a_model(module)
+        return self._loadable[module]
+
+    def _defines_a_model(self, module: str) -> bool:
+        """Whether importing it gives Model and ModelArgs; helpers (`cache`, `rope_utils`) lie beside the models."""
+        with open(os.path.join(self._models, module + ".py"), encoding="utf-8") as file:
+            source = file.read()
+        # `import hf_olmo` fails without ai2-olmo, and then ends the whole process: an import to check beforehand.
+        packages = set(re.findall(r"^\s*(?:import|from) +(\w+)", source, re.M)) - sys.stdlib_module_names
+        if any(find_spec(package) is None for package in packages):
+            return False
+        # Nearly always both are classes; parsing 500 lines for the rest costs milliseconds.
+        if re.search(r"^class Model\b", source, re.M) and re.search(r"^class ModelArgs\b", source, re.M):
+            return True
+        return {"Model", "ModelArgs"} <= _bound_names(ast.parse(source))
+
+
+def _constant(source: str, name: str) -> Any:
+    """The literal a module assigns to `name` at its top level; only those lines are parsed (speed)."""
+    match = re.search(rf"^{name}\b[^=\n]*=\s*(\{{[^\n]*\}}|\{{.*?^\}})", source, re.M | re.S)
+    if match is None:
+        raise ValueError(f"no {name} in it")
+    return ast.literal_eval(match[1])
+
+
+def _bound_names(module: ast.Module) -> set[str]:
+    names: set[str] = set()
+    for node in module.body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names.update(alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Assign):
+            names.update(target.id for target in node.targets if isinstance(target, ast.Name))
+    return names

@@ -1,0 +1,180 @@
+"""What will bite: each finding says where, what, and what to do. Looks at disks; changes nothing that stays."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import NamedTuple
+
+from hf_overlay import hfcache
+from hf_overlay.catalog.catalog import Catalog
+from hf_overlay.catalog.plan import choose, fold
+from hf_overlay.tree import lease
+
+FULL_BYTES = 2**30
+"""With less room than this in the real cache, the next download of a model fails."""
+_SAFE_HUB = (1, 32)
+"""First huggingface_hub whose deletions stop at the first link (utils/_cache_manager.py)."""
+
+
+class Finding(NamedTuple):
+    """One thing to know."""
+
+    kind: str
+    where: str
+    what: str
+    advice: str
+
+
+def examine(catalog: Catalog, environ: Mapping[str, str]) -> list[Finding]:
+    """Every check, in the order of the pipeline: folders, ids, tree, cache, installation, sessions."""
+    sessions = lease.sessions_folder(environ)
+    return [
+        *_folders(catalog),
+        *_ids(catalog),
+        *_sessions_volume(sessions),
+        *_cache(catalog),
+        *_deletions(),
+        *_stale(sessions),
+    ]
+
+
+def _folders(catalog: Catalog) -> Iterator[Finding]:
+    for source in catalog.sources:
+        if source.problem is not None:
+            yield Finding(
+                "source",
+                source.root,
+                source.problem,
+                "Connect the drive or correct the path; it is used once it is there.",
+            )
+        for reject in source.rejects:
+            yield Finding("rejected", reject.path, reject.reason, _advice(reject.reason))
+        if source.junk:
+            yield Finding(
+                "appledouble",
+                source.root,
+                f"{source.junk} AppleDouble files (._name), which macOS writes on exFAT and network volumes",
+                f"They are left out here; other programs may trip over them. Remove them: dot_clean -m {source.root}",
+            )
+
+
+def _advice(reason: str) -> str:
+    if "being copied" in reason:
+        return "Wait for the copy to end, or copy the files named again."
+    if "permission" in reason:
+        return "Give yourself read permission (macOS: System Settings, Privacy & Security, Files and Folders)."
+    if "model type" in reason or "diffusers" in reason:
+        return "Update mlx-lm if it is new; for other programs use --all-kinds."
+    if "config.json" in reason or "JSON" in reason:
+        return "Copy or download config.json and the weights again."
+    return "Correct it if this should be a model; otherwise nothing to do."
+
+
+def _ids(catalog: Catalog) -> Iterator[Finding]:
+    choices = choose(catalog.sources)
+    for model_id, choice in choices.items():
+        if (reason := hfcache.why_not_linkable(model_id)) is not None:
+            yield Finding(
+                "id",
+                choice.winner.path,
+                f"its id {model_id} {reason}",
+                _by_path(model_id, "Rename the folder, or load it"),
+            )
+        elif (reason := hfcache.why_not_hub_id(model_id)) is not None:
+            yield Finding(
+                "id",
+                choice.winner.path,
+                f"its id {model_id} {reason}: listed, but Hub clients refuse to load it",
+                _by_path(model_id, "Load it"),
+            )
+        for hidden in choice.shadows:
+            yield Finding(
+                "duplicate",
+                hidden.path,
+                f"{model_id} is also in {choice.winner.path}, which comes first",
+                "Keep one of them, or give the model paths in the other order.",
+            )
+    spelled: dict[str, str] = {}
+    for model_id, choice in choices.items():
+        other = spelled.setdefault(fold(model_id), model_id)
+        if other != model_id:
+            yield Finding(
+                "case",
+                choice.winner.path,
+                f"{model_id} and {other} differ in case only",
+                "On a case-insensitive volume (macOS) only the first can stand in the overlay: rename one folder.",
+            )
+
+
+def _by_path(model_id: str, start: str) -> str:
+    return f'{start} by path: --model "$(hf-overlay path {model_id})"'
+
+
+def _sessions_volume(sessions: str) -> Iterator[Finding]:
+    folder = sessions
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    elsewhere = f"Set {lease.DIRECTORY_VARIABLE} to a folder on a volume that takes symbolic links and has room."
+    try:
+        with tempfile.TemporaryDirectory(prefix=".hf-overlay-probe-", dir=folder) as probe:
+            os.symlink("target", f"{probe}/link")
+    except OSError as error:
+        yield Finding("symlinks", sessions, f"no symbolic link can be made there: {error.strerror}", elsewhere)
+
+
+def _cache(catalog: Catalog) -> Iterator[Finding]:
+    hub = catalog.settings.hub_cache
+    if os.path.exists(hub):
+        if not os.path.isdir(hub):
+            yield Finding("cache", hub, "the Hugging Face cache is not a folder", "Correct HF_HUB_CACHE or HF_HOME.")
+            return
+        if not os.access(hub, os.W_OK | os.X_OK) or os.statvfs(hub).f_flag & os.ST_RDONLY:
+            yield Finding(
+                "cache",
+                hub,
+                "the Hugging Face cache is read-only",
+                "Models load; downloads will fail. Make it writable.",
+            )
+        space = os.statvfs(hub)
+        if space.f_bavail * space.f_frsize < FULL_BYTES:
+            yield Finding(
+                "cache",
+                hub,
+                f"only {space.f_bavail * space.f_frsize // 10**6} MB are free for downloads",
+                "Make room (hf cache ls --sort size), or move it with HF_HOME.",
+            )
+    catalog.plan(case_insensitive=False)
+    for path, reason in catalog.unscannable.items():
+        yield Finding(
+            "cache",
+            path,
+            f"makes every scan of the plain cache fail: {reason}",
+            "Left out here. Download that model again.",
+        )
+    for reject in catalog.cache().rejects:
+        yield Finding("rejected", reject.path, reject.reason, _advice(reject.reason))
+
+
+def _deletions() -> Iterator[Finding]:
+    try:
+        version = metadata.version("huggingface_hub")
+    except metadata.PackageNotFoundError:
+        return
+    if tuple(int(part) for part in version.split(".")[:2]) < _SAFE_HUB:
+        yield Finding(
+            "deletions",
+            f"huggingface_hub {version}",
+            "its cache deletions follow links to the end; the overlay is built so that they find nothing of yours, "
+            "but links that you put into a cache yourself are not safe",
+            "Update it: pip install -U huggingface_hub",
+        )
+
+
+def _stale(sessions: str) -> Iterator[Finding]:
+    for path in lease.sessions_in(sessions):
+        with lease.dead(sessions, path) as is_dead:
+            if is_dead:
+                yield Finding("session", path, "left behind by a program that was killed", "Clear it: hf-overlay clean")

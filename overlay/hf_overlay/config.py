@@ -1,0 +1,139 @@
+"""Where the user's folders are and where huggingface_hub keeps its cache.
+
+Pure functions of the arguments and the environment handed in; nothing here touches huggingface_hub, because it
+reads these variables once, when it is imported, and by then the environment must already be ours.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from hf_overlay.errors import UsageError
+
+MODEL_PATH_VARIABLE = "MLX_OMNI_MODEL_PATH"
+OWNER_FILE = ".hf-overlay-session"
+"""Names the living owner in every session's folder; a scan that meets one knows the folder for ours."""
+
+
+_OVERLAY = re.compile(r"/session-\d+-[0-9a-f]+/home/hub$")
+
+
+class Settings(NamedTuple):
+    """Everything a scan depends on. All paths are absolute; none of them need exist."""
+
+    roots: tuple[str, ...]
+    """The user's model folders, most important first; empty: the Hugging Face cache only."""
+    hub_cache: str
+    """The real cache: what huggingface_hub calls HF_HUB_CACHE."""
+    hf_home: str
+    """What huggingface_hub calls HF_HOME: tokens, Xet cache, datasets, modules."""
+    all_kinds: bool = False
+    """Also take models that mlx-lm cannot load (transformers, diffusers, sentence-transformers)."""
+    exclude: tuple[str, ...] = ()
+    """Ids for which the user's folders do not count: the cache, and the Hub, answer."""
+    trusts_code: bool = False
+    """Also take models whose architecture is in a Python file of their own."""
+
+
+def load(
+    model_paths: Sequence[str],
+    environ: Mapping[str, str],
+    cwd: str,
+    *,
+    all_kinds: bool = False,
+    exclude: Sequence[str] = (),
+    trusts_code: bool = False,
+) -> Settings:
+    """Settings from the command line's model paths and an environment; the former win.
+
+    Raises UsageError for an empty path, for one that is a file, and in the shell of an overlay that has ended.
+    """
+    if not model_paths:
+        model_paths = [part for part in environ.get(MODEL_PATH_VARIABLE, "").split(os.pathsep) if part]
+    roots: dict[str, None] = {}
+    for given in model_paths:
+        if not given or "\0" in given:
+            raise UsageError(f"a model path is empty or malformed: {given!r}; give a folder of models")
+        root = _absolute(expand_user(given, environ), cwd)
+        if os.path.isfile(root):
+            raise UsageError(f"model path {root} is a file; give the folder that holds your models")
+        roots[root] = None
+    cache = _absolute(hub_cache(environ), cwd)
+    if _OVERLAY.search(cache) and not os.path.isdir(cache):
+        raise UsageError(f"HF_HUB_CACHE is an overlay that has ended ({cache}); unset HF_HUB_CACHE HF_ENDPOINT first")
+    return Settings(
+        roots=tuple(roots),
+        hub_cache=cache,
+        hf_home=_absolute(hf_home(environ), cwd),
+        all_kinds=all_kinds,
+        exclude=tuple(exclude),
+        trusts_code=trusts_code,
+    )
+
+
+def hf_home(environ: Mapping[str, str]) -> str:
+    """HF_HOME as huggingface_hub/constants.py computes it (an empty string is a value, not "unset")."""
+    cache_home = environ.get("XDG_CACHE_HOME", os.path.join(expand_user("~", environ), ".cache"))
+    return expand(environ.get("HF_HOME", os.path.join(cache_home, "huggingface")), environ)
+
+
+def hub_cache(environ: Mapping[str, str]) -> str:
+    """HF_HUB_CACHE as huggingface_hub/constants.py computes it, the older HUGGINGFACE_HUB_CACHE included."""
+    default = environ.get("HUGGINGFACE_HUB_CACHE", os.path.join(hf_home(environ), "hub"))
+    return expand(environ.get("HF_HUB_CACHE", default), environ)
+
+
+def is_offline(environ: Mapping[str, str]) -> bool:
+    """Whether huggingface_hub will not use the network in this environment (constants.HF_HUB_OFFLINE)."""
+    value = environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE") or ""
+    return value.upper() in ("1", "ON", "YES", "TRUE")
+
+
+def applied(variables: Mapping[str, str | None], environ: Mapping[str, str]) -> dict[str, str]:
+    """An environment with variables set, or, where the value is None, taken out."""
+    changed = {**environ, **variables}
+    if "HF_ENDPOINT" in variables:
+        changed |= past_proxies(environ)
+    return {name: value for name, value in changed.items() if value is not None}
+
+
+def past_proxies(environ: Mapping[str, str]) -> dict[str, str]:
+    """What keeps loopback out of the proxy that an environment prescribes; nothing where it prescribes none."""
+    names = {name.lower() for name, value in environ.items() if value}
+    if not names & {"http_proxy", "all_proxy"}:
+        return {}
+    before = environ.get("no_proxy") or environ.get("NO_PROXY")
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), f"{before},127.0.0.1" if before else "127.0.0.1")
+
+
+def _absolute(path: str, cwd: str) -> str:
+    path = os.path.join(cwd, path)
+    # Behind a link `..` is not the textual parent; without one the user's own spelling is what they recognise.
+    return os.path.realpath(path) if ".." in path.split("/") else os.path.normpath(path)
+
+
+def expand(path: str, environ: Mapping[str, str]) -> str:
+    """os.path.expandvars(os.path.expanduser(path)), for the environment handed in."""
+
+    def value(match: re.Match[str]) -> str:
+        return environ.get(match[1] or match[2], match[0])
+
+    return re.sub(r"\$(?:(\w+)|\{([^}]*)\})", value, expand_user(path, environ), flags=re.ASCII)
+
+
+def expand_user(path: str, environ: Mapping[str, str]) -> str:
+    """os.path.expanduser, for the environment handed in; `~name` asks the password database."""
+    first, slash, rest = path.partition("/")
+    if first == "~":
+        home = environ["HOME"] if "HOME" in environ else _home_on_record()
+        return (home.rstrip("/") + slash + rest) or "/"
+    return os.path.expanduser(path)
+
+
+def _home_on_record() -> str:
+    import pwd  # hardly ever asked
+
+    return pwd.getpwuid(os.getuid()).pw_dir

@@ -1,0 +1,339 @@
+"""The Hugging Face cache's layout on disk: the one file that knows models--a--b, refs, blobs, snapshots and trees.
+
+The layout is huggingface_hub's (docs: "Understand caching"; source: file_download.py, _tree_cache.py,
+utils/_cache_manager.py, utils/_validators.py of 2.4).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from hf_overlay.models import File, Model
+
+LOCKS = ".locks"
+CACHEDIR_TAG = "CACHEDIR.TAG"
+"""Clients put it into a hub folder, to keep backups out."""
+ORIGIN = "overlay.json"
+"""In a repo folder of ours: the user's folder it stands for, and its commit. No client looks at it."""
+VIEWS = "views"
+"""In a repo folder of ours: the links that make up its revision, to which `snapshots/<commit>` is a link."""
+SHARED_BLOBS = "blobs"
+"""huggingface_hub >= 2 keeps payloads that several repos share here; reached through each repo's own links."""
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_OTHER_REPO = re.compile(r"(datasets|spaces|kernels)--.+")
+_HUB_ID = re.compile(r"(\b[\w\-.]{1,96}\b/)?\b[\w\-.]{1,96}\b", re.ASCII)
+_OS_HELPERS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+_NAME_MAX = 255 - len(".0123456789abcdef")
+
+
+class NoSnapshot(Exception):
+    """A repo folder holds no revision that `main` leads to; the text says why."""
+
+
+def is_junk(name: str) -> bool:
+    """Whether a file of this name is never part of a model: OS helpers, AppleDouble, unfinished downloads, locks."""
+    return name.startswith("._") or name in _OS_HELPERS or name.endswith((".incomplete", ".lock"))
+
+
+# Names ---------------------------------------------------------------------------------------------------------
+
+
+def repo_folder(repo_id: str, kind: str = "models") -> str:
+    """`org/name` -> `models--org--name`."""
+    return "--".join([kind, *repo_id.split("/")])
+
+
+def model_id(folder: str) -> str | None:
+    """`models--org--name` -> `org/name`, as scan_cache_dir reads it; None for any other name."""
+    kind, separator, rest = folder.partition("--")
+    return rest.replace("--", "/") if kind == "models" and separator and rest else None
+
+
+def is_repo(folder: str) -> bool:
+    """Whether a name in a hub folder is that of a cached repo of any kind."""
+    return model_id(folder) is not None or is_other_repo(folder)
+
+
+def is_other_repo(folder: str) -> bool:
+    """Whether this is a cached dataset, space or kernel."""
+    return _OTHER_REPO.fullmatch(folder) is not None
+
+
+def why_not_linkable(id_: str) -> str | None:
+    """None when an id can stand in a cache under its own name, else why it can be loaded by path only."""
+    folder = repo_folder(id_)
+    if model_id(folder) != id_:
+        return "cannot be written in the cache's layout, where `--` stands for `/`"
+    if len(os.fsencode(folder)) > _NAME_MAX:
+        return "is too long for a folder name in a cache"
+    return None
+
+
+def why_not_hub_id(model_id: str) -> str | None:
+    """None when Hub clients accept the id (huggingface_hub's validate_repo_id), else why they refuse it."""
+    if model_id.count("/") > 1:
+        return "has more than one `/`"
+    if "--" in model_id or ".." in model_id:
+        return "has `--` or `..` in it"
+    if model_id.endswith(".git"):
+        return "ends with `.git`"
+    if not _HUB_ID.fullmatch(model_id):
+        return "has other characters than letters, digits, `-`, `_`, `.`, or a part of over 96, or odd ends"
+    return None
+
+
+# Reading -------------------------------------------------------------------------------------------------------
+
+
+def main_commit(repo: str, *, any_single: bool) -> str:
+    """The commit that revision `main` of a cached repo stands for.
+
+    `any_single` accepts, where there is no `main`, the only revision there is. Raises NoSnapshot.
+    """
+    try:
+        with open(f"{repo}/refs/main", encoding="ascii", errors="strict") as file:
+            commit = file.read(64)
+    except FileNotFoundError:
+        commits = _subfolders(f"{repo}/snapshots")
+        if any_single and len(commits) == 1:
+            return commits[0]
+        held = f"; it holds {len(commits)} revisions by commit only" if commits else " and no revision"
+        raise NoSnapshot(f"has no refs/main{held}") from None
+    except UnicodeDecodeError:
+        raise NoSnapshot("has a refs/main that is not text") from None
+    if not commit or "/" in commit or commit in (".", "..") or "\0" in commit:
+        raise NoSnapshot("has a refs/main that names no commit")
+    if not os.path.isdir(snapshot(repo, commit)):
+        raise NoSnapshot(f"has no snapshot of the commit that refs/main names ({commit[:12]})")
+    return commit
+
+
+def snapshot(repo: str, commit: str) -> str:
+    """The folder of one revision."""
+    return f"{repo}/snapshots/{commit}"
+
+
+def entries(hub: str) -> dict[str, str]:
+    """What an overlay shows of the real cache: name -> path. Empty while the cache does not exist. Raises OSError.
+
+    Not the shared blob store: clients compute paths in it lexically, so through a link they would write a payload
+    into the overlay and leave a broken link in the real cache. Repos lead into it by links of their own.
+    """
+    try:
+        return {name: f"{hub}/{name}" for name in os.listdir(hub) if name != SHARED_BLOBS and not is_junk(name)}
+    except FileNotFoundError:
+        return {}
+
+
+def state(repo: str) -> object:
+    """Something that is equal as long as no revision or ref of a cached repo came, went, or changed its mode."""
+    times: list[int] = []
+    folders = ["refs", "snapshots"]
+    for folder in folders:
+        try:
+            status = os.stat(f"{repo}/{folder}")
+        except OSError as error:
+            times.append(error.errno or 0)
+            continue
+        times.append(status.st_ctime_ns)
+        if folder == "refs" and status.st_nlink != 2:  # 2: no folder in it; other numbers may mean anything
+            folders += ["refs/refs", "refs/refs/pr"]
+    return tuple(times)
+
+
+def watched(repo: str) -> tuple[str, ...]:
+    """What changes its times when a cached repo gets another main revision, or gains or loses a blob."""
+    return (f"{repo}/refs/main", f"{repo}/snapshots", f"{repo}/blobs")
+
+
+class Examined(NamedTuple):
+    """What the plan must know of a cached repo."""
+
+    commits: tuple[str, ...]
+    """Its revisions."""
+    problem: str | None
+    """Why `scan_cache_dir` would raise on it instead of reporting it; None when it does not."""
+
+
+def examine(repo: str) -> Examined:
+    """Look through a cached repo for what makes `scan_cache_dir` raise.
+
+    It lets through what reading a ref or entering a folder raises (huggingface_hub 0.36 to 2.4). What vanishes
+    meanwhile, because another process writes the cache, is no problem.
+    """
+    commits: list[str] = []
+    try:
+        for folder in ("snapshots", "blobs"):
+            if os.path.isdir(f"{repo}/{folder}"):
+                os.stat(f"{repo}/{folder}/.")  # scans go in without asking whether they may
+        for name in os.listdir(f"{repo}/snapshots"):
+            revision = f"{repo}/snapshots/{name}"
+            if os.path.isdir(revision):
+                os.stat(f"{revision}/.")
+                commits.append(name)
+                if loop := _link_loop(revision):
+                    return Examined((), f"snapshots/{name}/{loop} is a link to itself")
+            elif os.path.islink(revision) and not os.path.exists(revision):
+                return Examined((), f"snapshots/{name} is a broken link")
+        for folder, _, names in os.walk(f"{repo}/refs"):
+            for name in names:
+                if name != ".DS_Store":  # the one name that all releases pass over
+                    with open(os.path.join(folder, name), encoding="utf-8") as file:
+                        file.read()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if error.filename is not None and os.path.islink(error.filename):
+            return Examined((), str(error))
+    except (OSError, UnicodeDecodeError) as error:
+        return Examined((), str(error))
+    return Examined(tuple(commits), None)
+
+
+def _link_loop(revision: str) -> str | None:
+    """A file of a snapshot whose links never end, on which releases up to 1.31 fail."""
+    for folder, _, names in os.walk(revision):
+        for name in names:
+            try:
+                os.stat(f"{folder}/{name}")
+            except OSError as error:
+                if error.errno == errno.ELOOP:
+                    return os.path.relpath(f"{folder}/{name}", revision)
+    return None
+
+
+def _subfolders(path: str) -> list[str]:
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+# Writing: a user's folder as a repo of one revision --------------------------------------------------------------
+
+
+class Shadow(NamedTuple):
+    """A repo folder made of links to a user's files: what to create, relative to the repo folder."""
+
+    folders: tuple[str, ...]
+    """Parents before children."""
+    links: tuple[tuple[str, str], ...]
+    """(where, target)"""
+    files: tuple[tuple[str, bytes], ...]
+    """(where, content)"""
+    sealed: tuple[str, ...]
+    """What nobody may write to."""
+    watched: tuple[str, ...]
+    """The folders whose time changes when a client takes a file of the revision away."""
+
+
+def fingerprint(model: Model) -> str:
+    """40 hex digits that change whenever a name, size or time in the folder does; never the same for two folders."""
+    return _sha1(json.dumps([model.id, model.path, model.commit, model.files]))
+
+
+def commit_of(model: Model) -> str:
+    """The commit a user's model has in the tree."""
+    return model.commit or fingerprint(model)
+
+
+def etag(model: Model, file: File) -> str:
+    """A file's etag in the tree: the true one, else one that is stable and this file's alone."""
+    return file.etag or _sha1(f"{model.path}/{file.name}\0{file.size}\0{file.mtime_ns}")
+
+
+def blob_id(etag: str, size: int) -> str:
+    """Git's id of a file with this etag: for one in LFS, whose etag is a SHA-256, that of the pointer to it."""
+    if len(etag) == 40:
+        return etag
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{etag}\nsize {size}\n"
+    return _sha1(f"blob {len(pointer)}\0{pointer}")
+
+
+def shadow(model: Model, commit: str) -> Shadow:
+    """The repo of exactly one revision in which each file is two links away from the user's.
+
+    Two hops, because clients take the first for the blob and unlink it; one revision, because with two,
+    huggingface_hub <= 1.31 follows links to their end and deletes what is there. So that a client that goes past the
+    gateway does not add a second one, refs and snapshots are sealed; which does not stop root, and so the snapshot is
+    a link: those releases delete snapshots before blobs, with an rmtree that refuses a link and ends the deletion.
+    It leads to a folder as deep as itself, for links in it are read by their text as well as by the kernel.
+    """
+    revision = f"{VIEWS}/{commit}"
+    folders = dict.fromkeys(("refs", "blobs", "trees", "snapshots", VIEWS, revision))
+    blobs: dict[str, str] = {}
+    links: list[tuple[str, str]] = [(f"snapshots/{commit}", f"../{revision}")]
+    tree: dict[str, dict[str, object]] = {}
+    for file in model.files:
+        blob = etag(model, file)
+        parents = file.name.split("/")[:-1]
+        for depth in range(len(parents)):
+            folders[f"{revision}/{'/'.join(parents[: depth + 1])}"] = None
+        blobs.setdefault(f"blobs/{blob}", f"{model.path}/{file.name}")
+        links.append((f"{revision}/{file.name}", f"{'../' * (2 + len(parents))}blobs/{blob}"))
+        tree[file.name] = {"size": file.size, "blob_id": blob_id(blob, file.size)}
+        if len(blob) == 64:
+            tree[file.name] |= {"lfs_sha256": blob, "lfs_size": file.size}
+    listing = json.dumps({"format_version": 1, "files": tree})
+    origin = json.dumps({"folder": model.path, "commit": commit})
+    return Shadow(
+        tuple(folders),
+        (*blobs.items(), *links),
+        (
+            ("refs/main", commit.encode()),
+            (f"trees/{commit}.json", listing.encode()),
+            (ORIGIN, origin.encode()),
+        ),
+        ("refs/main", "refs", "snapshots"),
+        # The view by way of its snapshot, so that this is missed, too.
+        ("blobs", f"snapshots/{commit}", *(folder for folder in folders if folder.startswith(f"{revision}/"))),
+    )
+
+
+def blob_name(path: str) -> str | None:
+    """The etag that a file in a cached snapshot links to; None when the link tells none."""
+    try:
+        name = os.path.basename(os.readlink(path))
+    except OSError:
+        return None
+    return name if _ETAG.fullmatch(name) else None
+
+
+def local_dir_identity(folder: str, mtimes_ns: Mapping[str, int]) -> tuple[str, dict[str, str]] | None:
+    """The Hub's commit, and its etag for each file, of a folder made by `hf download --local-dir`.
+
+    It leaves `.cache/huggingface/download/<file>.metadata` (three lines: commit, etag, time of writing). None unless
+    every file is covered, none is newer than its metadata, and all agree on the commit.
+    """
+    commits = set()
+    etags = {}
+    for name, mtime_ns in mtimes_ns.items():
+        try:
+            with open(f"{folder}/.cache/huggingface/download/{name}.metadata", encoding="ascii") as file:
+                commit, etag, saved = (file.readline(128).strip() for _ in range(3))
+            is_older = mtime_ns / 1e9 - 1 <= float(saved)
+        except (OSError, ValueError):
+            return None
+        if not is_older or not _COMMIT.fullmatch(commit) or not _ETAG.fullmatch(etag):
+            return None
+        commits.add(commit)
+        etags[name] = etag
+    return (commits.pop(), etags) if len(commits) == 1 else None
+
+
+def local_dir_records(folder: str) -> list[str]:
+    """A record that `hf download --local-dir` rewrites with each newer commit, where there is one."""
+    record = f"{folder}/.cache/huggingface/download/config.json.metadata"
+    return [record] if os.path.isfile(record) else []
+
+
+def _sha1(text: str) -> str:
+    import hashlib  # OpenSSL takes milliseconds to load, and listing models needs no hash
+
+    return hashlib.sha1(text.encode("utf-8", "surrogateescape"), usedforsecurity=False).hexdigest()

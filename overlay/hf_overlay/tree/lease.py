@@ -1,0 +1,149 @@
+"""Who owns a session's folder, and the proof that its owner is dead.
+
+The owner holds an flock on a file in the folder. The kernel drops it when the last process that holds it ends, however
+it ends, so getting the lock is proof, and not getting it means: leave it alone. The program that `hf-overlay run`
+starts inherits the lock; its tree outlives a killed `hf-overlay`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from hf_overlay.config import OWNER_FILE, Settings, expand_user
+
+DIRECTORY_VARIABLE = "HF_OVERLAY_DIR"
+_PREFIX = "session-"
+
+
+def sessions_folder(environ: Mapping[str, str]) -> str:
+    """Where sessions live: HF_OVERLAY_DIR, else the user's cache folder (never a shared /tmp)."""
+    if given := environ.get(DIRECTORY_VARIABLE):
+        return os.path.abspath(given)
+    default = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    cache = environ.get("XDG_CACHE_HOME") or default
+    return os.path.join(expand_user(cache if os.path.isabs(cache) else default, environ), "hf-overlay", "sessions")
+
+
+class Owner(NamedTuple):
+    """What a session's owner wrote down."""
+
+    pid: int
+    started: float
+    sources: tuple[str, ...]
+    hub_cache: str
+    service: dict[str, str | None]
+
+
+def read_owner(path: str) -> Owner | None:
+    """The owner of a session folder, living or dead; None when it died before it could say."""
+    try:
+        with open(os.path.join(path, OWNER_FILE), encoding="utf-8") as file:
+            return Owner(**json.load(file))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+class Lease:
+    """A session folder and the lock that says its owner lives."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        self.path = path
+        self.fd = fd
+        """Of the locked file; a child that inherits it keeps the session alive."""
+
+    @classmethod
+    def acquire(cls, sessions: str, settings: Settings) -> Lease:
+        """Make a new session folder (0700) and own it. Raises OSError."""
+        os.makedirs(sessions, mode=0o700, exist_ok=True)
+        with _exclusive(sessions):  # so that nobody takes the folder for dead before it is locked
+            path = os.path.join(sessions, f"{_PREFIX}{os.getpid()}-{time.time_ns():x}")
+            os.mkdir(path, 0o700)
+            try:
+                lease = cls(path, os.open(os.path.join(path, OWNER_FILE), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+                try:
+                    fcntl.flock(lease.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lease.record(settings, {})
+                except OSError:
+                    lease.release()
+                    raise
+            except OSError:
+                remove(path)
+                raise
+        return lease
+
+    def record(self, settings: Settings, service: Mapping[str, str | None]) -> None:
+        """Say who owns the session, and where downloads belong that are found in it after its death.
+
+        `service` is the environment that other programs may take over while it lives: name -> value, None to unset.
+        """
+        owner = Owner(os.getpid(), time.time(), settings.roots, settings.hub_cache, dict(service))
+        content = json.dumps(owner._asdict()).encode()
+        if os.pwrite(self.fd, content, 0) != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.ftruncate(self.fd, len(content))
+
+    def release(self) -> None:
+        """Let go. Whether the session is over is then for `dead` to say: a child may still hold it."""
+        os.close(self.fd)
+
+
+@contextmanager
+def dead(sessions: str, path: str) -> Iterator[bool]:
+    """Whether the session at `path` has no living owner; while the context lasts, nobody else clears it."""
+    owner = os.path.join(path, OWNER_FILE)
+    try:
+        with _exclusive(sessions):
+            fd = os.open(owner, os.O_RDWR)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(fd)
+                raise
+    except FileNotFoundError:
+        # Killed between making the folder and the lock, both under the sessions' lock: nothing is in it.
+        yield os.path.isdir(path) and not os.listdir(path)
+        return
+    except OSError:  # held, or a file system that cannot say: no proof
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        os.close(fd)
+
+
+def sessions_in(sessions: str) -> list[str]:
+    """The session folders there are, living or dead."""
+    try:
+        return sorted(entry.path for entry in os.scandir(sessions) if entry.name.startswith(_PREFIX))
+    except FileNotFoundError:
+        return []
+
+
+def remove(path: str) -> None:
+    """Take away what is left of a session once its tree is gone: the owner's file and the folder. Raises OSError."""
+    if set(os.listdir(path)) - {OWNER_FILE}:  # without that file nobody could ever prove the owner dead
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+    try:
+        os.unlink(os.path.join(path, OWNER_FILE))
+    except FileNotFoundError:
+        pass
+    os.rmdir(path)
+
+
+@contextmanager
+def _exclusive(sessions: str) -> Iterator[None]:
+    fd = os.open(os.path.join(sessions, "sessions.lock"), os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)

@@ -1,0 +1,240 @@
+"""Bringing home what clients downloaded into a session's tree: into the real cache, where it would have gone.
+
+Runs when a session has ended, however it ended. Every step leaves the real cache valid and can be done again: blobs
+come before the snapshots that link to them, refs last; each file appears under its name complete or not at all. What
+cannot be moved (no room, no permission) stays where it is and is tried again at the next start.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+
+from hf_overlay import hfcache
+from hf_overlay.tree.publish import has_payload
+
+
+def bring_home(session: str, hub: str) -> dict[str, str]:
+    """Move every download in a dead session's tree into the real cache `hub`.
+
+    Returns why, for each path that must stay because it is not all there yet.
+    """
+    stuck: dict[str, str] = {}
+    for repo, name in _written_repos(session):
+        try:
+            os.makedirs(hub, exist_ok=True)
+            if not _move_whole(repo, f"{hub}/{name}"):
+                # One name a session, so that what a kill leaves of it is overwritten when it is done again.
+                aside = f"{hub}/{name}/{os.path.basename(session)}.incomplete"
+                _merge(repo, f"{hub}/{name}", f"{hub}/{hfcache.LOCKS}/{name}", aside)
+        except OSError as error:
+            if _is_worth_keeping(repo):
+                stuck[repo] = f"{error.strerror or error}: {error.filename2 or error.filename or hub}"
+    for number in _names(f"{session}/hubs"):
+        tag = f"{session}/hubs/{number}/{hfcache.CACHEDIR_TAG}"
+        if os.path.isfile(tag) and os.path.isdir(hub) and not os.path.lexists(f"{hub}/{hfcache.CACHEDIR_TAG}"):
+            try:
+                os.rename(tag, f"{hub}/{hfcache.CACHEDIR_TAG}")
+            except OSError:  # another volume: the next client makes one
+                pass
+    return stuck
+
+
+def _written_repos(session: str) -> Iterator[tuple[str, str]]:
+    """Folders that clients wrote into, with the names they have in a cache: repos of their own, and our shadows."""
+    for hub in _names(f"{session}/hubs"):
+        for name in _names(f"{session}/hubs/{hub}"):
+            path = f"{session}/hubs/{hub}/{name}"
+            if hfcache.is_repo(name) and not os.path.islink(path) and os.path.isdir(path):
+                yield path, name
+    for shadow in _names(f"{session}/shadows"):
+        path = f"{session}/shadows/{shadow}"
+        if has_payload(path):
+            _drop_copies(path)
+        if _is_worth_keeping(path):
+            yield path, shadow.rpartition(".")[0]
+
+
+def _is_worth_keeping(repo: str) -> bool:
+    """Whether a client wrote something into a repo: bytes, or, when those are home already, a revision's links."""
+    own = _own_commit(repo)
+    revisions = (f"{repo}/snapshots/{commit}" for commit in _names(f"{repo}/snapshots") if commit != own)
+    return has_payload(repo) or any(_files(revision) for revision in revisions)
+
+
+def _move_whole(repo: str, target: str) -> bool:
+    """The usual case, a new repo on the same volume: one rename. False when it must be merged instead."""
+    if os.path.lexists(target) or os.path.exists(f"{repo}/{hfcache.ORIGIN}"):
+        return False
+    home = os.path.realpath(repo) + os.sep
+    for folder, folders, names in os.walk(repo):
+        for name in (*folders, *names):
+            path = os.path.join(folder, name)
+            if os.path.islink(path) and not os.path.realpath(path).startswith(home):
+                return False
+    try:
+        os.rename(repo, target)
+    except OSError:  # another volume, or somebody was faster: merging tells what is really wrong
+        return False
+    return True
+
+
+def _merge(repo: str, target: str, locks: str, aside: str) -> None:
+    """Add a repo's downloads to the one in the cache, revision by revision. Raises OSError; can be repeated.
+
+    `aside` is where a file is until it is complete: no folder that programs look into.
+    """
+    own = _own_commit(repo)
+    if has_payload(repo):
+        os.makedirs(f"{target}/snapshots", exist_ok=True)  # a repo without it is a corrupt one to scans
+    for name in _names(f"{repo}/blobs"):
+        path = f"{repo}/blobs/{name}"
+        if os.path.islink(path) or not os.path.isfile(path):
+            continue
+        if name.endswith(".incomplete"):
+            lock = f"{locks}/{name.removesuffix('.incomplete')}.lock"
+            _move_incomplete(path, f"{target}/blobs/{name}", lock, aside)
+        elif not os.path.exists(f"{target}/blobs/{name}"):
+            _move(path, f"{target}/blobs/{name}", aside)
+        elif os.path.getsize(f"{target}/blobs/{name}") == os.path.getsize(path):
+            os.unlink(path)  # named by its content: the cache has it already
+    complete: set[str] = set()
+    for commit in _names(f"{repo}/snapshots"):
+        if commit != own and _merge_snapshot(f"{repo}/snapshots/{commit}", f"{target}/snapshots/{commit}", aside):
+            complete.add(commit)
+    for folder in ("trees", ".no_exist", "refs"):
+        for relative in _files(f"{repo}/{folder}"):
+            path = f"{repo}/{folder}/{relative}"
+            with open(path, "rb") as file:
+                content = file.read()
+            commit = content.decode("ascii", "replace") if folder == "refs" else relative.split("/")[0].split(".")[0]
+            wanted = f"{target}/{folder}/{relative}"
+            if commit in complete and not _is_newer(wanted, path):
+                _write(wanted, content, aside)
+
+
+def _is_newer(path: str, other: str) -> bool:
+    """Whether somebody wrote `path` after `other`: it moved on while the session lay dead."""
+    return os.path.exists(path) and os.path.getmtime(path) > os.path.getmtime(other)
+
+
+def _merge_snapshot(snapshot: str, target: str, aside: str) -> bool:
+    """Give the cache's repo one revision's links; False when a part of it is not the cache's to hold, or there is none.
+
+    No folder is made before there is something to put into it: an empty one is a revision to clients.
+    """
+    is_complete = True
+    for relative in _files(snapshot):
+        path, wanted = f"{snapshot}/{relative}", f"{target}/{relative}"
+        is_link = os.path.islink(path)
+        if os.path.lexists(wanted):
+            if not is_link and os.path.isfile(wanted) and os.path.getsize(wanted) == os.path.getsize(path):
+                os.unlink(path)  # one commit's file is one file
+            continue
+        if not is_link:  # clients copy where they cannot link
+            _move(path, wanted, aside)
+            continue
+        link = os.readlink(path)
+        blob = os.path.normpath(os.path.join(os.path.dirname(wanted), link))
+        if os.path.dirname(blob) == os.path.normpath(f"{target}/../../blobs") and os.path.isfile(blob):
+            os.makedirs(os.path.dirname(wanted), exist_ok=True)
+            os.symlink(link, wanted)
+        else:  # it leads to a user's folder
+            is_complete = False
+    return is_complete and os.path.isdir(target)
+
+
+def _move_incomplete(path: str, target: str, lock: str, aside: str) -> None:
+    """A partial download, which older clients append to under a lock: the longer one stays."""
+    os.makedirs(os.path.dirname(lock), exist_ok=True)
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.exists(target) or os.path.getsize(target) < os.path.getsize(path):
+            _move(path, target, aside)
+        else:
+            os.unlink(path)
+    except BlockingIOError:
+        return
+    finally:
+        os.close(fd)
+
+
+def _move(path: str, target: str, aside: str) -> None:
+    """Rename, or between volumes copy aside, sync and rename: under its name a file is complete."""
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    try:
+        os.rename(path, target)
+        return
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    try:
+        shutil.copyfile(path, aside)
+        shutil.copystat(path, aside)
+        fd = os.open(aside, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(aside, target)
+    except OSError:
+        if os.path.exists(aside):
+            os.unlink(aside)
+        raise
+    os.unlink(path)
+
+
+def _write(path: str, content: bytes, aside: str) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(aside, "wb") as file:
+        file.write(content)
+    os.replace(aside, path)
+
+
+def _drop_copies(shadow: str) -> None:
+    """Remove forced downloads of a user's own files, as long as those are there: a gigabyte twice serves nobody."""
+    origin = _origin(shadow)
+    if origin is None:
+        return
+    view = f"{shadow}/{hfcache.VIEWS}/{origin['commit']}"
+    for relative in _files(view):
+        blob = os.path.realpath(f"{view}/{relative}")
+        original = f"{origin['folder']}/{relative}"
+        is_copy = blob.startswith(os.path.realpath(shadow) + os.sep) and os.path.isfile(blob)
+        if is_copy and os.path.isfile(original) and os.path.getsize(original) == os.path.getsize(blob):
+            os.unlink(blob)
+
+
+def _own_commit(repo: str) -> str | None:
+    origin = _origin(repo)
+    return origin["commit"] if origin else None
+
+
+def _origin(repo: str) -> dict[str, str] | None:
+    try:
+        with open(f"{repo}/{hfcache.ORIGIN}", encoding="utf-8") as file:
+            origin = json.load(file)
+    except (OSError, ValueError):
+        return None
+    return origin if isinstance(origin, dict) else None
+
+
+def _files(folder: str) -> list[str]:
+    """Files and links below a folder, links not followed, relative to it."""
+    return sorted(
+        os.path.relpath(os.path.join(path, name), folder)
+        for path, folders, names in os.walk(folder)
+        for name in (*names, *(each for each in folders if os.path.islink(os.path.join(path, each))))
+    )
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []

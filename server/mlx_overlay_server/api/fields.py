@@ -1,0 +1,88 @@
+"""What the dialects' request bodies share: refusing what is not known, and naming the field that is wrong."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mlx_overlay_server.chat.requests import Image
+from mlx_overlay_server.errors import InvalidRequest
+
+Temperature = Annotated[float, Field(ge=0, le=2)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Count = Annotated[int, Field(ge=1, le=1 << 31)]
+Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+Json = dict[str, Any]
+
+MAX_STOPS = 16
+
+
+class Body(BaseModel):
+    """A request body: a field that is not listed is refused, so that nothing is accepted and ignored."""
+
+    model_config = ConfigDict(extra="forbid", strict=False)
+
+
+class Part(BaseModel):
+    """A part of a conversation: clients send back what other servers put there, which asks for nothing."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+def wrong_field(errors: Sequence[Mapping[str, Any]], body: object) -> InvalidRequest:
+    """pydantic's complaint about the first field that is wrong, as one line that names the field.
+
+    Of a field that may be several things, it is the complaint that is farthest inside: about what it nearly is.
+    """
+    same = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
+    places = [_place(error, body) for error in same]
+    place, error = max(
+        zip(places, same, strict=True), key=lambda pair: (len(pair[0]), not pair[1]["type"].endswith("_type"))
+    )
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+    if error["type"] == "extra_forbidden":
+        text = f"`{name}` is not supported by this server"
+    elif error["type"] == "none_required":
+        text = f"`{name}` is not supported by this server; leave it out"
+    elif error["type"] == "json_invalid":
+        return InvalidRequest("the body is not valid JSON", code="invalid_json")
+    elif not name:
+        return InvalidRequest("send a JSON object, with Content-Type: application/json", code="invalid_json")
+    else:
+        text = f"`{name}`: {error['msg'][:1].lower()}{error['msg'][1:]}"
+    return InvalidRequest(text, param=name or None)
+
+
+def _place(error: Mapping[str, Any], body: object) -> list[str | int]:
+    """Where in a body an error is: of its `loc`, what leads there. The rest names the types that were tried."""
+    if error["loc"][0] != "body":  # of the address
+        return [*error["loc"][1:]]
+    place: list[str | int] = []
+    here: Any = body
+    for at, part in enumerate(error["loc"][1:], 2):
+        is_list = isinstance(here, list) and isinstance(part, int)
+        if part < len(here) if is_list else isinstance(here, dict) and part in here:
+            here = here[part]
+        elif error["type"] != "missing" or at != len(error["loc"]):
+            continue
+        place.append(part)
+    return place
+
+
+def image(url: str, where: str) -> Image:
+    """An image from a data URL. Raises InvalidRequest.
+
+    Others are not fetched: a server that fetches what it is told reaches places it should not.
+    """
+    head, separator, data = url.partition(",")
+    if not head.startswith("data:image/") or not head.endswith(";base64") or not separator:
+        raise InvalidRequest("images are taken as data URLs (data:image/png;base64,…) only", param=where)
+    try:
+        return Image(base64.b64decode(data, validate=True), where)
+    except (binascii.Error, ValueError):
+        raise InvalidRequest("the image's base64 cannot be decoded", param=where) from None

@@ -1,0 +1,139 @@
+"""Who may ask, and how much: the checks before any route, as ASGI middleware."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import socket
+from collections.abc import Callable, Iterable
+from urllib.parse import SplitResult, urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mlx_overlay_server.errors import Forbidden, InvalidRequest, ServerError, TooLarge, Unauthorized
+
+_OPEN = frozenset({"/health", "/v1/health"})
+"""Paths that need no key: what load balancers ask."""
+
+
+class Guard:
+    """Refuses strangers, foreign web pages and bodies that are too large."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None,
+        host: str,
+        origins: Iterable[str],
+        max_body: int,
+        refuse: Callable[[Scope, ServerError], Response],
+        count: Callable[[str, int], None],
+    ) -> None:
+        """`refuse` gives an error the shape of its client's dialect; `count` is told each answer's path and status."""
+        self._app = app
+        self._key = api_key.encode() if api_key else None
+        self._hosts = {"localhost", host.lower(), socket.gethostname().lower(), f"{socket.gethostname().lower()}.local"}
+        self._origins = frozenset(origins)
+        self._max_body = max_body
+        self._refuse = refuse
+        self._count = count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = scope.get("route")  # set by the router: not the path, which anybody makes up
+                self._count(route.path if route is not None else "other", message["status"])
+            await send(message)
+
+        try:
+            self._check(scope, Headers(scope=scope))
+        except ServerError as error:
+            await self._refuse(scope, error)(scope, receive, counted)
+            return
+        await self._pass(scope, receive, counted)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """To the application, unless the body turns out too large: whatever it makes of that, the answer is ours."""
+        size = 0
+        has_begun = False
+
+        async def bounded() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._max_body:
+                raise self._too_large()
+            return message
+
+        async def sent(message: Message) -> None:
+            nonlocal has_begun
+            if has_begun or size <= self._max_body:
+                has_begun = True
+                await send(message)
+
+        try:
+            await self._app(scope, bounded, sent)
+        except TooLarge:
+            pass
+        except Exception:  # noqa: BLE001 - told and logged by now; uvicorn would log a traceback, and drop the connection
+            return
+        if size > self._max_body and not has_begun:
+            await self._refuse(scope, self._too_large())(scope, receive, send)
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        try:
+            size = int(headers.get("content-length") or 0)
+        except ValueError:
+            size = -1
+        if size < 0:
+            raise InvalidRequest("the Content-Length header is no number")
+        if size > self._max_body:
+            raise self._too_large()
+        if self._key is None:
+            self._check_browser(headers)
+        elif scope["path"] not in _OPEN and scope["method"] != "OPTIONS":  # browsers ask beforehand without a key
+            given = headers.get("x-api-key") or headers.get("authorization", "").partition(" ")[2]
+            if not hmac.compare_digest(given.encode("latin-1"), self._key):  # as it was sent: headers are bytes
+                raise Unauthorized("this server needs an API key: send Authorization: Bearer …, or x-api-key")
+
+    def _check_browser(self, headers: Headers) -> None:
+        """Without a key, a web page anywhere could use the server through its reader's browser (DNS rebinding)."""
+        host = headers.get("host", "")
+        if not self._is_ours(_split(f"//{host}").hostname):
+            raise Forbidden(f"requests for host {host!r} are refused without an API key", code="foreign_host")
+        origin = headers.get("origin")
+        if origin is None or origin in self._origins or "*" in self._origins:
+            return
+        if _split(origin).netloc != host:
+            raise Forbidden(
+                f"requests from pages of {origin} are refused; allow them with --cors-allow-origins",
+                code="foreign_origin",
+            )
+
+    def _is_ours(self, name: str | None) -> bool:
+        if name is None or name in self._hosts:
+            return name is not None
+        try:
+            ipaddress.ip_address(name)  # a page's name cannot be made to look like a plain address
+        except ValueError:
+            return False
+        return True
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(f"the body is larger than {self._max_body} bytes")
+
+
+def _split(url: str) -> SplitResult:
+    """A URL's parts; none of one that is malformed."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")

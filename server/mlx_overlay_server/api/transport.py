@@ -1,0 +1,140 @@
+"""What all dialects share on the wire: JSON answers, event streams, and clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import traceback
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from mlx_overlay_server.errors import Failed, ServerError
+from mlx_overlay_server.service import Ticket
+
+T = TypeVar("T")
+logger = logging.getLogger("mlx_overlay_server")
+
+PATIENCE_SECONDS = 1.0
+"""How long a stream waits for its first event before it begins, so that most errors still get a status of their own."""
+PING_SECONDS = 5.0
+"""Clients and proxies time out on silent streams, at 15 seconds or more."""
+
+
+def dumps(content: object) -> bytes:
+    """Compact JSON."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def answer(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A JSON response."""
+    return Response(dumps(content), status, headers, "application/json")
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of some work; None, and the work cancelled, when the client goes away first."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """A `text/event-stream` of already encoded events. Ends its source as soon as the client is gone."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes],
+        ticket: Ticket,
+        *,
+        refuse: Callable[[ServerError], Response],
+        fail: Callable[[ServerError], bytes],
+        ping: Callable[[str], bytes] | None = None,
+    ) -> None:
+        """`refuse` encodes an error before the stream has begun, `fail` after; `ping` keeps a client waiting."""
+        super().__init__(None, 200, {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._ticket = ticket
+        self._refuse = refuse
+        self._fail = fail
+        self._ping = ping or _comment
+        self._has_begun = False
+        self._last_sent = time.monotonic()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        sending = asyncio.ensure_future(self._send(scope, receive, send))
+        others = [asyncio.ensure_future(_disconnected(receive)), asyncio.ensure_future(self._keep_alive(send))]
+        try:
+            await asyncio.wait({sending, others[0]}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (sending, *others):
+                task.cancel()
+            await asyncio.gather(sending, *others, return_exceptions=True)
+        if not sending.cancelled():
+            sending.result()
+
+    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async for data in self._events:
+                await self._write(send, data)
+        except Exception as error:  # noqa: BLE001 - the boundary: a stream ends with an error its client understands
+            told = as_server_error(error)
+            if not self._has_begun:
+                self._has_begun, self._last_sent = True, time.monotonic()  # no ping may come before the refusal
+                await self._refuse(told)(scope, receive, send)
+                return
+            await self._write(send, self._fail(told))
+        finally:
+            await self._events.aclose()
+        await self._write(send, b"", more=False)
+
+    async def _write(self, send: Send, data: bytes, *, more: bool = True) -> None:
+        self._last_sent = time.monotonic()
+        if not self._has_begun:
+            self._has_begun = True
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def _keep_alive(self, send: Send) -> None:
+        await asyncio.sleep(PATIENCE_SECONDS)
+        if not self._has_begun:
+            await self._write(send, self._ping(self._ticket.note()))
+        while True:
+            await asyncio.sleep(max(0.1, self._last_sent + PING_SECONDS - time.monotonic()))
+            if time.monotonic() >= self._last_sent + PING_SECONDS:
+                await self._write(send, self._ping(self._ticket.note()))
+
+
+def _comment(note: str) -> bytes:
+    """Ignored by every client of the protocol (HTML standard, server-sent events, 9.2.6)."""
+    return f": {note}\n\n".encode()
+
+
+def as_server_error(error: Exception) -> ServerError:
+    """What a client may know of an error: of an unexpected one, that there was one. The log names its place."""
+    if isinstance(error, ServerError):
+        return error
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    where = f" at {place[0].filename}:{place[0].lineno}" if place else ""
+    logger.error("unexpected %s%s", type(error).__name__, where)  # not its text, which may hold a prompt
+    return Failed(f"unexpected {type(error).__name__}; the server's log says where", code="internal_error")

@@ -1,0 +1,220 @@
+"""Conversation to prompt, as the model's own template writes it. No MLX, no HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlx_overlay_server.chat.loaded import Loaded, Tokenizer
+from mlx_overlay_server.chat.requests import ChatRequest, Image, Message, Tool, described
+from mlx_overlay_server.errors import InvalidRequest, PromptTooLong
+
+_OURS = frozenset({"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
+                   "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
+                   "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"})  # fmt: skip
+
+_FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
+"""What the dialects know. Pillow reads more, some by starting other programs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the model reads."""
+
+    tokens: tuple[int, ...]
+    is_reasoning: bool = False
+    """The template has opened the reasoning already."""
+    system: int = 0
+    """How many tokens at its start come from system messages and tools: what other conversations share."""
+    images: tuple[Any, ...] = ()
+    """Pixel values, one array an image."""
+
+
+def render(model: Loaded, request: ChatRequest, limit: int | None = None) -> Prompt:
+    """The tokens of a conversation, as the model's own template writes it. Raises InvalidRequest.
+
+    A text that must have more tokens than `limit` is refused before megabytes of it are cut into tokens.
+    """
+    tokenizer = model.tokenizer
+    if not tokenizer.has_chat_template:
+        raise InvalidRequest(f"{request.model} has no chat template; use /v1/completions", param="model")
+    if not request.messages:  # of empty ones, a dialect may leave none
+        raise InvalidRequest("no message says anything", param="messages")
+    images = [part for message in request.messages for part in message.content if isinstance(part, Image)]
+    if images and model.processor is None:
+        raise InvalidRequest(f"{request.model} does not take images", param=images[0].where)
+    tools = request.tools if request.choice.mode != "none" else ()
+    kwargs = _template_kwargs(tokenizer, request)
+    continues = request.continues and request.messages[-1].role == "assistant" and not request.messages[-1].calls
+    text, system = _apply(tokenizer, request.messages, tools, kwargs, continues=continues)
+    pixels: tuple[Any, ...] = ()
+    if images:
+        try:
+            text, pixels = model.processor(text, images=[_pixels(image) for image in images])
+        except ValueError as error:  # its template leaves one out, or a text holds the mark of one
+            raise InvalidRequest(f"the model cannot place the images: {error}", param="messages") from None
+        system = ""
+    check_unicode(text, "messages")
+    check_length(model, text, limit, "messages")
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    return Prompt(
+        tuple(tokens),
+        is_reasoning=_opens_reasoning(tokenizer, text),
+        system=_common(tokenizer.encode(system, add_special_tokens=False), tokens) if system else 0,
+        images=tuple(pixels),
+    )
+
+
+def check_length(model: Loaded, text: str, limit: int | None, param: str) -> None:
+    """Raises PromptTooLong for a text that cannot have as few tokens as `limit`."""
+    fewest = len(text) // model.longest_token
+    if limit is not None and fewest > limit:
+        raise PromptTooLong(f"prompt is too long: at least {fewest} tokens > {limit} maximum", param=param)
+
+
+def check_unicode(text: str, param: str) -> None:
+    """Raises InvalidRequest for half a surrogate pair, which JSON can hold and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest("is no valid Unicode text", param=param) from None
+
+
+def _apply(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Tool],
+    kwargs: dict[str, Any],
+    *,
+    continues: bool = False,
+) -> tuple[str, str]:
+    """The conversation's text, and that of its system messages and tools alone ('' where that cannot be told).
+
+    Templates differ in what they take (one system message, at the start; turns that alternate). A conversation that
+    one refuses as it is gets a plainer form, which says the same.
+    """
+    given = [described(tool) for tool in tools] or None
+
+    ending = {"continue_final_message": True} if continues else {"add_generation_prompt": True}
+
+    def text(turns: Sequence[Message], **ending: bool) -> str:
+        plain = [_as_dict(turn) for turn in turns]
+        return tokenizer.apply_chat_template(plain, tools=given, tokenize=False, **ending, **kwargs)
+
+    problem: Exception | None = None
+    for form in (_merged_system(messages), _alternating(messages), _without_system(messages)):
+        try:
+            whole = text(form, **ending)
+        except Exception as error:  # noqa: BLE001 - templates are programs that come with the model
+            problem = problem or error
+            continue
+        systems = [turn for turn in form if turn.role == "system"][:1]
+        if not (systems or given) or form[: len(systems)] != systems:
+            return whole, ""
+        try:
+            return whole, text([*systems, Message("user", ("",))], add_generation_prompt=False)
+        except Exception:  # noqa: BLE001 - as above; only the reuse of its KV cache needs it
+            return whole, ""
+    raise InvalidRequest(f"the model's chat template refuses these messages: {problem}", param="messages")
+
+
+def _merged_system(messages: Sequence[Message]) -> list[Message]:
+    """Leading system messages as one."""
+    first = next((at for at, turn in enumerate(messages) if turn.role != "system"), len(messages))
+    if first == 0:
+        return list(messages)
+    return [Message("system", ("\n\n".join(turn.text for turn in messages[:first]),)), *messages[first:]]
+
+
+def _alternating(messages: Sequence[Message]) -> list[Message]:
+    """Later system messages as the user's, and neighbours of one role as one."""
+    merged: list[Message] = []
+    for at, turn in enumerate(_merged_system(messages)):
+        if at and turn.role == "system":
+            turn = replace(turn, role="user")
+        if merged and merged[-1].role == turn.role and turn.role in ("user", "assistant") and not merged[-1].calls:
+            last = merged[-1]
+            merged[-1] = replace(
+                turn,
+                content=(*last.content, "\n\n", *turn.content),
+                reasoning="\n\n".join(filter(None, (last.reasoning, turn.reasoning))),
+            )
+        else:
+            merged.append(turn)
+    return merged
+
+
+def _without_system(messages: Sequence[Message]) -> list[Message]:
+    """The system message as the start of the user's first."""
+    turns = _alternating(messages)
+    if turns and turns[0].role == "system":
+        turns[0] = replace(turns[0], role="user")
+    return _alternating(turns)
+
+
+def _as_dict(message: Message) -> dict[str, Any]:
+    """A message as templates expect it, which is OpenAI's form with arguments as objects."""
+    content: Any = message.text
+    if any(isinstance(part, Image) for part in message.content):
+        content = [
+            {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": part} for part in message.content
+        ]
+    turn: dict[str, Any] = {"role": message.role, "content": content}
+    if message.reasoning:
+        turn["reasoning_content"] = message.reasoning
+    if message.calls:
+        turn["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
+            for call in message.calls
+        ]
+    if message.call_id is not None:
+        turn["tool_call_id"] = message.call_id
+    if message.name is not None:
+        turn["name"] = message.name
+    return turn
+
+
+def _template_kwargs(tokenizer: Tokenizer, request: ChatRequest) -> dict[str, Any]:
+    """What a template is told beside the messages. Raises InvalidRequest for what it does not know."""
+    kwargs = dict(request.template_kwargs)
+    if ours := sorted(_OURS & kwargs.keys()):
+        raise InvalidRequest(f"`{ours[0]}` is not the request's to set", param=f"chat_template_kwargs.{ours[0]}")
+    source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    if request.effort is not None and "reasoning_effort" in source:
+        kwargs.setdefault("reasoning_effort", request.effort)
+    elif request.effort is not None and tokenizer.has_thinking:  # it can be on or off
+        kwargs.setdefault("enable_thinking", request.effort not in ("none", "minimal"))
+    elif request.effort is not None and not request.is_effort_optional and request.effort != "none":
+        raise InvalidRequest(f"{request.model} knows no reasoning effort; leave it out", param="reasoning_effort")
+    if request.thinking is not None:
+        kwargs.setdefault("enable_thinking", request.thinking)
+    return kwargs
+
+
+def _opens_reasoning(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether a prompt ends inside a reasoning block, as templates of reasoning models have it.
+
+    Only its very end counts: what a user quotes is not the model's own reasoning.
+    """
+    if tokenizer.response_initial_state is not None:
+        return tokenizer.response_initial_state == "reasoning"
+    return tokenizer.think_start is not None and text.rstrip().endswith(tokenizer.think_start)
+
+
+def _common(tokens: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two sequences share at their start."""
+    return next((at for at, (a, b) in enumerate(zip(tokens, others, strict=False)) if a != b), len(tokens))
+
+
+def _pixels(image: Image) -> Any:
+    """An RGB array of height x width x 3 bytes. Raises InvalidRequest."""
+    import io
+
+    import numpy as np
+    from PIL import Image as Pillow  # only models that see need it
+
+    try:
+        return np.asarray(Pillow.open(io.BytesIO(image.data), formats=_FORMATS).convert("RGB"))
+    except Exception:  # noqa: BLE001 - decoders meet whatever is sent
+        raise InvalidRequest("is no image that can be read", param=image.where) from None

@@ -1,0 +1,253 @@
+"""Tokens back to events: one answer, read as it comes. No MLX, no HTTP."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_overlay_server.chat.events import Event, FinishReason, Logprobs, Reasoning, Text, TokenLogprob, ToolCall
+from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.chat.requests import Tool, described
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A sampled token as the engine hands it over."""
+
+    id: int
+    logprob: TokenLogprob | None = None
+
+
+class StopStrings:
+    """Cuts a text at the first of some strings, and never gives out the beginning of one."""
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""
+        self.found: str | None = None
+
+    def feed(self, text: str) -> str:
+        """What may be given out of the text so far; nothing after `found` is set."""
+        if self.found is not None:
+            return ""
+        if not self._stops:
+            return text
+        text = self._held + text
+        # The stop that is complete first: what is generated after it must not change the answer.
+        ends = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if ends:
+            _, at, self.found = min(ends)
+            self._held = ""
+            return text[:at]
+        keep = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - keep :] if keep else ""
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """What was held back, now that nothing follows."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that `stop` begins with."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+class Reader:
+    """Reads one answer: tokens in, events out. Text passes detokenizer, stop strings and the model's own marks."""
+
+    def __init__(
+        self,
+        model: Loaded,
+        *,
+        stop: Sequence[str] = (),
+        is_reasoning: bool = False,
+        has_marks: bool = True,
+        tools: Sequence[Tool] = (),
+        is_parallel: bool = True,
+        is_call: bool = False,
+    ) -> None:
+        """`has_marks`: not so for plain completions. `is_call`: a grammar makes the whole answer a call, as JSON."""
+        self._model = model
+        self._detokenizer = model.detokenizer()
+        self._stops = StopStrings(stop)
+        self._name = "normal" if is_call or not has_marks else model.tokenizer.response_initial_state or "normal"
+        """The state that text was last in: normal, reasoning, tool, or one whose text says who is spoken to."""
+        if is_reasoning:
+            self._name = "reasoning"
+        self._state = model.machine.make_state(self._name) if has_marks else None
+        self._head: str | None = ""
+        """Text before the first mark that is not the answer's; None: there was a mark."""
+        self._tools = [described(tool) for tool in tools]
+        self._is_parallel = is_parallel
+        self._is_call = is_call
+        self._call = ""
+        self._calls = 0
+        self._is_after_mark = is_reasoning
+        self._line_ends = ""
+        """Of reasoning: held back, since those before the closing mark belong to the template."""
+        self._waiting: deque[tuple[int, TokenLogprob]] = deque()
+        """Log probabilities of tokens whose text is not out yet, with how long the text is with each."""
+        self._halves: list[TokenLogprob] = []
+        """Those of tokens that end inside of a character, whose text is not known yet."""
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        self._length = self._released = 0
+        self._events: list[Event] = []
+        self.tokens = 0
+        self.reasoning_tokens = 0
+        self.reason: FinishReason | None = None
+        self.stop_sequence: str | None = None
+
+    def feed(self, tokens: Iterable[Token], finish: FinishReason | None = None) -> list[Event]:
+        """Read some tokens; `finish` says that they are the last. Once `reason` is set, nothing more is read."""
+        for token in tokens:
+            if self.reason is not None:
+                break
+            self.tokens += 1
+            self.reasoning_tokens += self._name == "reasoning"
+            self._detokenizer.add_token(token.id)
+            self._read(self._detokenizer.last_segment, token.logprob)
+        if self.reason is None and finish is not None:
+            self._detokenizer.finalize()
+            self._read(self._detokenizer.last_segment, None)
+            self._finish(finish)
+        events, self._events = self._events, []
+        return events
+
+    def _read(self, text: str, logprob: TokenLogprob | None) -> None:
+        self._length += len(text)
+        if logprob is not None:
+            self._halves.append(logprob)
+            self._bytes.decode(logprob.data)
+            if not self._bytes.getstate()[0]:  # else the rest of a character comes with a later token
+                self._settle_logprobs()
+        released = self._stops.feed(text)
+        self._released += len(released)
+        self._split(released)
+        self._release_logprobs()
+        if self._stops.found is not None and self.reason is None:
+            self.stop_sequence = self._stops.found
+            self._finish("stop_sequence")
+
+    def _settle_logprobs(self) -> None:
+        self._waiting += [(self._length, logprob) for logprob in self._halves]
+        self._halves.clear()
+
+    def _release_logprobs(self) -> None:
+        ready = []
+        while self._waiting and self._waiting[0][0] <= self._released:
+            ready.append(self._waiting.popleft()[1])
+        if ready:
+            self._events.append(Logprobs(tuple(ready)))
+
+    def _finish(self, reason: FinishReason) -> None:
+        rest = self._stops.finish()
+        self._released += len(rest)
+        self._split(rest)
+        if reason != "stop_sequence":
+            self._settle_logprobs()  # nothing follows
+        self._release_logprobs()
+        if self._state is not None:
+            self._take(self._name, self._state[3])  # what might have become a mark
+        if self._head:  # no mark came: it is the answer, as where a grammar leaves no room for one
+            self._say(self._head)
+        if self.reason is not None:
+            return
+        if self._is_call:
+            self._end_call(_json_calls)
+        elif self._name == "tool" and reason == "length":
+            self._say(f"{self._model.tokenizer.tool_call_start}{self._call}")  # cut short, but not lost
+        elif self._name == "tool":  # some templates have no closing mark: the end of the turn is one
+            self._end_call(self._model.tokenizer.tool_parser, is_closed=False)
+        self.reason = self.reason or ("tool_calls" if self._calls and reason == "stop" else reason)
+
+    def _split(self, text: str) -> None:
+        """Sort text into answer, reasoning and calls."""
+        if self._state is None:
+            self._say(text)
+        elif text:
+            self._state, segments = self._model.machine.split(self._state, text)
+            for name, piece in segments:
+                if name != self._name:
+                    self._pass_mark(name)
+                self._take(name, piece)
+
+    def _pass_mark(self, name: str) -> None:
+        before, self._name, self._head = self._name, name, None
+        self._is_after_mark, self._line_ends = True, ""
+        if before == "tool":
+            self._end_call(self._model.tokenizer.tool_parser)
+
+    def _take(self, name: str, text: str) -> None:
+        if self.reason is not None:
+            return
+        if name == "tool" or (self._is_call and name == "normal"):
+            self._call += text
+        elif name == "reasoning":
+            self._think(text)
+        elif name == "normal":
+            self._say(text)
+        elif self._head is not None:
+            self._head += text
+
+    def _think(self, text: str) -> None:
+        text = self._line_ends + (text.lstrip("\n") if self._is_after_mark else text)
+        said = text.rstrip("\n")
+        self._line_ends = text[len(said) :]
+        if said:
+            self._is_after_mark = False
+            self._emit(Reasoning(said))
+
+    def _say(self, text: str) -> None:
+        if self._is_after_mark:  # white space between a mark and the answer is the template's
+            text = text.lstrip()
+        if text:
+            self._is_after_mark = False
+            self._emit(Text(text))
+
+    def _emit(self, event: Text | Reasoning) -> None:
+        """Add to the last event where it is of the same kind: a client gets one piece a turn, not one a token."""
+        last = self._events[-1] if self._events else None
+        if isinstance(last, Text | Reasoning) and type(last) is type(event):
+            self._events[-1] = type(event)(last.text + event.text)
+        else:
+            self._events.append(event)
+
+    def _end_call(self, parse: Callable[[str, list[dict[str, Any]]], Any], *, is_closed: bool = True) -> None:
+        """A call's text is complete. What is no call is said as text: nothing the model writes is lost."""
+        text, self._call = self._call, ""
+        tokenizer = self._model.tokenizer
+        try:
+            parsed = parse(text, self._tools) if self._tools else None
+            calls = [_as_call(each) for each in (parsed if isinstance(parsed, list) else [parsed])]
+        except Exception:  # noqa: BLE001 - parsers meet whatever a model says
+            self._is_after_mark = False
+            opening = "" if self._is_call else tokenizer.tool_call_start
+            closing = "" if self._is_call or not is_closed else tokenizer.tool_call_end or ""
+            self._say(f"{opening}{text}{closing}")
+            return
+        calls = calls if self._is_parallel else calls[:1]
+        self._events += calls
+        self._calls += len(calls)
+        if not self._is_parallel:
+            self.reason = "tool_calls"
+
+
+def _json_calls(text: str, _: object) -> Any:
+    return json.loads(text)
+
+
+def _as_call(parsed: Any) -> ToolCall:
+    """A call as parsers give it. Raises for anything else."""
+    name, arguments = parsed["name"], parsed["arguments"]
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise TypeError("a call has a name and an object of arguments")
+    return ToolCall(f"call_{uuid.uuid4().hex[:24]}", name, json.dumps(arguments, ensure_ascii=False))

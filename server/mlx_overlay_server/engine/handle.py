@@ -1,0 +1,236 @@
+"""The event loop's handle on the one thread that owns MLX: commands in, what comes back out of mailboxes."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+from mlx_overlay_server.chat.grammar import Constraint
+from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.engine.commands import (
+    Cancel,
+    Command,
+    Item,
+    Load,
+    Options,
+    Sampled,
+    Stats,
+    Stop,
+    Submit,
+    Unload,
+)
+from mlx_overlay_server.engine.worker import Worker
+from mlx_overlay_server.errors import Failed, ServerError, Unavailable
+
+STOP_SECONDS = 10
+"""How long a step may take once the server stops."""
+
+
+class Mailbox:
+    """Where the event loop waits for what the engine has for a request: (number of the sequence, item)."""
+
+    def __init__(self) -> None:
+        self._items: list[tuple[int, Item]] = []
+        self._wake: asyncio.Future[None] | None = None
+
+    def put(self, number: int, item: Item) -> None:
+        """On the event loop only."""
+        self._items.append((number, item))
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    async def take(self) -> list[tuple[int, Item]]:
+        """Everything that has come, at least one."""
+        while not self._items:
+            self._wake = asyncio.get_running_loop().create_future()
+            await self._wake
+        items, self._items = self._items, []
+        return items
+
+
+class Engine:
+    """The handle that the event loop has on the thread. Its methods are the loop's to call; none of them blocks."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.stats = Stats()
+        self._inbox: deque[Command] = deque()
+        self._wake = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._mailboxes: dict[int, tuple[Mailbox, int]] = {}
+        self._loads: dict[str, Future[Loaded]] = {}
+        self._ids = itertools.count()
+        self._keys = itertools.count()
+        self._is_aborted = False
+        self._failure: str | None = None
+
+    def start(self) -> None:
+        """Start the thread; it imports mlx-lm, which takes a second or two, while the caller goes on."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=Worker(self).run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End the thread once it has finished its step. Whoever still waits is told.
+
+        A rank that lost the others may wait for them for ever: then `is_stuck`.
+        """
+        self._fail_all(Unavailable("the server is shutting down"))
+        self._send(Stop())
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, STOP_SECONDS)
+
+    async def load(self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None) -> Loaded:
+        """Make the model in a folder resident. Raises ServerError."""
+        self._check()
+        key = f"{next(self._keys)}:{path}"
+        future: Future[Loaded] = Future()
+        self._loads[key] = future
+        self._send(Load(key, path, adapter_path, draft_path))
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            self._loads.pop(key, None)
+
+    def unload(self, model: Loaded) -> None:
+        """Drop a model. Whoever still generates with it is told."""
+        self._send(Unload(model.key))
+
+    def submit(self, model: Loaded, sequences: Sequence[Submit]) -> tuple[Mailbox, list[int]]:
+        """Generate some sequences; their numbers in the mailbox are their places here. Returns it and their ids.
+
+        Raises Failed when the engine can do nothing.
+        """
+        self._check()
+        mailbox = Mailbox()
+        ids = []
+        for number, sequence in enumerate(sequences):
+            id_ = next(self._ids)
+            self._mailboxes[id_] = (mailbox, number)
+            ids.append(id_)
+            self._send(replace(sequence, id=id_, key=model.key))
+        return mailbox, ids
+
+    @staticmethod
+    def matcher(constraint: Constraint, model: Loaded) -> Any:
+        """What holds an answer to a constraint. May take a second; any thread may call it once a model is loaded."""
+        from mlx_overlay_server.engine.sampling import Matcher
+
+        return Matcher(constraint, model.grammar_tokenizer)
+
+    def abort(self) -> None:
+        """End every sequence and load, and take no more; whoever waits is told."""
+        self._is_aborted = True
+        ids = list(self._mailboxes)
+        self._fail_all(Unavailable("the server is shutting down"))
+        for id_ in ids:
+            self._send(Cancel(id_))
+
+    def cancel(self, ids: Sequence[int]) -> None:
+        """Free what sequences hold; nothing for those that have ended."""
+        for id_ in ids:
+            if self._mailboxes.pop(id_, None) is not None:
+                self._send(Cancel(id_))
+
+    @property
+    def pending(self) -> int:
+        """Sequences that somebody waits for."""
+        return len(self._mailboxes)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the thread still runs: after `stop`, it will not end."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine can do nothing; None when it can."""
+        return self._failure
+
+    def _check(self) -> None:
+        if self._is_aborted:
+            raise Unavailable("the server is shutting down")
+        if self._failure is not None:
+            raise Failed(f"the engine has failed: {self._failure}; start the server again")
+
+    def _fail_all(self, error: ServerError) -> None:
+        for mailbox, number in self._mailboxes.values():
+            mailbox.put(number, error)
+        self._mailboxes.clear()
+        for future in self._loads.values():
+            if not future.done():
+                future.set_exception(error)
+
+    def _send(self, command: Command) -> None:
+        self._inbox.append(command)
+        self._wake.set()
+
+    # Called by the thread.
+
+    def take(self, seconds: float) -> list[Command]:
+        """The commands that have come; waits for one up to some seconds."""
+        if not self._inbox and seconds:
+            self._wake.wait(seconds)
+        self._wake.clear()
+        commands: list[Command] = []
+        while self._inbox:
+            commands.append(self._inbox.popleft())
+        return commands
+
+    def post(self, items: list[tuple[int, Item]], stats: Stats) -> None:
+        """Hand over what a step made, in one go."""
+        self._call(self._deliver, items, stats)
+
+    def end(self, reason: str) -> None:
+        """The thread can do nothing any more."""
+        self._call(self._end, reason)
+
+    def settle(self, key: str, result: Loaded | ServerError) -> None:
+        """A load has ended."""
+        self._call(self._settle, key, result)
+
+    def _call(self, function: Any, *arguments: Any) -> None:
+        if self._loop is None:
+            return
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            pass
+
+    def _deliver(self, items: list[tuple[int, Item]], stats: Stats) -> None:
+        self.stats = stats
+        for id_, item in items:
+            found = self._mailboxes.get(id_)
+            if found is None:  # cancelled meanwhile
+                continue
+            mailbox, number = found
+            mailbox.put(number, item)
+            if isinstance(item, ServerError) or (isinstance(item, Sampled) and item.finish is not None):
+                del self._mailboxes[id_]
+
+    def _end(self, reason: str) -> None:
+        self._failure = reason
+        self._fail_all(Failed(f"the engine has failed: {reason}"))
+
+    def _settle(self, key: str, result: Loaded | ServerError) -> None:
+        future = self._loads.get(key)
+        if future is None or future.done():
+            return
+        if isinstance(result, ServerError):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+
+
+def follow(options: Options) -> threading.Thread:
+    """Run a rank other than 0, until rank 0 stops: the thread that does."""
+    thread = threading.Thread(target=Worker(Engine(options)).run, name="engine", daemon=True)
+    thread.start()
+    return thread

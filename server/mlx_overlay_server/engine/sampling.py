@@ -1,0 +1,242 @@
+"""How the next token is chosen: samplers and logits processors for mlx-lm, one set a request. Runs in the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.sample_utils import (
+    apply_min_p,
+    apply_top_k,
+    apply_top_p,
+    greedy_sampler,
+    make_frequency_penalty,
+    make_presence_penalty,
+    make_repetition_penalty,
+    make_sampler,
+)
+
+from mlx_overlay_server.chat.grammar import Budget, Constraint
+from mlx_overlay_server.chat.requests import Params
+from mlx_overlay_server.errors import InvalidRequest
+
+Sampler = Callable[[mx.array], mx.array]
+Processor = Callable[[mx.array, mx.array], mx.array]
+
+_ALL = 1 << 30  # as a context size: all of it
+_NEVER = -1e4
+_LEAST = 1e-6
+"""Below it one candidate is left, and float32 would end in infinities on the way there."""
+
+
+class Choice(NamedTuple):
+    """A request's parameters with the model's defaults filled in."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+
+
+def choice(params: Params, defaults: Mapping[str, Any], vocab_size: int) -> Choice:
+    """What holds for a request: its own values, else generation_config.json's, else OpenAI's."""
+
+    def of(given: float | None, name: str, otherwise: float) -> float:
+        default = defaults.get(name)
+        return given if given is not None else float(otherwise if default is None else default)
+
+    temperature = of(params.temperature, "temperature", 0.0 if defaults.get("do_sample") is False else 1.0)
+    top_p = of(params.top_p, "top_p", 1.0)
+    top_k = int(of(params.top_k, "top_k", 0))
+    return Choice(
+        temperature=0.0 if temperature < _LEAST or top_p < _LEAST or top_k == 1 else temperature,
+        top_p=top_p,
+        top_k=top_k if 0 < top_k < vocab_size else 0,
+        min_p=of(params.min_p, "min_p", 0.0),
+        repetition_penalty=of(params.repetition_penalty, "repetition_penalty", 1.0),
+    )
+
+
+def sampler(chosen: Choice, seed: int | None) -> Sampler:
+    """A sampler of log probabilities [batch, vocabulary] -> tokens [batch]."""
+    if chosen.temperature == 0:
+        return greedy_sampler  # type: ignore[no-any-return]
+    return _shared(chosen[:4]) if seed is None else _seeded(chosen, seed)
+
+
+@lru_cache(maxsize=256)
+def _shared(key: tuple[float, float, int, float]) -> Sampler:
+    """The same object for the same parameters: BatchGenerator samples rows in one call only where they share it."""
+    temperature, top_p, top_k, min_p = key
+    return make_sampler(temperature, top_p=top_p, min_p=min_p, top_k=top_k)  # type: ignore[no-any-return]
+
+
+def _seeded(chosen: Choice, seed: int) -> Sampler:
+    """Draws from a random state of its own: what else runs takes nothing from it."""
+    key = mx.random.key(seed % (1 << 64))
+
+    def sample(logprobs: mx.array) -> mx.array:
+        nonlocal key
+        key, now = mx.random.split(key)
+        if 0 < chosen.top_p < 1:
+            logprobs = apply_top_p(logprobs, chosen.top_p)
+        if chosen.min_p:
+            logprobs = apply_min_p(logprobs, chosen.min_p)
+        if chosen.top_k:
+            logprobs = apply_top_k(logprobs, chosen.top_k)
+        return mx.random.categorical(logprobs * (1 / chosen.temperature), key=now)
+
+    return sample
+
+
+def processors(
+    params: Params,
+    chosen: Choice,
+    prompt: Sequence[int],
+    *,
+    cached: int = 0,
+    matcher: Processor | None = None,
+    budget: Budget | None = None,
+) -> list[Processor]:
+    """What is done to the logits of each step before sampling.
+
+    mlx-lm calls a processor with the tokens so far, of which the first `cached` of the prompt may be missing.
+    Presence and frequency penalties look at the answer alone, as OpenAI's and vLLM's do; repetition at the prompt, too.
+    """
+    seen = len(prompt) - cached
+    made: list[Processor] = []
+    if params.logit_bias:
+        tokens = mx.array(list(params.logit_bias))
+        # -100 is OpenAI's "never", which no model may outvote; a grammar may, and something must be left to draw.
+        values = mx.array([_NEVER if bias <= -100 else bias for bias in params.logit_bias.values()])
+        made.append(lambda _, logits: logits.at[:, tokens].add(values.astype(logits.dtype)))
+    if chosen.repetition_penalty != 1:
+        repeat = make_repetition_penalty(chosen.repetition_penalty, params.repetition_context or _ALL)
+        missing = mx.array(list(prompt[:cached]), dtype=mx.int32)
+        made.append(lambda so_far, logits: repeat(mx.concatenate([missing, so_far.astype(mx.int32)]), logits))
+    if params.presence_penalty:
+        present = make_presence_penalty(params.presence_penalty, _ALL)
+        made.append(lambda so_far, logits: present(so_far[seen:], logits))
+    if params.frequency_penalty:
+        frequent = make_frequency_penalty(params.frequency_penalty, _ALL)
+        made.append(lambda so_far, logits: frequent(so_far[seen:], logits))
+    if budget is not None:
+        made.append(ReasoningBudget(budget))
+    if matcher is not None:
+        made.append(matcher)
+    return made
+
+
+class Guarded:
+    """A request's processors as one. What goes wrong in them is that request's, not its batch's."""
+
+    def __init__(self, steps: Sequence[Processor], matcher: Matcher | None) -> None:
+        self._steps = steps
+        self._matcher = matcher
+        self._error: str | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """Why the sequence cannot go on."""
+        if self._matcher is not None and self._matcher.problem is not None:
+            return f"the answer cannot follow its grammar any more: {self._matcher.problem}"
+        return self._error
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        try:
+            for step in self._steps:
+                logits = step(tokens, logits)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the rows beside this one are well
+            self._error = f"the engine failed: {type(error).__name__}"
+        return logits
+
+
+class ReasoningBudget:
+    """A logits processor that ends reasoning which takes too long, by forcing its closing mark."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._left: int | None = budget.tokens if budget.is_open else None
+        """Tokens that the open reasoning may still take; None: none is open."""
+        self._last: tuple[int, ...] = ()
+        self._steps = 0
+        self._forced = 0
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        if self._steps:
+            last: Any = tokens[-1].item()
+            self._accept(last)
+        self._steps += 1
+        if self._left is None or self._left > 0:
+            return logits
+        forced = mx.arange(logits.shape[-1]) == self._budget.ends[self._forced]
+        self._forced = (self._forced + 1) % len(self._budget.ends)
+        return mx.where(forced, logits, -float("inf"))
+
+    def _accept(self, token: int) -> None:
+        opens, ends = self._budget.opens, self._budget.ends
+        self._last = (*self._last, token)[-max(len(opens), len(ends)) :]
+        if self._left is None and self._last[-len(opens) :] == opens:
+            self._left = self._budget.tokens
+        elif self._left is not None and self._last[-len(ends) :] == ends:
+            self._left, self._forced = None, 0
+        elif self._left is not None:
+            self._left = max(0, self._left - 1)
+
+
+class Matcher:
+    """A logits processor that lets only tokens pass which a grammar allows."""
+
+    def __init__(self, constraint: Constraint, tokenizer: Any) -> None:
+        """`tokenizer` is llguidance's. The constructor may take a second for a large schema; any thread may call it.
+
+        Raises InvalidRequest for a grammar that nothing follows, as that of a schema which refers to itself alone.
+        """
+        from llguidance import LLMatcher
+        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
+        self._matcher = LLMatcher(tokenizer, constraint.grammar, log_level=0)
+        self._unless = constraint.unless
+        self._ends = constraint.after or constraint.ends
+        self._is_free = bool(constraint.after)
+        self._mask = allocate_token_bitmask(1, tokenizer.vocab_size)
+        fill_next_token_bitmask(self._matcher, self._mask, 0)  # it shows only now
+        if self._matcher.is_error():
+            problem = self._matcher.get_error().splitlines()[0]
+            raise InvalidRequest(f"this schema cannot be enforced: {problem}", param=constraint.param)
+        self._steps = 0
+        self._last: tuple[int, ...] = ()
+        self.problem: str | None = None
+        """Why the grammar can be followed no further."""
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        if self._steps:
+            last: Any = tokens[-1].item()
+            self._accept(last)
+        self._steps += 1
+        if self._is_free or self.problem is not None:
+            return logits
+        from llguidance.numpy import fill_next_token_bitmask
+
+        fill_next_token_bitmask(self._matcher, self._mask, 0)
+        if self._matcher.is_error():
+            self.problem = self._matcher.get_error().splitlines()[0]
+            return logits
+        allowed = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: logits.shape[-1]].astype(bool)
+        allowed = np.pad(allowed, (0, logits.shape[-1] - len(allowed)))  # rows of the output that no token has
+        if self._steps == 1 and self._unless is not None:
+            allowed[self._unless] = True
+        return mx.where(mx.array(allowed), logits, -float("inf"))
+
+    def _accept(self, token: int) -> None:
+        if self._is_free:
+            self._last = (*self._last, token)[-len(self._ends) :]
+            self._is_free = self._last != self._ends
+        elif self._steps == 1 and token == self._unless and self._ends:
+            self._is_free = True
+        elif not self._matcher.is_stopped() and not self._matcher.consume_token(token):
+            self.problem = self._matcher.get_error().splitlines()[0]

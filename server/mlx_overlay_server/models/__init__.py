@@ -1,0 +1,1 @@
+"""Which models there are, how they are downloaded, and which are in memory."""

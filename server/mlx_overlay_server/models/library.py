@@ -1,0 +1,104 @@
+"""Which models there are and where each is loaded from: the overlay, asked off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+import hf_overlay
+
+from mlx_overlay_server.errors import InvalidRequest, Unavailable, UnknownModel
+
+logger = logging.getLogger("mlx_overlay_server")
+
+
+class Listed(NamedTuple):
+    """A model that can be asked for."""
+
+    id: str
+    created: int
+    """Unix seconds: when its newest file was written."""
+
+
+class Located(NamedTuple):
+    """A folder to load, and what its weights take."""
+
+    path: str
+    nbytes: int
+
+
+Download = Callable[[str, Callable[[str], None]], Awaitable[None]]
+"""Fetches a model into the Hugging Face cache, telling how far it is. Raises ServerError."""
+
+
+class Library:
+    """The models of one overlay session."""
+
+    def __init__(self, session: hf_overlay.Session, download: Download | None) -> None:
+        """`download` is for ids that are nowhere here; None: the server is offline."""
+        self._session = session
+        self._download = download
+        self.progress: dict[str, str] = {}
+        """Of each model that is being downloaded: how far it is."""
+
+    async def listed(self) -> list[Listed]:
+        """Every model that can be loaded, one an id, sorted by id; folders and cache are looked at now."""
+        return await asyncio.to_thread(self._list)
+
+    def _list(self) -> list[Listed]:
+        self._refresh()
+        return [
+            Listed(model.id, max((file.mtime_ns for file in model.files), default=0) // 10**9)
+            for model in self._session.models
+        ]
+
+    async def locate(self, model_id: str) -> Located:
+        """Where to load a model from, downloading it where it is nowhere else. Raises ServerError."""
+        try:
+            return await asyncio.to_thread(self._locate, model_id)
+        except UnknownModel:
+            if self._download is None:
+                raise
+        try:
+            await self._download(model_id, lambda text: self.progress.update({model_id: text}))
+        finally:
+            self.progress.pop(model_id, None)
+        return await asyncio.to_thread(self._locate, model_id)
+
+    async def is_known(self, model_id: str) -> bool:
+        """Whether the id can be answered without asking the Hub. Raises ServerError, but not UnknownModel."""
+        try:
+            await asyncio.to_thread(self._locate, model_id)
+        except UnknownModel:
+            return False
+        return True
+
+    def _locate(self, model_id: str) -> Located:
+        self._refresh()
+        try:
+            path = os.fspath(self._session.resolve(model_id))
+        except hf_overlay.InvalidModelId as error:
+            raise InvalidRequest(str(error), param="model") from None
+        except hf_overlay.SourceAway as error:
+            raise Unavailable(str(error), param="model", code="model_away") from None
+        except hf_overlay.ModelNotFound as error:
+            # It tells where was looked, which is not for every client to know; the id in it may hold anything.
+            logger.info("%.1000s", " ".join(str(error).split()))
+            raise UnknownModel(
+                f"there is no model {model_id!r} here; GET /v1/models lists what there is", param="model"
+            ) from None
+        try:
+            with os.scandir(path) as entries:
+                sizes = [entry.stat().st_size for entry in entries if entry.name.endswith(".safetensors")]
+        except OSError as error:
+            raise Unavailable(f"{model_id} cannot be read: {error.strerror}", param="model") from None
+        return Located(path, sum(sizes))
+
+    def _refresh(self) -> None:
+        try:
+            self._session.refresh()
+        except hf_overlay.SessionError as error:
+            raise Unavailable(str(error)) from None

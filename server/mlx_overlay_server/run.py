@@ -1,0 +1,150 @@
+"""Running the server: the overlay's environment first, then everything that reads it, then HTTP until a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import hf_overlay
+
+from mlx_overlay_server.settings import Settings, rank
+
+if TYPE_CHECKING:
+    from mlx_overlay_server.service import Service
+
+logger = logging.getLogger("mlx_overlay_server")
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGINT or SIGTERM; returns the exit code."""
+    _log_to_stderr(settings.log_level)
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1"} if settings.is_offline else dict(os.environ)
+    try:
+        with hf_overlay.open_session(
+            settings.model_paths, exclude=settings.exclude, trusts_code=settings.trust_remote_code, environ=environ
+        ) as session:
+            # huggingface_hub reads its environment once, when it is imported, and we are the program that imports it.
+            os.environ.update(session.environment)
+            for name in [name for name in os.environ if name not in session.environment]:
+                del os.environ[name]
+            if rank(os.environ):
+                return _follow(settings)
+            return _serve_http(settings, session)
+    except hf_overlay.OverlayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, hf_overlay.UsageError) else 1
+    except KeyboardInterrupt:
+        return 0
+
+
+def _follow(settings: Settings) -> int:
+    """Another rank than 0. It stops when rank 0 says so; a signal is for rank 0, too, which may have died of it."""
+    from mlx_overlay_server.app import options
+    from mlx_overlay_server.engine.handle import STOP_SECONDS, follow
+
+    told = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: told.set())
+    engine = follow(options(settings))
+    while engine.is_alive() and not told.wait(0.5):
+        pass
+    engine.join(settings.shutdown_seconds + STOP_SECONDS if told.is_set() else None)
+    return 1 if engine.is_alive() else 0
+
+
+def _serve_http(settings: Settings, session: hf_overlay.Session) -> int:
+    try:
+        listening = _listen(settings.host, settings.port)
+    except OSError as error:
+        reason = error.strerror or error
+        print(f"error: cannot listen on {settings.host}:{settings.port}: {reason}; try --port 0", file=sys.stderr)
+        return 1
+    import uvicorn
+
+    from mlx_overlay_server.app import build
+
+    app, service = build(settings, session)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=2048,
+        timeout_keep_alive=75,  # longer than clients keep idle connections, so that they never meet a closed one
+        timeout_graceful_shutdown=int(settings.shutdown_seconds) + 10,
+    )
+    host, port = listening.getsockname()[:2]
+    _server_class()(
+        config, service, settings.shutdown_seconds, f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    ).run(sockets=[listening])
+    return 1 if service.engine.is_stuck else 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises OSError."""
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listening = socket.socket(family, kind, protocol)  # with the protocol: else uvicorn leaves Nagle's delay on
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(2048)
+    except OSError:
+        listening.close()
+        raise
+    return listening
+
+
+def _server_class() -> Any:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """uvicorn, whose running streams end properly when it is told to stop."""
+
+        def __init__(self, config: uvicorn.Config, service: Service, seconds: float, url: str) -> None:
+            super().__init__(config)
+            self._service = service
+            self._seconds = seconds
+            self._url = url
+
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """Signals end the server, and are not raised again: that is a success."""
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, self._stop, loop)
+            yield
+
+        def _stop(self, loop: asyncio.AbstractEventLoop) -> None:
+            if self.should_exit:  # asked again: at once
+                self._service.abort()
+                return
+            logger.info("stopping")
+            self.should_exit = True
+            self._service.close()
+            loop.call_later(self._seconds, self._service.abort)
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if not self.should_exit:
+                logger.info("listening on %s (OpenAI clients: %s/v1)", self._url, self._url)
+
+    return Server
+
+
+def _log_to_stderr(level: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    for name in ("mlx_overlay_server", "hf_overlay", "uvicorn"):
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(level.upper() if name != "uvicorn" else "WARNING")
+        logging.getLogger(name).propagate = False
