@@ -922,7 +922,7 @@ def rename_to_bytes(folder: Path, name: bytes) -> Path:
 
 # In a process of its own: test reports cannot hold such names.
 REFRESH_AND_TELL = """
-import json, logging, os, pathlib, sys, overlay
+import json, logging, os, pathlib, sys, hf_overlay
 from huggingface_hub import scan_cache_dir, snapshot_download
 from tests.overlay.test_faults import assert_as_new
 
@@ -1195,7 +1195,7 @@ def test_a_volume_without_links_is_refused_with_what_to_do(
 # Several at once -----------------------------------------------------------------------------------------------
 
 OPEN_ONE = """
-import json, sys, overlay
+import json, sys, hf_overlay
 sys.stdin.readline()
 with hf_overlay.open_session([sys.argv[1]]) as session:
     print(json.dumps([str(session.path), [model.id for model in session.models], sorted(

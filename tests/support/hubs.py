@@ -29,8 +29,8 @@ FOLLOWING_LINKS = ("0.36.2", "1.31.0")
 
 def environment(release: str) -> dict[str, str]:
     """What a Python needs in its environment to import that release. AssertionError when it is not there."""
-    # The overlay these tests import, wherever it lies, is also the one in processes they start.
-    path = [str(Path(hf_overlay.__file__).parents[1])]
+    # The hf_overlay that these tests import, wherever it lies, is also the one in processes they start.
+    path = [str(Path(hf_overlay.__file__).parents[1]), str(Path(__file__).parents[2])]
     if release != INSTALLED:
         folder = Path(sys.prefix, "hubs", release)
         assert (folder / "huggingface_hub").is_dir(), (
