@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import hf_overlay
 
-from tests.support import worker
+from tests.support import hub_process
 from tests.support.processes import SECONDS
 
 ASIDE = ("0.36.2", "1.31.0", "1.32.0", "1.33.0")
@@ -42,15 +42,15 @@ def environment(release: str) -> dict[str, str]:
 
 
 class Answer(NamedTuple):
-    """What an operation of worker.py gave."""
+    """What an operation of hub_process.py gave."""
 
     value: Any
     error: str | None
     """What the client said when it refused."""
 
 
-class Worker:
-    """A process that runs the operations of worker.py with one release; it costs its import once."""
+class HubProcess:
+    """A process that runs the operations of hub_process.py with one release; it costs its import once."""
 
     def __init__(self, release: str, process: subprocess.Popen[str]) -> None:
         self.release = release
@@ -75,7 +75,7 @@ class Worker:
 
 
 @contextmanager
-def open_worker(release: str, home: Path) -> Iterator[Worker]:
+def open_hub_process(release: str, home: Path) -> Iterator[HubProcess]:
     """`home` is an empty folder, for what clients write of their own."""
     environ = {
         "PATH": os.environ["PATH"],
@@ -87,11 +87,11 @@ def open_worker(release: str, home: Path) -> Iterator[Worker]:
         **environment(release),
     }
     with subprocess.Popen(
-        [sys.executable, "-P", worker.__file__],
+        [sys.executable, "-P", hub_process.__file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         encoding="utf-8",
         env=environ,
     ) as process:
-        yield Worker(release, process)
+        yield HubProcess(release, process)

@@ -1,7 +1,7 @@
 """A client of the Hub cache in a process of its own: one operation a line on stdin, one answer a line on stdout.
 
 Importing a huggingface_hub takes a quarter of a second, calling it milliseconds; so a test keeps one such process
-for each release (see hubs.py) and asks it again and again. Only `python worker.py` imports huggingface_hub.
+for each release (see hubs.py) and asks it again and again. Only `python hub_process.py` imports huggingface_hub.
 """
 
 from __future__ import annotations

@@ -1,0 +1,53 @@
+"""Worlds for tests of the user's bytes, and clients of every release of huggingface_hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from tests.overlay.users_bytes.world import World
+from tests.support import hubs
+from tests.support.hubs import HubProcess
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Iterator[Path]:
+    """A folder of the test's own; in memory where the system offers that, since disks take many times as long."""
+    memory = Path("/dev/shm")
+    if os.access(memory, os.W_OK):
+        with TemporaryDirectory(prefix="users-bytes-", dir=memory) as path:
+            yield Path(path)
+    else:
+        yield tmp_path
+
+
+@pytest.fixture
+def world(base: Path) -> World:
+    return World(base)
+
+
+@pytest.fixture(scope="package")
+def hub_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], HubProcess]]:
+    """The client process of a release, started when first asked for."""
+    with ExitStack() as stack:
+        started: dict[str, HubProcess] = {}
+
+        def get(release: str) -> HubProcess:
+            if release not in started:
+                started[release] = stack.enter_context(
+                    hubs.open_hub_process(release, tmp_path_factory.mktemp("client"))
+                )
+            return started[release]
+
+        yield get
+
+
+@pytest.fixture(params=hubs.ALL)
+def client(request: pytest.FixtureRequest, hub_processes: Callable[[str], HubProcess]) -> HubProcess:
+    """A client of each release."""
+    return hub_processes(request.param)
