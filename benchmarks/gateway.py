@@ -2,7 +2,7 @@
 
     python benchmarks/gateway.py [--requests 400 --bytes 2000000000]
 
-The Hub is a process of its own on this machine (tests/support/loopback_hub.py), so what a network would add to both
+The Hub is a process of its own on this machine (tests/support/loopback_hub/), so what a network would add to both
 sides is not there to hide anything. What is compared takes turns. Metadata: the median of what the gateway adds to one
 request on a connection that is kept open. Bodies: a file that the Hub makes up as it sends it, read and thrown away.
 All of it happens in a temporary folder; a goal that is missed is a word in the output, not a failure.
