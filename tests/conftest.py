@@ -11,6 +11,8 @@ import pytest
 from hf_overlay import config
 from hf_overlay.tree import lease
 
+from tests.support import processes
+
 _REAL_ENVIRONMENT = dict(os.environ)
 _FORBIDDEN = tuple(
     os.path.realpath(path) + os.sep
@@ -41,6 +43,13 @@ def _guard(event: str, arguments: tuple[object, ...]) -> None:
         path = os.path.abspath(os.fspath(arguments[0])) + os.sep
         if path.startswith(_FORBIDDEN):
             raise RuntimeError(f"a test touched the user's real cache: {event} {path}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals() -> Iterator[None]:
+    """Tests may run under nohup: what they start is signalled all the same."""
+    with processes.signals_reach_children():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,8 @@ BIN = Path(sys.executable).parent
 """Where this installation's commands are: hf-overlay, hf, mlx_lm.generate."""
 OVERLAY = str(BIN / "hf-overlay")
 PYTHON = sys.executable
-SECONDS = 120.0
-"""What every wait is bounded by; nothing here takes a tenth of it unless a promise is broken."""
+SECONDS = 60.0
+"""What every wait is bounded by; nothing here takes a fifth of it unless a promise is broken."""
 
 # What os.login_tty does cannot be done between fork and exec of a process with threads; a program of its own can.
 _ON_TERMINAL = "import os, sys; os.login_tty(0); os.execv(sys.argv[1], sys.argv[1:])"
@@ -62,6 +62,24 @@ def succeed(arguments: Sequence[str], environ: Mapping[str, str], *, cwd: Path |
     done = finish(arguments, environ, cwd=cwd)
     assert done.status == 0, f"{' '.join(arguments)} exited {done.status}: {done.err}"
     return done
+
+
+@contextmanager
+def signals_reach_children() -> Iterator[None]:
+    """Processes that are started meanwhile do not ignore the signals that this one was started to ignore.
+
+    Under nohup and in the background of a script, SIGHUP and SIGINT are ignored, which programs inherit. A handler is
+    not inherited, so one that does nothing leaves this process as it was and gives the others the default.
+    """
+    numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+    ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, lambda _number, _frame: None)
+    try:
+        yield
+    finally:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

@@ -568,8 +568,21 @@ def is_dropped(connection: socket.socket) -> bool:
 
 
 def test_a_hub_that_is_out_ends_as_any_other() -> None:
+    """Its ports are taken during the outage, and free after the end."""
     with LoopbackHub() as hub:
+        ports = [urlsplit(url).port for url in (hub.endpoint, hub.cdn)]
         hub.outage()
+        assert [is_free(port) for port in ports] == [False, False]
+    assert [is_free(port) for port in ports] == [True, True]
+
+
+def is_free(port: int | None) -> bool:
+    with socket.socket() as other:
+        try:
+            other.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def test_a_cut_is_one_and_counts_what_went_out(hub: LoopbackHub) -> None:
