@@ -22,7 +22,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from tests.support.models import make_model, make_random_model, split
-from tests.support.processes import eventually
+from tests.support.processes import SECONDS, eventually
 from tests.support.server import Server, serving
 
 ONE, TWO, RANDOM, ENDLESS, BROKEN = "acme/one", "acme/two", "acme/random", "acme/endless", "acme/broken"
@@ -240,7 +240,7 @@ def _unanswered(server: Server, body: Any) -> Iterator[None]:
     data = json.dumps(body).encode()
     host, port = server.url.removeprefix("http://").split(":")
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-    with socket.create_connection((host, int(port))) as connection:
+    with socket.create_connection((host, int(port)), SECONDS) as connection:
         connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         yield
 
@@ -262,7 +262,7 @@ def test_a_request_beyond_the_queue_is_told_to_come_again(models: Path, tmp_path
         first = _stream(server)
         with ThreadPoolExecutor(1) as other:
             second = other.submit(server.chat_answer, ONE, "Hi", stream=True)  # another model has a batch of its own
-            assert second.result().content == SCRIPTS[ONE]
+            assert second.result(SECONDS).content == SCRIPTS[ONE]
             waiting = other.submit(_stream, server)
             eventually(lambda: _numbers(server)["pending_sequences"] == 2, "one runs and one waits")
             with pytest.raises(openai.RateLimitError) as caught:
@@ -271,7 +271,7 @@ def test_a_request_beyond_the_queue_is_told_to_come_again(models: Path, tmp_path
             assert (caught.value.type, caught.value.code) == ("rate_limit_error", "rate_limit_exceeded")
             assert int(caught.value.response.headers["retry-after"]) > 0
             first.close()
-            waiting.result().close()
+            waiting.result(SECONDS).close()
         _becomes_idle(server)
         assert server.chat(ONE, "Hi").choices[0].message.content == SCRIPTS[ONE]
 

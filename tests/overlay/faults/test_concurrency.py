@@ -94,7 +94,7 @@ def test_a_session_goes_on_while_another_process_writes_the_cache(
             with contextlib.suppress(hf_overlay.ModelNotFound):
                 session.resolve("org/model-1")
             refreshes += 1
-        assert writer.wait() == 0
+        assert writer.wait(processes.SECONDS) == 0
         assert refreshes > 3
         session.refresh()
         assert_as_new(session)
