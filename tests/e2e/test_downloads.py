@@ -295,6 +295,7 @@ def name_of(number: int) -> str:
     return (f"part-{number}.safetensors", f"notes/{number}.txt", f"{number}.json")[number % 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["the session", "the client", "both"])
 @pytest.mark.parametrize("sees_gateway", [True, False], ids=["with the gateway", "past the gateway"])
 def test_a_download_killed_at_any_moment_loses_nothing_and_goes_on(

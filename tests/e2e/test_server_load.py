@@ -178,6 +178,7 @@ def _all_at_once(server: Server, asks: Sequence[Ask], draw: random.Random) -> li
     return asyncio.run(together())
 
 
+@pytest.mark.slow
 def test_many_streams_at_once_say_each_what_it_says_alone_and_leave_nothing(server: Server) -> None:
     asks = _asks(random.Random(5))
     alone = _one_by_one(server, asks)

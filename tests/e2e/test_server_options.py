@@ -143,6 +143,7 @@ def test_wrong_options_are_usage_errors(home: Path, options: list[str], problem:
     assert problem in err.decode()
 
 
+@pytest.mark.slow
 def test_two_ranks_answer_as_one(home: Path, drive: Path) -> None:
     with serving(home, drive) as server:
         alone = server.chat_answer("acme/random", "Hi", stream=False, temperature=0, max_tokens=20).content

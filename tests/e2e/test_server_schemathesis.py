@@ -161,11 +161,13 @@ def test_every_operation_of_the_schema_is_tried(schema: Any) -> None:
     assert sorted((each.method, each.path) for each in operations) == sorted(OPERATIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
 def test_what_the_schema_allows_is_answered_or_refused(method: str, path: str, schema: Any, server: Server) -> None:
     _try_out(server, schema[path][method], GenerationMode.POSITIVE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "path"), [(method, path) for method, path in OPERATIONS if method == "post" or path.endswith("/models")]
 )
@@ -212,6 +214,7 @@ def _mutants(body: Any) -> Iterator[Any]:
             yield from ([*body[:at], mutant, *body[at + 1 :]] for mutant in _mutants(value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", BODIES)
 def test_a_body_any_part_of_which_is_wrong_is_answered_or_refused(path: str, server: Server) -> None:
     assert _send(server, path, json.dumps(BODIES[path]).encode()).status_code == 200

@@ -224,6 +224,7 @@ class Lives(RuleBasedStateMachine):
         shutil.rmtree(self.base)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # a failure takes minutes to be made small
 def test_nothing_is_lost_in_any_order(base: Path, client: HubProcess) -> None:
     numbers = itertools.count()

@@ -12,6 +12,7 @@ from tests.support import hubs
 from tests.support.hubs import HubProcess
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_recovered", [True, False], ids=["then recovered", "then killed again"])
 def test_an_owner_killed_at_any_step_loses_nothing_and_leaves_nothing(
     world: World, hub_processes: Callable[[str], HubProcess], is_recovered: bool
