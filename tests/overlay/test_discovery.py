@@ -28,7 +28,7 @@ def ids(source: Source) -> list[str]:
 
 
 def reasons(source: Source) -> dict[str | None, str]:
-    return {reject.id: reject.reason for reject in source.rejects}
+    return {reject.id: reject.reason.text for reject in source.rejects}
 
 
 def index(*shards: str) -> bytes:
@@ -203,7 +203,7 @@ def test_a_model_path_that_is_itself_a_model_is_told_so(models: Path) -> None:
     lay_model(models / "name")
     source = scan(models / "name")
     assert not source.models
-    assert "give the folder above it" in source.rejects[0].reason
+    assert "give the folder above it" in source.rejects[0].reason.text
 
 
 def test_a_second_cache_is_a_source_with_its_main_revision_and_true_commit(models: Path) -> None:
@@ -250,7 +250,7 @@ def test_the_real_cache_and_sessions_under_a_model_path_are_not_the_users_models
     assert ids(scan(models, hub=hub)) == ["org/name"]
     own = scan(hub, hub=hub)
     assert not own.models
-    assert "is the Hugging Face cache itself" in own.rejects[0].reason
+    assert "is the Hugging Face cache itself" in own.rejects[0].reason.text
 
 
 def test_links_to_models_are_followed_and_loops_end(models: Path, tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_links_to_models_are_followed_and_loops_end(models: Path, tmp_path: Path
     (models / "up").symlink_to(models.parent)
     source = scan(models)
     assert ids(source) == ["alias/again", "alias/linked", "org/again", "org/linked"]
-    by_path = {reject.path: reject.reason for reject in source.rejects}
+    by_path = {reject.path: reject.reason.text for reject in source.rejects}
     assert "back to a folder above it" in by_path[str(models / "org/loop")]
     assert "back to a folder above it" in by_path[str(models / "up")]
 
