@@ -317,3 +317,14 @@ def test_scanning_the_cache_again_sees_every_change_of_a_repo(hub: Path, settled
     look()
     (other.parents[1] / "refs" / "main").unlink()
     assert scanner.scan_cache().models == ()
+
+
+def test_a_cached_repo_of_plain_files_is_a_model_however_old_it_is(hub: Path) -> None:
+    """As copied to a volume without links: there is no `blobs`."""
+    snapshot = hub / "models--org--name/snapshots" / ("a" * 40)
+    lay_model(snapshot, settled=True)
+    (hub / "models--org--name/refs").mkdir()
+    (hub / "models--org--name/refs/main").write_text("a" * 40)
+    scanner = Scanner((), str(hub), TYPES)
+    for _ in range(2):
+        assert [model.path for model in scanner.scan_cache().models] == [str(snapshot)]
