@@ -24,8 +24,8 @@ from hf_overlay.gateway.hub import Hub
 from hf_overlay.gateway.server import DEFAULT_UPSTREAM, Gateway
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.models import Model
-from hf_overlay.tree import clear as tree
 from hf_overlay.tree import lease, writeback
+from hf_overlay.tree.clear import remove_tree
 from hf_overlay.tree.lease import Lease
 from hf_overlay.tree.publish import Tree
 
@@ -292,7 +292,7 @@ def clear(sessions: str, path: str) -> Cleared | None:
         try:
             owner = lease.read_owner(path)
             stuck = writeback.bring_home(path, owner.hub_cache) if owner is not None else {}
-            kept = tree.clear(path, stuck)
+            kept = remove_tree(path, stuck)
             for kept_path in kept:
                 reason = stuck.get(kept_path, "the cache holds, or a program is downloading, other bytes for it")
                 logger.warning("a download stays in %s and is tried again at the next start: %s", kept_path, reason)

@@ -9,7 +9,7 @@ from hf_overlay import hfcache
 from hf_overlay.tree import announced, files, store
 
 
-def clear(session: str, unfinished: Collection[str] = ()) -> list[str]:
+def remove_tree(session: str, unfinished: Collection[str] = ()) -> list[str]:
     """Remove a session's tree, except what clients downloaded into it: those paths are returned. Raises OSError.
 
     The `unfinished` stay as well: not all of each is in the real cache, even if its bytes are.

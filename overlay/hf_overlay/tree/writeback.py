@@ -1,8 +1,8 @@
-"""Bringing home what clients downloaded into a session's tree: into the real cache, where it would have gone.
+"""Moving what clients downloaded into a session's tree to the real cache, where it would have gone without an overlay.
 
-Runs when a session has ended, however it ended. Every step leaves the real cache valid and can be done again: blobs
-come before the snapshots that link to them, refs last; each file appears under its name complete or not at all. What
-cannot be moved (no room, no permission) stays where it is and is tried again at the next start.
+It is done when a session has ended, however it ended. Every step leaves the real cache valid and can be repeated: blobs
+come before the snapshots that link to them, refs last; each file appears under its name complete or not at all. A
+download that cannot be moved (no room, no permission) stays where it is and is tried again at the next start.
 """
 
 from __future__ import annotations
