@@ -1,12 +1,12 @@
-"""The user's model folders in front of the real Hugging Face cache, for programs that know only the latter.
+"""A temporary Hugging Face cache in which your own model folders stand in front of the real cache.
 
 import hf_overlay
 
 with hf_overlay.open_session(["/Volumes/LLMS/models"]) as session:
-    session.environment            # for a program to start
-    session.models                 # what can be loaded
-    session.resolve("org/name")    # the folder to load
-    session.refresh()              # after folders changed
+    session.environment            # the environment for a program to start
+    session.models                 # every model that can be loaded
+    session.resolve("org/name")    # the folder to load for an id
+    session.refresh()              # call it after folders changed
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Sessions are imported when first asked for: `hf-overlay ls` needs none, and they are half of its start."""
+    """Import sessions on first use: `hf-overlay ls` needs none, and importing them takes half of its start-up time."""
     if name in __all__:
         from hf_overlay import session
 

@@ -1,33 +1,36 @@
-"""What can go wrong, in one line a person can act on.
+"""The errors of this package. The text of each is one line that a person can act on.
 
-OverlayError            expected failure (the command exits 1)
-├── UsageError          the call itself is wrong (the command exits 2)
-│   └── InvalidModelId  an id that could leave the folder it is looked up in
-├── ModelNotFound       no folder and no cached snapshot answers to that id
+OverlayError            an expected failure (the command exits with 1)
+├── UsageError          the call itself is wrong (the command exits with 2)
+│   └── InvalidModelId  an id that could lead out of the folder it is looked up in
+├── ModelNotFound       no folder and no cached snapshot has this id
 │   └── SourceAway      the model's folder is on a drive that is not there now
 └── SessionError        the tree could not be built or switched
 """
 
 
 class OverlayError(Exception):
-    """Base of every error this package raises on purpose; its text says what, where and what to do."""
+    """Base of all errors of this package; the text says what is wrong, where, and what to do."""
 
 
 class UsageError(OverlayError):
-    """The caller asked for something that cannot be meant: a file as model path, an empty path."""
+    """An argument that makes no sense, such as a file as model path or an empty path."""
 
 
 class InvalidModelId(UsageError):
-    """An id with an absolute path, `..`, a backslash, NUL or an empty part; refused before any disk access."""
+    """A model id that is an absolute path or has `..`, a backslash, NUL or an empty part in it.
+
+    Raised before anything on the disk is looked at.
+    """
 
 
 class ModelNotFound(OverlayError):
-    """Nothing loadable has this id; the text says what was looked at and why each candidate lost."""
+    """No model that can be loaded has this id; the text names each place that was looked at, and why it has none."""
 
 
 class SourceAway(ModelNotFound):
-    """The model was in a user's folder that has since gone away (drive unplugged, share unmounted)."""
+    """The model was in a user's folder that has gone away since, as with a drive that was unplugged."""
 
 
 class SessionError(OverlayError):
-    """A session's tree could not be made: no space, no symlinks on that volume, no permission."""
+    """A session's tree could not be made: no space, no permission, or a volume without symbolic links."""

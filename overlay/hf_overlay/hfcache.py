@@ -1,4 +1,4 @@
-"""The Hugging Face cache's layout on disk: the one file that knows models--a--b, refs, blobs, snapshots and trees.
+"""The Hugging Face cache's layout on disk: the one module that knows models--a--b, refs, blobs, snapshots and trees.
 
 The layout is huggingface_hub's (docs: "Understand caching"; source: file_download.py, _tree_cache.py,
 utils/_cache_manager.py, utils/_validators.py of 2.4).
@@ -19,9 +19,9 @@ LOCKS = ".locks"
 CACHEDIR_TAG = "CACHEDIR.TAG"
 """Clients put it into a hub folder, to keep backups out."""
 ORIGIN = "overlay.json"
-"""In a repo folder of ours: the user's folder it stands for, and its commit. No client looks at it."""
+"""File in a linked repo that names the user's folder and our commit. No client looks at it."""
 VIEWS = "views"
-"""In a repo folder of ours: the links that make up its revision, to which `snapshots/<commit>` is a link."""
+"""Folder in a linked repo with the links that make up its revision; `snapshots/<commit>` is a link to it."""
 SHARED_BLOBS = "blobs"
 """huggingface_hub >= 2 keeps payloads that several repos share here; reached through each repo's own links."""
 
@@ -34,7 +34,7 @@ _NAME_MAX = 255 - len(".0123456789abcdef")
 
 
 class NoSnapshot(Exception):
-    """A repo folder holds no revision that `main` leads to; the text says why."""
+    """A repo folder holds no revision that `main` stands for; the text says why."""
 
 
 def is_junk(name: str) -> bool:
@@ -46,28 +46,28 @@ def is_junk(name: str) -> bool:
 
 
 def repo_folder(repo_id: str, kind: str = "models") -> str:
-    """`org/name` -> `models--org--name`."""
+    """The folder name of a repo in a cache: `org/name` -> `models--org--name`."""
     return "--".join([kind, *repo_id.split("/")])
 
 
 def model_id(folder: str) -> str | None:
-    """`models--org--name` -> `org/name`, as scan_cache_dir reads it; None for any other name."""
+    """The model id a folder name stands for, as scan_cache_dir reads it; None for any other name."""
     kind, separator, rest = folder.partition("--")
     return rest.replace("--", "/") if kind == "models" and separator and rest else None
 
 
 def is_repo(folder: str) -> bool:
-    """Whether a name in a hub folder is that of a cached repo of any kind."""
+    """Whether a name in a hub folder is the folder name of a cached repo of any kind."""
     return model_id(folder) is not None or is_other_repo(folder)
 
 
 def is_other_repo(folder: str) -> bool:
-    """Whether this is a cached dataset, space or kernel."""
+    """Whether this is the folder name of a cached dataset, space or kernel."""
     return _OTHER_REPO.fullmatch(folder) is not None
 
 
 def why_not_linkable(id_: str) -> str | None:
-    """None when an id can stand in a cache under its own name, else why it can be loaded by path only."""
+    """Why a model of this id can be loaded by path only; None when the id can stand in a cache under its own name."""
     folder = repo_folder(id_)
     if model_id(folder) != id_:
         return "cannot be written in the cache's layout, where `--` stands for `/`"
@@ -77,7 +77,7 @@ def why_not_linkable(id_: str) -> str | None:
 
 
 def why_not_hub_id(model_id: str) -> str | None:
-    """None when Hub clients accept the id (huggingface_hub's validate_repo_id), else why they refuse it."""
+    """Why Hub clients refuse the id (huggingface_hub's validate_repo_id); None when they accept it."""
     if model_id.count("/") > 1:
         return "has more than one `/`"
     if "--" in model_id or ".." in model_id:
@@ -121,10 +121,10 @@ def snapshot(repo: str, commit: str) -> str:
 
 
 def entries(hub: str) -> dict[str, str]:
-    """What an overlay shows of the real cache: name -> path. Empty while the cache does not exist. Raises OSError.
+    """The entries of the real cache that an overlay shows: name -> path; empty while there is no cache. Raises OSError.
 
-    Not the shared blob store: clients compute paths in it lexically, so through a link they would write a payload
-    into the overlay and leave a broken link in the real cache. Repos lead into it by links of their own.
+    They do not include the shared blob store: clients compute paths in it lexically, so through a link they would
+    write a payload into the overlay and leave a broken link in the real cache. Repos lead into it by their own links.
     """
     try:
         return {name: f"{hub}/{name}" for name in os.listdir(hub) if name != SHARED_BLOBS and not is_junk(name)}
@@ -132,29 +132,23 @@ def entries(hub: str) -> dict[str, str]:
         return {}
 
 
-def state(repo: str) -> object:
-    """Something that is equal as long as no revision or ref of a cached repo came, went, or changed its mode."""
-    times: list[int] = []
-    folders = ["refs", "snapshots"]
-    for folder in folders:
-        try:
-            status = os.stat(f"{repo}/{folder}")
-        except OSError as error:
-            times.append(error.errno or 0)
-            continue
-        times.append(status.st_ctime_ns)
-        if folder == "refs" and status.st_nlink != 2:  # 2: no folder in it; other numbers may mean anything
-            folders += ["refs/refs", "refs/refs/pr"]
-    return tuple(times)
-
-
 def watched(repo: str) -> tuple[str, ...]:
-    """What changes its times when a cached repo gets another main revision, or gains or loses a blob."""
+    """The paths that look different when a cached repo gets another main revision, or gains or loses a blob."""
     return (f"{repo}/refs/main", f"{repo}/snapshots", f"{repo}/blobs")
 
 
+def watched_by_examine(repo: str) -> tuple[str, ...]:
+    """The paths that look different when a revision or ref of a cached repo comes, goes, or changes its mode."""
+    try:
+        is_flat = os.stat(f"{repo}/refs").st_nlink == 2  # no folder in it; other numbers may mean anything
+    except OSError:
+        is_flat = True
+    below = () if is_flat else (f"{repo}/refs/refs", f"{repo}/refs/refs/pr")
+    return (f"{repo}/refs", f"{repo}/snapshots", *below)
+
+
 class Examined(NamedTuple):
-    """What the plan must know of a cached repo."""
+    """The facts about a cached repo that the plan depends on."""
 
     commits: tuple[str, ...]
     """Its revisions."""
@@ -165,8 +159,8 @@ class Examined(NamedTuple):
 def examine(repo: str) -> Examined:
     """Look through a cached repo for what makes `scan_cache_dir` raise.
 
-    It lets through what reading a ref or entering a folder raises (huggingface_hub 0.36 to 2.4). What vanishes
-    meanwhile, because another process writes the cache, is no problem.
+    `scan_cache_dir` does not catch what reading a ref or entering a folder raises (huggingface_hub 0.36 to 2.4).
+    Something that vanishes meanwhile, because another process writes the cache, does not count as a problem.
     """
     commits: list[str] = []
     try:
@@ -196,7 +190,7 @@ def examine(repo: str) -> Examined:
 
 
 def _link_loop(revision: str) -> str | None:
-    """A file of a snapshot whose links never end, on which releases up to 1.31 fail."""
+    """The first file of a snapshot that is a link to itself, on which releases up to 1.31 fail."""
     for folder, _, names in os.walk(revision):
         for name in names:
             try:
@@ -215,49 +209,51 @@ def _subfolders(path: str) -> list[str]:
         return []
 
 
-# Writing: a user's folder as a repo of one revision --------------------------------------------------------------
+# Linking: a user's folder as a repo of one revision --------------------------------------------------------------
 
 
-class Shadow(NamedTuple):
-    """A repo folder made of links to a user's files: what to create, relative to the repo folder."""
+class LinkedRepo(NamedTuple):
+    """A repo folder in cache layout, made of links, that stands in the tree for a user's model.
 
+    Paths are relative to the repo folder.
+    """
+
+    model: Model
+    commit: str
+    """Name of its only revision: the Hub's commit where the folder proves it, else the fingerprint."""
+    fingerprint: str
     folders: tuple[str, ...]
-    """Parents before children."""
+    """The folders to make, parents before children."""
     links: tuple[tuple[str, str], ...]
     """(where, target)"""
     files: tuple[tuple[str, bytes], ...]
     """(where, content)"""
     sealed: tuple[str, ...]
-    """What nobody may write to."""
+    """Files and folders that nobody may write to."""
     watched: tuple[str, ...]
     """The folders whose time changes when a client takes a file of the revision away."""
 
 
 def fingerprint(model: Model) -> str:
-    """40 hex digits that change whenever a name, size or time in the folder does; never the same for two folders."""
+    """40 hex digits that change with any name, size or time in the folder, and that differ between any two folders."""
     return _sha1(json.dumps([model.id, model.path, model.commit, model.files]))
 
 
-def commit_of(model: Model) -> str:
-    """The commit a user's model has in the tree."""
-    return model.commit or fingerprint(model)
-
-
 def etag(model: Model, file: File) -> str:
-    """A file's etag in the tree: the true one, else one that is stable and this file's alone."""
+    """A file's etag in the tree: the Hub's where it is known, else a stable one that no other file has."""
     return file.etag or _sha1(f"{model.path}/{file.name}\0{file.size}\0{file.mtime_ns}")
 
 
 def blob_id(etag: str, size: int) -> str:
-    """Git's id of a file with this etag: for one in LFS, whose etag is a SHA-256, that of the pointer to it."""
+    """Git's id of a file with this etag: for a file in LFS, whose etag is a SHA-256, the id of the pointer to it."""
     if len(etag) == 40:
         return etag
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{etag}\nsize {size}\n"
     return _sha1(f"blob {len(pointer)}\0{pointer}")
 
 
-def shadow(model: Model, commit: str) -> Shadow:
-    """The repo of exactly one revision in which each file is two links away from the user's.
+def linked_repo(model: Model) -> LinkedRepo:
+    """The linked repo of a model: exactly one revision, in which each file is two links away from the user's.
 
     Two hops, because clients take the first for the blob and unlink it; one revision, because with two,
     huggingface_hub <= 1.31 follows links to their end and deletes what is there. So that a client that goes past the
@@ -265,6 +261,8 @@ def shadow(model: Model, commit: str) -> Shadow:
     a link: those releases delete snapshots before blobs, with an rmtree that refuses a link and ends the deletion.
     It leads to a folder as deep as itself, for links in it are read by their text as well as by the kernel.
     """
+    mark = fingerprint(model)
+    commit = model.commit or mark
     revision = f"{VIEWS}/{commit}"
     folders = dict.fromkeys(("refs", "blobs", "trees", "snapshots", VIEWS, revision))
     blobs: dict[str, str] = {}
@@ -282,22 +280,25 @@ def shadow(model: Model, commit: str) -> Shadow:
             tree[file.name] |= {"lfs_sha256": blob, "lfs_size": file.size}
     listing = json.dumps({"format_version": 1, "files": tree})
     origin = json.dumps({"folder": model.path, "commit": commit})
-    return Shadow(
-        tuple(folders),
-        (*blobs.items(), *links),
-        (
+    return LinkedRepo(
+        model=model,
+        commit=commit,
+        fingerprint=mark,
+        folders=tuple(folders),
+        links=(*blobs.items(), *links),
+        files=(
             ("refs/main", commit.encode()),
             (f"trees/{commit}.json", listing.encode()),
             (ORIGIN, origin.encode()),
         ),
-        ("refs/main", "refs", "snapshots"),
-        # The view by way of its snapshot, so that this is missed, too.
-        ("blobs", f"snapshots/{commit}", *(folder for folder in folders if folder.startswith(f"{revision}/"))),
+        sealed=("refs/main", "refs", "snapshots"),
+        # The view is watched through its snapshot, so that a missing snapshot is noticed as well.
+        watched=("blobs", f"snapshots/{commit}", *(folder for folder in folders if folder.startswith(f"{revision}/"))),
     )
 
 
 def blob_name(path: str) -> str | None:
-    """The etag that a file in a cached snapshot links to; None when the link tells none."""
+    """The etag in the name of the blob that a file in a cached snapshot links to; None when it has none."""
     try:
         name = os.path.basename(os.readlink(path))
     except OSError:
@@ -328,7 +329,7 @@ def local_dir_identity(folder: str, mtimes_ns: Mapping[str, int]) -> tuple[str, 
 
 
 def local_dir_records(folder: str) -> list[str]:
-    """A record that `hf download --local-dir` rewrites with each newer commit, where there is one."""
+    """The record that `hf download --local-dir` rewrites with each newer commit, where there is one."""
     record = f"{folder}/.cache/huggingface/download/config.json.metadata"
     return [record] if os.path.isfile(record) else []
 

@@ -1,8 +1,51 @@
-"""The words the other modules share: what a scan finds, as plain values."""
+"""The values that the other modules share: what a scan finds, and why it left something out."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Literal, NamedTuple
+
+
+class Code(StrEnum):
+    """Why a place answers to an id, or why it does not. `hf-overlay why --json` prints these; their text may change."""
+
+    WINS = "wins"
+    SHADOWED = "shadowed"
+    """Another model of the same id comes first."""
+    EXCLUDED = "excluded"
+    MISSING = "missing"
+    NO_PERMISSION = "no-permission"
+    UNREADABLE = "unreadable"
+    NOT_A_FOLDER = "not-a-folder"
+    IS_A_MODEL = "is-a-model"
+    """A model path that is itself a model's folder."""
+    IS_THE_CACHE = "is-the-cache"
+    BAD_NAME = "bad-name"
+    """A name that no model id can have."""
+    LINK_TO_PARENT = "link-to-parent"
+    LINKED_TWICE = "linked-twice"
+    TOO_DEEP = "too-deep"
+    NO_CONFIG = "no-config"
+    BAD_CONFIG = "bad-config"
+    """A JSON file that cannot be read or does not hold what it should."""
+    OTHER_KIND = "other-kind"
+    """A model that mlx-lm does not load."""
+    NO_WEIGHTS = "no-weights"
+    BROKEN_LINK = "broken-link"
+    INCOMPLETE = "incomplete"
+    """Files are missing, empty or still changing, as while a model is being copied."""
+    NO_SNAPSHOT = "no-snapshot"
+    """A cached repo without a revision that `main` stands for."""
+    NOT_LINKABLE = "not-linkable"
+    """An id that cannot stand in a cache; the model can be loaded by path."""
+
+
+class Reason(NamedTuple):
+    """A code for programs, with a text for people."""
+
+    code: Code
+    text: str
+    """The end of a sentence that begins with a path."""
 
 
 class File(NamedTuple):
@@ -13,6 +56,7 @@ class File(NamedTuple):
     size: int
     """Bytes."""
     mtime_ns: int
+    """Time of the last change, in nanoseconds since 1970."""
     etag: str | None = None
     """The Hub's, where the folder proves it."""
 
@@ -35,23 +79,25 @@ class Model(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """A folder that looks like a model and is not offered."""
+    """A folder that looks like a model and is left out."""
 
     path: str
     id: str | None
-    reason: str
+    """The id it would have; None when it cannot have one."""
+    reason: Reason
     root: str
+    """The model path, or the cache, it was found in."""
 
 
 class Source(NamedTuple):
     """What one scan found in one model path, or in the real cache."""
 
     root: str
-    problem: str | None
+    problem: Reason | None
     """Why the whole root could not be used; None when it could."""
     models: tuple[Model, ...] = ()
     rejects: tuple[Reject, ...] = ()
     junk: int = 0
-    """AppleDouble files (`._name`) seen and left out."""
+    """Number of AppleDouble files (`._name`) that were left out."""
     device: int | None = None
     """st_dev of the root: another one under the same path means that the drive was taken away."""

@@ -1,11 +1,12 @@
 """A session: a private, temporary Hugging Face cache in which the user's folders stand in front of the real one.
 
-settings -> catalog (what is there) -> plan (what the tree must hold) -> tree (made, switched, removed)
+settings -> catalog (what is on the disk) -> plan (what the tree must hold) -> tree (made, switched, removed)
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -15,26 +16,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hf_overlay import config, hfcache
-from hf_overlay.catalog.catalog import Catalog, check_id
-from hf_overlay.catalog.plan import choose
+from hf_overlay.catalog.catalog import Catalog
+from hf_overlay.catalog.plan import resolve
 from hf_overlay.config import Settings
-from hf_overlay.errors import InvalidModelId, SessionError, UsageError
-from hf_overlay.gateway.server import DEFAULT_UPSTREAM, Gateway, Unavailable
+from hf_overlay.errors import SessionError, UsageError
+from hf_overlay.gateway.hub import Hub
+from hf_overlay.gateway.server import DEFAULT_UPSTREAM, Gateway
+from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.models import Model
 from hf_overlay.tree import lease, writeback
-from hf_overlay.tree import publish as tree
+from hf_overlay.tree.clear import remove_tree
 from hf_overlay.tree.lease import Lease
-from hf_overlay.tree.publish import Shadowed, Tree
+from hf_overlay.tree.publish import Tree
 
 logger = logging.getLogger("hf_overlay")
 
-SETTLE_SECONDS = 5
-"""Longer than any client takes from opening its cache to asking the Hub."""
 _OLDER_CACHE_VARIABLES = ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE", "PYTORCH_PRETRAINED_BERT_CACHE")
 
 
 class Changes(NamedTuple):
-    """What a refresh found: ids of users' models."""
+    """The ids of the user's models that a refresh found to differ."""
 
     added: tuple[str, ...]
     changed: tuple[str, ...]
@@ -46,7 +47,7 @@ class Cleared(NamedTuple):
 
     path: str
     kept: tuple[str, ...]
-    """What clients had downloaded into it and could not be brought home: it stays there."""
+    """The downloads in it that could not be moved into the real cache. They stay there."""
 
 
 class Session:
@@ -70,7 +71,7 @@ class Session:
 
     @property
     def hub_cache(self) -> Path:
-        """The overlay as a Hugging Face cache: what programs should take for HF_HUB_CACHE."""
+        """The overlay as a Hugging Face cache: the value of HF_HUB_CACHE for programs."""
         return Path(self._tree.hub)
 
     @property
@@ -85,7 +86,7 @@ class Session:
 
     @property
     def variables(self) -> dict[str, str | None]:
-        """What the overlay changes in a program's environment: name -> value, None to take it out.
+        """The environment variables that the overlay changes for a program: name -> value, None to unset it.
 
         The user's HF_HOME stays where it is, so that the login, the Xet cache and datasets are the real ones; only
         the hub cache is ours. Programs read these variables once, when they import huggingface_hub.
@@ -103,7 +104,7 @@ class Session:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The whole environment for a program that should see the overlay."""
+        """The whole environment of a program that should see the overlay."""
         return config.applied(self.variables, self._environ)
 
     @property
@@ -113,33 +114,33 @@ class Session:
 
     @property
     def owner_fd(self) -> int:
-        """Hand it to a child (`pass_fds`) that must keep the overlay even if this process is killed."""
+        """File descriptor to hand to a child (`pass_fds`) for which the overlay must stay if this process is killed."""
         return self._owner.fd
 
     @property
     def models(self) -> tuple[Model, ...]:
-        """Every model that can be loaded, one an id, sorted by id; the real cache is looked at now."""
-        return tuple(choice.winner for choice in self._catalog.choices().values())
+        """Every model that can be loaded, one for each id, sorted by id; the real cache is scanned now."""
+        return tuple(resolution.winner for resolution in self._catalog.resolutions().values())
 
     def resolve(self, model_id: str) -> Path:
         """The folder to load for an id: the user's own, else the real cache's snapshot.
 
-        Raises InvalidModelId, ModelNotFound, or SourceAway when the drive it was on is gone.
+        Raises InvalidModelId, ModelNotFound, or SourceAway when the drive that held the model is gone.
         """
         model = self._catalog.find(model_id)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s comes from the %s: %s", model_id, _origin(model), model.path)
             for candidate in self._catalog.explain(model_id)[1:]:
-                logger.debug("%s: %s %s", model_id, candidate.path, candidate.verdict)
+                logger.debug("%s: %s %s", model_id, candidate.path, candidate.reason.text)
         return Path(model.path)
 
     def refresh(self, *, only_settled: bool = False) -> Changes:
         """Make the tree show what is in the folders and the cache now.
 
-        `only_settled` is for calling it all the time: what changed since the last call is shown by the next one that
-        finds it unchanged, so that a model being copied is not shown, and counted as changed, at every turn.
+        `only_settled` is for refreshing at short intervals: a model that changed since the last refresh is shown by
+        the next one that finds it unchanged, so that one that is being copied does not count as changed every time.
 
-        Loads that have begun go on in the tree they began in. Raises SessionError, the tree as it was.
+        Loads that have begun continue in the tree they began in. Raises SessionError and leaves the tree as it was.
         """
         with self._lock:
             before = self._published
@@ -157,11 +158,11 @@ class Session:
         return changes
 
     def start_gateway(self) -> None:
-        """Answer for the Hub from now on, on loopback; programs started later find it in `environment`.
+        """Start a Hub on loopback that serves the user's models; `environment` leads programs to it from now on.
 
-        The environment's own HF_ENDPOINT is where other requests go. Raises SessionError.
+        It passes other requests on to the environment's own HF_ENDPOINT. Raises SessionError.
         """
-        gateway = Gateway(self, self._environ.get("HF_ENDPOINT") or DEFAULT_UPSTREAM)
+        gateway = Gateway(Hub(self), self._environ.get("HF_ENDPOINT") or DEFAULT_UPSTREAM)
         try:
             gateway.start()
         except OSError as error:
@@ -169,43 +170,32 @@ class Session:
         self._gateway = gateway
 
     def offer(self) -> None:
-        """Let other programs of this user find the session (`hf-overlay env`)."""
+        """Let other programs of this user find the session (`hf-overlay env`). Raises OSError."""
         self._owner.record(self.settings, self.variables)
 
     def stop(self) -> None:
-        """Stop what the session runs. Its tree is cleared apart, since other programs may still be in it."""
+        """Stop the gateway. The tree is cleared separately, since other programs may still use it."""
         if self._gateway is not None:
             self._gateway.stop()
 
-    def shadowed(self, model_id: str) -> Shadowed | Unavailable | None:
-        """What the gateway answers from: the user's model at an id (untrusted), or why it must not be fetched."""
-        try:
-            check_id(model_id)
-        except InvalidModelId:
-            return None
-        found = self._tree.shadowed(model_id)
-        roots = self.settings.roots if model_id not in self.settings.exclude else ()
-        in_folder = any(os.path.isdir(f"{root}/{model_id}") for root in roots)
-        if (found is None and in_folder) or (found is not None and not os.path.isdir(found.model.path)):
-            try:
-                self.refresh()
-            except SessionError as error:
-                logger.warning("%s", error)
-            found = self._tree.shadowed(model_id)
-        if time.monotonic() - self._changed.get(model_id, -SETTLE_SECONDS) < SETTLE_SECONDS and found is not None:
-            # A load that began before the switch sees the model as it was, one that begins now as it is: neither
-            # must be told of the other's commit, which it would download. Sent to its cache, each finds its own.
-            return Unavailable(f"{model_id} has just changed on disk; try again in {SETTLE_SECONDS} seconds", True)
-        if found is not None:
-            return found
-        root = self._catalog.away(model_id)
-        if root is None:
-            return None
-        message = f"{model_id} is in {root}, which is not there now; connect that drive, or use --exclude {model_id}"
-        return Unavailable(message, self._catalog.is_cached(model_id))
+    def linked_repo(self, model_id: str) -> LinkedRepo | None:
+        """The linked repo of the user's model with this id; None when the tree holds none."""
+        return self._tree.linked_repo(model_id)
+
+    def seconds_since_change(self, model_id: str) -> float:
+        """Seconds since a refresh found the user's model added, changed or removed; infinite when none did."""
+        return time.monotonic() - self._changed.get(model_id, -math.inf)
+
+    def path_away(self, model_id: str) -> str | None:
+        """The model path that held a model of this id and has gone away since; None when there is none."""
+        return self._catalog.away(model_id)
+
+    def is_cached(self, model_id: str) -> bool:
+        """Whether the real cache holds a loadable copy now."""
+        return self._catalog.is_cached(model_id)
 
     def expect_download(self, folder: str) -> None:
-        """A client is about to write to a repo folder: let it land in the real cache."""
+        """Let what a client is about to write to a repo folder land in the real cache."""
         if all(os.path.isdir(f"{self._tree.hub}/{each}") for each in (hfcache.LOCKS, folder)):
             return
         try:
@@ -215,7 +205,7 @@ class Session:
             logger.debug("%s is downloaded into the session and moved later: %s", folder, error)
 
     def expect_model(self, model_id: str) -> None:
-        """A model is about to be downloaded by a program in `environment`: let it land in the real cache."""
+        """Let a model that a program in `environment` is about to download land in the real cache."""
         self.expect_download(hfcache.repo_folder(model_id))
 
     def _publish(self) -> None:
@@ -240,10 +230,11 @@ def open_session(
 ) -> Iterator[Session]:
     """Open an overlay; it is removed when the context ends.
 
-    `model_paths` come first to last; without any, MLX_OMNI_MODEL_PATH of `environ` (default: this process's) counts.
-    `exclude` names ids for which they do not count. With `gateway`, programs keep the network: a loopback Hub answers
-    for the user's models and passes on the rest; without it, a program that asks the Hub may be sent to download.
-    `trusts_code` also takes models that bring their architecture as a Python file: whoever loads them must tell mlx-lm.
+    `model_paths` are in order of precedence; without any, MLX_OMNI_MODEL_PATH of `environ` (default: this process's)
+    names them. For the ids in `exclude` they are ignored. With `gateway`, programs keep the network: a Hub on loopback
+    serves the user's models and passes on the rest; without it, a program that asks the Hub may download a model that
+    the user has. `trusts_code` also takes models that bring their architecture as a Python file, which mlx-lm runs only
+    when its caller allows it.
     Raises UsageError for a model path that is a file, SessionError when the tree cannot be made.
 
         with hf_overlay.open_session(["/Volumes/LLMS/models"]) as session:
@@ -289,19 +280,19 @@ def open_session(
 
 
 def clear_dead(sessions: str) -> list[Cleared]:
-    """Clear every session whose owner is proven dead."""
+    """Clear every session whose owner is known to be dead."""
     return [cleared for path in lease.sessions_in(sessions) if (cleared := clear(sessions, path)) is not None]
 
 
 def clear(sessions: str, path: str) -> Cleared | None:
-    """Clear one session; None when nothing proves that its owner is dead, or it cannot be removed."""
+    """Clear one session; None when its owner may be alive, or when it cannot be removed."""
     with lease.dead(sessions, path) as is_dead:
         if not is_dead:
             return None
         try:
             owner = lease.read_owner(path)
             stuck = writeback.bring_home(path, owner.hub_cache) if owner is not None else {}
-            kept = tree.remove(path, stuck)
+            kept = remove_tree(path, stuck)
             for kept_path in kept:
                 reason = stuck.get(kept_path, "the cache holds, or a program is downloading, other bytes for it")
                 logger.warning("a download stays in %s and is tried again at the next start: %s", kept_path, reason)
@@ -314,7 +305,7 @@ def clear(sessions: str, path: str) -> Cleared | None:
 
 
 def _custom(catalog: Catalog) -> dict[str, Model]:
-    return {model_id: choice.winner for model_id, choice in choose(catalog.sources).items()}
+    return {model_id: resolution.winner for model_id, resolution in resolve(catalog.sources).items()}
 
 
 def _origin(model: Model) -> str:

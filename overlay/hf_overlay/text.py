@@ -2,7 +2,10 @@
 
 
 def printable(text: str) -> str:
-    """Names on disk may hold anything; control characters must not reach a terminal, nor lone bytes an encoder."""
+    """The text with control characters, and bytes that are not text, replaced by escapes such as `\\x1b`.
+
+    Names on disk may hold either; the former must not reach a terminal, and the latter cannot be encoded.
+    """
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )

@@ -314,7 +314,7 @@ def test_a_load_goes_on_after_a_refresh_however_old_its_tree_is(models: Path, se
         (models / "org/name/more.txt").write_text("changes the commit again")
         session.refresh()
         assert not (session.path / "hubs/1").exists(), "an hour after it was replaced, a tree goes"
-        assert len(list((session.path / "shadows").iterdir())) == 2
+        assert len(list((session.path / "repos").iterdir())) == 2
 
 
 def test_a_model_that_is_being_copied_is_shown_once_it_rests(models: Path, sessions: Path) -> None:

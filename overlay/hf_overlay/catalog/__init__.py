@@ -1,1 +1,1 @@
-"""What can be loaded, from where, and why: folders and caches are scanned, and a plan of the tree is made."""
+"""Scans folders and caches for what can be loaded, explains what cannot, and plans the tree."""

@@ -1,4 +1,4 @@
-"""What can be loaded, from where, and why: the user's folders and the real cache seen together. Reads only."""
+"""The user's folders and the real cache seen together: what can be loaded, from where, and why. Reads only."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 from hf_overlay import hfcache
 from hf_overlay.catalog.kinds import ModelTypes
-from hf_overlay.catalog.plan import Choice, Entry, Plan, choose, plan
+from hf_overlay.catalog.memo import Memo, stamps
+from hf_overlay.catalog.plan import Entry, Plan, Resolution, plan, resolve
 from hf_overlay.catalog.scan import Scanner
 from hf_overlay.config import Settings
 from hf_overlay.errors import InvalidModelId, ModelNotFound, SourceAway
-from hf_overlay.models import Model, Reject, Source
+from hf_overlay.hfcache import LinkedRepo
+from hf_overlay.models import Code, Model, Reason, Reject, Source
 
 
 class Candidate(NamedTuple):
@@ -22,24 +24,25 @@ class Candidate(NamedTuple):
     path: str
     source: str
     """`custom` or `cache`."""
-    verdict: str
-    """`wins`, or why it lost."""
+    reason: Reason
+    """Code.WINS for the model that answers to the id, else why this place does not."""
 
 
 class Catalog:
     """The models of one configuration, as of the last `scan()`."""
 
     def __init__(self, settings: Settings) -> None:
-        """Scans at once. Raises OverlayError when mlx-lm's model types are needed and cannot be read."""
+        """Scan the user's folders. Raises OverlayError when mlx-lm's model types are needed and cannot be read."""
         self.settings = settings
         types = None if settings.all_kinds else ModelTypes.installed(trusts_code=settings.trusts_code)
         self._scanner = Scanner(settings.roots, settings.hub_cache, types)
         self._warned: set[str] = set()
         self._cache_problem: str | None = None
-        self._examined: dict[str, tuple[object, hfcache.Examined]] = {}
-        """Cached repos: the state each was in when it was examined, so that it is not done again for nothing."""
+        self._examined: Memo[hfcache.Examined] = Memo()
+        self._linked: dict[str, LinkedRepo] = {}
+        """Linked repos of the last plan, by entry name."""
         self.unscannable: dict[str, str] = {}
-        """Cached repos left out of the last plan, because one of them makes every cache scan fail: path -> why."""
+        """Cached repos that were left out because one of them makes every cache scan fail: path -> why."""
         self._away: dict[str, tuple[int | None, frozenset[str]]] = {}
         """Model paths that went away since they were seen: the device they were on, and the ids they held."""
         self._last: dict[str, Model] = {}
@@ -49,8 +52,8 @@ class Catalog:
     def scan(self, *, only_settled: bool = False) -> None:
         """Look at the user's folders again.
 
-        `only_settled` is for looking again and again: what changed since the last look is taken at the next one that
-        finds it as it is now, so that a model that is being copied does not count as a new one every time.
+        `only_settled` is for scanning at short intervals: a model that changed since the last scan is taken over by
+        the next scan that finds it unchanged, so that one that is being copied does not count as new every time.
         """
         found = tuple(map(self._without_excluded, self._scanner.scan()))
         last, self._last = self._last, {model.path: model for source in found for model in source.models}
@@ -71,12 +74,13 @@ class Catalog:
         out = [model for model in source.models if model.id in self.settings.exclude]
         if not out:
             return source
-        rejects = [Reject(model.path, model.id, "is left out by --exclude", model.root) for model in out]
+        reason = Reason(Code.EXCLUDED, "is left out by --exclude")
+        rejects = [Reject(model.path, model.id, reason, model.root) for model in out]
         models = tuple(model for model in source.models if model not in out)
         return source._replace(models=models, rejects=(*source.rejects, *rejects))
 
     def away(self, model_id: str) -> str | None:
-        """The model path an id's model was in, when that path has gone away since."""
+        """The model path that held a model of this id and has gone away since; None when there is none."""
         return next((root for root, (_, ids) in self._away.items() if model_id in ids), None)
 
     def is_cached(self, model_id: str) -> bool:
@@ -84,32 +88,36 @@ class Catalog:
         return isinstance(self._scanner.read_cached(model_id), Model)
 
     def cache(self) -> Source:
-        """The real cache's models, looked at now."""
+        """The real cache's models, from a scan made now."""
         cache = self._scanner.scan_cache()
-        self._cache_problem = cache.problem
+        self._cache_problem = cache.problem.text if cache.problem is not None else None
         return cache
 
-    def choices(self) -> dict[str, Choice]:
-        """For each id there is, sorted: the model that answers to it. The real cache is looked at now."""
-        return choose([*self.sources, self.cache()])
+    def resolutions(self) -> dict[str, Resolution]:
+        """For each id there is, sorted, the model that answers to it. The real cache is scanned now."""
+        return resolve([*self.sources, self.cache()])
 
     def plan(self, *, case_insensitive: bool) -> Plan:
-        """The tree that shows the user's models in front of the real cache's entries, which are looked at now."""
+        """The tree that shows the user's models in front of the real cache's entries, which are listed now."""
+        made = plan(self.sources, self.examine_cache(), case_insensitive=case_insensitive, earlier=self._linked)
+        self._linked = made.linked_repos
+        return made
+
+    def examine_cache(self) -> list[Entry]:
+        """The entries of the real cache that an overlay can show. The rest is in `unscannable` afterwards."""
         entries = self._cache_entries()
-        examined: dict[str, tuple[object, hfcache.Examined]] = {}
+        memo = self._examined.next_round()
+        examined: dict[str, hfcache.Examined] = {}
         for name, path in entries.items():
             if "--" in name:  # what scans take for a repo
-                state = hfcache.state(path)
-                before = self._examined.get(path)
-                examined[path] = before if before and before[0] == state else (state, hfcache.examine(path))
-        self._examined = examined
-        self.unscannable = {path: repo.problem for path, (_, repo) in examined.items() if repo.problem is not None}
-        cached = [
-            Entry(name, path, examined[path][1].commits if path in examined else ())
+                examined[path] = _examine(path, memo)
+        self._examined = memo
+        self.unscannable = {path: repo.problem for path, repo in examined.items() if repo.problem is not None}
+        return [
+            Entry(name, path, examined[path].commits if path in examined else ())
             for name, path in entries.items()
             if path not in self.unscannable
         ]
-        return plan(self.sources, cached, case_insensitive=case_insensitive)
 
     def _cache_entries(self) -> dict[str, str]:
         self._cache_problem = None
@@ -120,9 +128,9 @@ class Catalog:
             return {}
 
     def find(self, model_id: str) -> Model:
-        """The model that answers to an id, which is untrusted input.
+        """The model that answers to an id, which may be any string.
 
-        Raises InvalidModelId, SourceAway or ModelNotFound, each with what to do.
+        Raises InvalidModelId, SourceAway or ModelNotFound; the text of each says what to do.
         """
         model_id = self._as_spelled(model_id)
         found = [model for source in self.sources for model in source.models if model.id == model_id]
@@ -138,15 +146,22 @@ class Catalog:
         raise ModelNotFound(self._not_found(model_id))
 
     def explain(self, model_id: str) -> list[Candidate]:
-        """Every place looked at for an id, the winner first; no winner when none has the verdict `wins`."""
+        """Every place looked at for an id, the winner first; when none answers, no candidate has Code.WINS.
+
+        Raises InvalidModelId.
+        """
         model_id = self._as_spelled(model_id)
         cached = self._scanner.read_cached(model_id)
-        choice = choose([*self.sources, Source("", None, (cached,) if isinstance(cached, Model) else ())]).get(model_id)
-        found = [choice.winner, *choice.shadows] if choice else []
-        candidates = [
-            Candidate(model.path, model.source, f"stands behind {found[0].path}" if model is not found[0] else "wins")
-            for model in found
-        ]
+        in_cache = Source("", None, (cached,) if isinstance(cached, Model) else ())
+        resolution = resolve([*self.sources, in_cache]).get(model_id)
+        candidates: list[Candidate] = []
+        found: list[Model] = []
+        if resolution is not None:
+            winner = resolution.winner
+            found = [winner, *resolution.shadows]
+            shadowed = Reason(Code.SHADOWED, f"stands behind {winner.path}")
+            candidates.append(Candidate(winner.path, winner.source, Reason(Code.WINS, "wins")))
+            candidates += [Candidate(model.path, model.source, shadowed) for model in resolution.shadows]
         for source in self.sources:
             if source.problem is not None:
                 candidates.append(Candidate(source.root, "custom", source.problem))
@@ -161,7 +176,7 @@ class Catalog:
         return candidates
 
     def warnings(self) -> list[str]:
-        """What a person should know now and was not told yet: whole paths and folders that cannot be used."""
+        """Warnings about paths and folders that cannot be used, without those that the call before has returned."""
         now: dict[str, None] = {}
         for source in self.sources:
             if source.problem is not None:
@@ -170,10 +185,10 @@ class Catalog:
                     if len(self.sources) > 1
                     else "the Hugging Face cache"
                 )
-                now[f"model path {source.root} {source.problem}; going on with {rest}"] = None
+                now[f"model path {source.root} {source.problem.text}; going on with {rest}"] = None
             for reject in source.rejects:
-                if reject.id is None or reject.reason.startswith("cannot be read"):
-                    now[f"{reject.path} {reject.reason}; it is left out"] = None
+                if reject.id is None or reject.reason.code in (Code.NO_PERMISSION, Code.UNREADABLE):
+                    now[f"{reject.path} {reject.reason.text}; it is left out"] = None
         if self._cache_problem is not None:
             now[f"Hugging Face cache {self.settings.hub_cache} {self._cache_problem}; going on without it"] = None
         for path, reason in self.unscannable.items():
@@ -186,7 +201,7 @@ class Catalog:
         return fresh
 
     def _as_spelled(self, model_id: str) -> str:
-        """The id as the disk spells it: macOS may store either Unicode form, people type the composed one."""
+        """The id as the disk spells it: macOS may store either Unicode form, and people type the composed one."""
         check_id(model_id)
         if model_id.isascii():
             return model_id
@@ -197,32 +212,38 @@ class Catalog:
         return next((spelled for spelled in on_disk if unicodedata.normalize("NFC", spelled) == typed), model_id)
 
     def _not_found(self, model_id: str) -> str:
-        lost = [f"{candidate.path} {candidate.verdict}" for candidate in self.explain(model_id)]
+        lost = [f"{candidate.path} {candidate.reason.text}" for candidate in self.explain(model_id)]
         import difflib  # only for this message
 
-        near = difflib.get_close_matches(model_id, self.choices(), n=1, cutoff=0.8)
+        near = difflib.get_close_matches(model_id, self.resolutions(), n=1, cutoff=0.8)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"no model {model_id}: {'; '.join(lost)}{hint}"
 
 
 def _settled(source: Source, last: Mapping[str, Model], taken: Mapping[str, Model]) -> Source:
-    """The source with each model that differs from the last look as it was taken before, or left out."""
+    """The source in which each model that changed since the scan before is as it was `taken`, or left out."""
     moving = [model for model in source.models if last.get(model.path) != model]
     if not moving:
         return source
     models = (taken.get(model.path) if model in moving else model for model in source.models)
-    rejects = (
-        Reject(model.path, model.id, "has just changed: still being copied?", model.root)
-        for model in moving
-        if model.path not in taken
-    )
+    reason = Reason(Code.INCOMPLETE, "has just changed: still being copied?")
+    rejects = (Reject(model.path, model.id, reason, model.root) for model in moving if model.path not in taken)
     return source._replace(
         models=tuple(model for model in models if model is not None), rejects=(*source.rejects, *rejects)
     )
 
 
+def _examine(repo: str, memo: Memo[hfcache.Examined]) -> hfcache.Examined:
+    examined = memo.recall(repo)
+    if examined is None:
+        looked = stamps(hfcache.watched_by_examine(repo))
+        examined = hfcache.examine(repo)
+        memo.remember(repo, examined, looked)
+    return examined
+
+
 def check_id(model_id: str) -> None:
-    """Refuse ids that could lead out of the folder they are looked up in. Raises InvalidModelId; touches no disk."""
+    """Raise InvalidModelId for an id that could lead out of the folder it is looked up in. Touches no disk."""
     parts = model_id.split("/")
     if model_id.startswith("/"):
         problem = "is an absolute path"

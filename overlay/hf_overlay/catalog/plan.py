@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from hf_overlay import hfcache
-from hf_overlay.models import Model, Source
+from hf_overlay.hfcache import LinkedRepo
+from hf_overlay.models import Code, Model, Reason, Source
 
 
-class Choice(NamedTuple):
-    """The model an id stands for, and those it stands in front of, best first."""
+class Resolution(NamedTuple):
+    """The model that answers to an id, and the models of the same id that it shadows, best first."""
 
     winner: Model
     shadows: tuple[Model, ...]
@@ -30,56 +31,84 @@ class Entry(NamedTuple):
     """The revisions it holds, when it is a repo."""
 
 
+class LeftOut(NamedTuple):
+    """A model that can be loaded by path only."""
+
+    model: Model
+    reason: Reason
+
+
 class Plan(NamedTuple):
-    """The content of the overlay's hub folder. Equal plans make equal trees."""
+    """The content of the overlay's hub folder, down to each link. Equal plans make equal trees."""
 
-    entries: Mapping[str, str | Model]
-    """By name, sorted: the path a link leads to (the real cache's own), or the user's model that stands there."""
-    left_out: tuple[tuple[Model, str], ...]
-    """Models that can be loaded by path only, and why."""
+    entries: Mapping[str, str | LinkedRepo]
+    """By name, sorted: the path in the real cache that a link leads to, or the linked repo of a user's model."""
+    left_out: tuple[LeftOut, ...]
+
+    @property
+    def linked_repos(self) -> dict[str, LinkedRepo]:
+        """The linked repos alone, by the name of their entry."""
+        return {name: entry for name, entry in self.entries.items() if isinstance(entry, LinkedRepo)}
 
 
-def choose(sources: Iterable[Source]) -> dict[str, Choice]:
-    """For each id, sorted, who wins. `sources` come in order of precedence, the real cache last."""
+def resolve(sources: Iterable[Source]) -> dict[str, Resolution]:
+    """For each id, sorted, the model that answers to it. `sources` come in order of precedence, the real cache last."""
     found: dict[str, list[Model]] = {}
     for model in _models(sources):
         found.setdefault(model.id, []).append(model)
-    return {model_id: Choice(models[0], tuple(models[1:])) for model_id, models in sorted(found.items())}
+    return {model_id: Resolution(models[0], tuple(models[1:])) for model_id, models in sorted(found.items())}
 
 
-def plan(sources: Iterable[Source], cached: Iterable[Entry], *, case_insensitive: bool) -> Plan:
+def plan(
+    sources: Iterable[Source],
+    cached: Iterable[Entry],
+    *,
+    case_insensitive: bool,
+    earlier: Mapping[str, LinkedRepo] | None = None,
+) -> Plan:
     """The tree for the user's `sources` in front of what is `cached`, the real cache's entries.
 
     `case_insensitive`: names that differ in case or Unicode form only are one name on the tree's volume.
+    `earlier` holds linked repos of a plan made before; those of unchanged models are not worked out again.
     """
-    entries: dict[str, str | Model] = {}
-    left_out: list[tuple[Model, str]] = []
+    models: dict[str, Model] = {}
+    left_out: list[LeftOut] = []
     taken: dict[str, str] = {}
-    for choice in choose(sources).values():
-        model = choice.winner
+    for resolution in resolve(sources).values():
+        model = resolution.winner
         name = hfcache.repo_folder(model.id)
-        if (reason := hfcache.why_not_linkable(model.id)) is not None:
-            left_out.append((model, f"its id {reason}"))
+        if (why := hfcache.why_not_linkable(model.id)) is not None:
+            left_out.append(LeftOut(model, Reason(Code.NOT_LINKABLE, f"its id {why}")))
             continue
         other = taken.setdefault(fold(name) if case_insensitive else name, model.id)
         if other != model.id:
-            left_out.append((model, f"its id differs from {other} in case only, which is one name on this volume"))
+            text = f"its id differs from {other} in case only, which is one name on this volume"
+            left_out.append(LeftOut(model, Reason(Code.NOT_LINKABLE, text)))
             continue
-        entries[name] = model
+        models[name] = model
     shown = [each for each in cached if (fold(each.name) if case_insensitive else each.name) not in taken]
-    # Clients delete by commit, in whichever repo they meet it first: no two may share one.
+    entries: dict[str, str | LinkedRepo] = {each.name: each.path for each in shown}
     commits = {commit for each in shown for commit in each.commits}
-    for name, entry in entries.items():
-        if isinstance(entry, Model) and entry.commit is not None:
-            if entry.commit in commits:
-                entries[name] = entry._replace(commit=None)
-            commits.add(entry.commit)
-    entries |= {each.name: each.path for each in shown}
+    for name, model in models.items():
+        entries[name] = _linked_repo(model, commits, (earlier or {}).get(name))
     return Plan(dict(sorted(entries.items())), tuple(left_out))
 
 
+def _linked_repo(model: Model, commits: set[str], earlier: LinkedRepo | None) -> LinkedRepo:
+    """The linked repo of a model, whose commit is added to `commits`, those of all other repos.
+
+    Clients delete by commit, in whichever repo they meet it first, so no two may share one: a model whose own commit
+    is taken gets its fingerprint for a commit.
+    """
+    if model.commit in commits:
+        model = model._replace(commit=None)
+    repo = earlier if earlier is not None and earlier.model == model else hfcache.linked_repo(model)
+    commits.add(repo.commit)
+    return repo
+
+
 def fold(name: str) -> str:
-    """Equal for names that a case- and normalisation-insensitive volume (APFS by default) takes for one."""
+    """A form that is equal for names which a case- and normalisation-insensitive volume (APFS) takes for one."""
     return unicodedata.normalize("NFC", name).casefold()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from hf_overlay import config
 from hf_overlay.catalog.catalog import Catalog
 from hf_overlay.errors import OverlayError, UsageError
-from hf_overlay.models import Model
+from hf_overlay.models import Code, Model
 from hf_overlay.text import printable
 
 EXAMPLES = """\
@@ -163,22 +163,22 @@ def _env(options: argparse.Namespace) -> int:
 
 def _ls(options: argparse.Namespace) -> int:
     catalog = _catalog(options, warn=False)
-    choices = catalog.choices()
+    resolutions = catalog.resolutions()
     _warn(catalog, options)
     rows = [
         {
             "id": model_id,
-            "source": choice.winner.source,
-            "path": choice.winner.path,
-            "model_type": choice.winner.model_type,
-            "size_bytes": choice.winner.size_bytes,
-            "shadows": [model.path for model in choice.shadows],
+            "source": resolution.winner.source,
+            "path": resolution.winner.path,
+            "model_type": resolution.winner.model_type,
+            "size_bytes": resolution.winner.size_bytes,
+            "shadows": [model.path for model in resolution.shadows],
         }
-        for model_id, choice in choices.items()
+        for model_id, resolution in resolutions.items()
     ]
     if options.json:
         return _print_json(rows)
-    models = [choice.winner for choice in choices.values()]
+    models = [resolution.winner for resolution in resolutions.values()]
     return _print_table(
         ("ID", "SOURCE", "SIZE", "TYPE", "PATH"),
         [(model.id, model.source, _size(model), model.model_type or "-", model.path) for model in models],
@@ -195,17 +195,19 @@ def _path(options: argparse.Namespace) -> int:
 
 def _why(options: argparse.Namespace) -> int:
     candidates = _catalog(options).explain(options.id)
-    wins = [candidate for candidate in candidates if candidate.verdict == "wins"]
     if options.json:
-        _print_json({"id": options.id, "candidates": [candidate._asdict() for candidate in candidates]})
+        rows = [
+            {"path": path, "source": source, "verdict": reason.text, "code": reason.code}
+            for path, source, reason in candidates
+        ]
+        _print_json({"id": options.id, "candidates": rows})
     else:
-        for candidate in candidates:
-            print(printable(f"{candidate.path} ({candidate.source}): {candidate.verdict}"))
-    return 0 if wins else 1
+        for path, source, reason in candidates:
+            print(printable(f"{path} ({source}): {reason.text}"))
+    return 0 if any(candidate.reason.code is Code.WINS for candidate in candidates) else 1
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from hf_overlay import hfcache
     from hf_overlay.tree.lease import sessions_folder
 
     plan = _catalog(options).plan(case_insensitive=_is_case_insensitive(sessions_folder(os.environ)))
@@ -213,16 +215,15 @@ def _plan(options: argparse.Namespace) -> int:
     for name, entry in plan.entries.items():
         if isinstance(entry, str):
             links.append({"link": f"hub/{name}", "target": entry})
-            continue
-        shadow = hfcache.shadow(entry, hfcache.commit_of(entry))
-        links += [{"link": f"hub/{name}/{where}", "target": target} for where, target in shadow.links]
-    left_out = [{"id": model.id, "path": model.path, "reason": reason} for model, reason in plan.left_out]
+        else:
+            links += [{"link": f"hub/{name}/{where}", "target": target} for where, target in entry.links]
+    left_out = [{"id": model.id, "path": model.path, "reason": reason.text} for model, reason in plan.left_out]
     if options.json:
         return _print_json({"links": links, "left_out": left_out})
     for link in links:
         print(printable(f"{link['link']} -> {link['target']}"))
     for model, reason in plan.left_out:
-        _say(f"by path only: {model.id} ({model.path}): {reason}")
+        _say(f"by path only: {model.id} ({model.path}): {reason.text}")
     return 0
 
 

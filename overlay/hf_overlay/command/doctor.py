@@ -1,4 +1,4 @@
-"""What will bite: each finding says where, what, and what to do. Looks at disks; changes nothing that stays."""
+"""`hf-overlay doctor`: diagnoses problems and suggests fixes. Reads disks; leaves nothing behind on them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from hf_overlay import hfcache
 from hf_overlay.catalog.catalog import Catalog
-from hf_overlay.catalog.plan import choose, fold
+from hf_overlay.catalog.plan import fold, resolve
+from hf_overlay.models import Code, Reject
 from hf_overlay.tree import lease
 
 FULL_BYTES = 2**30
@@ -19,17 +20,47 @@ _SAFE_HUB = (1, 32)
 """First huggingface_hub whose deletions stop at the first link (utils/_cache_manager.py)."""
 
 
+_COPY = "Wait for the copy to end, or copy the files named again."
+_PERMISSION = "Give yourself read permission (macOS: System Settings, Privacy & Security, Files and Folders)."
+_KIND = "Update mlx-lm if it is new; for other programs use --all-kinds."
+_CONFIG = "Copy or download config.json and the weights again."
+_OTHER = "Correct it if this should be a model; otherwise nothing to do."
+ADVICE: Mapping[Code, str] = {
+    Code.EXCLUDED: _OTHER,
+    Code.MISSING: _OTHER,
+    Code.NO_PERMISSION: _PERMISSION,
+    Code.UNREADABLE: "Check the drive, or the link that leads there, and try again.",
+    Code.NOT_A_FOLDER: _OTHER,
+    Code.IS_A_MODEL: "Give the folder above it as model path.",
+    Code.IS_THE_CACHE: "Leave out this model path.",
+    Code.BAD_NAME: "Rename the folder.",
+    Code.LINK_TO_PARENT: _OTHER,
+    Code.LINKED_TWICE: _OTHER,
+    Code.TOO_DEEP: _OTHER,
+    Code.NO_CONFIG: _CONFIG,
+    Code.BAD_CONFIG: _CONFIG,
+    Code.OTHER_KIND: _KIND,
+    Code.NO_WEIGHTS: _OTHER,
+    Code.BROKEN_LINK: "Connect the drive that it leads to, or copy the file again.",
+    Code.INCOMPLETE: _COPY,
+    Code.NO_SNAPSHOT: "Download the model again if it should load by its id; otherwise nothing to do.",
+}
+"""Code of a rejected folder -> what a person can do about it."""
+
+
 class Finding(NamedTuple):
-    """One thing to know."""
+    """One problem, and what to do about it."""
 
     kind: str
+    """A word for programs, such as `rejected` or `duplicate`."""
     where: str
+    """The path, or program, that has the problem."""
     what: str
     advice: str
 
 
 def examine(catalog: Catalog, environ: Mapping[str, str]) -> list[Finding]:
-    """Every check, in the order of the pipeline: folders, ids, tree, cache, installation, sessions."""
+    """The findings of every check: folders, ids, the sessions' volume, cache, installation, dead sessions."""
     sessions = lease.sessions_folder(environ)
     return [
         *_folders(catalog),
@@ -47,11 +78,11 @@ def _folders(catalog: Catalog) -> Iterator[Finding]:
             yield Finding(
                 "source",
                 source.root,
-                source.problem,
+                source.problem.text,
                 "Connect the drive or correct the path; it is used once it is there.",
             )
         for reject in source.rejects:
-            yield Finding("rejected", reject.path, reject.reason, _advice(reject.reason))
+            yield _rejected(reject)
         if source.junk:
             yield Finding(
                 "appledouble",
@@ -61,49 +92,41 @@ def _folders(catalog: Catalog) -> Iterator[Finding]:
             )
 
 
-def _advice(reason: str) -> str:
-    if "being copied" in reason:
-        return "Wait for the copy to end, or copy the files named again."
-    if "permission" in reason:
-        return "Give yourself read permission (macOS: System Settings, Privacy & Security, Files and Folders)."
-    if "model type" in reason or "diffusers" in reason:
-        return "Update mlx-lm if it is new; for other programs use --all-kinds."
-    if "config.json" in reason or "JSON" in reason:
-        return "Copy or download config.json and the weights again."
-    return "Correct it if this should be a model; otherwise nothing to do."
+def _rejected(reject: Reject) -> Finding:
+    return Finding("rejected", reject.path, reject.reason.text, ADVICE[reject.reason.code])
 
 
 def _ids(catalog: Catalog) -> Iterator[Finding]:
-    choices = choose(catalog.sources)
-    for model_id, choice in choices.items():
+    resolutions = resolve(catalog.sources)
+    for model_id, resolution in resolutions.items():
         if (reason := hfcache.why_not_linkable(model_id)) is not None:
             yield Finding(
                 "id",
-                choice.winner.path,
+                resolution.winner.path,
                 f"its id {model_id} {reason}",
                 _by_path(model_id, "Rename the folder, or load it"),
             )
         elif (reason := hfcache.why_not_hub_id(model_id)) is not None:
             yield Finding(
                 "id",
-                choice.winner.path,
+                resolution.winner.path,
                 f"its id {model_id} {reason}: listed, but Hub clients refuse to load it",
                 _by_path(model_id, "Load it"),
             )
-        for hidden in choice.shadows:
+        for hidden in resolution.shadows:
             yield Finding(
                 "duplicate",
                 hidden.path,
-                f"{model_id} is also in {choice.winner.path}, which comes first",
+                f"{model_id} is also in {resolution.winner.path}, which comes first",
                 "Keep one of them, or give the model paths in the other order.",
             )
     spelled: dict[str, str] = {}
-    for model_id, choice in choices.items():
+    for model_id, resolution in resolutions.items():
         other = spelled.setdefault(fold(model_id), model_id)
         if other != model_id:
             yield Finding(
                 "case",
-                choice.winner.path,
+                resolution.winner.path,
                 f"{model_id} and {other} differ in case only",
                 "On a case-insensitive volume (macOS) only the first can stand in the overlay: rename one folder.",
             )
@@ -146,7 +169,7 @@ def _cache(catalog: Catalog) -> Iterator[Finding]:
                 f"only {space.f_bavail * space.f_frsize // 10**6} MB are free for downloads",
                 "Make room (hf cache ls --sort size), or move it with HF_HOME.",
             )
-    catalog.plan(case_insensitive=False)
+    catalog.examine_cache()
     for path, reason in catalog.unscannable.items():
         yield Finding(
             "cache",
@@ -155,7 +178,7 @@ def _cache(catalog: Catalog) -> Iterator[Finding]:
             "Left out here. Download that model again.",
         )
     for reject in catalog.cache().rejects:
-        yield Finding("rejected", reject.path, reject.reason, _advice(reject.reason))
+        yield _rejected(reject)
 
 
 def _deletions() -> Iterator[Finding]:

@@ -21,12 +21,13 @@ import re
 import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from hf_overlay import hfcache
+from hf_overlay.gateway.hub import Hub, Unavailable
+from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.models import File, Model
-from hf_overlay.tree.publish import Shadowed
 
 if TYPE_CHECKING:
     import httpx2
@@ -57,29 +58,11 @@ _HOP_BY_HOP = frozenset(
 )
 
 
-class Unavailable(NamedTuple):
-    """A user's model that cannot be served at the moment, and must not be downloaded for that."""
-
-    message: str
-    has_copy: bool
-    """Whether clients that fall back to their cache find a copy there."""
-
-
-class Answers(Protocol):
-    """What the gateway asks the session."""
-
-    def shadowed(self, model_id: str) -> Shadowed | Unavailable | None:
-        """The user's model that stands at this id now; None when it is the Hub's to answer. Any string is safe."""
-
-    def expect_download(self, folder: str) -> None:
-        """Make sure that what a client will write to this repo folder lands in the real cache."""
-
-
 class Gateway:
     """A loopback Hub, alive between `start` and `stop`."""
 
-    def __init__(self, session: Answers, upstream: str) -> None:
-        self._session = session
+    def __init__(self, hub: Hub, upstream: str) -> None:
+        self._hub = hub
         self._upstream = upstream.rstrip("/")
         self._prefix = f"/{os.urandom(20).hex()}"
         # Named, or asyncio leaves Nagle's algorithm on: 40 ms for each answer with a body.
@@ -154,11 +137,11 @@ class Gateway:
         prefix, path = path[: len(self._prefix)], path[len(self._prefix) :]
         if not hmac.compare_digest(prefix, self._prefix) or not path.startswith("/"):
             return _error(404, "EntryNotFound", "no such page")
-        asked = parse(path, self._session.shadowed)
+        asked = parse(path, self._hub.refresh_and_find)
         if asked is None:
             return await self._pass_on(request, path, None)
-        found = self._session.shadowed(asked.repo_id) if asked.kind == "models" else None
-        if isinstance(found, Shadowed):
+        found = self._hub.refresh_and_find(asked.repo_id) if asked.kind == "models" else None
+        if isinstance(found, LinkedRepo):
             return await _answer(request, asked, found)
         if isinstance(found, Unavailable):
             # 504 sends clients to their cache; without a copy there, what they raise must carry the message.
@@ -193,7 +176,7 @@ class Gateway:
         # A client also notes which files a repo lacks.
         is_there = answer.status_code < 400 or "x-repo-commit" in answer.headers
         if asked is not None and asked.announces_download(request.method) and is_there:
-            self._session.expect_download(asked.folder)
+            self._hub.expect_download(asked.folder)
         return self._relay(answer)
 
     def _relay(self, answer: httpx2.Response) -> Response:
@@ -281,11 +264,11 @@ _API_PARTS = frozenset(
 # The user's models -----------------------------------------------------------------------------------------------
 
 
-async def _answer(request: Request, asked: Asked, found: Shadowed) -> Response:
+async def _answer(request: Request, asked: Asked, found: LinkedRepo) -> Response:
     """Be the Hub for one model."""
     from starlette.responses import JSONResponse
 
-    model, commit, _ = found
+    model, commit = found.model, found.commit
     if request.method not in ("GET", "HEAD") and asked.what != "paths-info":
         message = (
             f"{model.id} is served from {model.path}, which is only read; to reach the Hub's: --exclude {model.id}"
@@ -319,8 +302,8 @@ async def _answer(request: Request, asked: Asked, found: Shadowed) -> Response:
     return _error(404, "EntryNotFound", message)
 
 
-def _info(found: Shadowed) -> dict[str, object]:
-    model, commit, _ = found
+def _info(found: LinkedRepo) -> dict[str, object]:
+    model, commit = found.model, found.commit
     return {
         "_id": commit[:24],
         "id": model.id,
@@ -386,10 +369,10 @@ async def _wanted_paths(request: Request) -> set[str]:
     return {paths} if isinstance(paths, str) else {str(path) for path in paths}
 
 
-def _file(found: Shadowed, name: str) -> Response:
+def _file(found: LinkedRepo, name: str) -> Response:
     from starlette.responses import FileResponse
 
-    model, commit, _ = found
+    model, commit = found.model, found.commit
     file = next((file for file in model.files if file.name == name), None)
     path = f"{model.path}/{name}"
     if file is None or not os.path.isfile(path):

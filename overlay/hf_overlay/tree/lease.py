@@ -1,8 +1,8 @@
-"""Who owns a session's folder, and the proof that its owner is dead.
+"""Ownership of a session's folder, and the proof that its owner is dead.
 
-The owner holds an flock on a file in the folder. The kernel drops it when the last process that holds it ends, however
-it ends, so getting the lock is proof, and not getting it means: leave it alone. The program that `hf-overlay run`
-starts inherits the lock; its tree outlives a killed `hf-overlay`.
+The owner holds an flock on a file in the folder. The kernel drops the lock when the last process that holds it ends,
+however it ends. So a lock that can be taken is proof that the owner is dead, and a folder whose lock cannot be taken is
+left alone. The program that `hf-overlay run` starts inherits the lock; its tree outlives a killed `hf-overlay`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PREFIX = "session-"
 
 
 def sessions_folder(environ: Mapping[str, str]) -> str:
-    """Where sessions live: HF_OVERLAY_DIR, else the user's cache folder (never a shared /tmp)."""
+    """The folder that holds all sessions: HF_OVERLAY_DIR, else one in the user's cache folder (never a shared /tmp)."""
     if given := environ.get(DIRECTORY_VARIABLE):
         return os.path.abspath(given)
     default = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
@@ -33,17 +33,21 @@ def sessions_folder(environ: Mapping[str, str]) -> str:
 
 
 class Owner(NamedTuple):
-    """What a session's owner wrote down."""
+    """What a session's owner recorded in the file it locks."""
 
     pid: int
     started: float
+    """Seconds since 1970."""
     sources: tuple[str, ...]
+    """The model paths."""
     hub_cache: str
+    """The real cache, into which downloads are moved after the session's end."""
     service: dict[str, str | None]
+    """Environment variables that other programs may take over: name -> value, None to unset it."""
 
 
 def read_owner(path: str) -> Owner | None:
-    """The owner of a session folder, living or dead; None when it died before it could say."""
+    """The record of a session's owner, living or dead; None when it died before it wrote one."""
     try:
         with open(os.path.join(path, OWNER_FILE), encoding="utf-8") as file:
             return Owner(**json.load(file))
@@ -52,12 +56,12 @@ def read_owner(path: str) -> Owner | None:
 
 
 class Lease:
-    """A session folder and the lock that says its owner lives."""
+    """A session folder with the lock that its living owner holds."""
 
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
         self.fd = fd
-        """Of the locked file; a child that inherits it keeps the session alive."""
+        """File descriptor of the locked file; a child that inherits it keeps the session alive."""
 
     @classmethod
     def acquire(cls, sessions: str, settings: Settings) -> Lease:
@@ -80,9 +84,10 @@ class Lease:
         return lease
 
     def record(self, settings: Settings, service: Mapping[str, str | None]) -> None:
-        """Say who owns the session, and where downloads belong that are found in it after its death.
+        """Write the owner's record. Raises OSError.
 
-        `service` is the environment that other programs may take over while it lives: name -> value, None to unset.
+        `service` is the environment that other programs may take over while the owner lives: name -> value, None to
+        unset it.
         """
         owner = Owner(os.getpid(), time.time(), settings.roots, settings.hub_cache, dict(service))
         content = json.dumps(owner._asdict()).encode()
@@ -91,13 +96,13 @@ class Lease:
         os.ftruncate(self.fd, len(content))
 
     def release(self) -> None:
-        """Let go. Whether the session is over is then for `dead` to say: a child may still hold it."""
+        """Give up the lock. The session is over unless a child still holds it, which `dead` tells."""
         os.close(self.fd)
 
 
 @contextmanager
 def dead(sessions: str, path: str) -> Iterator[bool]:
-    """Whether the session at `path` has no living owner; while the context lasts, nobody else clears it."""
+    """A context with True if the session at `path` has no living owner; nobody else clears it while it lasts."""
     owner = os.path.join(path, OWNER_FILE)
     try:
         with _exclusive(sessions):
@@ -121,7 +126,7 @@ def dead(sessions: str, path: str) -> Iterator[bool]:
 
 
 def sessions_in(sessions: str) -> list[str]:
-    """The session folders there are, living or dead."""
+    """The paths of all session folders, living or dead. Raises OSError."""
     try:
         return sorted(entry.path for entry in os.scandir(sessions) if entry.name.startswith(_PREFIX))
     except FileNotFoundError:
@@ -129,7 +134,7 @@ def sessions_in(sessions: str) -> list[str]:
 
 
 def remove(path: str) -> None:
-    """Take away what is left of a session once its tree is gone: the owner's file and the folder. Raises OSError."""
+    """Remove what is left of a session once its tree is gone: the owner's file and the folder. Raises OSError."""
     if set(os.listdir(path)) - {OWNER_FILE}:  # without that file nobody could ever prove the owner dead
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
     try:

@@ -1,8 +1,8 @@
-"""Bringing home what clients downloaded into a session's tree: into the real cache, where it would have gone.
+"""Moving what clients downloaded into a session's tree to the real cache, where it would have gone without an overlay.
 
-Runs when a session has ended, however it ended. Every step leaves the real cache valid and can be done again: blobs
-come before the snapshots that link to them, refs last; each file appears under its name complete or not at all. What
-cannot be moved (no room, no permission) stays where it is and is tried again at the next start.
+It is done when a session has ended, however it ended. Every step leaves the real cache valid and can be repeated: blobs
+come before the snapshots that link to them, refs last; each file appears under its name complete or not at all. A
+download that cannot be moved (no room, no permission) stays where it is and is tried again at the next start.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import shutil
 from collections.abc import Iterator
 
 from hf_overlay import hfcache
-from hf_overlay.tree.publish import has_payload
+from hf_overlay.tree import store
+from hf_overlay.tree.files import has_payload
 
 
 def bring_home(session: str, hub: str) -> dict[str, str]:
     """Move every download in a dead session's tree into the real cache `hub`.
 
-    Returns why, for each path that must stay because it is not all there yet.
+    Returns the paths that must stay because not all of each could be moved: path -> why.
     """
     stuck: dict[str, str] = {}
     for repo, name in _written_repos(session):
@@ -45,29 +46,30 @@ def bring_home(session: str, hub: str) -> dict[str, str]:
 
 
 def _written_repos(session: str) -> Iterator[tuple[str, str]]:
-    """Folders that clients wrote into, with the names they have in a cache: repos of their own, and our shadows."""
+    """The repo folders that clients wrote into, their own and linked repos, each with the name it has in a cache."""
     for hub in _names(f"{session}/hubs"):
         for name in _names(f"{session}/hubs/{hub}"):
             path = f"{session}/hubs/{hub}/{name}"
             if hfcache.is_repo(name) and not os.path.islink(path) and os.path.isdir(path):
                 yield path, name
-    for shadow in _names(f"{session}/shadows"):
-        path = f"{session}/shadows/{shadow}"
-        if has_payload(path):
-            _drop_copies(path)
-        if _is_worth_keeping(path):
-            yield path, shadow.rpartition(".")[0]
+    for folder in store.FOLDERS:
+        for linked_repo in _names(f"{session}/{folder}"):
+            path = f"{session}/{folder}/{linked_repo}"
+            if has_payload(path):
+                _drop_copies(path)
+            if _is_worth_keeping(path):
+                yield path, store.repo_folder(linked_repo)
 
 
 def _is_worth_keeping(repo: str) -> bool:
-    """Whether a client wrote something into a repo: bytes, or, when those are home already, a revision's links."""
+    """Whether a client wrote something into a repo: bytes, or, once those are moved, the links of a revision."""
     own = _own_commit(repo)
     revisions = (f"{repo}/snapshots/{commit}" for commit in _names(f"{repo}/snapshots") if commit != own)
     return has_payload(repo) or any(_files(revision) for revision in revisions)
 
 
 def _move_whole(repo: str, target: str) -> bool:
-    """The usual case, a new repo on the same volume: one rename. False when it must be merged instead."""
+    """Move a repo that is new to the cache, and on the same volume, in one rename. False when it must be merged."""
     if os.path.lexists(target) or os.path.exists(f"{repo}/{hfcache.ORIGIN}"):
         return False
     home = os.path.realpath(repo) + os.sep
@@ -84,9 +86,9 @@ def _move_whole(repo: str, target: str) -> bool:
 
 
 def _merge(repo: str, target: str, locks: str, aside: str) -> None:
-    """Add a repo's downloads to the one in the cache, revision by revision. Raises OSError; can be repeated.
+    """Add a repo's downloads to the same repo in the cache, revision by revision. Raises OSError; can be repeated.
 
-    `aside` is where a file is until it is complete: no folder that programs look into.
+    `aside` is the path of a file until it is complete, where no program looks for one.
     """
     own = _own_commit(repo)
     if has_payload(repo):
@@ -118,14 +120,14 @@ def _merge(repo: str, target: str, locks: str, aside: str) -> None:
 
 
 def _is_newer(path: str, other: str) -> bool:
-    """Whether somebody wrote `path` after `other`: it moved on while the session lay dead."""
+    """Whether `path` was written after `other`, by a program that ran since the session died."""
     return os.path.exists(path) and os.path.getmtime(path) > os.path.getmtime(other)
 
 
 def _merge_snapshot(snapshot: str, target: str, aside: str) -> bool:
-    """Give the cache's repo one revision's links; False when a part of it is not the cache's to hold, or there is none.
+    """Add one revision's links to the cache's repo; False when nothing or only a part of it may be in the cache.
 
-    No folder is made before there is something to put into it: an empty one is a revision to clients.
+    No folder is made before there is something to put into it, because clients take an empty one for a revision.
     """
     is_complete = True
     for relative in _files(snapshot):
@@ -149,7 +151,7 @@ def _merge_snapshot(snapshot: str, target: str, aside: str) -> bool:
 
 
 def _move_incomplete(path: str, target: str, lock: str, aside: str) -> None:
-    """A partial download, which older clients append to under a lock: the longer one stays."""
+    """Move a partial download, to which older clients append under a lock, unless the cache's is longer."""
     os.makedirs(os.path.dirname(lock), exist_ok=True)
     fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -165,7 +167,7 @@ def _move_incomplete(path: str, target: str, lock: str, aside: str) -> None:
 
 
 def _move(path: str, target: str, aside: str) -> None:
-    """Rename, or between volumes copy aside, sync and rename: under its name a file is complete."""
+    """Rename a file, or between volumes copy it aside, sync and rename, so that under its name it is complete."""
     os.makedirs(os.path.dirname(target), exist_ok=True)
     try:
         os.rename(path, target)
@@ -196,16 +198,16 @@ def _write(path: str, content: bytes, aside: str) -> None:
     os.replace(aside, path)
 
 
-def _drop_copies(shadow: str) -> None:
-    """Remove forced downloads of a user's own files, as long as those are there: a gigabyte twice serves nobody."""
-    origin = _origin(shadow)
+def _drop_copies(linked_repo: str) -> None:
+    """Remove forced downloads of a user's own files, as long as those are there, to save the space."""
+    origin = _origin(linked_repo)
     if origin is None:
         return
-    view = f"{shadow}/{hfcache.VIEWS}/{origin['commit']}"
+    view = f"{linked_repo}/{hfcache.VIEWS}/{origin['commit']}"
     for relative in _files(view):
         blob = os.path.realpath(f"{view}/{relative}")
         original = f"{origin['folder']}/{relative}"
-        is_copy = blob.startswith(os.path.realpath(shadow) + os.sep) and os.path.isfile(blob)
+        is_copy = blob.startswith(os.path.realpath(linked_repo) + os.sep) and os.path.isfile(blob)
         if is_copy and os.path.isfile(original) and os.path.getsize(original) == os.path.getsize(blob):
             os.unlink(blob)
 
@@ -225,7 +227,7 @@ def _origin(repo: str) -> dict[str, str] | None:
 
 
 def _files(folder: str) -> list[str]:
-    """Files and links below a folder, links not followed, relative to it."""
+    """The paths of files and links below a folder, relative to it; links are not followed."""
     return sorted(
         os.path.relpath(os.path.join(path, name), folder)
         for path, folders, names in os.walk(folder)

@@ -28,7 +28,7 @@ def ids(source: Source) -> list[str]:
 
 
 def reasons(source: Source) -> dict[str | None, str]:
-    return {reject.id: reject.reason for reject in source.rejects}
+    return {reject.id: reject.reason.text for reject in source.rejects}
 
 
 def index(*shards: str) -> bytes:
@@ -203,7 +203,7 @@ def test_a_model_path_that_is_itself_a_model_is_told_so(models: Path) -> None:
     lay_model(models / "name")
     source = scan(models / "name")
     assert not source.models
-    assert "give the folder above it" in source.rejects[0].reason
+    assert "give the folder above it" in source.rejects[0].reason.text
 
 
 def test_a_second_cache_is_a_source_with_its_main_revision_and_true_commit(models: Path) -> None:
@@ -250,7 +250,7 @@ def test_the_real_cache_and_sessions_under_a_model_path_are_not_the_users_models
     assert ids(scan(models, hub=hub)) == ["org/name"]
     own = scan(hub, hub=hub)
     assert not own.models
-    assert "is the Hugging Face cache itself" in own.rejects[0].reason
+    assert "is the Hugging Face cache itself" in own.rejects[0].reason.text
 
 
 def test_links_to_models_are_followed_and_loops_end(models: Path, tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_links_to_models_are_followed_and_loops_end(models: Path, tmp_path: Path
     (models / "up").symlink_to(models.parent)
     source = scan(models)
     assert ids(source) == ["alias/again", "alias/linked", "org/again", "org/linked"]
-    by_path = {reject.path: reject.reason for reject in source.rejects}
+    by_path = {reject.path: reject.reason.text for reject in source.rejects}
     assert "back to a folder above it" in by_path[str(models / "org/loop")]
     assert "back to a folder above it" in by_path[str(models / "up")]
 
@@ -317,3 +317,14 @@ def test_scanning_the_cache_again_sees_every_change_of_a_repo(hub: Path, settled
     look()
     (other.parents[1] / "refs" / "main").unlink()
     assert scanner.scan_cache().models == ()
+
+
+def test_a_cached_repo_of_plain_files_is_a_model_however_old_it_is(hub: Path) -> None:
+    """As copied to a volume without links: there is no `blobs`."""
+    snapshot = hub / "models--org--name/snapshots" / ("a" * 40)
+    lay_model(snapshot, settled=True)
+    (hub / "models--org--name/refs").mkdir()
+    (hub / "models--org--name/refs/main").write_text("a" * 40)
+    scanner = Scanner((), str(hub), TYPES)
+    for _ in range(2):
+        assert [model.path for model in scanner.scan_cache().models] == [str(snapshot)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_overlay.catalog.plan import Entry, choose, fold, plan
+from hf_overlay.catalog.plan import Entry, fold, plan, resolve
 from hf_overlay.models import File, Model, Source
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,9 +39,9 @@ DRAWN = st.lists(
 
 @given(DRAWN)
 def test_the_first_model_path_wins_and_the_rest_stand_behind_in_order(found: list[Source]) -> None:
-    for model_id, choice in choose(found).items():
+    for model_id, resolution in resolve(found).items():
         candidates = [each for source in found for each in source.models if each.id == model_id]
-        assert [choice.winner, *choice.shadows] == candidates
+        assert [resolution.winner, *resolution.shadows] == candidates
 
 
 @given(DRAWN, CACHED, st.booleans())
@@ -49,15 +49,15 @@ def test_every_entry_is_the_users_or_the_caches_and_no_two_collide(
     found: list[Source], cached: set[str], case_insensitive: bool
 ) -> None:
     made = plan(found, entries(cached), case_insensitive=case_insensitive)
-    winners = {choice.winner.id for choice in choose(found).values()}
-    linked = {entry.id for entry in made.entries.values() if isinstance(entry, Model)}
+    winners = {resolution.winner.id for resolution in resolve(found).values()}
+    linked = {repo.model.id for repo in made.linked_repos.values()}
     assert linked | {each.id for each, _ in made.left_out} == winners, "each winner is linked or left out with a reason"
     if case_insensitive:
         assert len({fold(name) for name in made.entries}) == len(made.entries)
     for name in cached - made.entries.keys():
         assert case_insensitive
         assert fold(name) in {fold(entry) for entry in made.entries}, "what is hidden is hidden by a user's model"
-    commits = [entry.commit for entry in made.entries.values() if isinstance(entry, Model) and entry.commit]
+    commits = [repo.commit for repo in made.linked_repos.values()]
     commits += [CACHED_COMMIT for entry in made.entries.values() if entry == "/hub/models--a"]
     assert len(commits) == len(set(commits)), "two repos with one commit confuse deletions"
 
@@ -73,4 +73,4 @@ def test_a_plan_is_a_function_of_what_was_found(found: list[Source], cached: set
 def test_ids_that_the_layout_cannot_hold_are_left_out_with_the_reason() -> None:
     made = plan([Source("/r", None, (model("a--b/c", "/r"), model("n" * 300, "/r")))], [], case_insensitive=False)
     assert not made.entries
-    assert [reason.split()[2] for _, reason in made.left_out] == ["cannot", "is"]
+    assert [reason.text.split()[2] for _, reason in made.left_out] == ["cannot", "is"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hf_overlay import open_session
 from hf_overlay.command import cli
 
 from tests.support import hfcache
@@ -107,6 +108,10 @@ def test_why_names_the_winner_and_each_loser_with_its_reason(
         str(tmp_path / "d/org/name"): "has no config.json",
         str(tmp_path / "e"): "does not exist",
     }
+    assert [candidate["code"] for candidate in result.json["candidates"]] == [
+        *("wins", "shadowed", "shadowed", "incomplete", "no-config", "missing")
+    ]
+    assert all(set(candidate) == {"path", "source", "verdict", "code"} for candidate in result.json["candidates"])
     nowhere = hf_overlay("why", "org/nothing", "--model-path", models)
     assert nowhere.status == 1
     assert nowhere.out.count("does not exist") == 2
@@ -125,6 +130,28 @@ def test_plan_says_what_would_be_linked_and_makes_nothing(
     assert str(folder / "config.json") in targets.values()
     assert [each["id"] for each in result["left_out"]] == ["a--b"]
     assert (hfcache.listing(home), hfcache.listing(models)) == before
+
+
+def test_plan_prints_each_link_that_a_session_makes(
+    hf_overlay: Callable[..., Result], models: Path, hub: Path, sessions: Path
+) -> None:
+    for name in ("org/name", "org/other"):
+        lay_model(models / name, {"sub/file.txt": b"x"})
+    hfcache.add_repo(hub, "org/cached", FILES)
+    for folder in (models / "second", hub):  # one commit in two repos, so that one of them has to get another
+        hfcache.add_repo(folder, f"org/twin-in-{folder.name}", FILES, commit="c" * 40)
+    printed = {
+        (link["link"], link["target"]) for link in hf_overlay("plan", "--json", "--model-path", models).json["links"]
+    }
+    with open_session([models]) as session:
+        made = set()
+        for entry in session.hub_cache.iterdir():
+            if not entry.resolve().is_relative_to(session.path):
+                made.add((f"hub/{entry.name}", os.readlink(entry)))
+                continue
+            links = (path for path in entry.resolve().rglob("*") if path.is_symlink())
+            made |= {(f"hub/{entry.name}/{path.relative_to(entry.resolve())}", os.readlink(path)) for path in links}
+    assert printed == made
 
 
 def test_a_missing_path_is_one_warning_and_a_file_is_a_usage_error(

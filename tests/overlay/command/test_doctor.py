@@ -12,6 +12,7 @@ from hf_overlay import config
 from hf_overlay.catalog.catalog import Catalog
 from hf_overlay.command import doctor
 from hf_overlay.command.doctor import Finding
+from hf_overlay.models import Code
 
 from tests.support import hfcache
 from tests.support.folders import lay_model
@@ -41,6 +42,15 @@ def test_missing_paths_and_rejected_folders(models: Path) -> None:
     assert "still being copied" in found("rejected", models).what
     assert "Wait for the copy" in found("rejected", models).advice
     assert found("source", models / "gone").what == "does not exist"
+
+
+def test_every_reason_to_leave_a_folder_out_has_advice() -> None:
+    assert set(Code) - doctor.ADVICE.keys() == {Code.WINS, Code.SHADOWED, Code.NOT_LINKABLE}
+
+
+def test_a_model_of_another_kind_is_no_reason_to_copy_it_again(models: Path) -> None:
+    lay_model(models / "org/name", {"config.json": b'{"model_file": "mine.py", "model_type": "x"}'})
+    assert "--all-kinds" in found("rejected", models).advice
 
 
 def test_apple_double_files(models: Path) -> None:

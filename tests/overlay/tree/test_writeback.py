@@ -311,6 +311,46 @@ def test_a_ref_of_a_revision_of_which_nothing_has_come_yet_stays_out(dead: Dead)
     check_stands_alone(dead.hub)
 
 
+def as_made_by_an_earlier_version(session: Path) -> None:
+    """The folder of linked repos had another name."""
+    (session / "repos").rename(session / "shadows")
+    for link in session.glob("hubs/*/*"):
+        if link.is_symlink():
+            target = os.readlink(link)
+            link.unlink()
+            link.symlink_to(target.replace("/repos/", "/shadows/"))
+
+
+def test_downloads_into_a_session_of_an_earlier_version_come_home(dead: Dead) -> None:
+    lay_model(dead.models / "org/m", {"config.json": CONFIG}, settled=True)
+    forced = lay_model(dead.models / "org/forced", settled=True)
+    weights = (forced / "model.safetensors").read_bytes()
+    with dead.written() as hub:
+        add_revision(hub, "org/m", {"config.json": b"{}", "model.safetensors": b"new"})
+        force(hub, "org/forced", "model.safetensors", weights)
+    (forced / "model.safetensors").unlink()
+    (session,) = dead.left()
+    as_made_by_an_earlier_version(session)
+    assert [cleared.kept for cleared in dead.clear()] == [()]
+    assert (dead.repo("org/m") / f"snapshots/{OTHER}/model.safetensors").read_bytes() == b"new"
+    assert dead.held()[weights] == 1, "P3 is broken: the only copy was deleted"
+    assert dead.left() == []
+    check_stands_alone(dead.hub)
+
+
+def test_a_download_into_a_session_of_an_earlier_version_stays_when_it_cannot_be_moved(dead: Dead) -> None:
+    lay_model(dead.models / "org/m", {"config.json": CONFIG}, settled=True)
+    with dead.written() as hub:
+        add_revision(hub, "org/m", {"model.safetensors": b"new"})
+        dead.hub.parent.mkdir(parents=True, exist_ok=True)
+        dead.hub.write_text("in the way")
+    (session,) = dead.left()
+    as_made_by_an_earlier_version(session)
+    (cleared,) = dead.clear()
+    assert [Path(path).parent for path in cleared.kept] == [session / "shadows"]
+    assert b"new" in {path.read_bytes() for path in session.rglob("*") if path.is_file()}
+
+
 # Whatever breaks on the way ----------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,165 @@
+"""Reading one folder: its listing, all files of a model in it, and JSON files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from hf_overlay import hfcache
+from hf_overlay.models import Code, File, Reason
+
+MAX_JSON_BYTES = 64 * 2**20
+"""No real config.json or shard index comes near; a larger one is something else under that name."""
+MAX_DEPTH = 50
+"""Folders within folders in one model; no real model comes near."""
+
+_SYSTEM_FOLDERS = frozenset({"$RECYCLE.BIN", "System Volume Information", "lost+found", "__MACOSX", "__pycache__"})
+
+
+class Unfit(Exception):
+    """A folder holds no model that can be loaded."""
+
+    def __init__(self, code: Code, text: str) -> None:
+        super().__init__(text)
+        self.reason = Reason(code, text)
+
+
+def reason_of(error: Unfit | hfcache.NoSnapshot | OSError) -> Reason:
+    """Why a folder is left out, from what reading it raised."""
+    if isinstance(error, Unfit):
+        return error.reason
+    if isinstance(error, hfcache.NoSnapshot):
+        return Reason(Code.NO_SNAPSHOT, str(error))
+    if isinstance(error, FileNotFoundError):
+        return Reason(Code.MISSING, "does not exist")
+    if isinstance(error, PermissionError):
+        return Reason(Code.NO_PERMISSION, "cannot be read: permission denied")
+    return Reason(Code.UNREADABLE, f"cannot be read: {error.strerror or error}")
+
+
+class Listing(NamedTuple):
+    """The names in one folder by what they are, links followed."""
+
+    files: list[str]
+    folders: list[str]
+    broken: list[str]
+    """Links that lead nowhere."""
+    junk: int
+    """Number of AppleDouble files."""
+    has_links: bool
+
+
+class Contents(NamedTuple):
+    """All that is in a model's folder, at any depth."""
+
+    files: tuple[File, ...]
+    """Sorted by name."""
+    folders: tuple[str, ...]
+    """Absolute paths, the model's own first."""
+    junk: int
+    """Number of AppleDouble files."""
+    has_links: bool
+    """Whether any part is reached through a link."""
+
+
+def list_folder(path: str) -> Listing:
+    """One folder without dot-names, OS helper files and unfinished downloads. Raises OSError."""
+    files, folders, broken, junk, has_links = [], [], [], 0, False
+    with os.scandir(path) as entries:
+        for entry in entries:
+            name = entry.name
+            if name.startswith("._"):
+                junk += 1
+            if hfcache.is_junk(name):
+                continue
+            has_links = has_links or entry.is_symlink()
+            try:
+                if entry.is_dir():
+                    if not name.startswith(".") and name not in _SYSTEM_FOLDERS:
+                        folders.append(name)
+                elif entry.is_file():
+                    files.append(name)
+                elif entry.is_symlink():
+                    broken.append(name)
+            except OSError:  # a link loop, or a target in a folder we may not enter
+                broken.append(name)
+    return Listing(files, folders, broken, junk, has_links)
+
+
+def contents(path: str, top: Listing) -> Contents:
+    """Everything in the model's folder `path`, whose listing is `top`. Raises Unfit or OSError."""
+    files: list[File] = []
+    folders: list[str] = []
+    junk = 0
+    has_links = False
+    for prefix, folder in _subfolders(path, top):
+        folders.append(f"{path}/{prefix}".rstrip("/"))
+        junk += folder.junk
+        has_links = has_links or folder.has_links
+        for name in folder.files:
+            if is_utf8(name):
+                status = os.stat(f"{path}/{prefix}{name}")
+                files.append(File(prefix + name, status.st_size, status.st_mtime_ns))
+    return Contents(tuple(sorted(files)), tuple(folders), junk, has_links)
+
+
+def _subfolders(path: str, top: Listing) -> Iterator[tuple[str, Listing]]:
+    """The model's folder and those inside it as (prefix, listing); linked ones once, never one that holds it."""
+    yield "", top
+    if not top.folders:
+        return
+    home = os.path.realpath(path)
+    entered = {home}
+    pending = [("", top)]
+    while pending:
+        prefix, folder = pending.pop()
+        for name in folder.folders:
+            real = os.path.realpath(f"{path}/{prefix}{name}")
+            if prefix.count("/") > MAX_DEPTH:
+                raise Unfit(Code.TOO_DEEP, f"has folders more than {MAX_DEPTH} deep")
+            if is_utf8(name) and real not in entered and not holds(real, home):
+                entered.add(real)
+                inside = list_folder(f"{path}/{prefix}{name}")
+                yield f"{prefix}{name}/", inside
+                pending.append((f"{prefix}{name}/", inside))
+
+
+def holds(folder: str, inner: str) -> bool:
+    """Whether one real path is the other or above it."""
+    return f"{inner}/".startswith(folder.rstrip("/") + "/")
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name from the disk is valid UTF-8."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises Unfit when it holds none, PermissionError when it may not be read."""
+    name = os.path.basename(path)
+    try:
+        with open(path, "rb") as file:
+            # Asked first: reading with a limit would set aside the whole of it for each small file.
+            is_small = os.fstat(file.fileno()).st_size <= MAX_JSON_BYTES
+            data = file.read() if is_small else b""
+    except PermissionError:
+        raise  # a matter of the folder, as for any other file
+    except OSError as error:
+        raise Unfit(Code.BAD_CONFIG, f"{name} {reason_of(error).text}") from error
+    if not is_small:
+        raise Unfit(Code.BAD_CONFIG, f"{name} is larger than {MAX_JSON_BYTES // 2**20} MiB: not a configuration")
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise Unfit(Code.BAD_CONFIG, f"{name} is not UTF-8 text") from error
+    except (ValueError, RecursionError) as error:
+        raise Unfit(Code.BAD_CONFIG, f"{name} is not valid JSON ({str(error)[:100]})") from error
+    if not isinstance(value, dict):
+        raise Unfit(Code.BAD_CONFIG, f"{name} is not a JSON object")
+    return value

@@ -1,0 +1,64 @@
+"""The one rule for "unchanged since": a value worked out from the disk holds while certain paths look the same.
+
+A path looks the same while its inode, times and size do, or while it is missing in the same way. Adding, removing or
+renaming something changes the times of the folder it is in. Writing into an existing file does not: whoever remembers
+a value must watch each file that may be written to, or remember it only once nobody writes any more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Generic, NamedTuple, TypeVar
+
+Value = TypeVar("Value")
+
+Stamps = tuple[tuple[str, tuple[int, ...]], ...]
+"""Paths, each with how it looked."""
+
+
+def stamps(paths: Iterable[str]) -> Stamps:
+    """How paths look now. For a value whose paths are known beforehand, take them before it is worked out."""
+    return tuple((path, _stamp(path)) for path in paths)
+
+
+class _Kept(NamedTuple, Generic[Value]):
+    value: Value
+    stamps: Stamps
+
+
+class Memo(Generic[Value]):
+    """Values from one round of looking at the disk, which may recall those of the round before.
+
+    A value that a round neither recalls nor remembers is forgotten with the round after it. Rounds do not disturb each
+    other, so that threads may have rounds of their own.
+    """
+
+    def __init__(self, before: Mapping[str, _Kept[Value]] | None = None) -> None:
+        """Begin a first round; later ones come from `next_round`."""
+        self._before = before or {}
+        self._kept: dict[str, _Kept[Value]] = {}
+
+    def next_round(self) -> Memo[Value]:
+        """A new round, which can recall the values of this one."""
+        return Memo(self._kept)
+
+    def recall(self, key: str) -> Value | None:
+        """The value remembered for `key`, if nothing it depends on has changed; None otherwise."""
+        kept = self._before.get(key)
+        if kept is None or any(_stamp(path) != stamp for path, stamp in kept.stamps):
+            return None
+        self._kept[key] = kept
+        return kept.value
+
+    def remember(self, key: str, value: Value, looked: Stamps) -> None:
+        """Keep a value for as long as the paths look as they did in `looked`."""
+        self._kept[key] = _Kept(value, looked)
+
+
+def _stamp(path: str) -> tuple[int, ...]:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        return (error.errno or 0,)
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size

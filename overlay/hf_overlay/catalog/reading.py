@@ -1,0 +1,123 @@
+"""Reading one model: a folder of the user's, or a repo in Hugging Face cache layout."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal, NamedTuple
+
+from hf_overlay import hfcache
+from hf_overlay.catalog import weights
+from hf_overlay.catalog.files import Contents, Listing, Unfit, contents, list_folder, read_json
+from hf_overlay.catalog.kinds import ModelTypes
+from hf_overlay.models import Code, File, Model
+
+SETTLED_SECONDS = 600
+"""A model none of whose files was written to for so long is not being copied: its files need no look each time."""
+
+_MARKERS = ("config.json", "model_index.json")
+_MARKERS_OF_OTHER_KINDS = ("modules.json", "config_sentence_transformers.json", "adapter_config.json")
+
+
+class Found(NamedTuple):
+    """A model that was read."""
+
+    model: Model
+    junk: int
+    """Number of AppleDouble files in its folders."""
+    watched: tuple[str, ...] | None
+    """The paths that look the same as long as the model is the same; None when only reading it again can tell.
+
+    The folders, for what comes and goes, and config.json, which every tool that writes models rewrites. None while
+    files are recent, because writing into an existing file changes no folder.
+    """
+
+
+def has_marker(folder: Listing, types: ModelTypes | None) -> bool:
+    """Whether a file in the folder says that it is a model; `types` None takes every kind of model."""
+    markers = _MARKERS if types else _MARKERS + _MARKERS_OF_OTHER_KINDS
+    return any(marker in folder.files for marker in markers)
+
+
+def read_folder(path: str, model_id: str, listing: Listing, root: str, types: ModelTypes | None) -> Found:
+    """The model in a folder of the user's. Raises Unfit or OSError."""
+    model, inside = _read(path, model_id, "custom", listing, root, types, None)
+    if inside.has_links or not _is_settled(model):
+        return Found(model, inside.junk, None)
+    watched = [*inside.folders, *(f"{path}/{name}" for name in _MARKERS if name in listing.files)]
+    watched += hfcache.local_dir_records(path) if model.commit is not None else ()
+    return Found(model, inside.junk, tuple(watched))
+
+
+def read_users_repo(repo: str, model_id: str, root: str, types: ModelTypes | None) -> Found:
+    """The main revision, else the only one, of a user's repo in cache layout. Raises Unfit, NoSnapshot or OSError."""
+    commit = hfcache.main_commit(repo, any_single=True)
+    path = hfcache.snapshot(repo, commit)
+    model, inside = _read(path, model_id, "custom", list_folder(path), root, types, commit)
+    return Found(model, inside.junk, None)
+
+
+def read_cached_repo(repo: str, model_id: str, root: str, types: ModelTypes | None) -> Found:
+    """The main revision of a repo in the real cache. Raises Unfit, NoSnapshot or OSError."""
+    commit = hfcache.main_commit(repo, any_single=False)
+    path = hfcache.snapshot(repo, commit)
+    model, inside = _read(path, model_id, "cache", list_folder(path), root, types, commit)
+    watched = (*hfcache.watched(repo), f"{path}/config.json", *inside.folders) if _is_settled(model) else None
+    return Found(model, inside.junk, watched)
+
+
+def _read(
+    path: str,
+    model_id: str,
+    source: Literal["custom", "cache"],
+    listing: Listing,
+    root: str,
+    types: ModelTypes | None,
+    commit: str | None,
+) -> tuple[Model, Contents]:
+    config = _checked_config(path, listing, types)
+    inside = contents(path, listing)
+    weights.check(path, inside.files, listing.broken, required=types is not None)
+    files = inside.files
+    if source == "custom":
+        files, commit = _identified(path, files, commit)
+    model_type = config.get("model_type")
+    model = Model(
+        id=model_id,
+        source=source,
+        path=path,
+        model_type=model_type if isinstance(model_type, str) else None,
+        size_bytes=sum(file.size for file in files),
+        files=files,
+        root=root,
+        commit=commit,
+    )
+    return model, inside
+
+
+def _checked_config(path: str, folder: Listing, types: ModelTypes | None) -> dict[str, Any]:
+    """What config.json says, empty where there is none; raises Unfit unless mlx-lm loads that, if `types` are given."""
+    if not has_marker(folder, types):
+        formats = {name.rsplit(".", 1)[1] for name in folder.files if name.endswith(weights.SUFFIXES)}
+        only = f" (only .{', .'.join(sorted(formats))} files)" if formats else ""
+        raise Unfit(Code.NO_CONFIG, f"has no config.json{only}")
+    config = read_json(f"{path}/config.json") if "config.json" in folder.files else {}
+    if types is not None:
+        if "config.json" not in folder.files:
+            raise Unfit(Code.OTHER_KIND, "is a diffusers pipeline, which mlx-lm does not load; --all-kinds takes it")
+        if (text := types.why_not(config)) is not None:
+            raise Unfit(Code.OTHER_KIND, text)
+    return config
+
+
+def _identified(path: str, files: tuple[File, ...], commit: str | None) -> tuple[tuple[File, ...], str | None]:
+    """The files with the Hub's etags, and its commit, where the user's folder proves them."""
+    if commit is not None:
+        return tuple(file._replace(etag=hfcache.blob_name(f"{path}/{file.name}")) for file in files), commit
+    known = hfcache.local_dir_identity(path, {file.name: file.mtime_ns for file in files})
+    if known is None:
+        return files, None
+    return tuple(file._replace(etag=known[1][file.name]) for file in files), known[0]
+
+
+def _is_settled(model: Model) -> bool:
+    return max(file.mtime_ns for file in model.files) < time.time_ns() - SETTLED_SECONDS * 10**9

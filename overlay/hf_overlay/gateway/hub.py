@@ -1,0 +1,107 @@
+"""Who answers for a model on the gateway: the user's folder, the real Hub, or nobody for now."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import NamedTuple, Protocol
+
+from hf_overlay.catalog.catalog import check_id
+from hf_overlay.config import Settings
+from hf_overlay.errors import InvalidModelId, SessionError
+from hf_overlay.hfcache import LinkedRepo
+
+logger = logging.getLogger("hf_overlay")
+
+SETTLE_SECONDS = 5
+"""Longer than any client takes from opening its cache to asking the Hub."""
+
+
+class Unavailable(NamedTuple):
+    """A user's model that cannot be served at the moment, and must not be downloaded instead."""
+
+    message: str
+    has_copy: bool
+    """Whether clients that fall back to their cache find a copy there."""
+
+
+class Overlay(Protocol):
+    """The operations of a session that the gateway uses."""
+
+    @property
+    def settings(self) -> Settings:
+        """The model paths and the real cache."""
+
+    def linked_repo(self, model_id: str) -> LinkedRepo | None:
+        """The linked repo of the user's model with this id; None when the tree holds none."""
+
+    def refresh(self) -> object:
+        """Make the tree show what is on the disk now. Raises SessionError."""
+
+    def seconds_since_change(self, model_id: str) -> float:
+        """Seconds since a refresh found the user's model added, changed or removed; infinite when none did."""
+
+    def path_away(self, model_id: str) -> str | None:
+        """The model path that held a model of this id and has gone away since; None when there is none."""
+
+    def is_cached(self, model_id: str) -> bool:
+        """Whether the real cache holds a loadable copy now."""
+
+    def expect_download(self, folder: str) -> None:
+        """Let what a client is about to write to a repo folder land in the real cache."""
+
+
+class Hub:
+    """Decides for each model id who answers, by what the overlay holds."""
+
+    def __init__(self, overlay: Overlay) -> None:
+        self._overlay = overlay
+
+    def refresh_and_find(self, model_id: str) -> LinkedRepo | Unavailable | None:
+        """As `find`, after a refresh of the overlay if the disk shows that the tree is behind it."""
+        if _is_id(model_id) and self._is_behind(model_id):
+            try:
+                self._overlay.refresh()
+            except SessionError as error:
+                logger.warning("%s", error)
+        return self.find(model_id)
+
+    def find(self, model_id: str) -> LinkedRepo | Unavailable | None:
+        """The user's model that answers to an id, or why nobody may; None when the real Hub answers.
+
+        `model_id` may be any string.
+        """
+        if not _is_id(model_id):
+            return None
+        found = self._overlay.linked_repo(model_id)
+        if found is not None:
+            if self._overlay.seconds_since_change(model_id) >= SETTLE_SECONDS:
+                return found
+            # A load that began before the switch sees the model as it was, one that begins now as it is. If either
+            # learned of the other's commit, it would download that. Sent to its cache, each finds its own.
+            return Unavailable(f"{model_id} has just changed on disk; try again in {SETTLE_SECONDS} seconds", True)
+        root = self._overlay.path_away(model_id)
+        if root is None:
+            return None
+        message = f"{model_id} is in {root}, which is not there now; connect that drive, or use --exclude {model_id}"
+        return Unavailable(message, self._overlay.is_cached(model_id))
+
+    def expect_download(self, folder: str) -> None:
+        """Let what a client is about to write to a repo folder land in the real cache."""
+        self._overlay.expect_download(folder)
+
+    def _is_behind(self, model_id: str) -> bool:
+        """Whether the model's folder is there and the tree lacks it, or the other way round."""
+        found = self._overlay.linked_repo(model_id)
+        if found is not None:
+            return not os.path.isdir(found.model.path)
+        settings = self._overlay.settings
+        return model_id not in settings.exclude and any(os.path.isdir(f"{root}/{model_id}") for root in settings.roots)
+
+
+def _is_id(model_id: str) -> bool:
+    try:
+        check_id(model_id)
+    except InvalidModelId:
+        return False
+    return True

@@ -1,0 +1,64 @@
+"""Looking at and removing files in a session's folder. Nothing here follows a link."""
+
+from __future__ import annotations
+
+import os
+
+from hf_overlay import hfcache
+
+
+def entries(folder: str) -> list[os.DirEntry[str]]:
+    """What is in a folder; nothing when there is none. Raises OSError."""
+    try:
+        with os.scandir(folder) as found:
+            return list(found)
+    except FileNotFoundError:
+        return []
+
+
+def has_payload(repo: str) -> bool:
+    """Whether a repo folder holds a byte that was downloaded; refs, listings and links do not count."""
+    return any(has_bytes(f"{repo}/{folder}") for folder in ("blobs", "snapshots", hfcache.VIEWS))
+
+
+def has_bytes(path: str) -> bool:
+    """Whether a file (not a link) at or below a path holds a byte."""
+    if os.path.islink(path):
+        return False
+    if os.path.isfile(path):
+        return os.path.getsize(path) > 0
+    for entry in entries(path):
+        if entry.is_dir(follow_symlinks=False):
+            if has_bytes(entry.path):
+                return True
+        elif entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_size > 0:
+            return True
+    return False
+
+
+def remove(path: str) -> None:
+    """Remove a folder with all that is in it, or a file or link. Raises OSError."""
+    if not os.path.isdir(path) or os.path.islink(path):
+        os.unlink(path)
+        return
+    if not os.access(path, os.W_OK):
+        os.chmod(path, 0o700)  # sealed by us
+    # Last the file that tells our folders from a client's, so that whoever goes on after a kill can tell them, too.
+    for entry in sorted(entries(path), key=lambda entry: entry.name == hfcache.ORIGIN):
+        remove(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+    os.rmdir(path)
+
+
+def remove_links(folder: str) -> None:
+    """Remove the links that are directly in a folder. Raises OSError."""
+    for entry in entries(folder):
+        if entry.is_symlink():
+            os.unlink(entry.path)
+
+
+def remove_if_empty(folder: str) -> None:
+    """Remove a folder if there is nothing in it; leave it otherwise."""
+    try:
+        os.rmdir(folder)
+    except OSError:
+        return

@@ -1,0 +1,105 @@
+"""The linked repos in a session's folder: made as the plan says, looked at for damage, removed when nothing needs them.
+
+A linked repo is made once, under another name, and renamed when it is whole. It is never edited afterwards: where a
+client deleted something in it, another one is made beside it, because loads may still be reading the first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Collection
+from typing import NamedTuple
+
+from hf_overlay.hfcache import LinkedRepo
+from hf_overlay.tree import files
+
+FOLDER = "repos"
+"""Folder in a session's folder that holds the linked repos, each named `<repo folder>.<fingerprint><number>`."""
+FOLDERS = (FOLDER, "shadows")
+"""All names the folder has had: a session that died may have been made by an earlier version."""
+UNFINISHED = "new"
+"""In a session's folder: the linked repo that is being made."""
+_UNTOUCHED_NS = 10**18
+"""Time of a linked repo's folders until a client changes something in them: no clock is too coarse to tell that."""
+
+
+class Placed(NamedTuple):
+    """A linked repo that was made on disk."""
+
+    repo: LinkedRepo
+    link: str
+    """Target of a link in a hub folder that leads to it."""
+    watched: tuple[str, ...]
+    """Absolute paths of the folders that are touched when a client deletes in it."""
+
+
+def place(session: str, name: str, repo: LinkedRepo) -> Placed:
+    """Make the linked repo whose entry in a hub folder is called `name`. Raises OSError."""
+    for number in itertools.count():
+        folder = f"{name}.{repo.fingerprint[:12]}{number:04x}"
+        path = f"{session}/{FOLDER}/{folder}"
+        placed = Placed(repo, f"../../{FOLDER}/{folder}", tuple(f"{path}/{inner}" for inner in repo.watched))
+        if not os.path.lexists(path):
+            _make(repo, f"{session}/{UNFINISHED}", path)
+            break
+        if _is_whole(path, repo):  # the user's folder is again as it was at an earlier refresh
+            break
+    return placed
+
+
+def is_untouched(placed: Placed) -> bool:
+    """Whether nothing came or went where a client may delete: one `stat` a watched folder."""
+    try:
+        return all(os.stat(folder).st_mtime_ns == _UNTOUCHED_NS for folder in placed.watched)
+    except OSError:
+        return False
+
+
+def prune(session: str, needed: Collection[str]) -> None:
+    """Remove the linked repos to which no link in `needed` leads, unless a client downloaded into them."""
+    for entry in files.entries(f"{session}/{FOLDER}"):
+        if f"../../{FOLDER}/{entry.name}" not in needed and not files.has_payload(entry.path):
+            files.remove(entry.path)
+
+
+def repo_folder(folder: str) -> str:
+    """The name in a cache of the repo that a linked repo's folder stands for."""
+    return folder.rpartition(".")[0]
+
+
+def _make(repo: LinkedRepo, aside: str, path: str) -> None:
+    if os.path.isdir(aside):  # cut short by a full disk
+        files.remove(aside)
+    os.mkdir(aside)
+    for inner in repo.folders:
+        os.mkdir(f"{aside}/{inner}")
+    for where, target in repo.links:
+        os.symlink(target, f"{aside}/{where}")
+    for where, content in repo.files:
+        with open(f"{aside}/{where}", "wb") as file:
+            file.write(content)
+    _mark_untouched(aside, repo)
+    os.rename(aside, path)
+    for where in repo.sealed:
+        os.chmod(f"{path}/{where}", 0o500)
+
+
+def _is_whole(path: str, repo: LinkedRepo) -> bool:
+    """Whether all that was made is still there; if so, it counts as untouched from now on.
+
+    Looked at before and after the mark, so that the mark covers nothing that is missing or goes meanwhile.
+    """
+    made = [f"{path}/{where}" for where, _ in (*repo.links, *repo.files)]
+    if not all(map(os.path.lexists, made)):
+        return False
+    try:
+        _mark_untouched(path, repo)
+    except FileNotFoundError:
+        return False
+    return all(map(os.path.lexists, made))
+
+
+def _mark_untouched(path: str, repo: LinkedRepo) -> None:
+    for folder in repo.watched:
+        os.utime(f"{path}/{folder}", ns=(_UNTOUCHED_NS, _UNTOUCHED_NS))

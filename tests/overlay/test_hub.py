@@ -1,0 +1,100 @@
+"""Who answers for a model on the gateway, and that only a question which says so refreshes the overlay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import hf_overlay
+import pytest
+from hf_overlay.gateway.hub import SETTLE_SECONDS, Hub, Unavailable
+from hf_overlay.hfcache import LinkedRepo
+
+from tests.support import hfcache
+from tests.support.folders import lay_model
+
+FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"from the cache"}
+
+
+class Clock:
+    """Time as the session sees it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("hf_overlay.session.time", clock)
+    return clock
+
+
+@pytest.fixture
+def session(models: Path, sessions: Path, clock: Clock) -> Iterator[hf_overlay.Session]:
+    lay_model(models / "org/name")
+    with hf_overlay.open_session([models]) as session:
+        yield session
+
+
+def path_of(found: LinkedRepo | Unavailable | None) -> str:
+    assert isinstance(found, LinkedRepo)
+    return found.model.path
+
+
+def test_the_users_model_answers_for_its_id_and_the_real_hub_for_others(
+    session: hf_overlay.Session, models: Path
+) -> None:
+    hub = Hub(session)
+    assert path_of(hub.find("org/name")) == str(models / "org/name")
+    assert hub.find("org/other") is None
+    assert hub.find("../name") is hub.refresh_and_find("../name") is None
+    assert session.seconds_since_change("org/name") == math.inf
+
+
+def test_only_refresh_and_find_refreshes_and_only_where_the_tree_is_behind(
+    session: hf_overlay.Session, models: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refreshes = []
+    refresh = session.refresh
+    monkeypatch.setattr(session, "refresh", lambda: refreshes.append(refresh()))
+    hub = Hub(session)
+    lay_model(models / "org/new")
+    assert hub.find("org/new") is None
+    assert path_of(hub.refresh_and_find("org/name")) == str(models / "org/name")
+    assert refreshes == []
+    hub.refresh_and_find("org/new")
+    assert [changes.added for changes in refreshes] == [("org/new",)]
+    clock.now += SETTLE_SECONDS
+    assert path_of(hub.find("org/new")) == str(models / "org/new")
+
+
+def test_a_model_that_has_just_changed_sends_clients_to_their_cache_for_a_while(
+    session: hf_overlay.Session, models: Path, clock: Clock
+) -> None:
+    hub = Hub(session)
+    (models / "org/name/added.txt").write_text("changes the commit")
+    session.refresh()
+    found = hub.find("org/name")
+    assert isinstance(found, Unavailable)
+    assert found.has_copy
+    assert "has just changed" in found.message
+    clock.now += SETTLE_SECONDS
+    assert isinstance(hub.find("org/name"), LinkedRepo)
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_a_model_on_a_drive_that_is_away_is_not_the_real_hubs_to_answer(
+    session: hf_overlay.Session, models: Path, hub: Path, is_cached: bool
+) -> None:
+    if is_cached:
+        hfcache.add_repo(hub, "org/name", FILES)
+    models.rename(models.parent / "unplugged")
+    found = Hub(session).refresh_and_find("org/name")
+    assert isinstance(found, Unavailable)
+    assert found.has_copy == is_cached
+    assert str(models) in found.message
