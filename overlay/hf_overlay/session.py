@@ -232,7 +232,7 @@ class Session:
 def open_session(
     model_paths: Sequence[str | os.PathLike[str]] = (),
     *,
-    all_kinds: bool = False,
+    kind: config.Kind | None = None,
     exclude: Sequence[str] = (),
     gateway: bool = False,
     trusts_code: bool = False,
@@ -241,10 +241,12 @@ def open_session(
     """Open an overlay; it is removed when the context ends.
 
     `model_paths` come first to last; without any, MLX_OMNI_MODEL_PATH of `environ` (default: this process's) counts.
+    `kind` is `mlx` for models that mlx-lm can load, or `any`; None: `mlx` if mlx-lm is installed, else `any`.
     `exclude` names ids for which they do not count. With `gateway`, programs keep the network: a loopback Hub answers
     for the user's models and passes on the rest; without it, a program that asks the Hub may be sent to download.
     `trusts_code` also takes models that bring their architecture as a Python file: whoever loads them must tell mlx-lm.
-    Raises UsageError for a model path that is a file, SessionError when the tree cannot be made.
+    Raises UsageError for a model path that is a file, SessionError when the tree cannot be made, OverlayError for `mlx`
+    without mlx-lm.
 
         with hf_overlay.open_session(["/Volumes/LLMS/models"]) as session:
             subprocess.run(["mlx_lm.generate", "--model", "org/name"], env=session.environment)
@@ -254,7 +256,7 @@ def open_session(
         [os.fspath(path) for path in model_paths],
         environ,
         os.getcwd(),
-        all_kinds=all_kinds,
+        kind=kind,
         exclude=exclude,
         trusts_code=trusts_code,
     )

@@ -14,10 +14,11 @@ import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import hf_overlay
 import pytest
+from hf_overlay.config import Kind
 from hf_overlay.tree import lease
 from huggingface_hub import scan_cache_dir, snapshot_download
 from hypothesis import given, settings
@@ -78,7 +79,7 @@ def _repo(repo: Path) -> dict[str, str]:
 
 def assert_as_new(session: hf_overlay.Session) -> None:
     """P5: what a session shows after refreshes is what a new one shows."""
-    with hf_overlay.open_session(session.settings.roots, all_kinds=session.settings.all_kinds) as fresh:
+    with hf_overlay.open_session(session.settings.roots, kind=session.settings.kind) as fresh:
         assert shown(session) == shown(fresh), "P5: a refreshed tree differs from a rebuilt one"
         assert session.models == fresh.models
 
@@ -651,8 +652,8 @@ def test_link_loops_end_and_hide_no_model(models: Path, sessions: Path, lay: Cal
     lay_model(models / "org/mine")
     lay_model(models / "zoo/last")
     lay(models)
-    for all_kinds in (False, True):
-        with hf_overlay.open_session([models], all_kinds=all_kinds) as session:
+    for kind in get_args(Kind):
+        with hf_overlay.open_session([models], kind=kind) as session:
             session.refresh()
             assert ids(session) == scanned(session) == ["org/mine", "zoo/last"]
             assert loaded(session, "org/mine") == (models / "org/mine" / WEIGHTS).read_bytes()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from hf_overlay import hfcache
-from hf_overlay.catalog.kinds import ModelTypes
+from hf_overlay.catalog import kinds
 from hf_overlay.catalog.plan import Choice, Entry, Plan, choose, plan
 from hf_overlay.catalog.scan import Scanner
 from hf_overlay.config import Settings
@@ -32,8 +32,8 @@ class Catalog:
     def __init__(self, settings: Settings) -> None:
         """Scans at once. Raises OverlayError when mlx-lm's model types are needed and cannot be read."""
         self.settings = settings
-        types = None if settings.all_kinds else ModelTypes.installed(trusts_code=settings.trusts_code)
-        self._scanner = Scanner(settings.roots, settings.hub_cache, types)
+        self.types = kinds.restriction(settings.kind, trusts_code=settings.trusts_code)
+        self._scanner = Scanner(settings.roots, settings.hub_cache, self.types)
         self._warned: set[str] = set()
         self._cache_problem: str | None = None
         self._examined: dict[str, tuple[object, hfcache.Examined]] = {}
