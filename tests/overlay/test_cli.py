@@ -201,6 +201,16 @@ def test_completion_knows_every_command(hf_overlay: Callable[..., Result], shell
         assert re.search(rf"\b{command}\b", script)
 
 
+def test_completion_offers_folders_for_a_model_path(hf_overlay: Callable[..., Result]) -> None:
+    for shell, folders in (
+        ("bash", "_shtab_compgen_dirs"),
+        ("zsh", "_files -/"),
+        ("fish", "__fish_complete_directories"),
+    ):
+        lines = [line for line in hf_overlay("completion", shell).out.splitlines() if re.search("model.path", line)]
+        assert any(folders in line for line in lines), shell
+
+
 @pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
 def test_fish_completes_commands_and_options(hf_overlay: Callable[..., Result], tmp_path: Path) -> None:
     script = tmp_path / "hf-overlay.fish"

@@ -71,12 +71,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line, for `main` and for shell completion."""
+def make_parser(*, folders: object = None) -> argparse.ArgumentParser:
+    """The parser of the whole command line, for `main` and for shell completion.
+
+    `folders` is how shells complete a folder's name: shtab.DIRECTORY, where completion is asked for.
+    """
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
+    model_path = common.add_argument(
         "--model-path", action="append", default=[], metavar="DIR", help="a folder of models; repeat it for more"
     )
+    model_path.complete = folders  # type: ignore[attr-defined]  # shtab looks for it there
     common.add_argument(
         "--kind",
         choices=get_args(config.Kind),
@@ -289,7 +293,7 @@ def _clean(options: argparse.Namespace) -> int:
 def _completion(options: argparse.Namespace) -> int:
     import shtab
 
-    print(shtab.complete(make_parser(), options.shell))
+    print(shtab.complete(make_parser(folders=shtab.DIRECTORY), options.shell))
     return 0
 
 
