@@ -391,6 +391,26 @@ sys.exit(cli.main())
         assert process.wait(SECONDS / 4) == 128 + signal.SIGINT
 
 
+@pytest.mark.parametrize(("trap", "status"), [("", 128 + signal.SIGINT), ("trap '' INT; ", 0)])
+def test_an_interrupt_while_the_overlay_is_made_ends_it_unless_the_shell_ignores_it(
+    environ: dict[str, str], sessions: Path, trap: str, status: int
+) -> None:
+    interrupted_early = """
+import os, signal, sys
+from hf_overlay import session
+from hf_overlay.command.cli import main
+clear = session.clear_dead
+def clear_after_a_signal(sessions):
+    os.kill(os.getpid(), signal.SIGINT)
+    return clear(sessions)
+session.clear_dead = clear_after_a_signal
+sys.exit(main())
+"""
+    shell = ["sh", "-c", f'{trap}exec "$@"', "sh"]
+    done = finish([*shell, PYTHON, "-c", interrupted_early, *RUN[1:], "--", "echo", "started"], environ)
+    assert (done.status, done.out) == (status, "" if status else "started\n")
+
+
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="elsewhere no signal is blocked")
 def test_the_program_starts_with_the_signals_of_its_own(environ: dict[str, str], sessions: Path) -> None:
     """None of those that hf-overlay blocks while it waits, and none of those that Python ignores."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import sysconfig
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -23,9 +24,7 @@ def register(environ: Mapping[str, str]) -> str:
     `hf extensions remove overlay` takes it back. Raises OverlayError when another extension of that name is installed,
     the command is not there, or the file cannot be written.
     """
-    executable = os.path.join(sysconfig.get_path("scripts"), "hf-overlay")
-    if not os.path.isfile(executable):
-        raise OverlayError(f"there is no {executable}; install hf-overlay in this environment (pip install hf-overlay)")
+    executable = _executable()
     folder = expand_user(_FOLDER, environ)
     manifest = f"{folder}/manifest.json"
     if os.path.exists(folder) and _owner(manifest) != _OWNER:
@@ -47,6 +46,15 @@ def register(environ: Mapping[str, str]) -> str:
     except OSError as error:
         raise OverlayError(f"cannot write {manifest}: {error.strerror}; make that folder writable") from error
     return manifest
+
+
+def _executable() -> str:
+    """The command as it was started just now, else (python -m hf_overlay) the one of this Python environment."""
+    installed = os.path.join(sysconfig.get_path("scripts"), "hf-overlay")
+    for path in (os.path.abspath(sys.argv[0]), installed):
+        if os.path.basename(path) == "hf-overlay" and os.path.isfile(path):
+            return path
+    raise OverlayError(f"there is no {installed}; install hf-overlay in this environment (pip install hf-overlay)")
 
 
 def _owner(manifest: str) -> object:

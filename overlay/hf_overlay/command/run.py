@@ -66,7 +66,11 @@ def run(
             model_paths, kind=kind, exclude=exclude, gateway=not is_offline(environ), environ=environ
         ) as session:
             os.set_inheritable(session.owner_fd, True)
-            if stop := [*_taken_from_keyboard(), *(each for each in early if each not in _HARMLESS)]:
+            # A key press between this and the next call is lost: nothing tells it from one that the child has had, too.
+            if stop := [
+                *_taken(set(_FROM_KEYBOARD) & set(forwarded)),
+                *(each for each in early if each not in _HARMLESS),
+            ]:
                 return 128 + stop[0]
             try:
                 # Not subprocess.Popen, whose child would inherit the blocked signals. Descriptors that the shell
@@ -104,10 +108,10 @@ def _wait(child: int) -> int:
             _send(child, info.si_signo)
 
 
-def _taken_from_keyboard() -> list[int]:
-    """The blocked SIGINT and SIGQUIT that have come by now, taken so that nothing else meets them later."""
+def _taken(numbers: set[signal.Signals]) -> list[int]:
+    """The blocked signals of these that have come by now; they are taken, so that none is handled later."""
     taken = []
-    while _WAITED_FOR and (info := signal.sigtimedwait(_FROM_KEYBOARD, 0)) is not None:
+    while _WAITED_FOR and (info := signal.sigtimedwait(numbers, 0)) is not None:
         taken.append(info.si_signo)
     return taken
 
