@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from hf_overlay.errors import UsageError
 
@@ -17,6 +18,8 @@ MODEL_PATH_VARIABLE = "MLX_OMNI_MODEL_PATH"
 OWNER_FILE = ".hf-overlay-session"
 """Names the living owner in every session's folder; a scan that meets one knows the folder for ours."""
 
+Kind = Literal["mlx", "any"]
+"""`mlx`: models that the installed mlx-lm can load; `any`: also those of transformers, diffusers, …"""
 
 _OVERLAY = re.compile(r"/session-\d+-[0-9a-f]+/home/hub$")
 
@@ -30,8 +33,8 @@ class Settings(NamedTuple):
     """The real cache: what huggingface_hub calls HF_HUB_CACHE."""
     hf_home: str
     """What huggingface_hub calls HF_HOME: tokens, Xet cache, datasets, modules."""
-    all_kinds: bool = False
-    """Also take models that mlx-lm cannot load (transformers, diffusers, sentence-transformers)."""
+    kind: Kind | None = None
+    """The models to take: those that mlx-lm can load, or any; None: `mlx` where mlx-lm is installed, else `any`."""
     exclude: tuple[str, ...] = ()
     """Ids for which the user's folders do not count: the cache, and the Hub, answer."""
     trusts_code: bool = False
@@ -43,7 +46,7 @@ def load(
     environ: Mapping[str, str],
     cwd: str,
     *,
-    all_kinds: bool = False,
+    kind: Kind | None = None,
     exclude: Sequence[str] = (),
     trusts_code: bool = False,
 ) -> Settings:
@@ -68,7 +71,7 @@ def load(
         roots=tuple(roots),
         hub_cache=cache,
         hf_home=_absolute(hf_home(environ), cwd),
-        all_kinds=all_kinds,
+        kind=kind,
         exclude=tuple(exclude),
         trusts_code=trusts_code,
     )
@@ -84,6 +87,22 @@ def hub_cache(environ: Mapping[str, str]) -> str:
     """HF_HUB_CACHE as huggingface_hub/constants.py computes it, the older HUGGINGFACE_HUB_CACHE included."""
     default = environ.get("HUGGINGFACE_HUB_CACHE", os.path.join(hf_home(environ), "hub"))
     return expand(environ.get("HF_HUB_CACHE", default), environ)
+
+
+def cache_folder(environ: Mapping[str, str]) -> str:
+    """The folder for this program's own caches, where platformdirs puts it.
+
+    platformdirs goes by this process's environment. In another one handed in, its rule for a person's own caches is
+    followed here: XDG_CACHE_HOME if that is an absolute path, else the platform's folder in HOME.
+    """
+    if all(environ.get(name) == os.environ.get(name) for name in ("HOME", "XDG_CACHE_HOME")):
+        import platformdirs  # only commands that need a session's folder ask
+
+        return platformdirs.user_cache_dir("hf-overlay", appauthor=False)
+    cache = environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(cache):
+        cache = expand_user("~/Library/Caches" if sys.platform == "darwin" else "~/.cache", environ)
+    return os.path.join(cache, "hf-overlay")
 
 
 def is_offline(environ: Mapping[str, str]) -> bool:

@@ -222,7 +222,7 @@ class Session:
 def open_session(
     model_paths: Sequence[str | os.PathLike[str]] = (),
     *,
-    all_kinds: bool = False,
+    kind: config.Kind | None = None,
     exclude: Sequence[str] = (),
     gateway: bool = False,
     trusts_code: bool = False,
@@ -233,9 +233,11 @@ def open_session(
     `model_paths` are in order of precedence; without any, MLX_OMNI_MODEL_PATH of `environ` (default: this process's)
     names them. For the ids in `exclude` they are ignored. With `gateway`, programs keep the network: a Hub on loopback
     serves the user's models and passes on the rest; without it, a program that asks the Hub may download a model that
-    the user has. `trusts_code` also takes models that bring their architecture as a Python file, which mlx-lm runs only
+    the user has. `kind` is `mlx` for models that mlx-lm can load, or `any`; None: `mlx` if mlx-lm is installed, else
+    `any`. `trusts_code` also takes models that bring their architecture as a Python file, which mlx-lm runs only
     when its caller allows it.
-    Raises UsageError for a model path that is a file, SessionError when the tree cannot be made.
+    Raises UsageError for a model path that is a file, SessionError when the tree cannot be made, OverlayError for `mlx`
+    without mlx-lm.
 
         with hf_overlay.open_session(["/Volumes/LLMS/models"]) as session:
             subprocess.run(["mlx_lm.generate", "--model", "org/name"], env=session.environment)
@@ -245,7 +247,7 @@ def open_session(
         [os.fspath(path) for path in model_paths],
         environ,
         os.getcwd(),
-        all_kinds=all_kinds,
+        kind=kind,
         exclude=exclude,
         trusts_code=trusts_code,
     )

@@ -31,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal; the one place that turns errors into exit codes."""
     parser = make_parser()
     arguments = parser.parse_args(argv)
+    if arguments.version:
+        from importlib.metadata import version
+
+        print(f"mlx-omni-server {version('mlx-overlay-server')}")
+        return 0
     if arguments.print_completion:
         import shtab
 
@@ -188,7 +193,8 @@ def make_parser() -> argparse.ArgumentParser:
     models.add_argument("--adapter-path", metavar="DIR", help="LoRA weights for it")
     models.add_argument("--trust-remote-code", action="store_true", help="run Python files that come with models")
     models.add_argument("--pipeline", action="store_true", help="under mlx.launch: share out layers instead of tensors")
-    add("--print-completion", choices=["bash", "zsh", "tcsh"], help="print a completion script for your shell")
+    add("--version", action="store_true", help="print the version and exit")
+    add("--print-completion", choices=["bash", "zsh", "fish", "tcsh"], help="print a completion script for your shell")
     return parser
 
 

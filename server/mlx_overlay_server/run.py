@@ -29,7 +29,11 @@ def serve(settings: Settings) -> int:
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"} if settings.is_offline else dict(os.environ)
     try:
         with hf_overlay.open_session(
-            settings.model_paths, exclude=settings.exclude, trusts_code=settings.trust_remote_code, environ=environ
+            settings.model_paths,
+            kind="mlx",
+            exclude=settings.exclude,
+            trusts_code=settings.trust_remote_code,
+            environ=environ,
         ) as session:
             # huggingface_hub reads its environment once, when it is imported, and we are the program that imports it.
             os.environ.update(session.environment)

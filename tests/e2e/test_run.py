@@ -8,7 +8,7 @@ import pty
 import signal
 import stat
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -318,12 +318,12 @@ def test_a_signal_to_hf_overlay_reaches_the_program(environ: dict[str, str], ses
 def test_a_signal_that_comes_while_the_program_is_started_is_not_lost(environ: dict[str, str], sessions: Path) -> None:
     """Else `hf-overlay` told to end goes on until its program ends by itself."""
     started_in_between = """
-import os, signal, subprocess, sys
-class Popen(subprocess.Popen):
-    def __init__(self, *arguments, **options):
-        os.kill(os.getpid(), signal.SIGTERM)
-        super().__init__(*arguments, **options)
-subprocess.Popen = Popen
+import os, signal, sys
+start = os.posix_spawnp
+def start_after_a_signal(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return start(*arguments, **options)
+os.posix_spawnp = start_after_a_signal
 from hf_overlay.command.cli import main
 sys.exit(main())
 """
@@ -332,11 +332,13 @@ sys.exit(main())
 
 
 @contextmanager
-def on_terminal(environ: Mapping[str, str], *command: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def on_terminal(
+    environ: Mapping[str, str], *command: str, run: Sequence[str] = RUN
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """`hf-overlay run` in the foreground of a terminal; gives the end of it that a person sits at."""
     person, terminal = pty.openpty()
     try:
-        with start([*RUN, "--", *command], environ, terminal=terminal) as process:
+        with start([*run, "--", *command], environ, terminal=terminal) as process:
             yield process, person
     finally:
         os.close(terminal)
@@ -367,6 +369,59 @@ def test_an_interrupt_sent_to_hf_overlay_on_a_terminal_reaches_the_program(
         assert read_line(person) == "interrupted"
         assert read_line(person) == "1 interrupts, then SIGUSR1"
         assert process.wait(SECONDS) == 40 + signal.SIGUSR1
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="Python cannot tell there who sent a signal")
+def test_an_interrupt_that_is_sent_just_after_the_start_reaches_the_program(
+    environ: dict[str, str], sessions: Path
+) -> None:
+    """On a terminal, too, where it must not be taken for a key press, of which the terminal tells the program."""
+    interrupted_before_waiting = """
+import os, signal, sys
+from hf_overlay.command import cli, run
+wait = run._wait
+def wait_after_a_signal(child):
+    os.kill(os.getpid(), signal.SIGINT)
+    return wait(child)
+run._wait = wait_after_a_signal
+sys.exit(cli.main())
+"""
+    run = (PYTHON, "-c", interrupted_before_waiting, *RUN[1:])
+    with on_terminal(environ, "sleep", "60", run=run) as (process, _):
+        assert process.wait(SECONDS / 4) == 128 + signal.SIGINT
+
+
+@pytest.mark.parametrize(("trap", "status"), [("", 128 + signal.SIGINT), ("trap '' INT; ", 0)])
+def test_an_interrupt_while_the_overlay_is_made_ends_it_unless_the_shell_ignores_it(
+    environ: dict[str, str], sessions: Path, trap: str, status: int
+) -> None:
+    interrupted_early = """
+import os, signal, sys
+from hf_overlay import session
+from hf_overlay.command.cli import main
+clear = session.clear_dead
+def clear_after_a_signal(sessions):
+    os.kill(os.getpid(), signal.SIGINT)
+    return clear(sessions)
+session.clear_dead = clear_after_a_signal
+sys.exit(main())
+"""
+    shell = ["sh", "-c", f'{trap}exec "$@"', "sh"]
+    done = finish([*shell, PYTHON, "-c", interrupted_early, *RUN[1:], "--", "echo", "started"], environ)
+    assert (done.status, done.out) == (status, "" if status else "started\n")
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="elsewhere no signal is blocked")
+def test_the_program_starts_with_the_signals_of_its_own(environ: dict[str, str], sessions: Path) -> None:
+    """None of those that hf-overlay blocks while it waits, and none of those that Python ignores."""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("no /proc")
+
+    def signals(*run: str) -> list[int]:
+        lines = succeed([*run, "grep", "-E", "^Sig(Blk|Ign)", "/proc/self/status"], environ).lines()
+        return [int(line.split()[1], 16) & 0x7FFFFFFF for line in lines]  # the C library has the two above for itself
+
+    assert signals(*RUN, "--") == signals() == [0, 0]
 
 
 # Sessions ------------------------------------------------------------------------------------------------------

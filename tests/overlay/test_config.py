@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import hf_overlay
 import pytest
 from hf_overlay import config
+from hf_overlay.tree.lease import sessions_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from platformdirs.macos import MacOS
 
 from tests.support import hubs
 from tests.support.reader import Reader, open_readers
@@ -140,6 +143,45 @@ def test_a_folder_whose_name_a_program_would_expand_again_works_or_is_refused(
     else:
         assert is_led_there, "P2: the program would make a cache elsewhere"
         assert found["HF_TOKEN_PATH"] == plain["HF_TOKEN_PATH"], "P9: the program would not find the login"
+
+
+# Where sessions live -------------------------------------------------------------------------------------------
+
+CACHES = "Library/Caches" if sys.platform == "darwin" else ".cache"
+
+
+@pytest.mark.parametrize("is_own", [True, False], ids=["own environment", "another handed in"])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "{home}/" + CACHES + "/hf-overlay/sessions"),
+        ({"XDG_CACHE_HOME": "{home}/xdg"}, "{home}/xdg/hf-overlay/sessions"),
+        ({"XDG_CACHE_HOME": "relative"}, "{home}/" + CACHES + "/hf-overlay/sessions"),
+        ({"XDG_CACHE_HOME": ""}, "{home}/" + CACHES + "/hf-overlay/sessions"),
+        ({"XDG_CACHE_HOME": "{home}/xdg", "HF_OVERLAY_DIR": "{home}/mine"}, "{home}/mine"),
+    ],
+)
+def test_sessions_live_in_the_users_cache_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: str, is_own: bool
+) -> None:
+    """The same place whether platformdirs finds it in this process's environment or another one is handed in."""
+    environ = {"HOME": str(tmp_path)} | {name: value.format(home=tmp_path) for name, value in given.items()}
+    for name, value in environ.items() if is_own else ():
+        monkeypatch.setenv(name, value)
+    assert sessions_folder(environ) == expected.format(home=tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="this is that platform")
+def test_on_macos_sessions_live_in_the_librarys_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert sessions_folder({"HOME": "/Users/me"}) == "/Users/me/Library/Caches/hf-overlay/sessions"
+    assert sessions_folder({"HOME": "/Users/me", "XDG_CACHE_HOME": "/xdg"}) == "/xdg/hf-overlay/sessions"
+    for environ in ({"HOME": "/Users/me"}, {"HOME": "/Users/me", "XDG_CACHE_HOME": "/xdg"}):
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        own = MacOS("hf-overlay", appauthor=False).user_cache_dir
+        monkeypatch.delenv("HOME")
+        assert f"{own}/sessions" == sessions_folder(environ), "platformdirs puts it elsewhere"
 
 
 # Model paths ---------------------------------------------------------------------------------------------------

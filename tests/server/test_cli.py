@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_a_flag_is_a_setting(flag: str, text: str, name: str, value: Any) -> Non
 
 def test_every_flag_has_a_setting_and_every_setting_a_flag() -> None:
     flags = {option for action in cli.make_parser()._actions for option in action.option_strings}
-    assert flags - {"-h", "--help", "--print-completion"} == {flag for flag, *_ in FLAGS}
+    assert flags - {"-h", "--help", "--version", "--print-completion"} == {flag for flag, *_ in FLAGS}
     assert set(Settings.__slots__) == {name for _, _, name, _ in FLAGS}
 
 
@@ -177,10 +178,15 @@ def test_help_tells_how_to_begin(capsys: pytest.CaptureFixture[str]) -> None:
     assert "MLX_OMNI_API_KEY" in out
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "tcsh"])
 def test_shells_complete_the_flags(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--print-completion", shell]) == 0
     assert "model-path" in capsys.readouterr().out
+
+
+def test_the_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mlx-omni-server {metadata.version('mlx-overlay-server')}\n"
 
 
 def test_the_command_is_installed() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from hf_overlay import hfcache
-from hf_overlay.catalog.kinds import ModelTypes
+from hf_overlay.catalog import kinds
 from hf_overlay.catalog.memo import Memo, stamps
 from hf_overlay.catalog.plan import Entry, Plan, Resolution, plan, resolve
 from hf_overlay.catalog.scan import Scanner
@@ -34,8 +34,8 @@ class Catalog:
     def __init__(self, settings: Settings) -> None:
         """Scan the user's folders. Raises OverlayError when mlx-lm's model types are needed and cannot be read."""
         self.settings = settings
-        types = None if settings.all_kinds else ModelTypes.installed(trusts_code=settings.trusts_code)
-        self._scanner = Scanner(settings.roots, settings.hub_cache, types)
+        self.types = kinds.restriction(settings.kind, trusts_code=settings.trusts_code)
+        self._scanner = Scanner(settings.roots, settings.hub_cache, self.types)
         self._warned: set[str] = set()
         self._cache_problem: str | None = None
         self._examined: Memo[hfcache.Examined] = Memo()

@@ -1,13 +1,14 @@
-"""Which `config.json` the installed mlx-lm can load: the answer of its `_get_classes`, without importing it.
+"""The kinds of model there are, and the models that the installed mlx-lm can load.
 
-Importing mlx_lm costs two seconds (MLX, transformers); finding the folder does not. The facts come from its source:
-`mlx_lm/models/<type>.py` must define `Model` and `ModelArgs`, after MODEL_ARCHITECTURE_REMAPPING and
-MODEL_REMAPPING of `mlx_lm/utils.py` have been applied (mlx-lm 0.32).
+The latter is the answer of mlx-lm's own `_get_classes` for a `config.json`, without importing it: importing mlx_lm
+costs two seconds (MLX, transformers), reading its source does not. `mlx_lm/models/<type>.py` must define `Model` and
+`ModelArgs`, after MODEL_ARCHITECTURE_REMAPPING and MODEL_REMAPPING of `mlx_lm/utils.py` are applied (mlx-lm 0.32).
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import sys
@@ -15,7 +16,70 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from hf_overlay.config import Kind
 from hf_overlay.errors import OverlayError
+from hf_overlay.models import Model
+
+_OF_SENTENCE_TRANSFORMERS = frozenset({"modules.json", "config_sentence_transformers.json"})
+
+
+def restriction(kind: Kind | None, *, trusts_code: bool = False) -> ModelTypes | None:
+    """The model types that a scan must keep to; None takes models of every kind.
+
+    Without a `kind`, those that mlx-lm loads where it is installed, else every kind, since nothing can tell which
+    models mlx-lm loads. Raises OverlayError for the kind `mlx` without mlx-lm.
+    """
+    if kind == "any":
+        return None
+    types = installed(trusts_code=trusts_code)
+    if types is None and kind == "mlx":
+        raise OverlayError(
+            f"mlx-lm is not installed for {sys.executable}, so nothing can tell which models it loads; "
+            "install it there (pip install mlx-lm), or use --kind any"
+        )
+    return types
+
+
+def installed(*, trusts_code: bool = False) -> ModelTypes | None:
+    """The model types of the mlx-lm in this Python environment; None without one.
+
+    Raises OverlayError when it is not laid out as expected.
+    """
+    spec = find_spec("mlx_lm")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return ModelTypes(spec.submodule_search_locations[0], trusts_code=trusts_code)
+
+
+def kind_of(model: Model, types: ModelTypes | None) -> str:
+    """The kind of a model: `mlx` when `types` say that mlx-lm loads it, else the library its files are made for.
+
+    That is `diffusers`, `sentence-transformers`, `adapter`, `gguf`, `transformers`, or `other` for unknown files.
+    """
+    names = {file.name for file in model.files}
+    has_mlx_weights = any(name.startswith("model") and name.endswith(".safetensors") for name in names)
+    if types is not None and has_mlx_weights and types.why_not(_config(model)) is None:
+        return "mlx"
+    if "model_index.json" in names:
+        return "diffusers"
+    if names & _OF_SENTENCE_TRANSFORMERS:
+        return "sentence-transformers"
+    if "adapter_config.json" in names:
+        return "adapter"
+    if any(name.endswith(".gguf") for name in names) and not any(
+        name.endswith((".safetensors", ".bin")) for name in names
+    ):
+        return "gguf"
+    return "transformers" if model.model_type is not None else "other"
+
+
+def _config(model: Model) -> Mapping[str, Any]:
+    try:
+        with open(f"{model.path}/config.json", encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError):  # none, or changed since the scan that read it
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 class ModelTypes:
@@ -38,14 +102,6 @@ class ModelTypes:
         except (OSError, ValueError, SyntaxError) as error:
             raise OverlayError(f"cannot read which models mlx-lm at {mlx_lm} loads: {error}; reinstall it") from error
         self._loadable: dict[str, bool] = {}
-
-    @classmethod
-    def installed(cls, *, trusts_code: bool = False) -> ModelTypes:
-        """Those of the mlx-lm in this Python environment. Raises OverlayError when there is none."""
-        spec = find_spec("mlx_lm")
-        if spec is None or not spec.submodule_search_locations:
-            raise OverlayError("mlx-lm is not installed here; install it, or use --all-kinds")
-        return cls(spec.submodule_search_locations[0], trusts_code=trusts_code)
 
     def why_not(self, config: Mapping[str, Any]) -> str | None:
         """None when mlx-lm can load a model with this config, else the reason."""

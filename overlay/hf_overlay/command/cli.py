@@ -1,4 +1,7 @@
-"""The command `hf-overlay`. Data goes to stdout, everything else to stderr; 0 done, 1 expected failure, 2 usage."""
+"""The command `hf-overlay`.
+
+Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 an expected failure, 2 a usage error.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from hf_overlay import config
+from hf_overlay.catalog import kinds
 from hf_overlay.catalog.catalog import Catalog
 from hf_overlay.errors import OverlayError, UsageError
 from hf_overlay.models import Code, Model
@@ -27,12 +31,12 @@ examples:
 
 model paths:
   --model-path, as often as you like (the first wins), else MLX_OMNI_MODEL_PATH (several, separated like PATH),
-  else the Hugging Face cache alone. Your folders are only ever read.
+  else the Hugging Face cache alone. hf-overlay only ever reads your folders.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the one place that turns errors into exit codes."""
+    """Run one command and return its exit code; errors become exit codes here and nowhere else."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # What follows `--` is the program's own, even where it looks like ours.
     split = arguments.index("--") if "--" in arguments else len(arguments)
@@ -40,10 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments[:split])
     command = arguments[split + 1 :]
     try:
+        if options.version:
+            from importlib.metadata import version
+
+            print(f"hf-overlay {version('hf-overlay')}")
+            return 0
+        if options.command is None:
+            if command:
+                raise UsageError("put a command before --, as in: hf-overlay run -- python my_script.py")
+            parser.print_help()
+            return 0
         if options.command == "run":
             return _run(options, command)
         if command:
-            raise UsageError(f"{options.command} starts no program; leave out what follows --")
+            raise UsageError(f"hf-overlay {options.command} runs no program; leave out -- and the rest")
         status: int = options.function(options)
         sys.stdout.flush()
         return status
@@ -57,24 +71,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The whole command line, for `main` and for shell completion."""
+def make_parser(*, folders: object = None) -> argparse.ArgumentParser:
+    """The parser of the whole command line, for `main` and for shell completion.
+
+    `folders` is how shells complete a folder's name: shtab.DIRECTORY, where completion is asked for.
+    """
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
+    model_path = common.add_argument(
         "--model-path", action="append", default=[], metavar="DIR", help="a folder of models; repeat it for more"
     )
+    model_path.complete = folders  # type: ignore[attr-defined]  # shtab looks for it there
     common.add_argument(
-        "--all-kinds", action="store_true", help="also models that mlx-lm cannot load (transformers, diffusers, …)"
+        "--kind",
+        choices=get_args(config.Kind),
+        help="models that mlx-lm can load, or any (transformers, diffusers, …); "
+        "default: mlx if mlx-lm is installed beside hf-overlay, else any",
     )
+    common.add_argument("--all-kinds", dest="kind", action="store_const", const="any", help="the same as --kind any")
     common.add_argument(
         "--exclude",
         action="append",
         default=[],
         metavar="ID",
-        help="let the Hugging Face cache and the Hub answer for this id, not your folder; repeat it for more",
+        help="load this id from the Hugging Face cache and the Hub, not from your folder; repeat it for more",
     )
-    common.add_argument("-q", "--quiet", action="store_true", help="no warnings, no start-up line")
-    common.add_argument("-v", "--verbose", action="store_true", help="say which source each model comes from")
+    common.add_argument("-q", "--quiet", action="store_true", help="print no warnings and no start-up line")
+    common.add_argument("-v", "--verbose", action="store_true", help="print the source each model comes from")
     data = argparse.ArgumentParser(add_help=False)
     data.add_argument("--json", action="store_true", help="print JSON")
 
@@ -84,7 +106,8 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def add(
         name: str, function: Callable[..., int], text: str, *parents: argparse.ArgumentParser
@@ -94,27 +117,32 @@ def make_parser() -> argparse.ArgumentParser:
         return command
 
     network = argparse.ArgumentParser(add_help=False)
-    network.add_argument("--offline", action="store_true", help="no network: no gateway, and HF_HUB_OFFLINE=1")
-    run = add("run", _run, "run a program that sees your folders and the cache as one cache", common, network)
+    network.add_argument("--offline", action="store_true", help="keep programs off the network: HF_HUB_OFFLINE=1")
+    run = add(
+        "run", _run, "run a program that sees your folders and the Hugging Face cache as one cache", common, network
+    )
     run.usage = "hf-overlay run [options] -- COMMAND [ARGUMENT …]"
-    serve = add(
-        "serve", _serve, "keep one up, in the foreground, for shells and programs started elsewhere", common, network
-    )
+    serve = add("serve", _serve, "keep an overlay open for shells and programs started elsewhere", common, network)
     serve.add_argument(
-        "--interval", type=_seconds, default=2.0, metavar="SECONDS", help="how often folders are looked at (default: 2)"
+        "--interval",
+        type=_seconds,
+        default=2.0,
+        metavar="SECONDS",
+        help="seconds between two scans of your folders (default: 2)",
     )
-    env = add("env", _env, 'point a shell at the one being served: eval "$(hf-overlay env)"', data)
-    env.add_argument("--shell", choices=["sh", "fish"], help="default: by $SHELL; sh is for bash and zsh, too")
-    add("ls", _ls, "list every model that can be loaded", common, data)
-    add("path", _path, "print the folder to load for an id", common, data).add_argument("id", metavar="ID")
-    add("why", _why, "tell which folder answers to an id, and why each other one does not", common, data).add_argument(
-        "id", metavar="ID"
-    )
-    add("plan", _plan, "print what would be linked to what, and change nothing", common, data)
-    add("doctor", _doctor, "find what will bite, and what to do about it", common, data)
-    add("clean", _clean, "clear what killed programs left behind, now", data)
+    env = add("env", _env, 'print the variables of the overlay that `serve` keeps open: eval "$(hf-overlay env)"', data)
+    env.add_argument("--shell", choices=["sh", "fish"], help="sh is also for bash and zsh (default: taken from $SHELL)")
+    add("ls", _ls, "list the models that can be loaded", common, data)
+    add("path", _path, "print the folder that an id is loaded from", common, data).add_argument("id", metavar="ID")
+    add(
+        "why", _why, "explain which folder an id is loaded from, and why not from the others", common, data
+    ).add_argument("id", metavar="ID")
+    add("plan", _plan, "print the links an overlay would hold, without making it", common, data)
+    add("doctor", _doctor, "diagnose problems and suggest fixes", common, data)
+    add("clean", _clean, "remove the overlays of programs that were killed; their downloads move to the cache", data)
     completion = add("completion", _completion, "print a completion script for your shell")
-    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+    completion.add_argument("shell", choices=["bash", "zsh", "fish", "tcsh"])
+    add("extension", _extension, "make `hf overlay …` run hf-overlay")
     return parser
 
 
@@ -129,7 +157,7 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
     return launch.run(
         command,
         options.model_path,
-        all_kinds=options.all_kinds,
+        kind=options.kind,
         exclude=options.exclude,
         offline=options.offline,
         verbosity=_verbosity(options),
@@ -143,7 +171,7 @@ def _serve(options: argparse.Namespace) -> int:
     launch.log_to_stderr(_verbosity(options))
     return service.serve(
         options.model_path,
-        all_kinds=options.all_kinds,
+        kind=options.kind,
         exclude=options.exclude,
         offline=options.offline,
         interval_seconds=options.interval,
@@ -165,9 +193,16 @@ def _ls(options: argparse.Namespace) -> int:
     catalog = _catalog(options, warn=False)
     resolutions = catalog.resolutions()
     _warn(catalog, options)
+    # With a restriction every model is mlx-lm's; without one it may be, where mlx-lm is installed.
+    installed = kinds.installed() if catalog.types is None else None
+    kind = {
+        model_id: "mlx" if catalog.types is not None else kinds.kind_of(resolution.winner, installed)
+        for model_id, resolution in resolutions.items()
+    }
     rows = [
         {
             "id": model_id,
+            "kind": kind[model_id],
             "source": resolution.winner.source,
             "path": resolution.winner.path,
             "model_type": resolution.winner.model_type,
@@ -180,8 +215,11 @@ def _ls(options: argparse.Namespace) -> int:
         return _print_json(rows)
     models = [resolution.winner for resolution in resolutions.values()]
     return _print_table(
-        ("ID", "SOURCE", "SIZE", "TYPE", "PATH"),
-        [(model.id, model.source, _size(model), model.model_type or "-", model.path) for model in models],
+        ("ID", "SOURCE", "KIND", "SIZE", "TYPE", "PATH"),
+        [
+            (model.id, model.source, kind[model.id], _size(model), model.model_type or "-", model.path)
+            for model in models
+        ],
     )
 
 
@@ -237,7 +275,7 @@ def _doctor(options: argparse.Namespace) -> int:
         for finding in findings:
             print(printable(f"{finding.where}: {finding.what}\n    {finding.advice}"))
         if not findings:
-            _say("nothing found")
+            _say("no problems found")
     return 1 if findings else 0
 
 
@@ -256,7 +294,15 @@ def _clean(options: argparse.Namespace) -> int:
 def _completion(options: argparse.Namespace) -> int:
     import shtab
 
-    print(shtab.complete(make_parser(), options.shell))
+    print(shtab.complete(make_parser(folders=shtab.DIRECTORY), options.shell))
+    return 0
+
+
+def _extension(_options: argparse.Namespace) -> int:
+    from hf_overlay.command import extension
+
+    manifest = extension.register(os.environ)
+    _say(f"hf overlay … now runs hf-overlay ({manifest}); to undo: hf extensions remove overlay")
     return 0
 
 
@@ -264,9 +310,7 @@ def _completion(options: argparse.Namespace) -> int:
 
 
 def _catalog(options: argparse.Namespace, *, warn: bool = True) -> Catalog:
-    settings = config.load(
-        options.model_path, os.environ, os.getcwd(), all_kinds=options.all_kinds, exclude=options.exclude
-    )
+    settings = config.load(options.model_path, os.environ, os.getcwd(), kind=options.kind, exclude=options.exclude)
     catalog = Catalog(settings)
     if warn:
         _warn(catalog, options)
@@ -294,7 +338,7 @@ def _verbosity(options: argparse.Namespace) -> int:
 
 
 def _is_case_insensitive(folder: str) -> bool:
-    """Whether names there that differ in case are one; asked of the nearest folder that exists."""
+    """Whether file names in a folder ignore case, judged by its nearest parent that exists."""
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
     return os.path.exists(folder.swapcase()) and os.path.samefile(folder, folder.swapcase())

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from hf_overlay.config import is_offline
+from hf_overlay.config import Kind, is_offline
 from hf_overlay.session import open_session
 from hf_overlay.text import printable
 
@@ -24,6 +23,10 @@ _FORWARDED = (
     signal.SIGCONT,
     signal.SIGWINCH,
 )
+_HARMLESS = (signal.SIGCONT, signal.SIGWINCH)
+"""Signals that ask nobody to end."""
+_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
+"""Ignored in every Python process, but not in the shell that a program expects to be started from."""
 # Waited for rather than handled, since that tells who sent it.
 _WAITED_FOR = {*_FROM_KEYBOARD, signal.SIGCHLD} if hasattr(signal, "sigwaitinfo") else set()
 
@@ -32,7 +35,7 @@ def run(
     command: Sequence[str],
     model_paths: Sequence[str],
     *,
-    all_kinds: bool,
+    kind: Kind | None,
     exclude: Sequence[str],
     offline: bool,
     verbosity: int,
@@ -43,36 +46,43 @@ def run(
     """
     log_to_stderr(verbosity)
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"} if offline else dict(os.environ)
-    child: subprocess.Popen[bytes] | None = None
+    child: int | None = None
     early: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
         if child is None:
             early.append(number)
-        elif not (number in _FROM_KEYBOARD and _is_in_foreground()):  # else the terminal told the child itself
-            child.send_signal(number)
+        elif not (number in _FROM_KEYBOARD and _is_in_foreground()):  # else the terminal sent it to the child itself
+            _send(child, number)
 
     # What the shell ignores for us (nohup, a script's background job), the program must ignore too.
     forwarded = [number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, forward) for number in forwarded}
-    # Before there are other threads (the gateway's), so that none of them takes what `_wait` waits for.
+    # Blocked from here to the end, so that each one waits for `_wait`, which learns who sent it. Before there are other
+    # threads (the gateway's): they inherit this and take none of them.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED_FOR)
     try:
         with open_session(
-            model_paths, all_kinds=all_kinds, exclude=exclude, gateway=not is_offline(environ), environ=environ
+            model_paths, kind=kind, exclude=exclude, gateway=not is_offline(environ), environ=environ
         ) as session:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # what came by now comes here, and the child inherits it
-            if stop := [number for number in early if number not in (signal.SIGCONT, signal.SIGWINCH)]:
-                return 128 + stop[0]
             os.set_inheritable(session.owner_fd, True)
+            # A key press between this and the next call is lost: nothing tells it from one that the child has had, too.
+            if stop := [
+                *_taken(set(_FROM_KEYBOARD) & set(forwarded)),
+                *(each for each in early if each not in _HARMLESS),
+            ]:
+                return 128 + stop[0]
             try:
-                # Descriptors that the shell opened for the program stay open: <(command), a make jobserver.
-                child = subprocess.Popen(command, env=session.environment, close_fds=False)
+                # Not subprocess.Popen, whose child would inherit the blocked signals. Descriptors that the shell
+                # opened for the program stay open: <(command), a make jobserver.
+                child = os.posix_spawnp(
+                    command[0], list(command), session.environment, setsigmask=mask, setsigdef=_IGNORED_BY_PYTHON
+                )
             except OSError as error:
                 print(f"hf-overlay: error: cannot run {command[0]}: {error.strerror}", file=sys.stderr)
                 return 127 if isinstance(error, FileNotFoundError) else 126
-            for number in early:  # came after the check above, and before there was a child to tell
-                child.send_signal(number)
+            for number in early:  # came after the check above, and before there was a child to send it to
+                _send(child, number)
             status = _wait(child)
             return 128 - status if status < 0 else status
     finally:
@@ -81,17 +91,36 @@ def run(
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _wait(child: subprocess.Popen[bytes]) -> int:
-    """Wait for the child's end. Of key presses the terminal has told it already; a SIGINT that a process sent is
-    passed on. Where Python cannot tell the two apart (macOS), the signal handler guesses."""
+def _wait(child: int) -> int:
+    """Wait for the child's end; returns its exit status, -N when signal N ended it.
+
+    The terminal sends a key press (Ctrl-C) to the child as well; a SIGINT that a process sent is passed on. Where
+    Python cannot tell the two apart (macOS), the signal handler guesses.
+    """
     if not _WAITED_FOR:
-        return child.wait()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED_FOR)
-    while (status := child.poll()) is None:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid == child:
+            return os.waitstatus_to_exitcode(status)
         info = signal.sigwaitinfo(_WAITED_FOR)
         if info.si_signo in _FROM_KEYBOARD and info.si_code <= 0:  # above 0: from the kernel
-            child.send_signal(info.si_signo)
-    return status
+            _send(child, info.si_signo)
+
+
+def _taken(numbers: set[signal.Signals]) -> list[int]:
+    """The blocked signals of these that have come by now; they are taken, so that none is handled later."""
+    taken = []
+    while _WAITED_FOR and (info := signal.sigtimedwait(numbers, 0)) is not None:
+        taken.append(info.si_signo)
+    return taken
+
+
+def _send(child: int, number: int) -> None:
+    try:
+        os.kill(child, number)
+    except ProcessLookupError:  # it has just ended
+        pass
 
 
 def _is_in_foreground() -> bool:

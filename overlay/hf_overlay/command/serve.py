@@ -10,6 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from hf_overlay import config
+from hf_overlay.config import Kind
 from hf_overlay.errors import OverlayError
 from hf_overlay.session import open_session
 from hf_overlay.tree import lease
@@ -18,7 +19,7 @@ logger = logging.getLogger("hf_overlay")
 
 
 def serve(
-    model_paths: Sequence[str], *, all_kinds: bool, exclude: Sequence[str], offline: bool, interval_seconds: float
+    model_paths: Sequence[str], *, kind: Kind | None, exclude: Sequence[str], offline: bool, interval_seconds: float
 ) -> int:
     """Keep an overlay up, following the folders, until a signal ends it; returns 0. Raises OverlayError."""
     stop = threading.Event()
@@ -27,7 +28,7 @@ def serve(
     try:
         with open_session(
             model_paths,
-            all_kinds=all_kinds,
+            kind=kind,
             exclude=exclude,
             gateway=not config.is_offline(environ),
             environ=environ,

@@ -11,13 +11,12 @@ import errno
 import fcntl
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from hf_overlay.config import OWNER_FILE, Settings, expand_user
+from hf_overlay.config import OWNER_FILE, Settings, cache_folder
 
 DIRECTORY_VARIABLE = "HF_OVERLAY_DIR"
 _PREFIX = "session-"
@@ -27,9 +26,7 @@ def sessions_folder(environ: Mapping[str, str]) -> str:
     """The folder that holds all sessions: HF_OVERLAY_DIR, else one in the user's cache folder (never a shared /tmp)."""
     if given := environ.get(DIRECTORY_VARIABLE):
         return os.path.abspath(given)
-    default = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
-    cache = environ.get("XDG_CACHE_HOME") or default
-    return os.path.join(expand_user(cache if os.path.isabs(cache) else default, environ), "hf-overlay", "sessions")
+    return os.path.join(cache_folder(environ), "sessions")
 
 
 class Owner(NamedTuple):

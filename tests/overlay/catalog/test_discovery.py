@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 
 import pytest
-from hf_overlay.catalog.kinds import ModelTypes
+from hf_overlay.catalog.kinds import ModelTypes, installed
 from hf_overlay.catalog.scan import Scanner
 from hf_overlay.models import Source
 
 from tests.support import hfcache
 from tests.support.folders import lay_model, settle
 
-TYPES = ModelTypes.installed()
+TYPES = installed()
 FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"w"}
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hf_overlay.catalog import kinds
 from hf_overlay.catalog.kinds import ModelTypes
 from hf_overlay.errors import OverlayError
+from hf_overlay.models import File, Model
 
 # A module that lacks a package may end the whole process, which is an answer too.
 ASK_MLX_LM = """
@@ -67,6 +69,12 @@ def installed() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def installed_types() -> ModelTypes:
+    types = kinds.installed()
+    assert types is not None
+    return types
+
+
 def test_every_config_gets_the_answer_of_mlx_lm(home: Path, installed: Path) -> None:
     modules = sorted(path.stem for path in (installed / "models").iterdir())
     assert len(modules) > 50
@@ -79,7 +87,7 @@ def test_every_config_gets_the_answer_of_mlx_lm(home: Path, installed: Path) -> 
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    types = ModelTypes.installed()
+    types = installed_types()
     answers = json.loads(done.stdout)
     assert sum(loads for _, loads in answers) > 100, "mlx-lm loads most of its own types"
     wrong = {
@@ -91,14 +99,14 @@ def test_every_config_gets_the_answer_of_mlx_lm(home: Path, installed: Path) -> 
 
 
 def test_custom_code_is_refused_as_mlx_lm_does_unless_told_to_trust_it() -> None:
-    types = ModelTypes.installed()
+    types = installed_types()
     assert "own code" in (types.why_not({"model_type": "llama", "model_file": "model.py"}) or "")
     assert types.why_not({"model_type": "llama", "model_file": None}) is None
 
 
 @pytest.mark.parametrize("model_type", STRANGE_TYPES, ids=lambda value: ascii(value)[:20])
 def test_every_reason_is_one_short_line_that_can_be_printed(model_type: object) -> None:
-    reason = ModelTypes.installed().why_not({"model_type": model_type})
+    reason = installed_types().why_not({"model_type": model_type})
     assert reason is not None
     assert len(reason) < 200
     assert "\n" not in reason
@@ -150,3 +158,45 @@ def test_a_module_with_model_and_arguments_by_other_means_counts(tmp_path: Path)
     assert types.why_not({"model_type": "old"}) is None
     assert types.why_not({"model_type": "a"}) is not None
     assert types.why_not({"model_type": "a", "architectures": "B"}) is None
+
+
+# The kind of a model -------------------------------------------------------------------------------------------
+
+
+def lay(folder: Path, *names: str, model_type: str | None = None) -> Model:
+    """A model of empty files, and a config.json where it has a model type."""
+    folder.mkdir(parents=True)
+    if model_type is not None:
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+        names = (*names, "config.json")
+    files = tuple(File(name, 1, 0) for name in names)
+    return Model("org/name", "custom", str(folder), model_type, 1, files, str(folder.parent))
+
+
+@pytest.mark.parametrize(
+    ("names", "model_type", "with_mlx_lm", "without"),
+    [
+        (("model.safetensors",), "llama", "mlx", "transformers"),
+        (("model.safetensors",), "no_such", "transformers", "transformers"),
+        (("pytorch_model.bin",), "llama", "transformers", "transformers"),
+        (("model_index.json", "unet/diffusion_pytorch_model.safetensors"), None, "diffusers", "diffusers"),
+        (("modules.json", "model.safetensors"), "bert", "sentence-transformers", "sentence-transformers"),
+        (("modules.json", "model.safetensors"), "qwen3", "mlx", "sentence-transformers"),
+        (("adapter_config.json", "adapter_model.safetensors"), None, "adapter", "adapter"),
+        (("llama-Q4.gguf",), "llama", "gguf", "gguf"),
+        (("model.onnx",), None, "other", "other"),
+    ],
+)
+def test_the_kind_of_a_model_is_what_its_files_say(
+    tmp_path: Path, names: tuple[str, ...], model_type: str | None, with_mlx_lm: str, without: str
+) -> None:
+    model = lay(tmp_path / "model", *names, model_type=model_type)
+    assert kinds.kind_of(model, installed_types()) == with_mlx_lm
+    assert kinds.kind_of(model, None) == without
+
+
+def test_without_a_kind_the_models_are_those_of_mlx_lm_where_it_is_installed() -> None:
+    for types in (kinds.restriction(None), kinds.restriction("mlx")):
+        assert types is not None
+        assert types.why_not({"model_type": "llama"}) is None
+    assert kinds.restriction("any") is None

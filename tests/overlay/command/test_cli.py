@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ import pytest
 from hf_overlay import open_session
 from hf_overlay.command import cli
 
-from tests.support import hfcache
+from tests.support import hfcache, processes
 from tests.support.folders import lay_model
 
 FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"from the cache"}
@@ -56,6 +58,7 @@ def test_ls_lists_one_row_an_id_sorted_with_what_it_stands_in_front_of(
     assert hf_overlay("ls", "--json", *arguments).json == [
         {
             "id": "Aorg/cached",
+            "kind": "mlx",
             "source": "cache",
             "path": str(cached),
             "model_type": "llama",
@@ -64,6 +67,7 @@ def test_ls_lists_one_row_an_id_sorted_with_what_it_stands_in_front_of(
         },
         {
             "id": "org/both",
+            "kind": "mlx",
             "source": "custom",
             "path": str(mine),
             "model_type": "llama",
@@ -72,7 +76,10 @@ def test_ls_lists_one_row_an_id_sorted_with_what_it_stands_in_front_of(
         },
     ]
     table = hf_overlay("ls", *arguments)
-    assert re.split(r" {2,}|\n", table.out)[:7] == ["ID", "SOURCE", "SIZE", "TYPE", "PATH", "Aorg/cached", "cache"]
+    assert re.split(r" {2,}|\n", table.out)[:9] == [
+        *("ID", "SOURCE", "KIND", "SIZE", "TYPE", "PATH"),
+        *("Aorg/cached", "cache", "mlx"),
+    ]
     assert table.err == "", "success is quiet"
 
 
@@ -199,21 +206,144 @@ def test_clean_clears_what_a_killed_program_left_and_says_so(hf_overlay: Callabl
 
 
 def test_usage_errors_exit_2(hf_overlay: Callable[..., Result]) -> None:
-    for wrong in ([], ["frobnicate"], ["run"], ["run", "--"], ["ls", "--", "x"], ["path"], ["ls", "--nope"]):
+    for wrong in (["frobnicate"], ["run"], ["run", "--"], ["--", "x"], ["ls", "--", "x"], ["path"], ["ls", "--nope"]):
         assert hf_overlay(*wrong).status == 2
 
 
-def test_help_has_examples(hf_overlay: Callable[..., Result]) -> None:
+def test_help_has_examples_and_is_what_the_bare_command_prints(hf_overlay: Callable[..., Result]) -> None:
     shown = hf_overlay("--help")
     assert shown.status == 0
     assert "examples:" in shown.out
+    assert hf_overlay() == shown
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_the_version_is_the_distributions(hf_overlay: Callable[..., Result]) -> None:
+    assert hf_overlay("--version") == (0, f"hf-overlay {metadata.version('hf-overlay')}\n", "")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "tcsh"])
 def test_completion_knows_every_command(hf_overlay: Callable[..., Result], shell: str) -> None:
     script = hf_overlay("completion", shell).out
     for command in ("run", "ls", "path", "why", "plan", "doctor", "clean"):
         assert re.search(rf"\b{command}\b", script)
+
+
+def test_completion_offers_folders_for_a_model_path(hf_overlay: Callable[..., Result]) -> None:
+    for shell, folders in (
+        ("bash", "_shtab_compgen_dirs"),
+        ("zsh", "_files -/"),
+        ("fish", "__fish_complete_directories"),
+    ):
+        lines = [line for line in hf_overlay("completion", shell).out.splitlines() if re.search("model.path", line)]
+        assert any(folders in line for line in lines), shell
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
+def test_fish_completes_commands_and_options(hf_overlay: Callable[..., Result], tmp_path: Path) -> None:
+    script = tmp_path / "hf-overlay.fish"
+    script.write_text(hf_overlay("completion", "fish").out)
+
+    def completed(line: str) -> set[str]:
+        command = ["fish", "--no-config", "-c", f"source {script}; complete -C '{line}'"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return {each.split("\t")[0] for each in done.stdout.splitlines()}
+
+    assert {"run", "ls", "doctor"} <= completed("hf-overlay ")
+    assert {"--model-path", "--kind"} <= completed("hf-overlay ls --")
+    assert completed("hf-overlay ls --kind ") == {"mlx", "any"}
+
+
+# Kinds of models -----------------------------------------------------------------------------------------------
+
+
+def run_without_mlx_lm(*arguments: object) -> Result:
+    """hf-overlay in a process of its own, in which mlx-lm cannot be found."""
+    script = "import sys; sys.modules['mlx_lm'] = None; from hf_overlay.command.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def lay_both_kinds(models: Path) -> None:
+    lay_model(models / "org/llama", model_type="llama")
+    lay_model(models / "org/bert", model_type="bert")
+
+
+def test_with_mlx_lm_beside_it_only_its_models_count_unless_any_kind_is_asked_for(
+    hf_overlay: Callable[..., Result], models: Path
+) -> None:
+    lay_both_kinds(models)
+    both = {"org/bert": "transformers", "org/llama": "mlx"}
+    for options, expected in (
+        ([], {"org/llama": "mlx"}),
+        (["--kind", "mlx"], {"org/llama": "mlx"}),
+        (["--kind", "any"], both),
+        (["--all-kinds"], both),
+    ):
+        rows = hf_overlay("ls", "--json", "--model-path", models, *options).json
+        assert {row["id"]: row["kind"] for row in rows} == expected, options
+
+
+def test_without_mlx_lm_beside_it_every_kind_counts(models: Path) -> None:
+    lay_both_kinds(models)
+    for options in ([], ["--kind", "any"], ["--all-kinds"]):
+        done = run_without_mlx_lm("ls", "--json", "--model-path", models, *options)
+        assert (done.status, done.err) == (0, "")
+        assert {row["id"]: row["kind"] for row in done.json} == {
+            "org/bert": "transformers",
+            "org/llama": "transformers",
+        }
+
+
+def test_without_mlx_lm_beside_it_its_models_cannot_be_asked_for(models: Path) -> None:
+    """P12: nothing here knows them."""
+    done = run_without_mlx_lm("ls", "--kind", "mlx", "--model-path", models)
+    assert (done.status, done.out) == (1, "")
+    assert done.err == (
+        f"hf-overlay: error: mlx-lm is not installed for {sys.executable}, so nothing can tell which models it loads; "
+        "install it there (pip install mlx-lm), or use --kind any\n"
+    )
+
+
+# `hf overlay …` ------------------------------------------------------------------------------------------------
+
+
+def test_registered_as_an_extension_it_answers_to_hf_overlay(
+    hf_overlay: Callable[..., Result], home: Path, models: Path
+) -> None:
+    lay_model(models / "org/name")
+    environ = processes.environment(home)
+    before = processes.finish(["hf", "overlay", "--version"], environ)
+    assert before.status != 0, "it works without"
+    done = hf_overlay("extension")
+    assert (done.status, done.out) == (0, "")
+    again = hf_overlay("extension")
+    assert again.status == 0, "an update of the entry"
+    version = processes.succeed(["hf", "overlay", "--version"], environ)
+    assert version.out == f"hf-overlay {metadata.version('hf-overlay')}\n"
+    rows = json.loads(processes.succeed(["hf", "overlay", "ls", "--json", "--model-path", str(models)], environ).out)
+    assert [row["id"] for row in rows] == ["org/name"]
+    ran = processes.finish(["hf", "overlay", "run", "-q", "--", "sh", "-c", "exit 7"], environ)
+    assert ran.status == 7, "what follows the dashes is the program's own"
+    assert "overlay" in processes.succeed(["hf", "extensions", "list"], environ).out
+    processes.succeed(["hf", "extensions", "remove", "overlay"], environ)
+    assert not (home / ".local/share/hf/extensions/hf-overlay").exists()
+
+
+def test_an_extension_of_that_name_from_elsewhere_is_not_replaced(
+    hf_overlay: Callable[..., Result], home: Path
+) -> None:
+    folder = home / ".local/share/hf/extensions/hf-overlay"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"owner": "somebody"}')
+    done = hf_overlay("extension")
+    assert done.status == 1
+    assert "hf extensions remove overlay" in done.err
+    assert (folder / "manifest.json").read_text() == '{"owner": "somebody"}'
+
+
+# What it prints ------------------------------------------------------------------------------------------------
 
 
 def test_colour_and_control_characters_stay_off_what_is_no_terminal(
@@ -241,7 +371,7 @@ def test_finding_models_imports_none_of_the_heavy_libraries(models: Path) -> Non
     lay_model(models / "org/name")
     script = (
         "import sys; from hf_overlay.command.cli import main; main(sys.argv[1:])\n"
-        "heavy = {'mlx', 'mlx_lm', 'transformers', 'huggingface_hub', 'numpy', 'logging', 'shtab'}\n"
+        "heavy = {'mlx', 'mlx_lm', 'transformers', 'huggingface_hub', 'numpy', 'logging', 'shtab', 'platformdirs'}\n"
         "print(heavy & set(sys.modules), file=sys.stderr)"
     )
     done = subprocess.run(

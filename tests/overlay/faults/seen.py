@@ -60,7 +60,7 @@ def _repo(repo: Path) -> dict[str, str]:
 
 def assert_as_new(session: hf_overlay.Session) -> None:
     """P5: what a session shows after refreshes is what a new one shows."""
-    with hf_overlay.open_session(session.settings.roots, all_kinds=session.settings.all_kinds) as fresh:
+    with hf_overlay.open_session(session.settings.roots, kind=session.settings.kind) as fresh:
         assert shown(session) == shown(fresh), "P5: a refreshed tree differs from a rebuilt one"
         assert session.models == fresh.models
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import hf_overlay
 import pytest
+from hf_overlay.config import Kind
 
 from tests.overlay.faults.seen import WEIGHTS, ids, loaded, moment, said, scanned
 from tests.support.folders import lay_model
@@ -89,8 +91,8 @@ def test_link_loops_end_and_hide_no_model(models: Path, sessions: Path, lay: Cal
     lay_model(models / "org/mine")
     lay_model(models / "zoo/last")
     lay(models)
-    for all_kinds in (False, True):
-        with hf_overlay.open_session([models], all_kinds=all_kinds) as session:
+    for kind in get_args(Kind):
+        with hf_overlay.open_session([models], kind=kind) as session:
             session.refresh()
             assert ids(session) == scanned(session) == ["org/mine", "zoo/last"]
             assert loaded(session, "org/mine") == (models / "org/mine" / WEIGHTS).read_bytes()

@@ -55,7 +55,9 @@ def test_every_read_call_gives_what_one_plain_cache_gives(
 ) -> None:
     with place() as here:
         here.lay(world)
-        with hf_overlay.open_session(here.roots, all_kinds=world.all_kinds, environ=here.environ) as session:
+        with hf_overlay.open_session(
+            here.roots, kind="any" if world.all_kinds else "mlx", environ=here.environ
+        ) as session:
             assert_parity(session, here, world, {each: readers[each] for each in (hubs.INSTALLED, aside)})
         assert not list((here.top / "sessions").glob("session-*"))
 
@@ -68,7 +70,9 @@ def test_a_refresh_gives_what_one_plain_cache_gives(
     after = replace(after, all_kinds=before.all_kinds)
     with place() as here:
         here.lay(before)
-        with hf_overlay.open_session(here.roots, all_kinds=before.all_kinds, environ=here.environ) as session:
+        with hf_overlay.open_session(
+            here.roots, kind="any" if before.all_kinds else "mlx", environ=here.environ
+        ) as session:
             here.lay(after)
             session.refresh()
             assert_parity(session, here, after, {each: readers[each] for each in (hubs.INSTALLED, aside)})
