@@ -54,6 +54,17 @@ def test_make_dist_builds_a_wheel_and_an_sdist(project: str, name: str, wheels: 
     assert {f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.tar.gz"} <= built
 
 
+@pytest.mark.xfail(reason="the commands get --version in another change")
+def test_both_commands_print_the_version_of_their_distribution(wheels: Path, tmp_path: Path) -> None:
+    environment = tmp_path / "venv"
+    install_server(environment, wheels)
+
+    printed = [run([str(environment / "bin" / name), "--version"]) for name in ("hf-overlay", "mlx-omni-server")]
+
+    versions = [declared_version("overlay"), declared_version("server")]
+    assert [line.split()[-1] for line in printed] == versions
+
+
 def test_hf_overlay_installs_and_runs_alone(wheels: Path, models: Path, tmp_path: Path) -> None:
     environment = tmp_path / "venv"
     packages = make_environment(environment)
@@ -75,12 +86,7 @@ def test_hf_overlay_installs_and_runs_alone(wheels: Path, models: Path, tmp_path
 
 def test_the_server_installs_beside_it_and_runs(wheels: Path, tmp_path: Path) -> None:
     environment = tmp_path / "venv"
-    packages = make_environment(environment)
-    install(environment, ["--no-deps", wheel(wheels, "hf_overlay"), wheel(wheels, "mlx_overlay_server")])
-    # Python appends this folder to sys.path without reading the .pth files in it, so that editable installs of the
-    # two distributions that are tested here stay out of sight.
-    outer = [path for path in sys.path if path.endswith("site-packages")]
-    (packages / "outer.pth").write_text("\n".join(outer) + "\n")
+    install_server(environment, wheels)
 
     usage = run([str(environment / "bin/mlx-omni-server"), "--help"])
     imported = "import hf_overlay, mlx_overlay_server as server; print(hf_overlay.__file__, server.__file__, sep='\\n')"
@@ -115,6 +121,16 @@ def install(environment: Path, arguments: Sequence[str]) -> None:
     """Install into another environment with this one's pip."""
     pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin/python"), "--quiet"]
     with_pip([*pip, "install", *arguments])
+
+
+def install_server(environment: Path, wheels: Path) -> None:
+    """Install both distributions without their dependencies, and borrow those of this environment."""
+    packages = make_environment(environment)
+    install(environment, ["--no-deps", wheel(wheels, "hf_overlay"), wheel(wheels, "mlx_overlay_server")])
+    # Python appends this folder to sys.path without reading the .pth files in it, so that editable installs of the
+    # two distributions that are tested here stay out of sight.
+    outer = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "outer.pth").write_text("\n".join(outer) + "\n")
 
 
 def wheel(folder: Path, name: str) -> str:
