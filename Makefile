@@ -11,8 +11,10 @@ NPM_INSTALL := npm install --prefix $(VENV)/.agents.new --no-audit --no-fund --n
 	--fetch-retries 1 --fetch-timeout 60000
 BOUNDED := $(BIN)/python -c 'import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:], timeout=300).returncode)'
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Where `make dist` leaves the wheels and sdists.
+DIST := dist
 
-.PHONY: help demo serve test agents check format bench clean
+.PHONY: help demo serve test agents check format bench dist clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -21,8 +23,9 @@ help:  ## this list
 demo: $(VENV)/.ready  ## make a tiny model in a folder, serve it, list it and chat with it
 	@$(BIN)/python docs/demo.py
 
+# `exec`: the server takes the place of make's shell, so that a signal to make, which it passes on, reaches the server.
 serve: $(VENV)/.ready  ## serve your own: make serve MODEL_PATH=/Volumes/LLMS/models [ARGS="--port 8000"]
-	@$(BIN)/mlx-omni-server $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)") $(ARGS)
+	@exec $(BIN)/mlx-omni-server $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)") $(ARGS)
 
 test: $(VENV)/.hubs agents  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -42,8 +45,13 @@ bench: $(VENV)/.ready  ## print the overlay's, the gateway's and the server's ra
 	$(BIN)/python benchmarks/gateway.py
 	$(BIN)/python benchmarks/server.py
 
+dist: $(VENV)/.ready  ## build the wheels and sdists of both distributions into dist/
+	rm -rf $(DIST)
+	$(BIN)/python -m build --outdir $(DIST) overlay
+	$(BIN)/python -m build --outdir $(DIST) server
+
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(DIST) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # The stamp goes away first, so that an interrupted set-up is done again.
 $(VENV)/.ready: pyproject.toml overlay/pyproject.toml server/pyproject.toml Makefile

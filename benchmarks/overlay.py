@@ -104,7 +104,9 @@ def main() -> int:
             add_repo(hub, f"cached/model-{number}", {"config.json": b"{}", "model.safetensors": b"weights"}, tree=True)
         print(f"{options.models} models of {options.files} files, {options.cached} cached repos", flush=True)
         show(tree_ratios(disk / "models", disk / "replay", options.rounds))
-        show(process_ratios(disk))
+        (disk / "none").mkdir()
+        show(start_ratios(disk))
+        show(few_models_ratios(disk))
         make_model(disk / "loaded/org/name", SAYS)
         show(load_ratios(disk / "loaded"))
     return 0
@@ -200,25 +202,41 @@ def write(path: str, content: bytes) -> None:
 # Processes -------------------------------------------------------------------------------------------------------
 
 
-def process_ratios(disk: Path) -> list[Ratio]:
-    python = [sys.executable, "-c", "pass"]
+def few_models_ratios(disk: Path) -> list[Ratio]:
     command = str(Path(sys.executable).with_name("hf-overlay"))
     few = ["--model-path", str(disk / "few")]
-    (disk / "none").mkdir()
     none = ["--model-path", str(disk / "none")]
     measured = {
         f"hf-overlay ls, {FEW_MODELS} models": [command, "ls", *few],
         f"hf-overlay run -- true, {FEW_MODELS} models": [command, "run", *few, "--", "true"],
         "hf-overlay run -- true, no models": [command, "run", *none, "--", "true"],
     }
+    return process_ratios(disk, measured)
+
+
+def start_ratios(disk: Path) -> list[Ratio]:
+    """How long both commands take to start and import what they need, without any model to look at."""
+    commands = Path(sys.executable).parent
+    overlay, server = str(commands / "hf-overlay"), str(commands / "mlx-omni-server")
+    measured = {
+        "hf-overlay --help": [overlay, "--help"],
+        "hf-overlay ls, no models": [overlay, "ls", "--model-path", str(disk / "none")],
+        "mlx-omni-server --help": [server, "--help"],
+    }
+    return process_ratios(disk, measured)
+
+
+def process_ratios(disk: Path, commands: Mapping[str, Sequence[str]]) -> list[Ratio]:
+    """Commands beside a Python that does nothing. They take turns, and a first round is not counted."""
+    python = [sys.executable, "-c", "pass"]
     environment = {**os.environ, "HF_HOME": str(disk / "no-cache")}
     times: dict[str, list[float]] = defaultdict(list)
     for _ in range(1 + PROCESS_ROUNDS):
-        for name, arguments in {**measured, "python": python}.items():
+        for name, command in {**commands, "python": python}.items():
             with clock(times, name):
-                subprocess.run(arguments, cwd=disk, env=environment, check=True, capture_output=True)
+                subprocess.run(command, cwd=disk, env=environment, check=True, capture_output=True)
     base = min(times["python"][1:])
-    return [Ratio(name, min(times[name][1:]), "python -c pass", base, 5) for name in measured]
+    return [Ratio(name, min(times[name][1:]), "python -c pass", base, 5) for name in commands]
 
 
 def load_ratios(models: Path) -> list[Ratio]:

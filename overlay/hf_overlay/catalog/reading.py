@@ -103,7 +103,7 @@ def _checked_config(path: str, folder: Listing, types: ModelTypes | None) -> dic
     config = read_json(f"{path}/config.json") if "config.json" in folder.files else {}
     if types is not None:
         if "config.json" not in folder.files:
-            raise Unfit(Code.OTHER_KIND, "is a diffusers pipeline, which mlx-lm does not load; --all-kinds takes it")
+            raise Unfit(Code.OTHER_KIND, "is a diffusers pipeline, which mlx-lm does not load; --kind any takes it")
         if (text := types.why_not(config)) is not None:
             raise Unfit(Code.OTHER_KIND, text)
     return config

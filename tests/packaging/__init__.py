@@ -1,0 +1,1 @@
+"""Tests of the two distributions as their users install them."""
