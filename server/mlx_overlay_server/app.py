@@ -18,10 +18,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Scope
 
 from mlx_overlay_server import errors
-from mlx_overlay_server.api import anthropic, openai, responses
 from mlx_overlay_server.api import models_route as models
+from mlx_overlay_server.api.anthropic import wire as anthropic
 from mlx_overlay_server.api.fields import wrong_field
 from mlx_overlay_server.api.guard import Guard
+from mlx_overlay_server.api.openai import wire as openai
+from mlx_overlay_server.api.responses import wire as responses
 from mlx_overlay_server.api.transport import answer, as_server_error
 from mlx_overlay_server.engine.commands import Options
 from mlx_overlay_server.engine.handle import Engine

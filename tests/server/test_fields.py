@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from mlx_overlay_server.api.fields import Body, image, wrong_field
-from mlx_overlay_server.api.openai import ChatCompletionRequest, CompletionRequest
+from mlx_overlay_server.api.openai.wire import ChatCompletionRequest, CompletionRequest
 from mlx_overlay_server.errors import InvalidRequest
 from pydantic import ValidationError
 

@@ -7,7 +7,8 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query
 from starlette.responses import Response
 
-from mlx_overlay_server.api import anthropic, openai
+from mlx_overlay_server.api.anthropic import wire as anthropic
+from mlx_overlay_server.api.openai import wire as openai
 from mlx_overlay_server.api.transport import answer
 from mlx_overlay_server.service import Service
 

@@ -15,9 +15,9 @@ from pydantic import Discriminator, Field
 from pydantic import Tag as Variant
 from starlette.responses import Response
 
-from mlx_overlay_server.api import openai
 from mlx_overlay_server.api.fields import Body, Count, Json, Part, Share, Temperature, image
-from mlx_overlay_server.api.stored import STORED, Store, Stored
+from mlx_overlay_server.api.openai import wire as openai
+from mlx_overlay_server.api.responses.store import STORED, Store, Stored
 from mlx_overlay_server.api.transport import EventStream, answer, dumps, unless_gone
 from mlx_overlay_server.chat import requests
 from mlx_overlay_server.chat.events import Done, Event, Logprobs, Reasoning, Text, ToolCall, Usage
