@@ -1,71 +1,27 @@
-"""OpenAI's dialect: chat completions and completions (reference: platform.openai.com/docs/api-reference)."""
+"""The bodies that OpenAI's clients send for chat completions and completions, and how they are decoded."""
 
 from __future__ import annotations
 
 import json
-import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
 from pydantic import Field
-from starlette.responses import Response
 
-from mlx_overlay_server import errors
 from mlx_overlay_server.api.fields import MAX_STOPS, Body, Count, Json, Part, Penalty, Seed, Share, Temperature, image
-from mlx_overlay_server.api.transport import EventStream, answer, dumps, unless_gone
 from mlx_overlay_server.chat import requests
-from mlx_overlay_server.chat.events import (
-    Done,
-    Event,
-    Logprobs,
-    Reasoning,
-    Started,
-    Text,
-    TokenLogprob,
-    ToolCall,
-    Usage,
-)
 from mlx_overlay_server.chat.requests import ChatRequest, Params, TextRequest
-from mlx_overlay_server.errors import InvalidRequest, ServerError
-from mlx_overlay_server.models.library import Listed
-from mlx_overlay_server.service import Batch, Service, Ticket, gathered
-
-_TYPES: dict[type[ServerError], str] = {
-    errors.Unauthorized: "authentication_error",
-    errors.Forbidden: "permission_error",
-    errors.Overloaded: "rate_limit_error",
-    errors.Failed: "server_error",
-    errors.Unavailable: "server_error",
-}
-
-
-def refuse(error: ServerError) -> Response:
-    """An error in OpenAI's shape."""
-    headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-    return answer(_error(error), error.status, headers)
-
-
-def _error(error: ServerError) -> Json:
-    kind = next((_TYPES[each] for each in type(error).__mro__ if each in _TYPES), "invalid_request_error")
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
-
-
-def _fail(error: ServerError) -> bytes:
-    return b"data: " + dumps(_error(error)) + b"\n\n"
-
-
-# Requests ------------------------------------------------------------------------------------------------------
+from mlx_overlay_server.errors import InvalidRequest
 
 
 class StreamOptions(Body):
+    """What a stream holds beside the answer."""
+
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class _Sampling(Body):
-    """What chat completions and completions have in common."""
+class _SamplingBody(Body):
+    """The fields that chat completions and completions have in common."""
 
     model: str
     max_tokens: Count | None = None
@@ -115,25 +71,34 @@ class _Sampling(Body):
 
     @property
     def includes_usage(self) -> bool:
+        """Whether the stream ends with a chunk of token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class TextPart(Part):
+    """A text in a message."""
+
     type: Literal["text"]
     text: str
 
 
 class RefusalPart(Part):
+    """A refusal of an earlier answer, sent back as text."""
+
     type: Literal["refusal"]
     refusal: str
 
 
 class ImageUrl(Part):
+    """The address of an image: a data URL."""
+
     url: str
     detail: Literal["auto", "low", "high"] | None = None
 
 
 class ImagePart(Part):
+    """An image in a message."""
+
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -143,29 +108,39 @@ Content = str | list[ContentPart]
 
 
 class CallFunction(Part):
+    """The function that an earlier answer called; `arguments` is a JSON object as text."""
+
     name: str
     arguments: str
 
 
 class HistoryCall(Part):
+    """A tool call of an earlier answer."""
+
     id: str
     type: Literal["function"] = "function"
     function: CallFunction
 
 
 class SystemMessage(Part):
+    """Instructions."""
+
     role: Literal["system", "developer"]
     content: Content
     name: str | None = None
 
 
 class UserMessage(Part):
+    """What the user says."""
+
     role: Literal["user"]
     content: Content
     name: str | None = None
 
 
 class AssistantMessage(Part):
+    """An earlier answer."""
+
     role: Literal["assistant"]
     content: Content | None = None
     name: str | None = None
@@ -176,44 +151,60 @@ class AssistantMessage(Part):
 
 
 class ToolMessage(Part):
+    """The result of a tool call."""
+
     role: Literal["tool"]
     content: Content
     tool_call_id: str
 
 
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
-class Function(Part):
+class FunctionSpec(Part):
+    """A function; `parameters` is a JSON schema."""
+
     name: Annotated[str, Field(min_length=1, max_length=256)]
     description: str | None = None
     parameters: Json | None = None
     strict: bool | None = None
 
 
-class Tool(Part):
+class FunctionTool(Part):
+    """A tool that the client runs."""
+
     type: Literal["function"]
-    function: Function
+    function: FunctionSpec
 
 
-class NamedFunction(Body):
+class FunctionName(Body):
+    """The name of a function."""
+
     name: str
 
 
-class NamedChoice(Body):
+class NamedToolChoice(Body):
+    """The one function that the answer must call."""
+
     type: Literal["function"]
-    function: NamedFunction
+    function: FunctionName
 
 
 class TextFormat(Body):
+    """Any text."""
+
     type: Literal["text"]
 
 
 class ObjectFormat(Body):
+    """Any JSON object."""
+
     type: Literal["json_object"]
 
 
-class JsonSchema(Part):
+class NamedSchema(Part):
+    """A JSON schema with a name."""
+
     name: str
     description: str | None = None
     schema_: Annotated[Json, Field(alias="schema")]
@@ -221,17 +212,19 @@ class JsonSchema(Part):
 
 
 class SchemaFormat(Body):
+    """JSON that a schema describes."""
+
     type: Literal["json_schema"]
-    json_schema: JsonSchema
+    json_schema: NamedSchema
 
 
-class ChatCompletionRequest(_Sampling):
+class ChatCompletionRequest(_SamplingBody):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Count | None = None
-    tools: list[Tool] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
+    tools: list[FunctionTool] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
     logprobs: bool | None = None
@@ -248,7 +241,7 @@ class ChatCompletionRequest(_Sampling):
     safety_identifier: str | None = None
 
     def decoded(self) -> ChatRequest:
-        """The request that all dialects share. Raises InvalidRequest."""
+        """Return the request that all dialects share. Raises InvalidRequest."""
         self._check_stream()
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("`top_logprobs` needs `logprobs`", param="top_logprobs")
@@ -330,13 +323,13 @@ def _content(content: Content | None, where: str) -> tuple[str | requests.Image,
 
 
 def arguments(text: str, where: str) -> Json:
-    """The arguments of an earlier call. Raises InvalidRequest."""
+    """Parse the arguments of an earlier call, whose place is `where`. Raises InvalidRequest."""
     try:
         parsed = json.loads(text or "{}")
     except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
-        raise InvalidRequest("a call's arguments are a JSON object", param=f"{where}.arguments")
+        raise InvalidRequest("the arguments of a call must be a JSON object", param=f"{where}.arguments")
     return parsed
 
 
@@ -344,7 +337,7 @@ Prompt = str | Annotated[list[str], Field(min_length=1)] | Annotated[list[int], 
 Prompts = Prompt | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1)]
 
 
-class CompletionRequest(_Sampling):
+class CompletionRequest(_SamplingBody):
     """`POST /v1/completions`."""
 
     prompt: Prompts
@@ -354,7 +347,7 @@ class CompletionRequest(_Sampling):
     suffix: None = None
 
     def decoded(self) -> TextRequest:
-        """The request that all dialects share. Raises InvalidRequest."""
+        """Return the request that all dialects share. Raises InvalidRequest."""
         self._check_stream()
         count = self.n or 1
         if self.best_of is not None and self.best_of != count:
@@ -381,247 +374,3 @@ class CompletionRequest(_Sampling):
             prompts=tuple(prompts),
             echo=bool(self.echo),
         )
-
-
-# Answers -------------------------------------------------------------------------------------------------------
-
-
-def _usage(all_usage: Iterable[Usage], prompts: int = 1) -> Json:
-    """Tokens of a whole request: a prompt counts once, however many choices it has."""
-    every = list(all_usage)
-    once = every[:: max(1, len(every) // prompts)]
-    prompt, completion = sum(each.prompt for each in once), sum(each.completion for each in every)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(each.cached for each in once)},
-        "completion_tokens_details": {"reasoning_tokens": sum(each.reasoning for each in every)},
-    }
-
-
-def _finish_reason(done: Done) -> str:
-    return "stop" if done.reason == "stop_sequence" else done.reason
-
-
-def logprob_entries(tokens: Iterable[TokenLogprob]) -> list[Json]:
-    """Tokens with their log probabilities, as chat completions and responses tell them."""
-
-    def entry(token: str, data: bytes, logprob: float) -> Json:
-        return {"token": token, "logprob": max(-9999.0, logprob), "bytes": list(data)}
-
-    return [
-        {**entry(each.token, each.data, each.logprob), "top_logprobs": [entry(*other) for other in each.top]}
-        for each in tokens
-    ]
-
-
-def _chat_logprobs(tokens: Iterable[TokenLogprob]) -> Json:
-    return {"content": logprob_entries(tokens), "refusal": None}
-
-
-def _call(call: ToolCall) -> Json:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-
-
-def _joined(events: Iterable[Event], kind: type[Text | Reasoning]) -> str:
-    return "".join(event.text for event in events if isinstance(event, kind))
-
-
-def _chat_choice(index: int, events: list[Event], *, has_logprobs: bool) -> Json:
-    done = events[-1]
-    assert isinstance(done, Done)  # noqa: S101 - for the type checker
-    calls = [_call(event) for event in events if isinstance(event, ToolCall)]
-    text, reasoning = _joined(events, Text), _joined(events, Reasoning)
-    message: Json = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
-    if reasoning:
-        message["reasoning_content"] = reasoning
-    if calls:
-        message["tool_calls"] = calls
-    tokens = [token for event in events if isinstance(event, Logprobs) for token in event.tokens]
-    return {
-        "index": index,
-        "message": message,
-        "logprobs": _chat_logprobs(tokens) if has_logprobs else None,
-        "finish_reason": _finish_reason(done),
-    }
-
-
-class _ChatStream:
-    """Events of all choices as chunks."""
-
-    def __init__(self, request: ChatRequest, *, includes_usage: bool) -> None:
-        self._head: Json = {
-            "id": _id("chatcmpl"),
-            "object": "chat.completion.chunk",
-            "created": int(time.time()),
-            "model": request.model,
-        }
-        self._usage: dict[str, None] = {"usage": None} if includes_usage else {}
-        self._includes_usage = includes_usage
-        self._has_logprobs = request.params.logprobs is not None
-
-    async def encode(self, batches: AsyncIterator[Batch]) -> AsyncGenerator[bytes]:
-        usages: dict[int, Usage] = {}
-        calls: dict[int, int] = {}
-        async for index, events in batches:
-            delta: Json = {}
-            finish: str | None = None
-            tokens: list[TokenLogprob] = []
-            for event in events:
-                if isinstance(event, Text):
-                    delta["content"] = delta.get("content", "") + event.text
-                elif isinstance(event, Reasoning):
-                    delta["reasoning_content"] = delta.get("reasoning_content", "") + event.text
-                elif isinstance(event, Started):
-                    delta |= {"role": "assistant", "content": ""}
-                elif isinstance(event, ToolCall):
-                    number = calls.get(index, 0)
-                    calls[index] = number + 1
-                    delta.setdefault("tool_calls", []).append({"index": number, **_call(event)})
-                elif isinstance(event, Logprobs):
-                    tokens += event.tokens
-                else:
-                    finish, usages[index] = _finish_reason(event), event.usage
-            logprobs = _chat_logprobs(tokens) if tokens and self._has_logprobs else None
-            if delta or logprobs:
-                yield self._chunk(index, delta, logprobs, None)
-            if finish is not None:
-                yield self._chunk(index, {}, None, finish)
-        if self._includes_usage:
-            ordered = [usages[index] for index in sorted(usages)]
-            yield b"data: " + dumps({**self._head, "choices": [], "usage": _usage(ordered)}) + b"\n\n"
-        yield b"data: [DONE]\n\n"
-
-    def _chunk(self, index: int, delta: Json, logprobs: Json | None, finish: str | None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return b"data: " + dumps({**self._head, "choices": [choice], **self._usage}) + b"\n\n"
-
-
-class _TextLogprobs:
-    """The older shape, for completions: four lists, offsets counted in characters."""
-
-    def __init__(self, start: int) -> None:
-        self._offset = start
-
-    def encode(self, tokens: Iterable[TokenLogprob]) -> Json:
-        shape: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for each in tokens:
-            shape["tokens"].append(each.token)
-            shape["token_logprobs"].append(max(-9999.0, each.logprob))
-            shape["top_logprobs"].append({token: max(-9999.0, logprob) for token, _, logprob in each.top})
-            shape["text_offset"].append(self._offset)
-            self._offset += len(each.token)
-        return shape
-
-
-def _text_choice(index: int, events: list[Event], *, has_logprobs: bool) -> Json:
-    done = events[-1]
-    assert isinstance(done, Done)  # noqa: S101 - for the type checker
-    tokens = [token for event in events if isinstance(event, Logprobs) for token in event.tokens]
-    return {
-        "index": index,
-        "text": _joined(events, Text),
-        "logprobs": _TextLogprobs(0).encode(tokens) if has_logprobs else None,
-        "finish_reason": _finish_reason(done),
-    }
-
-
-async def _text_stream(
-    request: TextRequest, batches: AsyncIterator[Batch], *, includes_usage: bool
-) -> AsyncGenerator[bytes]:
-    head: Json = {
-        "id": _id("cmpl"), "object": "text_completion", "created": int(time.time()), "model": request.model
-    }  # fmt: skip
-    null_usage: dict[str, None] = {"usage": None} if includes_usage else {}
-    usages: dict[int, Usage] = {}
-    offsets: dict[int, _TextLogprobs] = {}
-    async for index, events in batches:
-        text = _joined(events, Text)
-        tokens = [token for event in events if isinstance(event, Logprobs) for token in event.tokens]
-        done = events[-1] if isinstance(events[-1], Done) else None
-        logprobs = offsets.setdefault(index, _TextLogprobs(0)).encode(tokens) if tokens else None
-        if text or logprobs or done:
-            choice = {
-                "index": index,
-                "text": text,
-                "logprobs": logprobs,
-                "finish_reason": _finish_reason(done) if done else None,
-            }
-            yield b"data: " + dumps({**head, "choices": [choice], **null_usage}) + b"\n\n"
-        if done:
-            usages[index] = done.usage
-    if includes_usage:
-        total = _usage([usages[index] for index in sorted(usages)], len(request.prompts))
-        yield b"data: " + dumps({**head, "choices": [], "usage": total}) + b"\n\n"
-    yield b"data: [DONE]\n\n"
-
-
-def _id(kind: str) -> str:
-    return f"{kind}-{uuid.uuid4().hex}"
-
-
-# Routes --------------------------------------------------------------------------------------------------------
-
-
-def router(service: Service) -> APIRouter:
-    """The dialect's routes, each with and without `/v1`."""
-    routes = APIRouter(tags=["OpenAI"])
-
-    @routes.post("/v1/chat/completions")
-    @routes.post("/chat/completions", include_in_schema=False)
-    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
-        """An answer to a conversation, whole or as a stream of server-sent events."""
-        asked, ticket = body.decoded(), Ticket()
-        batches = service.chat(asked, ticket)
-        if body.stream:
-            stream = _ChatStream(asked, includes_usage=body.includes_usage)
-            return EventStream(stream.encode(batches), ticket, refuse=refuse, fail=_fail)
-        choices = await unless_gone(request, gathered(batches, asked.n))
-        if choices is None:
-            return Response(status_code=499)
-        has_logprobs = asked.params.logprobs is not None
-        usages = [done.usage for events in choices if isinstance(done := events[-1], Done)]
-        return answer(
-            {
-                "id": _id("chatcmpl"),
-                "object": "chat.completion",
-                "created": int(time.time()),
-                "model": asked.model,
-                "choices": [_chat_choice(at, events, has_logprobs=has_logprobs) for at, events in enumerate(choices)],
-                "usage": _usage(usages),
-            }
-        )
-
-    @routes.post("/v1/completions")
-    @routes.post("/completions", include_in_schema=False)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continuations of plain prompts, whole or as a stream of server-sent events."""
-        asked, ticket = body.decoded(), Ticket()
-        batches = service.complete(asked, ticket)
-        if body.stream:
-            encoded = _text_stream(asked, batches, includes_usage=body.includes_usage)
-            return EventStream(encoded, ticket, refuse=refuse, fail=_fail)
-        choices = await unless_gone(request, gathered(batches, len(asked.prompts) * asked.n))
-        if choices is None:
-            return Response(status_code=499)
-        usages = [done.usage for events in choices if isinstance(done := events[-1], Done)]
-        has_logprobs = asked.params.logprobs is not None
-        return answer(
-            {
-                "id": _id("cmpl"),
-                "object": "text_completion",
-                "created": int(time.time()),
-                "model": asked.model,
-                "choices": [_text_choice(at, events, has_logprobs=has_logprobs) for at, events in enumerate(choices)],
-                "usage": _usage(usages, len(asked.prompts)),
-            }
-        )
-
-    return routes
-
-
-def model_info(listed: Listed) -> Json:
-    """One model, in OpenAI's shape."""
-    owner, slash, _ = listed.id.partition("/")
-    return {"id": listed.id, "object": "model", "created": listed.created, "owned_by": owner if slash else "local"}
