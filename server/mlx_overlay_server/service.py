@@ -179,7 +179,7 @@ async def gathered(batches: AsyncIterator[Batch], answers: int) -> list[list[Eve
 
 @dataclass(slots=True)
 class _News:
-    """What the engine has sent for one sequence since it was last asked."""
+    """The items that the engine has sent for one sequence since the last take."""
 
     cached: int | None = None
     """Set once the prompt is in the KV cache: how many of its tokens were before."""

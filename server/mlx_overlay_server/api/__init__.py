@@ -1,1 +1,1 @@
-"""How the server is asked and answered: a folder for each family of clients, and what they all share."""
+"""The HTTP interface: a folder for each family of clients, and the modules that all of them share."""

@@ -1,4 +1,4 @@
-"""What a dialect is, and the one way in which a request of any dialect is answered."""
+"""The protocol of a dialect, and `respond`, which answers a request of any dialect."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Exchange(Protocol):
 
 
 class Dialect(Protocol[Body]):
-    """How one family of clients asks and is answered. `Body` is what its requests are."""
+    """The form that one family of clients has for requests and answers. `Body` is the type of its requests."""
 
     @property
     def names(self) -> Mapping[Field, str | None]:

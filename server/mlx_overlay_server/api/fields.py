@@ -1,4 +1,4 @@
-"""What the dialects' request bodies share: they refuse unknown fields and name the field that is wrong."""
+"""The base of all request bodies: they refuse unknown fields and name the field that is wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all dialects share on the wire: JSON answers, refusals, event streams, and clients that go away."""
+"""The transport that all dialects share: JSON answers, refusals, event streams, and clients that go away."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 logger = logging.getLogger("mlx_overlay_server")
 
 PATIENCE_SECONDS = 1.0
-"""How long a stream waits for its first event before it begins, so that most errors still get a status of their own."""
+"""Longest wait for a stream's first event before it begins; until then an error gets an HTTP status of its own."""
 PING_SECONDS = 5.0
 """Clients and proxies time out on silent streams, at 15 seconds or more."""
 
@@ -114,12 +114,12 @@ class EventStream(Response):
             async for data in self._events:
                 await self._write(send, data)
         except Exception as error:  # noqa: BLE001 - the boundary: a stream ends with an error its client understands
-            told = as_server_error(error)
+            known = as_server_error(error)
             if not self._has_begun:
                 self._has_begun, self._last_sent = True, time.monotonic()  # no ping may come before the refusal
-                await self._refuse(told)(scope, receive, send)
+                await self._refuse(known)(scope, receive, send)
                 return
-            await self._write(send, self._fail(told))
+            await self._write(send, self._fail(known))
         finally:
             await self._events.aclose()
         await self._write(send, b"", more=False)

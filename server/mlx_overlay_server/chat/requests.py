@@ -104,7 +104,7 @@ class Params:
     max_tokens: int | None = None
     """None: as many as the model's context holds."""
     logprobs: int | None = None
-    """How many alternatives to report for each token; None: no log probabilities at all."""
+    """Alternatives to report for each token; None: no log probabilities at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class Request:
 
     @property
     def answers(self) -> int:
-        """How many answers it asks for."""
+        """The number of answers it asks for."""
         return self.n
 
 
@@ -137,7 +137,7 @@ class ChatRequest(Request):
     reasoning_budget: int | None = None
     """Tokens that the reasoning may take; None: any number."""
     effort: str | None = None
-    """How much to reason, in the words of the template."""
+    """The reasoning effort, in the words of the template."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     is_effort_optional: bool = False
     """Whether to ignore `effort` where the template has no such setting, instead of refusing."""
@@ -154,7 +154,7 @@ class TextRequest(Request):
 
     @property
     def answers(self) -> int:
-        """How many answers it asks for: `n` for each prompt."""
+        """The number of answers it asks for: `n` for each prompt."""
         return self.n * len(self.prompts)
 
 

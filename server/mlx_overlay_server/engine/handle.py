@@ -32,7 +32,7 @@ STOP_SECONDS = 10
 
 
 class Mailbox:
-    """Where the event loop waits for what the engine has for a request: (id of the sequence, item)."""
+    """The items that the engine has for one request, as (id of the sequence, item); the event loop waits here."""
 
     def __init__(self) -> None:
         self._items: list[tuple[int, Item]] = []

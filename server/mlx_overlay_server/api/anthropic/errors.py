@@ -38,7 +38,7 @@ _TYPES: dict[type[ServerError], str] = {
 
 
 class AnthropicErrorDetail(TypedDict):
-    """What went wrong; the message begins with the field that is wrong, where one is."""
+    """The error itself; the message begins with the field that is wrong, where one is."""
 
     type: str
     message: str

@@ -126,7 +126,7 @@ class ToolUseChoice(Part):
 
 
 class ThinkingParam(Part):
-    """How much to reason before the answer."""
+    """The reasoning before the answer: on or off, and the tokens it may take."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -140,7 +140,7 @@ class OutputFormat(Part):
 
 
 class OutputConfig(Part):
-    """How the answer is to be."""
+    """Options for the answer: its effort and its format."""
 
     effort: str | None = None
     format: OutputFormat | None = None

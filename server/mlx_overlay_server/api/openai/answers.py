@@ -17,13 +17,13 @@ FinishName = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokenDetails(TypedDict):
-    """Where a prompt's tokens came from."""
+    """Details on the prompt's tokens."""
 
     cached_tokens: int
 
 
 class CompletionTokenDetails(TypedDict):
-    """What an answer's tokens were used for."""
+    """Details on the answer's tokens."""
 
     reasoning_tokens: int
 

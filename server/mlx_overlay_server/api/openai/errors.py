@@ -33,7 +33,7 @@ _TYPES: dict[type[ServerError], str] = {
 
 
 class ErrorDetail(TypedDict):
-    """What went wrong."""
+    """The error itself."""
 
     message: str
     type: str

@@ -60,7 +60,7 @@ class _TextExchange:
 
 
 class _OpenAI:
-    """What both have in common."""
+    """The shape of errors and pings, which both dialects share."""
 
     names = NAMES
     refuse = staticmethod(refuse)

@@ -36,7 +36,7 @@ class ToolCallDelta(MessageToolCall):
 
 
 class ChatDelta(TypedDict, total=False):
-    """What a chunk adds to a message."""
+    """The text and calls that a chunk adds to a message."""
 
     role: Literal["assistant"]
     content: str
@@ -63,7 +63,7 @@ class TextChunkChoice(TypedDict):
 
 
 class ChunkHead(TypedDict):
-    """What all chunks of one stream have in common."""
+    """The fields that all chunks of one stream have in common."""
 
     id: str
     object: Literal["chat.completion.chunk", "text_completion"]

@@ -14,7 +14,7 @@ from mlx_overlay_server.errors import InvalidRequest
 
 
 class StreamOptions(Body):
-    """What a stream holds beside the answer."""
+    """Options for what a stream holds beside the answer."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
@@ -131,7 +131,7 @@ class SystemMessage(Part):
 
 
 class UserMessage(Part):
-    """What the user says."""
+    """A message of the user's."""
 
     role: Literal["user"]
     content: Content

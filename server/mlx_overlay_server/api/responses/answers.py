@@ -97,14 +97,14 @@ class IncompleteDetails(TypedDict):
 
 
 class InputTokenDetails(TypedDict):
-    """Where a prompt's tokens came from."""
+    """Details on the prompt's tokens."""
 
     cached_tokens: int
     cache_write_tokens: int
 
 
 class OutputTokenDetails(TypedDict):
-    """What an answer's tokens were used for."""
+    """Details on the answer's tokens."""
 
     reasoning_tokens: int
 

@@ -11,7 +11,7 @@ from mlx_overlay_server.chat import requests
 from mlx_overlay_server.errors import InvalidRequest
 
 STORED = 1000
-"""How many responses are kept in memory for `previous_response_id`."""
+"""The number of responses kept in memory for `previous_response_id`."""
 
 
 class Stored(NamedTuple):

@@ -133,13 +133,13 @@ class SchemaTextFormat(Part):
 
 
 class TextOptions(Part):
-    """How the answer is to be written."""
+    """Options for the answer's text."""
 
     format: Annotated[PlainFormat | SchemaTextFormat, Field(discriminator="type")] | None = None
 
 
 class ReasoningOptions(Part):
-    """How much to reason before the answer, and whether to show it as a summary."""
+    """Options for the reasoning before the answer: its effort, and whether it is shown as a summary."""
 
     effort: str | None = None
     summary: str | None = None
