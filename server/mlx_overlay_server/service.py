@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 
 from mlx_overlay_server.chat import prompt as chat
@@ -82,8 +82,9 @@ class Service:
             async with self.pool.use(await self._resolved(request.model, ticket)) as model:
                 ticket.note = lambda: "reading the prompt"
                 answers = await self._preparation.answers(model, request)
-                async for batch in self._run(model, answers, ticket):
-                    yield batch
+                async with aclosing(self._run(model, answers, ticket)) as batches:  # cancels before the model is let go
+                    async for batch in batches:
+                        yield batch
 
     async def count_tokens(self, request: ChatRequest, ticket: Ticket) -> int:
         """Count the tokens of a conversation's prompt. Raises ServerError."""
@@ -129,7 +130,7 @@ class Service:
             ticket.note = lambda: self.library.progress.get(id_) or f"loading {id_}"
         return id_
 
-    async def _run(self, model: Loaded, answers: Sequence[Answer], ticket: Ticket) -> AsyncIterator[Batch]:
+    async def _run(self, model: Loaded, answers: Sequence[Answer], ticket: Ticket) -> AsyncGenerator[Batch]:
         open_ = {answer.submit.id: (index, answer) for index, answer in enumerate(answers)}
         mailbox = self.engine.submit(answer.submit for answer in answers)
         has_tokens = False
