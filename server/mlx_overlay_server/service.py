@@ -1,64 +1,42 @@
-"""One request from its dialect to its events: model, prompt, engine, and back. Every dialect calls this alone."""
+"""One request's way from its dialect to its events: model, preparation, engine. Every dialect calls this alone."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
 
-from mlx_overlay_server.chat import grammar
 from mlx_overlay_server.chat import prompt as chat
 from mlx_overlay_server.chat.events import Done, Event, FinishReason, Started, Text, TokenLogprob, Usage
 from mlx_overlay_server.chat.loaded import Loaded
-from mlx_overlay_server.chat.reader import Reader, Token
-from mlx_overlay_server.chat.requests import ChatRequest, Request, TextRequest
-from mlx_overlay_server.engine.commands import Item, Prefilled, Sampled, Submit
+from mlx_overlay_server.chat.reader import Token
+from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest
+from mlx_overlay_server.engine.commands import Item, Prefilled, Sampled
 from mlx_overlay_server.engine.handle import Engine
-from mlx_overlay_server.errors import InvalidRequest, Overloaded, PromptTooLong, Unavailable, UnknownModel
+from mlx_overlay_server.errors import InvalidRequest, Overloaded, Unavailable, UnknownModel
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.library import Library, Listed
 from mlx_overlay_server.models.pool import Pool
-
-R = TypeVar("R")
-
-
-class Limits(NamedTuple):
-    """What one request, and all together, may ask for."""
-
-    open_requests: int
-    """Requests that run or wait."""
-    messages: int
-    prompt_tokens: int | None
-    answer_tokens: int | None
-    """Where a request names no limit; None: what the model's context holds."""
+from mlx_overlay_server.preparation import Answer, Limits, Preparation
 
 
 @dataclass(slots=True)
 class Ticket:
-    """What a request is waiting for, for whoever keeps its client patient."""
+    """The progress of one request, for whoever keeps its client patient."""
 
     started: float = field(default_factory=time.monotonic)
+    """`time.monotonic()` when the request came."""
     note: Callable[[], str] = lambda: "waiting"
+    """Returns what the request is waiting for now, in a few words."""
 
 
 Batch = tuple[int, list[Event]]
-"""Events of one choice: (its index, some of its events)."""
-
-
-class _Job(NamedTuple):
-    """One choice, ready for the engine."""
-
-    submit: Submit
-    reader: Reader
-    echo: str = ""
+"""Some events of one answer: (the answer's index, events in their order)."""
 
 
 class Service:
-    """What the server does, apart from how it is asked and answered."""
+    """The server apart from its dialects: it lists models, answers requests and counts tokens."""
 
     def __init__(
         self,
@@ -71,7 +49,7 @@ class Service:
         aliases: Mapping[str, str] | None = None,
         default_model: str | None = None,
     ) -> None:
-        """`aliases`: names that clients insist on -> ids; `default_model` answers to names that are not known."""
+        """`aliases` maps further names to model ids; `default_model` answers to names that are not known."""
         self.library = library
         self.pool = pool
         self.engine = engine
@@ -79,15 +57,12 @@ class Service:
         self.limits = limits
         self.aliases = aliases or {}
         self._default = default_model
-        # One thread: tokenizers are not safe to call from several, and the work is the processor's anyway.
-        self._worker = ThreadPoolExecutor(1, "tokenizer")
+        self._preparation = Preparation(engine, limits)
         self._open = 0
         self._is_closing = False
 
-    # Asked by dialects ---------------------------------------------------------------------------------------
-
     async def models(self) -> list[Listed]:
-        """Every model there is, aliases included, sorted by id."""
+        """List every model, aliases included, sorted by id."""
         listed = {each.id: each for each in await self.library.listed()}
         for alias, id_ in self.aliases.items():
             if id_ in listed:
@@ -95,59 +70,46 @@ class Service:
         return sorted(listed.values())
 
     async def model(self, model_id: str) -> Listed:
-        """One of them. Raises UnknownModel."""
+        """Find one model by its id or alias. Raises UnknownModel."""
         for each in await self.models():
             if each.id == model_id:
                 return each
-        raise UnknownModel(f"there is no model {model_id!r} here; GET /v1/models lists what there is", param="model")
+        raise UnknownModel(f"there is no model {model_id!r} here; GET /v1/models lists what there is", field="model")
 
-    async def chat(self, request: ChatRequest, ticket: Ticket) -> AsyncIterator[Batch]:
-        """The answers to a conversation, as they come. Raises ServerError."""
-        self._check_messages(request)
-        async for batch in self._answer(request, ticket, lambda model: self._chat_jobs(model, request)):
-            yield batch
-
-    async def complete(self, request: TextRequest, ticket: Ticket) -> AsyncIterator[Batch]:
-        """The continuations of plain prompts, as they come. Raises ServerError."""
-        async for batch in self._answer(request, ticket, lambda model: self._text_jobs(model, request)):
-            yield batch
+    async def answer(self, request: AnyRequest, ticket: Ticket) -> AsyncIterator[Batch]:
+        """Generate the answers to a request and yield their events as they come. Raises ServerError."""
+        with self._admitted(request):
+            async with self.pool.use(await self._resolved(request.model, ticket)) as model:
+                ticket.note = lambda: "reading the prompt"
+                answers = await self._preparation.answers(model, request)
+                async with aclosing(self._run(model, answers, ticket)) as batches:  # cancels before the model is let go
+                    async for batch in batches:
+                        yield batch
 
     async def count_tokens(self, request: ChatRequest, ticket: Ticket) -> int:
-        """How many tokens a conversation's prompt has. Raises ServerError."""
-        self._check_messages(request)
-        with self._admitted():
+        """Count the tokens of a conversation's prompt. Raises ServerError."""
+        with self._admitted(request):
             async with self.pool.use(await self._resolved(request.model, ticket)) as model:
-                prompt = await self._in_worker(lambda: chat.render(model, request, self._limit(model)))
-                return len(prompt.tokens)
+                return await self._preparation.count_tokens(model, request)
 
     def close(self) -> None:
-        """Take no more requests. Those that run go on."""
+        """Refuse new requests from now on. Those that run go on."""
         self._is_closing = True
 
     def abort(self) -> None:
-        """End what still runs or waits; its clients are told."""
+        """End every request that still runs or waits, with an error to its client."""
         self.pool.abort()
         self.engine.abort()
 
     def stop(self) -> None:
         """Free what the service holds."""
-        self._worker.shutdown(wait=False, cancel_futures=True)
-
-    # One request ---------------------------------------------------------------------------------------------
-
-    async def _answer(
-        self, request: Request, ticket: Ticket, prepare: Callable[[Loaded], list[_Job]]
-    ) -> AsyncIterator[Batch]:
-        with self._admitted():
-            async with self.pool.use(await self._resolved(request.model, ticket)) as model:
-                ticket.note = lambda: "reading the prompt"
-                jobs = await self._in_worker(lambda: prepare(model))
-                async for batch in self._run(model, jobs, ticket):
-                    yield batch
+        self._preparation.stop()
 
     @contextmanager
-    def _admitted(self) -> Iterator[None]:
-        """A place among the open requests. Raises Unavailable or Overloaded."""
+    def _admitted(self, request: AnyRequest) -> Iterator[None]:
+        """Take a place among the open requests. Raises InvalidRequest, Unavailable or Overloaded."""
+        if isinstance(request, ChatRequest) and (count := len(request.messages)) > self.limits.messages:
+            raise InvalidRequest(f"{count} messages are more than {self.limits.messages}", field="messages")
         if self._is_closing:
             raise Unavailable("the server is shutting down")
         if self._open >= self.limits.open_requests:
@@ -158,12 +120,8 @@ class Service:
         finally:
             self._open -= 1
 
-    def _check_messages(self, request: ChatRequest) -> None:
-        if (count := len(request.messages)) > self.limits.messages:
-            raise InvalidRequest(f"{count} messages are more than {self.limits.messages}", param="messages")
-
     async def _resolved(self, name: str, ticket: Ticket) -> str:
-        """The id that a request's model name stands for. Raises InvalidRequest."""
+        """Return the id that a request's model name stands for. Raises InvalidRequest."""
         chat.check_unicode(name, "model")
         id_ = self.aliases.get(name, name)
         if not self.pool.is_resident(id_):
@@ -172,139 +130,80 @@ class Service:
             ticket.note = lambda: self.library.progress.get(id_) or f"loading {id_}"
         return id_
 
-    async def _run(self, model: Loaded, jobs: list[_Job], ticket: Ticket) -> AsyncIterator[Batch]:
-        mailbox, ids = self.engine.submit(model, [job.submit for job in jobs])
-        open_ = set(range(len(jobs)))
-        cached = [0] * len(jobs)
+    async def _run(self, model: Loaded, answers: Sequence[Answer], ticket: Ticket) -> AsyncGenerator[Batch]:
+        open_ = {answer.submit.id: (index, answer) for index, answer in enumerate(answers)}
+        mailbox = self.engine.submit(answer.submit for answer in answers)
         has_tokens = False
         try:
             while open_:
                 came = _sorted(model, await mailbox.take(), ticket)
-                for number, reused in came.begun.items():
-                    cached[number] = reused
-                    started: list[Event] = [Started(len(jobs[number].submit.prompt), reused)]
-                    yield number, started + ([Text(jobs[number].echo)] if jobs[number].echo else [])
-                if came.tokens and not has_tokens:
-                    has_tokens = True
-                    ticket.note = lambda: "generating"
-                    self.metrics.first_token.observe(time.monotonic() - ticket.started)
-                for number in came.tokens.keys() & open_:
-                    reader = jobs[number].reader
-                    events = reader.feed(came.tokens[number], came.ends.get(number))
-                    if reader.reason is not None:
-                        open_.remove(number)
-                        self.engine.cancel([ids[number]])
-                        events.append(self._done(jobs[number], cached[number]))
+                for id_, news in came.items():
+                    if id_ not in open_:  # sampled before it was cancelled
+                        continue
+                    index, answer = open_[id_]
+                    if news.cached is not None:
+                        answer.cached = news.cached
+                        started: list[Event] = [Started(len(answer.submit.prompt), news.cached)]
+                        yield index, started + ([Text(answer.echo)] if answer.echo else [])
+                    if not news.has_sampled:
+                        continue
+                    if not has_tokens:
+                        has_tokens = True
+                        ticket.note = lambda: "generating"
+                        self.metrics.first_token.observe(time.monotonic() - ticket.started)
+                    events = answer.reader.feed(news.tokens, news.end)
+                    if answer.reader.reason is not None:
+                        del open_[id_]
+                        self.engine.cancel([id_])
+                        events.append(self._done(answer, answer.reader.reason))
                     if events:
-                        yield number, events
+                        yield index, events
         finally:
-            self.engine.cancel(ids)
+            self.engine.cancel(open_)
 
-    def _done(self, job: _Job, cached: int) -> Done:
-        reader, prompt = job.reader, len(job.submit.prompt)
+    def _done(self, answer: Answer, reason: FinishReason) -> Done:
+        reader, prompt = answer.reader, len(answer.submit.prompt)
         self.metrics.prompt_tokens.inc(prompt)
-        self.metrics.cached_tokens.inc(cached)
-        self.metrics.cache_hits.inc(cached > 0)
+        self.metrics.cached_tokens.inc(answer.cached)
+        self.metrics.cache_hits.inc(answer.cached > 0)
         self.metrics.completion_tokens.inc(reader.tokens)
-        assert reader.reason is not None  # noqa: S101 - for the type checker
-        return Done(reader.reason, Usage(prompt, cached, reader.tokens, reader.reasoning_tokens), reader.stop_sequence)
-
-    async def _in_worker(self, function: Callable[[], R]) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._worker, function)
-
-    # Preparing, in the worker's thread -----------------------------------------------------------------------
-
-    def _chat_jobs(self, model: Loaded, request: ChatRequest) -> list[_Job]:
-        prompt = chat.render(model, request, self._limit(model))
-        rule = grammar.constraint(model, request, is_reasoning=prompt.is_reasoning)
-        limit = grammar.budget(model, request, is_reasoning=prompt.is_reasoning)
-        jobs = []
-        for number in range(request.n):
-            submit = self._submit(model, request, prompt.tokens, number)
-            submit = replace(submit, system=prompt.system, images=prompt.images, constraint=rule, budget=limit)
-            if rule is not None:
-                submit = replace(submit, matcher=self.engine.matcher(rule, model))
-            reader = Reader(
-                model,
-                stop=request.stop,
-                is_reasoning=prompt.is_reasoning,
-                tools=request.tools if request.choice.mode != "none" else (),
-                is_parallel=request.choice.parallel,
-                is_call=grammar.is_forced(request),
-            )
-            jobs.append(_Job(submit, reader))
-        return jobs
-
-    def _text_jobs(self, model: Loaded, request: TextRequest) -> list[_Job]:
-        jobs: list[_Job] = []
-        for prompt in request.prompts:
-            if isinstance(prompt, str):
-                chat.check_unicode(prompt, "prompt")
-                chat.check_length(model, prompt, self._limit(model), "prompt")
-            tokens = tuple(model.tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
-            if any(not 0 <= token < model.vocab_size for token in tokens):
-                raise InvalidRequest(f"tokens are numbers from 0 to {model.vocab_size - 1}", param="prompt")
-            echo = (prompt if isinstance(prompt, str) else model.tokenizer.decode(list(tokens))) if request.echo else ""
-            for _ in range(request.n):
-                submit = self._submit(model, request, tokens, len(jobs))
-                jobs.append(_Job(submit, Reader(model, stop=request.stop, has_marks=False), echo))
-        return jobs
-
-    def _limit(self, model: Loaded) -> int | None:
-        """Tokens that a prompt may have."""
-        limits = [each for each in (self.limits.prompt_tokens, model.context and model.context - 1) if each is not None]
-        return min(limits, default=None)
-
-    def _submit(self, model: Loaded, request: Request, tokens: Sequence[int], number: int) -> Submit:
-        """A choice for the engine, within the limits. Raises InvalidRequest."""
-        params = request.params
-        where = "prompt" if isinstance(request, TextRequest) else "messages"
-        size = len(tokens)
-        if not size:
-            raise InvalidRequest("the prompt is empty", param=where)
-        limit = self._limit(model)
-        if limit is not None and size > limit:
-            raise PromptTooLong(f"prompt is too long: {size} tokens > {limit} maximum", param=where)
-        if outside := [token for token in params.logit_bias if not 0 <= token < model.vocab_size]:
-            raise InvalidRequest(f"{outside[0]} is no token of {request.model}", param="logit_bias")
-        room = model.context - size if model.context is not None else 1 << 30
-        wanted = params.max_tokens or self.limits.answer_tokens or room
-        if params.seed is not None:
-            params = replace(params, seed=params.seed + number)
-        return Submit(0, model.key, tuple(tokens), params, min(wanted, room))
+        return Done(reason, Usage(prompt, answer.cached, reader.tokens, reader.reasoning_tokens), reader.stop_sequence)
 
 
-async def gathered(batches: AsyncIterator[Batch], choices: int) -> list[list[Event]]:
-    """All events of each choice: for answers that are not streamed."""
-    events: list[list[Event]] = [[] for _ in range(choices)]
-    async for number, new in batches:
-        events[number] += new
+async def gathered(batches: AsyncIterator[Batch], answers: int) -> list[list[Event]]:
+    """Wait for all events of each of `answers` answers, for those that are not streamed."""
+    events: list[list[Event]] = [[] for _ in range(answers)]
+    async for index, new in batches:
+        events[index] += new
     return events
 
 
-class _Came(NamedTuple):
-    """What the engine has sent for the choices of a request, by their numbers."""
+@dataclass(slots=True)
+class _News:
+    """The items that the engine has sent for one sequence since the last take."""
 
-    begun: dict[int, int]
-    """Prompts that are in the KV cache now: how many of their tokens were before."""
-    tokens: dict[int, list[Token]]
-    ends: dict[int, FinishReason]
+    cached: int | None = None
+    """Set once the prompt is in the KV cache: how many of its tokens were before."""
+    has_sampled: bool = False
+    tokens: list[Token] = field(default_factory=list)
+    end: FinishReason | None = None
 
 
-def _sorted(model: Loaded, items: Iterable[tuple[int, Item]], ticket: Ticket) -> _Came:
-    """Sort what came by choice. Raises what the engine tells of one."""
-    came = _Came({}, {}, {})
-    for number, item in items:
+def _sorted(model: Loaded, items: Iterable[tuple[int, Item]], ticket: Ticket) -> dict[int, _News]:
+    """Sort what came by the ids of sequences. Raises the error that one of them ended in."""
+    came: dict[int, _News] = {}
+    for id_, item in items:
         if isinstance(item, Sampled):
-            tokens = came.tokens.setdefault(number, [])
+            news = came.setdefault(id_, _News())
+            news.has_sampled = True
             if item.finish != "stop":  # the end mark is no part of the answer
-                tokens.append(_token(model, item))
+                news.tokens.append(_token(model, item))
             if item.finish is not None:
-                came.ends[number] = "stop" if item.finish == "stop" else "length"
+                news.end = "stop" if item.finish == "stop" else "length"
         elif isinstance(item, Prefilled):
             ticket.note = _reading(item)
             if item.done == item.total:
-                came.begun[number] = item.cached
+                came.setdefault(id_, _News()).cached = item.cached
         else:
             raise item
     return came
@@ -324,26 +223,3 @@ def _token(model: Loaded, item: Sampled) -> Token:
 
     top = tuple((*named(token), logprob) for token, logprob in item.top)
     return Token(item.token, TokenLogprob(*named(item.token), item.logprob, top))
-
-
-def status(service: Service) -> dict[str, Any]:
-    """For `/health`."""
-    engine = service.engine
-    stats = engine.stats
-    if engine.failure is not None:
-        state = "failed"
-    elif not stats.is_alive:
-        state = "starting"
-    else:
-        state = "loading" if service.pool.loading else "ready"
-    return {
-        "status": state,
-        "loaded": service.pool.resident,
-        "loading": service.pool.loading,
-        "engine": {
-            "active": stats.active,
-            "waiting": stats.waiting,
-            "failures": stats.failures,
-            "last_failure": engine.failure or stats.last_failure,
-        },
-    }

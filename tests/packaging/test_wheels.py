@@ -54,7 +54,6 @@ def test_make_dist_builds_a_wheel_and_an_sdist(project: str, name: str, wheels: 
     assert {f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.tar.gz"} <= built
 
 
-@pytest.mark.xfail(reason="the commands get --version in another change")
 def test_both_commands_print_the_version_of_their_distribution(wheels: Path, tmp_path: Path) -> None:
     environment = tmp_path / "venv"
     install_server(environment, wheels)

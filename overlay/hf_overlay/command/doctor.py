@@ -22,7 +22,7 @@ _SAFE_HUB = (1, 32)
 
 _COPY = "Wait for the copy to end, or copy the files named again."
 _PERMISSION = "Give yourself read permission (macOS: System Settings, Privacy & Security, Files and Folders)."
-_KIND = "Update mlx-lm if it is new; for other programs use --all-kinds."
+_KIND = "Update mlx-lm if it is new; for other programs use --kind any."
 _CONFIG = "Copy or download config.json and the weights again."
 _OTHER = "Correct it if this should be a model; otherwise nothing to do."
 ADVICE: Mapping[Code, str] = {

@@ -1,1 +1,1 @@
-"""How the server is asked and answered: one file a dialect."""
+"""The HTTP interface: a folder for each family of clients, and the modules that all of them share."""

@@ -1,4 +1,4 @@
-"""What the dialects' request bodies share: refusing what is not known, and naming the field that is wrong."""
+"""The base of all request bodies: they refuse unknown fields and name the field that is wrong."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Part(BaseModel):
 
 
 def wrong_field(errors: Sequence[Mapping[str, Any]], body: object) -> InvalidRequest:
-    """pydantic's complaint about the first field that is wrong, as one line that names the field.
+    """Return pydantic's complaint about the first wrong field, as one line that names the field.
 
-    Of a field that may be several things, it is the complaint that is farthest inside: about what it nearly is.
+    Of a field that may have several types, it is the innermost complaint: the one about the type it nearly has.
     """
     same = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
     places = [_place(error, body) for error in same]
@@ -59,7 +59,7 @@ def wrong_field(errors: Sequence[Mapping[str, Any]], body: object) -> InvalidReq
 
 
 def _place(error: Mapping[str, Any], body: object) -> list[str | int]:
-    """Where in a body an error is: of its `loc`, what leads there. The rest names the types that were tried."""
+    """Return the path to an error in a body: its `loc` without the names of the types that were tried."""
     if error["loc"][0] != "body":  # of the address
         return [*error["loc"][1:]]
     place: list[str | int] = []
@@ -75,9 +75,9 @@ def _place(error: Mapping[str, Any], body: object) -> list[str | int]:
 
 
 def image(url: str, where: str) -> Image:
-    """An image from a data URL. Raises InvalidRequest.
+    """Decode an image from a data URL, whose place in the request is `where`. Raises InvalidRequest.
 
-    Others are not fetched: a server that fetches what it is told reaches places it should not.
+    Other URLs are not fetched: a client could make the server reach places that it should not.
     """
     head, separator, data = url.partition(",")
     if not head.startswith("data:image/") or not head.endswith(";base64") or not separator:

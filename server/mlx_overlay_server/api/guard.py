@@ -1,4 +1,4 @@
-"""Who may ask, and how much: the checks before any route, as ASGI middleware."""
+"""The checks before any route, as ASGI middleware: API key, host name, web page, and size of the body."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ class Guard:
         refuse: Callable[[Scope, ServerError], Response],
         count: Callable[[str, int], None],
     ) -> None:
-        """`refuse` gives an error the shape of its client's dialect; `count` is told each answer's path and status."""
+        """Guard an application.
+
+        `host` is the name that the server listens on, `origins` the web pages that may use it, `max_body` the bytes
+        that a body may have. `refuse` encodes an error for its client; `count` gets each answer's route and status.
+        """
         self._app = app
         self._key = api_key.encode() if api_key else None
         self._hosts = {"localhost", host.lower(), socket.gethostname().lower(), f"{socket.gethostname().lower()}.local"}
@@ -42,28 +46,12 @@ class Guard:
         self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Serve as an ASGI application."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                route = scope.get("route")  # set by the router: not the path, which anybody makes up
-                self._count(route.path if route is not None else "other", message["status"])
-            await send(message)
-
-        try:
-            self._check(scope, Headers(scope=scope))
-        except ServerError as error:
-            await self._refuse(scope, error)(scope, receive, counted)
-            return
-        await self._pass(scope, receive, counted)
-
-    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """To the application, unless the body turns out too large: whatever it makes of that, the answer is ours."""
         size = 0
-        has_begun = False
+        has_begun = is_refusing = False
 
         async def bounded() -> Message:
             nonlocal size
@@ -75,18 +63,27 @@ class Guard:
 
         async def sent(message: Message) -> None:
             nonlocal has_begun
-            if has_begun or size <= self._max_body:
+            if size > self._max_body and not has_begun and not is_refusing:
+                return  # what the application makes of a body that was cut off
+            if message["type"] == "http.response.start":
                 has_begun = True
-                await send(message)
+                route = scope.get("route")  # set by the router: not the path, which anybody makes up
+                self._count(route.path if route is not None else "other", message["status"])
+            await send(message)
 
+        refused: ServerError | None = None
         try:
+            self._check(scope, Headers(scope=scope))
             await self._app(scope, bounded, sent)
-        except TooLarge:
-            pass
-        except Exception:  # noqa: BLE001 - told and logged by now; uvicorn would log a traceback, and drop the connection
+        except ServerError as error:
+            refused = error
+        except Exception:  # noqa: BLE001 - answered and logged by now; uvicorn would log it again, and close the connection
             return
-        if size > self._max_body and not has_begun:
-            await self._refuse(scope, self._too_large())(scope, receive, send)
+        if size > self._max_body:
+            refused = self._too_large()
+        if refused is not None and not has_begun:
+            is_refusing = True
+            await self._refuse(scope, refused)(scope, receive, sent)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         try:
@@ -94,7 +91,7 @@ class Guard:
         except ValueError:
             size = -1
         if size < 0:
-            raise InvalidRequest("the Content-Length header is no number")
+            raise InvalidRequest("the Content-Length header must be a number of bytes")
         if size > self._max_body:
             raise self._too_large()
         if self._key is None:
@@ -132,7 +129,7 @@ class Guard:
 
 
 def _split(url: str) -> SplitResult:
-    """A URL's parts; none of one that is malformed."""
+    """Split a URL into its parts, which are empty if it is malformed."""
     try:
         return urlsplit(url)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What all dialects share on the wire: JSON answers, event streams, and clients that go away."""
+"""The transport that all dialects share: JSON answers, refusals, event streams, and clients that go away."""
 
 from __future__ import annotations
 
@@ -7,37 +7,50 @@ import json
 import logging
 import time
 import traceback
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mlx_overlay_server.errors import Failed, ServerError
+from mlx_overlay_server.errors import Failed, Field, ServerError
 from mlx_overlay_server.service import Ticket
 
 T = TypeVar("T")
 logger = logging.getLogger("mlx_overlay_server")
 
 PATIENCE_SECONDS = 1.0
-"""How long a stream waits for its first event before it begins, so that most errors still get a status of their own."""
+"""Longest wait for a stream's first event before it begins; until then an error gets an HTTP status of its own."""
 PING_SECONDS = 5.0
 """Clients and proxies time out on silent streams, at 15 seconds or more."""
 
 
 def dumps(content: object) -> bytes:
-    """Compact JSON."""
+    """Encode as compact JSON in UTF-8."""
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 def answer(content: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A JSON response."""
+    """Return a JSON response."""
     return Response(dumps(content), status, headers, "application/json")
 
 
+def refusal(error: ServerError, content: object) -> Response:
+    """Return the JSON response that refuses a request; `content` is the error in the dialect's shape."""
+    return answer(content, error.status, {"Retry-After": "1"} if error.status in (429, 503) else None)
+
+
+def param_of(error: ServerError, names: Mapping[Field, str | None]) -> str | None:
+    """Return the field that an error blames as its client knows it, by the dialect's names for shared fields."""
+    if error.param is not None or error.field is None:
+        return error.param
+    name = names[error.field]
+    return name if name is None or error.key is None else f"{name}.{error.key}"
+
+
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of some work; None, and the work cancelled, when the client goes away first."""
+    """Return the result of some work; None, and the work cancelled, when the client goes away first."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request.receive))
     try:
@@ -67,21 +80,24 @@ class EventStream(Response):
         *,
         refuse: Callable[[ServerError], Response],
         fail: Callable[[ServerError], bytes],
-        ping: Callable[[str], bytes] | None = None,
+        ping: Callable[[str], bytes],
     ) -> None:
-        """`refuse` encodes an error before the stream has begun, `fail` after; `ping` keeps a client waiting."""
+        """Stream some events, which come as the request in `ticket` makes progress.
+
+        `refuse` encodes an error before the stream has begun, `fail` after; `ping` keeps a waiting client patient.
+        """
         super().__init__(None, 200, {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._ticket = ticket
         self._refuse = refuse
         self._fail = fail
-        self._ping = ping or _comment
+        self._ping = ping
         self._has_begun = False
         self._last_sent = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Serve as an ASGI application."""
         sending = asyncio.ensure_future(self._send(scope, receive, send))
         others = [asyncio.ensure_future(_disconnected(receive)), asyncio.ensure_future(self._keep_alive(send))]
         try:
@@ -98,12 +114,12 @@ class EventStream(Response):
             async for data in self._events:
                 await self._write(send, data)
         except Exception as error:  # noqa: BLE001 - the boundary: a stream ends with an error its client understands
-            told = as_server_error(error)
+            known = as_server_error(error)
             if not self._has_begun:
                 self._has_begun, self._last_sent = True, time.monotonic()  # no ping may come before the refusal
-                await self._refuse(told)(scope, receive, send)
+                await self._refuse(known)(scope, receive, send)
                 return
-            await self._write(send, self._fail(told))
+            await self._write(send, self._fail(known))
         finally:
             await self._events.aclose()
         await self._write(send, b"", more=False)
@@ -125,13 +141,13 @@ class EventStream(Response):
                 await self._write(send, self._ping(self._ticket.note()))
 
 
-def _comment(note: str) -> bytes:
-    """Ignored by every client of the protocol (HTML standard, server-sent events, 9.2.6)."""
+def comment(note: str) -> bytes:
+    """Return an event that every client ignores (HTML standard, server-sent events, 9.2.6)."""
     return f": {note}\n\n".encode()
 
 
 def as_server_error(error: Exception) -> ServerError:
-    """What a client may know of an error: of an unexpected one, that there was one. The log names its place."""
+    """Return an error that a client may read: of an unexpected one only its type. The log names its place."""
     if isinstance(error, ServerError):
         return error
     place = traceback.extract_tb(error.__traceback__)[-1:]

@@ -1,4 +1,4 @@
-"""What comes back, as frozen values: the one stream of events that all dialects encode."""
+"""The stream of events that all dialects encode their answers from, as frozen values."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """A piece of what the model thinks before it answers."""
+    """A piece of the reasoning that comes before the answer."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A whole call of a tool."""
+    """One call of a tool, complete."""
 
     id: str
     name: str
     arguments: str
-    """A JSON object."""
+    """A JSON object, as text."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token, its bytes and the natural logarithm of its probability."""
+    """One token with the natural logarithm of its probability."""
 
     token: str
+    """Its text, with U+FFFD for what is not valid UTF-8 on its own."""
     data: bytes
+    """Its bytes."""
     logprob: float
     top: tuple[tuple[str, bytes, float], ...] = ()
     """The likeliest tokens in its place, likeliest first."""
@@ -45,38 +47,41 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Of every token that the text before it was made of, stop sequences left out."""
+    """Log probabilities of the tokens of the `Text` before it, without those of stop sequences."""
 
     tokens: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Counts of tokens."""
+    """Token counts of one answer."""
 
     prompt: int
     cached: int
-    """Of the prompt: taken from the KV cache."""
+    """Tokens of the prompt that came from the KV cache."""
     completion: int
     reasoning: int = 0
-    """Of the completion."""
+    """Tokens of the completion that are reasoning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The prompt is in the engine's hands; comes before anything else of a choice."""
+    """The prompt is in the KV cache; the first event of every answer."""
 
     prompt: int
+    """Its tokens."""
     cached: int
+    """Tokens of it that were in the KV cache before."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The end of a choice."""
+    """The last event of every answer."""
 
     reason: FinishReason
     usage: Usage
     stop_sequence: str | None = None
+    """The one that ended it, if one did."""
 
 
 Event = Text | Reasoning | ToolCall | Logprobs | Started | Done

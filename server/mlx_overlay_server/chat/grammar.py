@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import ChatRequest, Tool
-from mlx_overlay_server.errors import InvalidRequest
+from mlx_overlay_server.errors import Field, InvalidRequest
 
 # One way to write each value: else a small model can go on with white space for ever.
 _OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -27,7 +27,7 @@ class Constraint:
     """The token that opens reasoning, which may come instead of the first."""
     ends: tuple[int, ...] = ()
     """What ends the reasoning that `unless` opened."""
-    param: str | None = None
+    field: Field | None = None
     """The request's field that asks for it."""
 
 
@@ -54,19 +54,21 @@ def budget(model: Loaded, request: ChatRequest, *, is_reasoning: bool) -> Budget
 def constraint(model: Loaded, request: ChatRequest, *, is_reasoning: bool) -> Constraint | None:
     """What holds for the answer to a request; None: anything. Raises InvalidRequest for what cannot be enforced."""
     if is_forced(request):
-        grammar, param = _calls([tool for tool in request.tools if request.choice.name in (None, tool.name)]), "tools"
+        field: Field = "tools"
+        grammar = _calls([tool for tool in request.tools if request.choice.name in (None, tool.name)])
     elif request.format is not None:
-        grammar, param = _json(request.format.schema, _call_opening(model, request)), "response_format"
+        field = "format"
+        grammar = _json(request.format.schema, _call_opening(model, request))
     else:
         return None
-    _check(model, grammar, param)
+    _check(model, grammar, field)
     tokenizer = model.tokenizer
     ends = tuple(tokenizer.think_end_tokens or ())
     if is_reasoning:
-        return Constraint(grammar, after=ends, param=param)
+        return Constraint(grammar, after=ends, field=field)
     opening = tokenizer.encode(tokenizer.think_start, add_special_tokens=False) if tokenizer.think_start else []
     is_possible = request.thinking is not False and len(opening) == 1
-    return Constraint(grammar, unless=opening[0] if is_possible else None, ends=ends, param=param)
+    return Constraint(grammar, unless=opening[0] if is_possible else None, ends=ends, field=field)
 
 
 def is_forced(request: ChatRequest) -> bool:
@@ -112,12 +114,12 @@ def _with_options(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {"x-guidance": _OPTIONS, **{key: value for key, value in schema.items() if key != "$schema"}}
 
 
-def _check(model: Loaded, grammar: str, param: str) -> None:
+def _check(model: Loaded, grammar: str, field: Field) -> None:
     from llguidance import LLMatcher
 
     try:
         tokenizer = model.grammar_tokenizer
     except ValueError as error:
-        raise InvalidRequest(f"answers of this model cannot be constrained: {error}", param=param) from None
+        raise InvalidRequest(f"answers of this model cannot be constrained: {error}", field=field) from None
     if problem := LLMatcher.validate_grammar(grammar, tokenizer):
-        raise InvalidRequest(f"this schema cannot be enforced: {problem.splitlines()[0]}", param=param)
+        raise InvalidRequest(f"this schema cannot be enforced: {problem.splitlines()[0]}", field=field)

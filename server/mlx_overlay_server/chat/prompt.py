@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_overlay_server.chat.loaded import Loaded, Tokenizer
 from mlx_overlay_server.chat.requests import ChatRequest, Image, Message, Tool, described
-from mlx_overlay_server.errors import InvalidRequest, PromptTooLong
+from mlx_overlay_server.errors import Field, InvalidRequest, PromptTooLong
 
 _OURS = frozenset({"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
                    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
@@ -38,9 +38,9 @@ def render(model: Loaded, request: ChatRequest, limit: int | None = None) -> Pro
     """
     tokenizer = model.tokenizer
     if not tokenizer.has_chat_template:
-        raise InvalidRequest(f"{request.model} has no chat template; use /v1/completions", param="model")
+        raise InvalidRequest(f"{request.model} has no chat template; use /v1/completions", field="model")
     if not request.messages:  # of empty ones, a dialect may leave none
-        raise InvalidRequest("no message says anything", param="messages")
+        raise InvalidRequest("all messages are empty", field="messages")
     images = [part for message in request.messages for part in message.content if isinstance(part, Image)]
     if images and model.processor is None:
         raise InvalidRequest(f"{request.model} does not take images", param=images[0].where)
@@ -53,7 +53,7 @@ def render(model: Loaded, request: ChatRequest, limit: int | None = None) -> Pro
         try:
             text, pixels = model.processor(text, images=[_pixels(image) for image in images])
         except ValueError as error:  # its template leaves one out, or a text holds the mark of one
-            raise InvalidRequest(f"the model cannot place the images: {error}", param="messages") from None
+            raise InvalidRequest(f"the model cannot place the images: {error}", field="messages") from None
         system = ""
     check_unicode(text, "messages")
     check_length(model, text, limit, "messages")
@@ -66,19 +66,19 @@ def render(model: Loaded, request: ChatRequest, limit: int | None = None) -> Pro
     )
 
 
-def check_length(model: Loaded, text: str, limit: int | None, param: str) -> None:
+def check_length(model: Loaded, text: str, limit: int | None, field: Field) -> None:
     """Raises PromptTooLong for a text that cannot have as few tokens as `limit`."""
     fewest = len(text) // model.longest_token
     if limit is not None and fewest > limit:
-        raise PromptTooLong(f"prompt is too long: at least {fewest} tokens > {limit} maximum", param=param)
+        raise PromptTooLong(f"prompt is too long: at least {fewest} tokens > {limit} maximum", field=field)
 
 
-def check_unicode(text: str, param: str) -> None:
+def check_unicode(text: str, field: Field) -> None:
     """Raises InvalidRequest for half a surrogate pair, which JSON can hold and no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InvalidRequest("is no valid Unicode text", param=param) from None
+        raise InvalidRequest("not valid Unicode text: half a surrogate pair", field=field) from None
 
 
 def _apply(
@@ -116,7 +116,7 @@ def _apply(
             return whole, text([*systems, Message("user", ("",))], add_generation_prompt=False)
         except Exception:  # noqa: BLE001 - as above; only the reuse of its KV cache needs it
             return whole, ""
-    raise InvalidRequest(f"the model's chat template refuses these messages: {problem}", param="messages")
+    raise InvalidRequest(f"the model's chat template refuses these messages: {problem}", field="messages")
 
 
 def _merged_system(messages: Sequence[Message]) -> list[Message]:
@@ -179,14 +179,14 @@ def _template_kwargs(tokenizer: Tokenizer, request: ChatRequest) -> dict[str, An
     """What a template is told beside the messages. Raises InvalidRequest for what it does not know."""
     kwargs = dict(request.template_kwargs)
     if ours := sorted(_OURS & kwargs.keys()):
-        raise InvalidRequest(f"`{ours[0]}` is not the request's to set", param=f"chat_template_kwargs.{ours[0]}")
+        raise InvalidRequest(f"the server sets `{ours[0]}` itself; leave it out", field="template_kwargs", key=ours[0])
     source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     if request.effort is not None and "reasoning_effort" in source:
         kwargs.setdefault("reasoning_effort", request.effort)
     elif request.effort is not None and tokenizer.has_thinking:  # it can be on or off
         kwargs.setdefault("enable_thinking", request.effort not in ("none", "minimal"))
     elif request.effort is not None and not request.is_effort_optional and request.effort != "none":
-        raise InvalidRequest(f"{request.model} knows no reasoning effort; leave it out", param="reasoning_effort")
+        raise InvalidRequest(f"{request.model} has no reasoning effort to set; leave it out", field="effort")
     if request.thinking is not None:
         kwargs.setdefault("enable_thinking", request.thinking)
     return kwargs
@@ -217,4 +217,4 @@ def _pixels(image: Image) -> Any:
     try:
         return np.asarray(Pillow.open(io.BytesIO(image.data), formats=_FORMATS).convert("RGB"))
     except Exception:  # noqa: BLE001 - decoders meet whatever is sent
-        raise InvalidRequest("is no image that can be read", param=image.where) from None
+        raise InvalidRequest("cannot decode the image", param=image.where) from None

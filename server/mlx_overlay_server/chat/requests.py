@@ -1,4 +1,4 @@
-"""What a dialect asks of the server, as frozen values: the one request that all dialects share."""
+"""The request that all dialects decode theirs to, as frozen values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Image:
 
     data: bytes
     where: str
-    """The field it came in, for messages about it."""
+    """Its place in the request as the client wrote it, for error messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Message:
     call_id: str | None = None
     """In a tool message: the call it answers."""
     name: str | None = None
+    """The author's, where the client gives one."""
 
     @property
     def text(self) -> str:
@@ -57,7 +58,7 @@ class Tool:
 
 
 def described(tool: Tool) -> dict[str, Any]:
-    """A tool as templates and mlx-lm's parsers of calls expect it, which is OpenAI's form."""
+    """Return a tool in OpenAI's form, which chat templates and mlx-lm's tool parsers expect."""
     function: dict[str, Any] = {"name": tool.name, "description": tool.description or ""}
     function["parameters"] = tool.parameters if tool.parameters is not None else {"type": "object", "properties": {}}
     return {"type": "function", "function": function}
@@ -65,7 +66,7 @@ def described(tool: Tool) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Which tool the model may, or must, call."""
+    """The tools that the model may, or must, call."""
 
     mode: Literal["auto", "none", "required"] = "auto"
     name: str | None = None
@@ -76,14 +77,15 @@ class ToolChoice:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """What the answer must be: any JSON object (schema None), or JSON that a schema describes."""
+    """A JSON form that the answer must have."""
 
     schema: Mapping[str, Any] | None
+    """A JSON schema; None: any JSON object."""
 
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """How tokens are chosen. None: as the model's generation_config.json says, else the API's default."""
+    """Sampling parameters. None: as the model's generation_config.json says, else the API's default."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -102,7 +104,7 @@ class Params:
     max_tokens: int | None = None
     """None: as many as the model's context holds."""
     logprobs: int | None = None
-    """How many alternatives to report for each token; None: no log probabilities at all."""
+    """Alternatives to report for each token; None: no log probabilities at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,11 @@ class Request:
     stop: tuple[str, ...] = ()
     n: int = 1
 
+    @property
+    def answers(self) -> int:
+        """The number of answers it asks for."""
+        return self.n
+
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest(Request):
@@ -124,16 +131,16 @@ class ChatRequest(Request):
     choice: ToolChoice = ToolChoice()
     format: Format | None = None
     continues: bool = False
-    """Whether a last assistant message is the beginning of the answer, to be gone on with."""
+    """Whether a last assistant message is a prefill, which the answer continues."""
     thinking: bool | None = None
     """Whether to reason first; None: as the model's template does."""
     reasoning_budget: int | None = None
     """Tokens that the reasoning may take; None: any number."""
     effort: str | None = None
-    """How much to reason, in the words of the template."""
+    """The reasoning effort, in the words of the template."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     is_effort_optional: bool = False
-    """Go on without, where the template knows no effort, instead of refusing."""
+    """Whether to ignore `effort` where the template has no such setting, instead of refusing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,4 +148,15 @@ class TextRequest(Request):
     """A continuation of plain prompts: `n` for each of them, in their order."""
 
     prompts: tuple[str | tuple[int, ...], ...] = ()
+    """Texts, or token ids."""
     echo: bool = False
+    """Whether an answer begins with its prompt."""
+
+    @property
+    def answers(self) -> int:
+        """The number of answers it asks for: `n` for each prompt."""
+        return self.n * len(self.prompts)
+
+
+AnyRequest = ChatRequest | TextRequest
+"""Every kind of request that is answered with generated text."""

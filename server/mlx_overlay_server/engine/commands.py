@@ -49,20 +49,24 @@ class Unload:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Generate a sequence."""
+    """Generate one sequence."""
 
     id: int
+    """From `Engine.new_id`; its items come back under it."""
     key: str
+    """The model's, `Loaded.key`."""
     prompt: tuple[int, ...]
+    """Token ids, at least one."""
     params: Params
     max_tokens: int
+    """Tokens of the answer, at most."""
     system: int = 0
     """Tokens at the prompt's start whose KV cache is worth keeping for other conversations."""
     constraint: Constraint | None = None
     budget: Budget | None = None
     images: tuple[Any, ...] = ()
     matcher: Any = None
-    """The constraint's, made already. Ranks that are not given one make it themselves."""
+    """The constraint's `Matcher`. A rank other than 0 gets None and makes its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,8 @@ import asyncio
 import itertools
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any
 
 from mlx_overlay_server.chat.grammar import Constraint
@@ -33,20 +32,20 @@ STOP_SECONDS = 10
 
 
 class Mailbox:
-    """Where the event loop waits for what the engine has for a request: (number of the sequence, item)."""
+    """The items that the engine has for one request, as (id of the sequence, item); the event loop waits here."""
 
     def __init__(self) -> None:
         self._items: list[tuple[int, Item]] = []
         self._wake: asyncio.Future[None] | None = None
 
-    def put(self, number: int, item: Item) -> None:
-        """On the event loop only."""
-        self._items.append((number, item))
+    def put(self, id_: int, item: Item) -> None:
+        """Add an item. Call it on the event loop only."""
+        self._items.append((id_, item))
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
     async def take(self) -> list[tuple[int, Item]]:
-        """Everything that has come, at least one."""
+        """All items that have come, in their order; waits for the first."""
         while not self._items:
             self._wake = asyncio.get_running_loop().create_future()
             await self._wake
@@ -64,7 +63,7 @@ class Engine:
         self._wake = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._mailboxes: dict[int, tuple[Mailbox, int]] = {}
+        self._mailboxes: dict[int, Mailbox] = {}
         self._loads: dict[str, Future[Loaded]] = {}
         self._ids = itertools.count()
         self._keys = itertools.count()
@@ -103,24 +102,28 @@ class Engine:
         """Drop a model. Whoever still generates with it is told."""
         self._send(Unload(model.key))
 
-    def submit(self, model: Loaded, sequences: Sequence[Submit]) -> tuple[Mailbox, list[int]]:
-        """Generate some sequences; their numbers in the mailbox are their places here. Returns it and their ids.
+    def new_id(self) -> int:
+        """An id for a `Submit`, which no other has. Any thread may call this."""
+        return next(self._ids)
 
-        Raises Failed when the engine can do nothing.
+    def submit(self, submits: Iterable[Submit]) -> Mailbox:
+        """Generate some sequences; the mailbox holds their items under their ids.
+
+        Raises Failed when the engine has failed, and Unavailable when it is being stopped.
         """
         self._check()
         mailbox = Mailbox()
-        ids = []
-        for number, sequence in enumerate(sequences):
-            id_ = next(self._ids)
-            self._mailboxes[id_] = (mailbox, number)
-            ids.append(id_)
-            self._send(replace(sequence, id=id_, key=model.key))
-        return mailbox, ids
+        for each in submits:
+            self._mailboxes[each.id] = mailbox
+            self._send(each)
+        return mailbox
 
     @staticmethod
     def matcher(constraint: Constraint, model: Loaded) -> Any:
-        """What holds an answer to a constraint. May take a second; any thread may call it once a model is loaded."""
+        """The matcher that masks tokens which a constraint forbids. Takes up to a second for a large schema.
+
+        Any thread may call this once a model is loaded. Raises InvalidRequest for a grammar that nothing follows.
+        """
         from mlx_overlay_server.engine.sampling import Matcher
 
         return Matcher(constraint, model.grammar_tokenizer)
@@ -133,7 +136,7 @@ class Engine:
         for id_ in ids:
             self._send(Cancel(id_))
 
-    def cancel(self, ids: Sequence[int]) -> None:
+    def cancel(self, ids: Iterable[int]) -> None:
         """Free what sequences hold; nothing for those that have ended."""
         for id_ in ids:
             if self._mailboxes.pop(id_, None) is not None:
@@ -161,8 +164,8 @@ class Engine:
             raise Failed(f"the engine has failed: {self._failure}; start the server again")
 
     def _fail_all(self, error: ServerError) -> None:
-        for mailbox, number in self._mailboxes.values():
-            mailbox.put(number, error)
+        for id_, mailbox in self._mailboxes.items():
+            mailbox.put(id_, error)
         self._mailboxes.clear()
         for future in self._loads.values():
             if not future.done():
@@ -207,11 +210,10 @@ class Engine:
     def _deliver(self, items: list[tuple[int, Item]], stats: Stats) -> None:
         self.stats = stats
         for id_, item in items:
-            found = self._mailboxes.get(id_)
-            if found is None:  # cancelled meanwhile
+            mailbox = self._mailboxes.get(id_)
+            if mailbox is None:  # cancelled meanwhile
                 continue
-            mailbox, number = found
-            mailbox.put(number, item)
+            mailbox.put(id_, item)
             if isinstance(item, ServerError) or (isinstance(item, Sampled) and item.finish is not None):
                 del self._mailboxes[id_]
 

@@ -207,7 +207,7 @@ class Matcher:
         fill_next_token_bitmask(self._matcher, self._mask, 0)  # it shows only now
         if self._matcher.is_error():
             problem = self._matcher.get_error().splitlines()[0]
-            raise InvalidRequest(f"this schema cannot be enforced: {problem}", param=constraint.param)
+            raise InvalidRequest(f"this schema cannot be enforced: {problem}", field=constraint.field)
         self._steps = 0
         self._last: tuple[int, ...] = ()
         self.problem: str | None = None

@@ -82,12 +82,12 @@ class Downloader:
         if kind == "GatedRepoError":
             raise Forbidden(
                 f"{model_id} is gated: ask for access on its page on the Hub, then `hf auth login` on the server",
-                param="model",
+                field="model",
                 code="model_gated",
             )
         if kind in _NOT_FOUND:
             raise UnknownModel(
-                f"no model {model_id} in the model paths, the cache or on the Hub ({kind})", param="model"
+                f"no model {model_id} in the model paths, the cache or on the Hub ({kind})", field="model"
             )
         raise Unavailable(f"{model_id} cannot be downloaded: {message}", code="download_failed")
 

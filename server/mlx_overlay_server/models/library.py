@@ -81,20 +81,20 @@ class Library:
         try:
             path = os.fspath(self._session.resolve(model_id))
         except hf_overlay.InvalidModelId as error:
-            raise InvalidRequest(str(error), param="model") from None
+            raise InvalidRequest(str(error), field="model") from None
         except hf_overlay.SourceAway as error:
-            raise Unavailable(str(error), param="model", code="model_away") from None
+            raise Unavailable(str(error), field="model", code="model_away") from None
         except hf_overlay.ModelNotFound as error:
             # It tells where was looked, which is not for every client to know; the id in it may hold anything.
             logger.info("%.1000s", " ".join(str(error).split()))
             raise UnknownModel(
-                f"there is no model {model_id!r} here; GET /v1/models lists what there is", param="model"
+                f"there is no model {model_id!r} here; GET /v1/models lists what there is", field="model"
             ) from None
         try:
             with os.scandir(path) as entries:
                 sizes = [entry.stat().st_size for entry in entries if entry.name.endswith(".safetensors")]
         except OSError as error:
-            raise Unavailable(f"{model_id} cannot be read: {error.strerror}", param="model") from None
+            raise Unavailable(f"{model_id} cannot be read: {error.strerror}", field="model") from None
         return Located(path, sum(sizes))
 
     def _refresh(self) -> None:

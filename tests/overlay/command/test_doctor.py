@@ -50,7 +50,7 @@ def test_every_reason_to_leave_a_folder_out_has_advice() -> None:
 
 def test_a_model_of_another_kind_is_no_reason_to_copy_it_again(models: Path) -> None:
     lay_model(models / "org/name", {"config.json": b'{"model_file": "mine.py", "model_type": "x"}'})
-    assert "--all-kinds" in found("rejected", models).advice
+    assert "--kind any" in found("rejected", models).advice
 
 
 def test_apple_double_files(models: Path) -> None:

@@ -6,8 +6,9 @@ import base64
 from typing import Any
 
 import pytest
+from mlx_overlay_server.api.anthropic.wire import MessagesRequest
 from mlx_overlay_server.api.fields import Body, image, wrong_field
-from mlx_overlay_server.api.openai import ChatCompletionRequest, CompletionRequest
+from mlx_overlay_server.api.openai.wire import ChatCompletionRequest, CompletionRequest
 from mlx_overlay_server.errors import InvalidRequest
 from pydantic import ValidationError
 
@@ -180,3 +181,13 @@ def test_no_other_url_is_fetched_or_opened(url: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         image(url, "messages[0].content[1].image_url.url")
     assert caught.value.param == "messages[0].content[1].image_url.url"
+
+
+def test_an_image_in_a_tool_s_result_is_refused_by_its_own_place() -> None:
+    image_block = {"type": "image", "source": {"type": "url", "url": "https://example.com/cat.png"}}
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "See:"}, image_block]}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Hi"}, result]}]
+    body = MessagesRequest.model_validate({"model": "org/m", "max_tokens": 5, "messages": messages})
+    with pytest.raises(InvalidRequest) as caught:
+        body.decoded(has_beta=False)
+    assert caught.value.param == "messages[0].content[1].content[1].source.url"

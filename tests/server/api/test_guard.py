@@ -124,7 +124,20 @@ def test_the_server_s_own_names_and_plain_addresses_are_answered(host: str) -> N
 
 @pytest.mark.parametrize(
     "host",
-    ["evil.example", "evil.example:10240", "127.0.0.1.evil.example", "localhost.evil.example", "", "[", "[::1", "x y"],
+    [
+        "evil.example",
+        "evil.example:10240",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "printer.local",  # whoever is in the same network can have any such name
+        "printer.local:10240",
+        f"x.{socket.gethostname()}.local",
+        ".local",
+        "",
+        "[",
+        "[::1",
+        "x y",
+    ],
 )
 def test_a_foreign_name_is_refused_since_any_page_can_have_one_lead_here(host: str) -> None:
     door = Door()

@@ -139,14 +139,14 @@ def test_a_conversation_that_no_form_fits_is_refused_with_the_template_s_own_wor
     model = templated("{{ raise_exception('Only poems are taken.') }}")
     with pytest.raises(InvalidRequest, match=r"Only poems are taken\.") as caught:
         render(model, _ask(_user("Hi")))
-    assert caught.value.param == "messages"
+    assert caught.value.field == "messages"
 
 
 @pytest.mark.parametrize("continues", [False, True])
 def test_a_conversation_of_nothing_is_refused(continues: bool, templated: Templated) -> None:
     with pytest.raises(InvalidRequest) as caught:
         render(templated(_CHATML), _ask(continues=continues))
-    assert caught.value.param == "messages"
+    assert caught.value.field == "messages"
 
 
 def test_a_model_without_a_template_is_told_apart(plain: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_model_without_a_template_is_told_apart(plain: Path) -> None:
     model.tokenizer.has_chat_template = False
     with pytest.raises(InvalidRequest, match="has no chat template") as caught:
         render(model, _ask(_user("Hi")))
-    assert caught.value.param == "model"
+    assert caught.value.field == "model"
 
 
 def test_an_image_is_refused_by_a_model_that_takes_none(templated: Templated) -> None:
@@ -169,7 +169,7 @@ def test_an_image_is_refused_by_a_model_that_takes_none(templated: Templated) ->
 def test_what_is_ours_to_tell_a_template_is_not_the_request_s(name: str, templated: Templated) -> None:
     with pytest.raises(InvalidRequest, match=name) as caught:
         render(templated(_CHATML), _ask(_user("Hi"), template_kwargs={name: 1}))
-    assert caught.value.param == f"chat_template_kwargs.{name}"
+    assert (caught.value.field, caught.value.key) == ("template_kwargs", name)
 
 
 def test_template_kwargs_reach_the_template(templated: Templated) -> None:
@@ -199,7 +199,7 @@ def test_reasoning_effort_is_on_or_off_where_the_template_knows_no_more(
 def test_reasoning_effort_is_refused_by_a_model_that_does_not_reason(templated: Templated) -> None:
     with pytest.raises(InvalidRequest) as caught:
         render(templated(_CHATML), _ask(_user("Hi"), effort="high"))
-    assert caught.value.param == "reasoning_effort"
+    assert caught.value.field == "effort"
     assert _written(templated(_CHATML), _user("Hi"), effort="high", is_effort_optional=True)
 
 

@@ -37,9 +37,9 @@ def run(use: Callable[[Engine], Awaitable[None]], options: Options = Options()) 
     asyncio.run(main())
 
 
-def submit(model: Loaded, *, max_tokens: int = 50, **options: Any) -> Submit:
+def submit(engine: Engine, model: Loaded, *, max_tokens: int = 50, **options: Any) -> Submit:
     prompt = tuple(model.tokenizer.encode("Hi"))
-    return Submit(0, "", prompt, Params(temperature=0), max_tokens, **options)
+    return Submit(engine.new_id(), model.key, prompt, Params(temperature=0), max_tokens, **options)
 
 
 async def text_of(model: Loaded, mailbox: Mailbox) -> str:
@@ -58,7 +58,7 @@ async def text_of(model: Loaded, mailbox: Mailbox) -> str:
 
 
 async def say(engine: Engine, model: Loaded, **options: Any) -> str:
-    mailbox, _ = engine.submit(model, [submit(model, **options)])
+    mailbox = engine.submit([submit(engine, model, **options)])
     return await text_of(model, mailbox)
 
 
@@ -93,12 +93,13 @@ def test_a_batch_that_fails_costs_its_own_sequences_and_no_other(
 def test_one_request_that_cannot_be_taken_on_harms_no_other(tmp_path: Path) -> None:
     async def use(engine: Engine) -> None:
         model = await engine.load(str(make_model(tmp_path / "one", "I am one.")))
-        mailbox, _ = engine.submit(model, [submit(model, max_tokens=0), submit(model)])
-        told: dict[int, list[Any]] = {0: [], 1: []}
-        while not (told[1] and isinstance(told[1][-1], Sampled) and told[1][-1].finish):
-            for number, item in await mailbox.take():
-                told[number].append(item)
-        assert [type(item) for item in told[0]] == [Failed]
+        bad, good = submit(engine, model, max_tokens=0), submit(engine, model)
+        mailbox = engine.submit([bad, good])
+        told: dict[int, list[Any]] = {bad.id: [], good.id: []}
+        while not (told[good.id] and isinstance(told[good.id][-1], Sampled) and told[good.id][-1].finish):
+            for id_, item in await mailbox.take():
+                told[id_].append(item)
+        assert [type(item) for item in told[bad.id]] == [Failed]
 
     run(use)
 
@@ -146,11 +147,12 @@ def test_an_error_in_the_loop_itself_is_told_and_the_engine_goes_on(
 def test_a_cancelled_sequence_is_gone_after_a_step_and_its_prefix_is_kept(tmp_path: Path) -> None:
     async def use(engine: Engine) -> None:
         model = await engine.load(str(make_random_model(tmp_path / "random")))
-        mailbox, ids = engine.submit(model, [submit(model, max_tokens=100_000)])
+        long = submit(engine, model, max_tokens=100_000)
+        mailbox = engine.submit([long])
         while not any(isinstance(item, Sampled) for _, item in await mailbox.take()):
             pass
         assert engine.stats.active == 1
-        engine.cancel(ids)
+        engine.cancel([long.id])
         steps = engine.stats.steps
         while engine.stats.active:
             await asyncio.sleep(0.001)
@@ -163,7 +165,7 @@ def test_a_cancelled_sequence_is_gone_after_a_step_and_its_prefix_is_kept(tmp_pa
 def test_who_generates_with_an_unloaded_model_is_told(tmp_path: Path) -> None:
     async def use(engine: Engine) -> None:
         model = await engine.load(str(make_random_model(tmp_path / "random")))
-        mailbox, _ = engine.submit(model, [submit(model, max_tokens=100_000)])
+        mailbox = engine.submit([submit(engine, model, max_tokens=100_000)])
         await mailbox.take()
         engine.unload(model)
         with pytest.raises(Unavailable, match="unloaded"):
@@ -189,7 +191,7 @@ def test_a_prompt_tells_how_much_of_it_was_reused(tmp_path: Path) -> None:
         model = await engine.load(str(make_model(tmp_path / "one", "I am one.")))
         seen = []
         for _ in range(2):
-            mailbox, _ids = engine.submit(model, [submit(model)])
+            mailbox = engine.submit([submit(engine, model)])
             items: list[Any] = []
             while not any(isinstance(item, Sampled) and item.finish for item in items):
                 items += [item for _, item in await mailbox.take()]
@@ -211,8 +213,8 @@ def test_a_request_whose_processors_fail_harms_no_row_beside_it(tmp_path: Path) 
 
     async def use(engine: Engine) -> None:
         model = await engine.load(str(make_model(tmp_path / "one", "I am one.")))
-        broken = submit(model, constraint=Constraint("{}"), matcher=Breaks())
-        mailboxes = [engine.submit(model, [each])[0] for each in (submit(model), broken, submit(model))]
+        broken = submit(engine, model, constraint=Constraint("{}"), matcher=Breaks())
+        mailboxes = [engine.submit([each]) for each in (submit(engine, model), broken, submit(engine, model))]
         told = await asyncio.gather(*(text_of(model, each) for each in mailboxes), return_exceptions=True)
         assert (told[0], told[2]) == ("I am one.", "I am one.")
         assert isinstance(told[1], Failed)

@@ -323,7 +323,7 @@ def test_a_schema_that_nothing_fits_is_refused_with_its_field(schema: dict[str, 
     rule = _rule(thinker, replace(_REQUEST, format=Format(schema)))
     with pytest.raises(InvalidRequest, match="cannot be enforced") as caught:
         Matcher(rule, thinker.grammar_tokenizer)
-    assert caught.value.param == "response_format"
+    assert caught.value.field == "format"
 
 
 def test_what_a_grammar_demands_no_bias_forbids(thinker: Loaded) -> None:

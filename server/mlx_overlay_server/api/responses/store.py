@@ -1,4 +1,4 @@
-"""Responses that later ones go on from: the newest, for as long as the server runs."""
+"""Responses that later requests continue: the newest ones, for as long as the server runs."""
 
 from __future__ import annotations
 
@@ -6,46 +6,50 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 from mlx_overlay_server import errors
-from mlx_overlay_server.api.fields import Json
+from mlx_overlay_server.api.responses.answers import ResponseAnswer
 from mlx_overlay_server.chat import requests
 from mlx_overlay_server.errors import InvalidRequest
 
 STORED = 1000
-"""Responses kept in memory for `previous_response_id`: the newest."""
+"""The number of responses kept in memory for `previous_response_id`."""
 
 
 class Stored(NamedTuple):
-    response: Json
+    """A response and the conversation that led to it."""
+
+    response: ResponseAnswer
     turns: tuple[requests.Message, ...]
-    """The conversation up to and with it, instructions left out."""
+    """The conversation up to and with the response, without instructions."""
 
 
 class Store:
-    """The newest responses, for as long as the server runs."""
+    """The newest responses, by their ids."""
 
     def __init__(self, size: int) -> None:
+        """Keep up to `size` responses."""
         self._size = size
         self._kept: OrderedDict[str, Stored] = OrderedDict()
 
     def put(self, stored: Stored) -> None:
+        """Keep a response; the oldest goes when there are too many."""
         self._kept[stored.response["id"]] = stored
         while len(self._kept) > self._size:
             self._kept.popitem(last=False)
 
     def get(self, response_id: str) -> Stored:
-        """Raises NotFound."""
+        """Find a response. Raises NotFound."""
         found = self._kept.get(response_id)
         if found is None:
             raise errors.NotFound(f"there is no response {response_id!r} here", code="response_not_found")
         return found
 
     def delete(self, response_id: str) -> None:
-        """Raises NotFound."""
+        """Forget a response. Raises NotFound."""
         self.get(response_id)
         del self._kept[response_id]
 
     def turns_of(self, response_id: str | None) -> tuple[requests.Message, ...]:
-        """The conversation so far. Raises InvalidRequest."""
+        """Return the conversation that a request continues; None: nothing. Raises InvalidRequest."""
         if response_id is None:
             return ()
         try:

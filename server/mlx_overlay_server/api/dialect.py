@@ -1,0 +1,86 @@
+"""The protocol of a dialect, and `respond`, which answers a request of any dialect."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.responses import Response
+
+from mlx_overlay_server.api.transport import EventStream, answer, unless_gone
+from mlx_overlay_server.chat.events import Event
+from mlx_overlay_server.chat.requests import AnyRequest
+from mlx_overlay_server.errors import Field, ServerError
+from mlx_overlay_server.service import Batch, Service, Ticket, gathered
+
+Body = TypeVar("Body", contravariant=True)
+
+CLIENT_GONE = 499
+"""The status of an answer that nobody reads, as nginx has it; it shows in the metrics."""
+
+
+class Exchange(Protocol):
+    """One request of a dialect, decoded, and the encoder of its answer."""
+
+    @property
+    def request(self) -> AnyRequest:
+        """The request that all dialects share."""
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the client wants server-sent events."""
+
+    def whole(self, answers: Sequence[Sequence[Event]]) -> Mapping[str, object]:
+        """Encode the answers in one piece; each is all of its events, in their order."""
+
+    def stream(self, batches: AsyncIterator[Batch]) -> AsyncGenerator[bytes]:
+        """Encode the answers as server-sent events, as they come."""
+
+    def fail(self, error: ServerError) -> bytes:
+        """Encode an error that ends a stream which has begun."""
+
+
+class Dialect(Protocol[Body]):
+    """The form that one family of clients has for requests and answers. `Body` is the type of its requests."""
+
+    @property
+    def names(self) -> Mapping[Field, str | None]:
+        """The dialect's name for each field of the shared request; None: it has no such field."""
+
+    def decode(self, body: Body, headers: Headers) -> Exchange:
+        """Return the exchange that a request begins. Raises InvalidRequest."""
+
+    def refuse(self, error: ServerError) -> Response:
+        """Return an error as a response of its own."""
+
+    def ping(self, note: str) -> bytes:
+        """Return an event that keeps a waiting client patient; `note` says what it waits for."""
+
+
+async def respond(service: Service, dialect: Dialect[Body], body: Body, request: Request) -> Response:
+    """Answer a request, in one piece or as a stream. Raises ServerError unless a stream has begun."""
+    ticket = Ticket()
+    exchange = dialect.decode(body, request.headers)
+    batches = service.answer(exchange.request, ticket)
+    if exchange.is_streamed:
+        events = exchange.stream(batches)
+        return EventStream(events, ticket, refuse=dialect.refuse, fail=exchange.fail, ping=dialect.ping)
+    answers = await unless_gone(request, gathered(batches, exchange.request.answers))
+    return Response(status_code=CLIENT_GONE) if answers is None else answer(exchange.whole(answers))
+
+
+def documented(whole: Any, error: Any, *, stream: str | None = None) -> dict[int | str, dict[str, Any]]:
+    """Describe a route's answers for `/openapi.json`. They are not validated against it when they are sent.
+
+    `whole` and `error` are TypedDicts, or unions of them; `stream` says in a sentence what the event stream holds.
+    """
+    answered: dict[str, Any] = {"model": whole, "description": "The answer."}
+    if stream is not None:
+        answered["content"] = {"text/event-stream": {"schema": {"type": "string", "description": stream}}}
+    return {
+        200: answered,
+        "4XX": {"model": error, "description": "What is wrong with the request."},
+        "5XX": {"model": error, "description": "What is wrong with the server."},
+    }

@@ -1,0 +1,306 @@
+"""The answers that OpenAI's clients get in one piece: their types, and how they are made of events."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Literal, NotRequired
+
+from typing_extensions import TypedDict
+
+from mlx_overlay_server.chat.events import Done, Event, Logprobs, Reasoning, Text, TokenLogprob, ToolCall, Usage
+from mlx_overlay_server.chat.requests import ChatRequest, TextRequest
+from mlx_overlay_server.models.library import Listed
+
+FinishName = Literal["stop", "length", "tool_calls"]
+
+
+class PromptTokenDetails(TypedDict):
+    """Details on the prompt's tokens."""
+
+    cached_tokens: int
+
+
+class CompletionTokenDetails(TypedDict):
+    """Details on the answer's tokens."""
+
+    reasoning_tokens: int
+
+
+class CompletionUsage(TypedDict):
+    """Token counts of a whole request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokenDetails
+    completion_tokens_details: CompletionTokenDetails
+
+
+class TokenEntry(TypedDict):
+    """A token with its log probability; `bytes` are its UTF-8 bytes."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class SampledTokenEntry(TokenEntry):
+    """A token of the answer, and the likeliest ones in its place."""
+
+    top_logprobs: list[TokenEntry]
+
+
+class ChatLogprobs(TypedDict):
+    """Log probabilities of a message's tokens."""
+
+    content: list[SampledTokenEntry]
+    refusal: None
+
+
+class CalledFunction(TypedDict):
+    """The function that is called; `arguments` is a JSON object as text."""
+
+    name: str
+    arguments: str
+
+
+class MessageToolCall(TypedDict):
+    """A call of one of the request's tools."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class ChatAnswerMessage(TypedDict):
+    """The message that answers a conversation."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[MessageToolCall]]
+
+
+class ChatChoice(TypedDict):
+    """One of `n` answers to a conversation."""
+
+    index: int
+    message: ChatAnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishName
+
+
+class ChatCompletion(TypedDict):
+    """The answer to `POST /v1/chat/completions` without `stream`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: CompletionUsage
+
+
+class TextLogprobs(TypedDict):
+    """Log probabilities of plain text: four lists of one length; offsets count characters."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TextChoice(TypedDict):
+    """One continuation of a prompt."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishName
+
+
+class Completion(TypedDict):
+    """The answer to `POST /v1/completions` without `stream`."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: CompletionUsage
+
+
+class OpenAIModel(TypedDict):
+    """A model; `created` is in seconds since 1970."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class OpenAIModelList(TypedDict):
+    """Every model."""
+
+    object: Literal["list"]
+    data: list[OpenAIModel]
+
+
+def chat_completion(request: ChatRequest, answers: Sequence[Sequence[Event]]) -> ChatCompletion:
+    """Return the answers to a conversation; each is all of its events, in their order."""
+    has_logprobs = request.params.logprobs is not None
+    return {
+        "id": new_id("chatcmpl"),
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": request.model,
+        "choices": [_chat_choice(index, events, has_logprobs=has_logprobs) for index, events in enumerate(answers)],
+        "usage": usage_of([done_of(events).usage for events in answers]),
+    }
+
+
+def completion(request: TextRequest, answers: Sequence[Sequence[Event]]) -> Completion:
+    """Return the continuations of plain prompts; each is all of its events, in their order."""
+    has_logprobs = request.params.logprobs is not None
+    return {
+        "id": new_id("cmpl"),
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": request.model,
+        "choices": [_text_choice(index, events, has_logprobs=has_logprobs) for index, events in enumerate(answers)],
+        "usage": usage_of([done_of(events).usage for events in answers], len(request.prompts)),
+    }
+
+
+def model_info(listed: Listed) -> OpenAIModel:
+    """Return one model; its owner is the organisation in its id."""
+    owner, slash, _ = listed.id.partition("/")
+    return {"id": listed.id, "object": "model", "created": listed.created, "owned_by": owner if slash else "local"}
+
+
+def model_list(models: Iterable[Listed]) -> OpenAIModelList:
+    """Return models as a list."""
+    return {"object": "list", "data": [model_info(each) for each in models]}
+
+
+# Parts that streams share --------------------------------------------------------------------------------------
+
+
+def new_id(kind: str) -> str:
+    """Return a new id that begins with its kind, such as `chatcmpl`."""
+    return f"{kind}-{uuid.uuid4().hex}"
+
+
+def done_of(events: Sequence[Event]) -> Done:
+    """Return the last of an answer's events, which says how it ended."""
+    done = events[-1]
+    assert isinstance(done, Done)  # noqa: S101 - for the type checker
+    return done
+
+
+def usage_of(usages: Sequence[Usage], prompts: int = 1) -> CompletionUsage:
+    """Add up the tokens of a request: a prompt counts once, however many answers it has."""
+    once = usages[:: max(1, len(usages) // prompts)]
+    prompt, completion = sum(each.prompt for each in once), sum(each.completion for each in usages)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(each.cached for each in once)},
+        "completion_tokens_details": {"reasoning_tokens": sum(each.reasoning for each in usages)},
+    }
+
+
+def finish_name(done: Done) -> FinishName:
+    """Return OpenAI's name for why an answer ended."""
+    return "stop" if done.reason == "stop_sequence" else done.reason
+
+
+def logprob_entries(tokens: Iterable[TokenLogprob]) -> list[SampledTokenEntry]:
+    """Return tokens with their log probabilities, as chat completions and Responses have them."""
+    return [
+        {
+            **_entry(each.token, each.data, each.logprob),
+            "top_logprobs": [_entry(token, data, logprob) for token, data, logprob in each.top],
+        }
+        for each in tokens
+    ]
+
+
+def chat_logprobs(tokens: Iterable[TokenLogprob]) -> ChatLogprobs:
+    """Return tokens with their log probabilities, as a choice has them."""
+    return {"content": logprob_entries(tokens), "refusal": None}
+
+
+def tool_call(call: ToolCall) -> MessageToolCall:
+    """Return a tool call as a message has it."""
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def joined(events: Iterable[Event], kind: type[Text | Reasoning]) -> str:
+    """Return all text of one kind."""
+    return "".join(event.text for event in events if isinstance(event, kind))
+
+
+def tokens_of(events: Iterable[Event]) -> list[TokenLogprob]:
+    """Return the tokens whose log probabilities were asked for."""
+    return [token for event in events if isinstance(event, Logprobs) for token in event.tokens]
+
+
+class TextLogprobEncoder:
+    """Encodes the tokens of one continuation piece by piece, and counts how far into the text they are."""
+
+    def __init__(self) -> None:
+        self._offset = 0
+
+    def encode(self, tokens: Iterable[TokenLogprob]) -> TextLogprobs:
+        """Return the next tokens."""
+        shape: TextLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for each in tokens:
+            shape["tokens"].append(each.token)
+            shape["token_logprobs"].append(_finite(each.logprob))
+            shape["top_logprobs"].append({token: _finite(logprob) for token, _, logprob in each.top})
+            shape["text_offset"].append(self._offset)
+            self._offset += len(each.token)
+        return shape
+
+
+def _entry(token: str, data: bytes, logprob: float) -> TokenEntry:
+    return {"token": token, "logprob": _finite(logprob), "bytes": list(data)}
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI sends -9999 for it."""
+    return max(-9999.0, logprob)
+
+
+def _chat_choice(index: int, events: Sequence[Event], *, has_logprobs: bool) -> ChatChoice:
+    calls = [tool_call(event) for event in events if isinstance(event, ToolCall)]
+    text, reasoning = joined(events, Text), joined(events, Reasoning)
+    message: ChatAnswerMessage = {
+        "role": "assistant",
+        "content": text if text or not calls else None,
+        "refusal": None,
+    }
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if calls:
+        message["tool_calls"] = calls
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": chat_logprobs(tokens_of(events)) if has_logprobs else None,
+        "finish_reason": finish_name(done_of(events)),
+    }
+
+
+def _text_choice(index: int, events: Sequence[Event], *, has_logprobs: bool) -> TextChoice:
+    return {
+        "index": index,
+        "text": joined(events, Text),
+        "logprobs": TextLogprobEncoder().encode(tokens_of(events)) if has_logprobs else None,
+        "finish_reason": finish_name(done_of(events)),
+    }

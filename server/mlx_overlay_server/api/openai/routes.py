@@ -1,0 +1,104 @@
+"""OpenAI's two dialects, chat completions and completions, and their routes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from fastapi import APIRouter, Request
+from starlette.datastructures import Headers
+from starlette.responses import Response
+
+from mlx_overlay_server.api.dialect import Dialect, documented, respond
+from mlx_overlay_server.api.openai.answers import ChatCompletion, Completion, chat_completion, completion
+from mlx_overlay_server.api.openai.errors import NAMES, ErrorAnswer, encode_error, refuse
+from mlx_overlay_server.api.openai.stream import chat_chunks, data_event, text_chunks
+from mlx_overlay_server.api.openai.wire import ChatCompletionRequest, CompletionRequest
+from mlx_overlay_server.api.transport import comment
+from mlx_overlay_server.chat.events import Event
+from mlx_overlay_server.chat.requests import ChatRequest, TextRequest
+from mlx_overlay_server.errors import ServerError
+from mlx_overlay_server.service import Batch, Service
+
+_STREAM = "With `stream`: chunks as server-sent events, `[DONE]` at the end; an error ends the stream as a chunk."
+
+
+@dataclass(frozen=True, slots=True)
+class _ChatExchange:
+    """A chat completion on its way."""
+
+    request: ChatRequest
+    is_streamed: bool
+    includes_usage: bool
+
+    def whole(self, answers: Sequence[Sequence[Event]]) -> ChatCompletion:
+        return chat_completion(self.request, answers)
+
+    def stream(self, batches: AsyncIterator[Batch]) -> AsyncGenerator[bytes]:
+        return chat_chunks(self.request, batches, includes_usage=self.includes_usage)
+
+    def fail(self, error: ServerError) -> bytes:
+        return data_event(encode_error(error))
+
+
+@dataclass(frozen=True, slots=True)
+class _TextExchange:
+    """A plain completion on its way."""
+
+    request: TextRequest
+    is_streamed: bool
+    includes_usage: bool
+
+    def whole(self, answers: Sequence[Sequence[Event]]) -> Completion:
+        return completion(self.request, answers)
+
+    def stream(self, batches: AsyncIterator[Batch]) -> AsyncGenerator[bytes]:
+        return text_chunks(self.request, batches, includes_usage=self.includes_usage)
+
+    def fail(self, error: ServerError) -> bytes:
+        return data_event(encode_error(error))
+
+
+class _OpenAI:
+    """The shape of errors and pings, which both dialects share."""
+
+    names = NAMES
+    refuse = staticmethod(refuse)
+    ping = staticmethod(comment)
+
+
+class ChatCompletions(_OpenAI):
+    """The dialect of `POST /v1/chat/completions`."""
+
+    def decode(self, body: ChatCompletionRequest, headers: Headers) -> _ChatExchange:  # noqa: ARG002 - the protocol's
+        """Return the exchange that a body begins. Raises InvalidRequest."""
+        return _ChatExchange(body.decoded(), bool(body.stream), body.includes_usage)
+
+
+class Completions(_OpenAI):
+    """The dialect of `POST /v1/completions`."""
+
+    def decode(self, body: CompletionRequest, headers: Headers) -> _TextExchange:  # noqa: ARG002 - the protocol's
+        """Return the exchange that a body begins. Raises InvalidRequest."""
+        return _TextExchange(body.decoded(), bool(body.stream), body.includes_usage)
+
+
+def router(service: Service) -> APIRouter:
+    """Return the routes of both, each with and without `/v1`."""
+    routes = APIRouter(tags=["OpenAI"])
+    chat: Dialect[ChatCompletionRequest] = ChatCompletions()
+    text: Dialect[CompletionRequest] = Completions()
+
+    @routes.post("/v1/chat/completions", responses=documented(ChatCompletion, ErrorAnswer, stream=_STREAM))
+    @routes.post("/chat/completions", include_in_schema=False)
+    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
+        """Answer a conversation, in one piece or as a stream of server-sent events."""
+        return await respond(service, chat, body, request)
+
+    @routes.post("/v1/completions", responses=documented(Completion, ErrorAnswer, stream=_STREAM))
+    @routes.post("/completions", include_in_schema=False)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue plain prompts, in one piece or as a stream of server-sent events."""
+        return await respond(service, text, body, request)
+
+    return routes

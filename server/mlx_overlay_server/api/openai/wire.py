@@ -1,0 +1,376 @@
+"""The bodies that OpenAI's clients send for chat completions and completions, and how they are decoded."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from mlx_overlay_server.api.fields import MAX_STOPS, Body, Count, Json, Part, Penalty, Seed, Share, Temperature, image
+from mlx_overlay_server.chat import requests
+from mlx_overlay_server.chat.requests import ChatRequest, Params, TextRequest
+from mlx_overlay_server.errors import InvalidRequest
+
+
+class StreamOptions(Body):
+    """Options for what a stream holds beside the answer."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class _SamplingBody(Body):
+    """The fields that chat completions and completions have in common."""
+
+    model: str
+    max_tokens: Count | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Share | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    repetition_context_size: Count | None = None
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: Seed | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # What asks for nothing here: names for billing and caches of their own.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+
+    def _params(self, logprobs: int | None, max_tokens: int | None) -> Params:
+        return Params(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=None if self.top_k is None else max(self.top_k, 0),
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            repetition_context=self.repetition_context_size,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=self.logit_bias or {},
+            seed=self.seed,
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+        )
+
+    def _stops(self) -> tuple[str, ...]:
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if "" in stops:
+            raise InvalidRequest("a stop sequence is empty", param="stop")
+        return stops
+
+    def _check_stream(self) -> None:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("`stream_options` needs `stream`", param="stream_options")
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether the stream ends with a chunk of token counts."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class TextPart(Part):
+    """A text in a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class RefusalPart(Part):
+    """A refusal of an earlier answer, sent back as text."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+class ImageUrl(Part):
+    """The address of an image: a data URL."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(Part):
+    """An image in a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+ContentPart = Annotated[TextPart | RefusalPart | ImagePart, Field(discriminator="type")]
+Content = str | list[ContentPart]
+
+
+class CallFunction(Part):
+    """The function that an earlier answer called; `arguments` is a JSON object as text."""
+
+    name: str
+    arguments: str
+
+
+class HistoryCall(Part):
+    """A tool call of an earlier answer."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CallFunction
+
+
+class SystemMessage(Part):
+    """Instructions."""
+
+    role: Literal["system", "developer"]
+    content: Content
+    name: str | None = None
+
+
+class UserMessage(Part):
+    """A message of the user's."""
+
+    role: Literal["user"]
+    content: Content
+    name: str | None = None
+
+
+class AssistantMessage(Part):
+    """An earlier answer."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    """As some clients and servers call it."""
+    tool_calls: list[HistoryCall] | None = None
+
+
+class ToolMessage(Part):
+    """The result of a tool call."""
+
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+
+
+ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+class FunctionSpec(Part):
+    """A function; `parameters` is a JSON schema."""
+
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    description: str | None = None
+    parameters: Json | None = None
+    strict: bool | None = None
+
+
+class FunctionTool(Part):
+    """A tool that the client runs."""
+
+    type: Literal["function"]
+    function: FunctionSpec
+
+
+class FunctionName(Body):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedToolChoice(Body):
+    """The one function that the answer must call."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class TextFormat(Body):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class ObjectFormat(Body):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(Part):
+    """A JSON schema with a name."""
+
+    name: str
+    description: str | None = None
+    schema_: Annotated[Json, Field(alias="schema")]
+    strict: bool | None = None
+
+
+class SchemaFormat(Body):
+    """JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+class ChatCompletionRequest(_SamplingBody):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    tools: list[FunctionTool] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    chat_template_kwargs: Json | None = None
+    # What asks for nothing here.
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    verbosity: Literal["medium"] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+
+    def decoded(self) -> ChatRequest:
+        """Return the request that all dialects share. Raises InvalidRequest."""
+        self._check_stream()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("`top_logprobs` needs `logprobs`", param="top_logprobs")
+        tools = tuple(
+            requests.Tool(each.function.name, each.function.description, each.function.parameters)
+            for each in self.tools or ()
+        )
+        return ChatRequest(
+            model=self.model,
+            params=self._params(
+                (self.top_logprobs or 0) if self.logprobs else None, self.max_completion_tokens or self.max_tokens
+            ),
+            stop=self._stops(),
+            n=self.n or 1,
+            messages=tuple(_message(each, f"messages[{at}]") for at, each in enumerate(self.messages)),
+            tools=tools,
+            choice=self._choice(tools),
+            format=self._format(),
+            effort=self.reasoning_effort,
+            template_kwargs=self.chat_template_kwargs or {},
+        )
+
+    def _choice(self, tools: tuple[requests.Tool, ...]) -> requests.ToolChoice:
+        is_parallel = self.parallel_tool_calls is not False
+        if self.tool_choice is None or self.tool_choice == "auto":
+            return requests.ToolChoice(parallel=is_parallel)
+        if self.tool_choice == "none":
+            return requests.ToolChoice("none")
+        if not tools:
+            raise InvalidRequest("`tool_choice` needs `tools`", param="tool_choice")
+        if self.tool_choice == "required":
+            return requests.ToolChoice("required", parallel=is_parallel)
+        name = self.tool_choice.function.name
+        if name not in {tool.name for tool in tools}:
+            raise InvalidRequest(f"`tools` has no function {name}", param="tool_choice")
+        return requests.ToolChoice("required", name, is_parallel)
+
+    def _format(self) -> requests.Format | None:
+        if isinstance(self.response_format, ObjectFormat):
+            return requests.Format(None)
+        if isinstance(self.response_format, SchemaFormat):
+            return requests.Format(self.response_format.json_schema.schema_)
+        return None
+
+
+def _message(message: SystemMessage | UserMessage | AssistantMessage | ToolMessage, where: str) -> requests.Message:
+    content = _content(message.content, f"{where}.content")
+    if isinstance(message, SystemMessage):
+        return requests.Message("system", content, name=message.name)
+    if isinstance(message, UserMessage):
+        return requests.Message("user", content, name=message.name)
+    if isinstance(message, ToolMessage):
+        return requests.Message("tool", content, call_id=message.tool_call_id)
+    calls = tuple(
+        requests.Call(
+            call.id, call.function.name, arguments(call.function.arguments, f"{where}.tool_calls[{at}].function")
+        )
+        for at, call in enumerate(message.tool_calls or ())
+    )
+    return requests.Message(
+        "assistant", content, message.reasoning_content or message.reasoning or "", calls, name=message.name
+    )
+
+
+def _content(content: Content | None, where: str) -> tuple[str | requests.Image, ...]:
+    if content is None:
+        return ()
+    if isinstance(content, str):
+        return (content,)
+    parts: list[str | requests.Image] = []
+    for at, part in enumerate(content):
+        if isinstance(part, TextPart):
+            parts.append(part.text)
+        elif isinstance(part, RefusalPart):
+            parts.append(part.refusal)
+        else:
+            parts.append(image(part.image_url.url, f"{where}[{at}].image_url.url"))
+    return tuple(parts)
+
+
+def arguments(text: str, where: str) -> Json:
+    """Parse the arguments of an earlier call, whose place is `where`. Raises InvalidRequest."""
+    try:
+        parsed = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise InvalidRequest("the arguments of a call must be a JSON object", param=f"{where}.arguments")
+    return parsed
+
+
+Prompt = str | Annotated[list[str], Field(min_length=1)] | Annotated[list[int], Field(min_length=1)]
+Prompts = Prompt | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1)]
+
+
+class CompletionRequest(_SamplingBody):
+    """`POST /v1/completions`."""
+
+    prompt: Prompts
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    suffix: None = None
+
+    def decoded(self) -> TextRequest:
+        """Return the request that all dialects share. Raises InvalidRequest."""
+        self._check_stream()
+        count = self.n or 1
+        if self.best_of is not None and self.best_of != count:
+            raise InvalidRequest("`best_of` is not supported: ask for `n` and choose", param="best_of")
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequest("`logprobs` of an echoed prompt are not supported", param="echo")
+        prompts: list[str | tuple[int, ...]] = []
+        if isinstance(self.prompt, str):
+            prompts = [self.prompt]
+        elif all(isinstance(each, int) for each in self.prompt):
+            prompts = [tuple(each for each in self.prompt if isinstance(each, int))]
+        else:
+            prompts = [
+                each if isinstance(each, str) else tuple(each) for each in self.prompt if not isinstance(each, int)
+            ]
+        if len(prompts) * count > 128:
+            raise InvalidRequest("more than 128 answers to one request", param="n")
+        return TextRequest(
+            model=self.model,
+            # OpenAI's default for completions, which have no end of turn to stop at.
+            params=self._params(self.logprobs, self.max_tokens or 16),
+            stop=self._stops(),
+            n=count,
+            prompts=tuple(prompts),
+            echo=bool(self.echo),
+        )

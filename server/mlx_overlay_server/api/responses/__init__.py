@@ -1,0 +1,1 @@
+"""OpenAI's Responses, the dialect that Codex speaks (reference: platform.openai.com/docs/api-reference/responses)."""

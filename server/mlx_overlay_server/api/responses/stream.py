@@ -1,0 +1,193 @@
+"""Builds a response from events, item by item, with each step as an event of the streaming protocol."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mlx_overlay_server.api.fields import Json
+from mlx_overlay_server.api.openai.answers import SampledTokenEntry, logprob_entries
+from mlx_overlay_server.api.responses.answers import (
+    CallItem,
+    ItemStatus,
+    MessageOutput,
+    OutputText,
+    ReasoningOutput,
+    ReasoningText,
+    ResponseAnswer,
+    call_item,
+    new_id,
+    response_head,
+    response_usage,
+)
+from mlx_overlay_server.api.responses.tools import Tools
+from mlx_overlay_server.api.responses.wire import ResponsesRequest
+from mlx_overlay_server.api.transport import dumps
+from mlx_overlay_server.chat.events import Done, Event, Logprobs, Reasoning, Text, ToolCall
+from mlx_overlay_server.errors import ServerError
+
+
+def named_event(event: Json) -> bytes:
+    """Return an event of the protocol as a server-sent event."""
+    return f"event: {event['type']}\ndata: ".encode() + dumps(event) + b"\n\n"
+
+
+@dataclass(slots=True)
+class _OpenItem:
+    """A message or reasoning item that text is added to."""
+
+    item: MessageOutput | ReasoningOutput
+    part: OutputText | ReasoningText
+    """The item's one part."""
+    part_event: str
+    """Begins the names of events about the part."""
+    text_event: str
+    """Begins the names of events about the part's text."""
+    index: Json
+    """The part's place in the item."""
+
+
+class ResponseBuilder:
+    """Builds the response object and yields each step as an event of the streaming protocol."""
+
+    def __init__(self, body: ResponsesRequest, tools: Tools) -> None:
+        self._tools = tools
+        self._sequence = -1
+        self._open: _OpenItem | None = None
+        self._tokens: list[SampledTokenEntry] = []
+        """Log probabilities for the text that comes next."""
+        self._is_summary = body.reasoning is not None and body.reasoning.summary is not None
+        self._is_encrypted = "reasoning.encrypted_content" in (body.include or ())
+        self._has_logprobs = body.has_logprobs
+        self.response: ResponseAnswer = response_head(body)
+
+    def begin(self) -> Iterator[Json]:
+        """Yield the first two events, which hold nothing of the answer."""
+        yield self._event("response.created", response=dict(self.response))
+        yield self._event("response.in_progress", response=dict(self.response))
+
+    def feed(self, event: Event) -> Iterator[Json]:
+        """Add an event to the response, and yield what it adds. Log probabilities come before their text."""
+        if isinstance(event, Text):
+            yield from self._text("message", event.text)
+        elif isinstance(event, Reasoning):
+            yield from self._text("reasoning", event.text)
+        elif isinstance(event, Logprobs):
+            self._tokens += logprob_entries(event.tokens)
+        elif isinstance(event, ToolCall):
+            yield from self._close("completed")
+            yield from self._call(call_item(event, self._tools))
+        elif isinstance(event, Done):
+            is_cut = event.reason == "length"
+            yield from self._close("incomplete" if is_cut else "completed")
+            self.response["status"] = "incomplete" if is_cut else "completed"
+            self.response["incomplete_details"] = {"reason": "max_output_tokens"} if is_cut else None
+            self.response["completed_at"] = None if is_cut else int(time.time())
+            self.response["usage"] = response_usage(event.usage)
+            yield self._event(f"response.{self.response['status']}", response=self.response)
+
+    def fail(self, error: ServerError) -> Iterator[Json]:
+        """End a stream with an error, also one in which only pings came before."""
+        if self._sequence < 0:
+            yield from self.begin()
+        code = (
+            "rate_limit_exceeded" if error.status == 429 else "invalid_prompt" if error.status < 500 else "server_error"
+        )
+        self.response["status"] = "failed"
+        self.response["error"] = {"code": code, "message": error.message}
+        yield self._event("response.failed", response=self.response)
+
+    def _text(self, kind: Literal["message", "reasoning"], text: str) -> Iterator[Json]:
+        if self._open is None or self._open.item["type"] != kind:
+            yield from self._close("completed")
+            self._open = self._message_item() if kind == "message" else self._reasoning_item()
+            yield from self._added(self._open)
+        to = self._open
+        to.part["text"] += text
+        extra: Json = {}
+        if to.part["type"] == "output_text":
+            extra["logprobs"], self._tokens = self._tokens, []
+            if self._has_logprobs:
+                to.part["logprobs"] += extra["logprobs"]
+        yield self._event(f"{to.text_event}.delta", **self._place(to), **to.index, delta=text, **extra)
+
+    def _message_item(self) -> _OpenItem:
+        part: OutputText = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        item: MessageOutput = {
+            "type": "message",
+            "id": new_id("msg"),
+            "status": "in_progress",
+            "role": "assistant",
+            "content": [],
+        }
+        return _OpenItem(item, part, "response.content_part", "response.output_text", {"content_index": 0})
+
+    def _reasoning_item(self) -> _OpenItem:
+        item: ReasoningOutput = {"type": "reasoning", "id": new_id("rs"), "summary": []}
+        if self._is_summary:
+            name, index, part = (
+                "response.reasoning_summary",
+                "summary_index",
+                ReasoningText(type="summary_text", text=""),
+            )
+            return _OpenItem(item, part, f"{name}_part", f"{name}_text", {index: 0})
+        part = ReasoningText(type="reasoning_text", text="")
+        return _OpenItem(item, part, "response.content_part", "response.reasoning_text", {"content_index": 0})
+
+    def _added(self, new: _OpenItem) -> Iterator[Json]:
+        """Yield the item while it is empty, and its part, which it then holds."""
+        item = {key: list(value) if isinstance(value, list) else value for key, value in new.item.items()}
+        yield self._event("response.output_item.added", output_index=self._index, item=item)
+        yield self._event(f"{new.part_event}.added", **self._place(new), **new.index, part=dict(new.part))
+        if new.item["type"] == "message":
+            assert new.part["type"] == "output_text"  # noqa: S101 - for the type checker
+            new.item["content"] = [new.part]
+        else:
+            assert new.part["type"] != "output_text"  # noqa: S101 - for the type checker
+            new.item["summary" if new.part["type"] == "summary_text" else "content"] = [new.part]
+
+    def _close(self, status: ItemStatus) -> Iterator[Json]:
+        done = self._open
+        if done is None:
+            return
+        part = done.part
+        extra = {"logprobs": part["logprobs"]} if part["type"] == "output_text" else {}
+        yield self._event(f"{done.text_event}.done", **self._place(done), **done.index, text=part["text"], **extra)
+        yield self._event(f"{done.part_event}.done", **self._place(done), **done.index, part=part)
+        if done.item["type"] == "message":
+            done.item["status"] = status
+        elif self._is_encrypted:
+            done.item["encrypted_content"] = base64.b64encode(part["text"].encode()).decode()
+        yield self._event("response.output_item.done", output_index=self._index, item=done.item)
+        self.response["output"] = [*self.response["output"], done.item]
+        self._open = None
+
+    def _call(self, item: CallItem) -> Iterator[Json]:
+        begun: Json
+        if item["type"] == "function_call":
+            name, key, text = "response.function_call_arguments", "arguments", item["arguments"]
+            begun = {**item, "arguments": "", "status": "in_progress"}
+        else:
+            name, key, text = "response.custom_tool_call_input", "input", item["input"]
+            begun = {**item, "input": ""}
+        place = {"output_index": self._index, "item_id": item["id"]}
+        yield self._event("response.output_item.added", output_index=self._index, item=begun)
+        yield self._event(f"{name}.delta", **place, delta=text)
+        yield self._event(f"{name}.done", **place, **{key: text}, name=item["name"])
+        yield self._event("response.output_item.done", output_index=self._index, item=item)
+        self.response["output"] = [*self.response["output"], item]
+
+    @property
+    def _index(self) -> int:
+        """The place that the next item has in the output."""
+        return len(self.response["output"])
+
+    def _place(self, of: _OpenItem) -> Json:
+        return {"item_id": of.item["id"], "output_index": self._index}
+
+    def _event(self, kind: str, **content: Any) -> Json:
+        self._sequence += 1
+        return {"type": kind, "sequence_number": self._sequence, **content}

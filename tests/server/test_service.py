@@ -1,0 +1,150 @@
+"""The service on its own: what the engine sends becomes the events of the right answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+from mlx_overlay_server.chat.events import Done, Event, FinishReason, Started, Text
+from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.chat.reader import Reader, Token
+from mlx_overlay_server.chat.requests import Params, TextRequest
+from mlx_overlay_server.engine.commands import Prefilled, Sampled, Submit
+from mlx_overlay_server.engine.handle import Engine, Mailbox
+from mlx_overlay_server.metrics import Metrics
+from mlx_overlay_server.models.library import Library
+from mlx_overlay_server.models.pool import Pool
+from mlx_overlay_server.preparation import Answer, Limits, Preparation
+from mlx_overlay_server.service import Service, Ticket
+
+MODEL = "acme/plain"
+REQUEST = TextRequest(model=MODEL, prompts=("a", "b"))
+
+
+class FakeReader:
+    """Says each token as its number, and ends at a token 0 or with the sequence."""
+
+    def __init__(self) -> None:
+        self.reason: FinishReason | None = None
+        self.tokens = 0
+        self.reasoning_tokens = 0
+        self.stop_sequence: str | None = None
+
+    def feed(self, tokens: Sequence[Token], end: FinishReason | None) -> list[Event]:
+        assert self.reason is None, "fed after its end"
+        self.tokens += len(tokens)
+        self.reason = "stop_sequence" if any(each.id == 0 for each in tokens) else end
+        return [Text(str(each.id)) for each in tokens]
+
+
+class FakeEngine:
+    """Has a mailbox that the test fills."""
+
+    def __init__(self) -> None:
+        self.mailbox = Mailbox()
+        self.submitted: list[int] = []
+        self.cancelled: list[int] = []
+
+    def submit(self, submits: Iterable[Submit]) -> Mailbox:
+        self.submitted += [each.id for each in submits]
+        return self.mailbox
+
+    def cancel(self, ids: Iterable[int]) -> None:
+        self.cancelled += ids
+
+
+class FakePool:
+    """Has every model."""
+
+    def is_resident(self, _: str) -> bool:
+        return True
+
+    @asynccontextmanager
+    async def use(self, _: str) -> AsyncIterator[Loaded]:
+        yield cast("Loaded", None)
+
+
+class FakePreparation:
+    """Gives a request one answer for each id."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self._ids = ids
+
+    async def answers(self, *_: Any) -> list[Answer]:
+        return [
+            Answer(Submit(each, "key", (1, 2, 3), Params(), 10), cast("Reader", FakeReader())) for each in self._ids
+        ]
+
+
+def _service(engine: FakeEngine, ids: Sequence[int]) -> Service:
+    service = Service(
+        cast("Library", None),
+        cast("Pool", FakePool()),
+        cast("Engine", engine),
+        Metrics(dict),
+        Limits(open_requests=1, messages=1, prompt_tokens=None, answer_tokens=None),
+    )
+    service.stop()
+    service._preparation = cast("Preparation", FakePreparation(ids))
+    return service
+
+
+def _sampled(token: int, finish: str | None = None) -> Sampled:
+    return Sampled(token, None, (), finish)
+
+
+def test_each_answer_gets_what_came_under_its_own_id() -> None:
+    async def main() -> None:
+        engine = FakeEngine()
+        box = engine.mailbox
+        for id_, cached in ((8, 2), (7, 0)):
+            box.put(id_, Prefilled(3, 3, cached))
+            box.put(id_, _sampled(id_))
+            box.put(id_, _sampled(0, "length"))
+        events: dict[int, list[Event]] = {0: [], 1: []}
+        async for index, new in _service(engine, (7, 8)).answer(REQUEST, Ticket()):
+            events[index] += new
+        for index, (id_, cached) in enumerate(((7, 0), (8, 2))):
+            assert events[index][:2] == [Started(3, cached), Text(str(id_))]
+            done = events[index][-1]
+            assert isinstance(done, Done)
+            assert (done.usage.prompt, done.usage.cached, done.usage.completion) == (3, cached, 2)
+        assert engine.submitted == [7, 8]
+
+    asyncio.run(main())
+
+
+def test_what_was_sampled_before_an_answer_s_end_was_known_is_left_out() -> None:
+    async def main() -> None:
+        engine = FakeEngine()
+        box = engine.mailbox
+        for id_ in (7, 8):
+            box.put(id_, Prefilled(3, 3, 0))
+        box.put(7, _sampled(0))  # ends the answer, which the engine does not know
+        events: dict[int, list[Event]] = {0: [], 1: []}
+        async for index, new in _service(engine, (7, 8)).answer(REQUEST, Ticket()):
+            events[index] += new
+            if index == 0 and isinstance(new[-1], Done):
+                box.put(7, _sampled(5))
+                box.put(8, _sampled(6, "length"))
+        assert [type(event) for event in events[0]] == [Started, Text, Done]
+        assert [type(event) for event in events[1]] == [Started, Text, Done]
+        assert engine.cancelled.count(7) == 1
+
+    asyncio.run(main())
+
+
+def test_who_leaves_has_what_is_open_cancelled() -> None:
+    async def main() -> None:
+        engine = FakeEngine()
+        for id_ in (7, 8):
+            engine.mailbox.put(id_, Prefilled(3, 3, 0))
+        service = _service(engine, (7, 8))
+        batches = cast("Any", service.answer(REQUEST, Ticket()))
+        await anext(batches)
+        await batches.aclose()
+        assert sorted(engine.cancelled) == [7, 8]
+
+    asyncio.run(main())
