@@ -7,12 +7,14 @@ BIN := $(VENV)/bin
 HUB_VERSIONS := 0.36.2 1.31.0 1.32.0 1.33.0
 # Coding agents that tests run against the server, from npm: where it is not, or cannot, those tests are skipped.
 AGENTS := @anthropic-ai/claude-code@2.1.197 @openai/codex@0.169.0
+# Puts faults into the code for `make mutants`; no part of the development environment otherwise.
+COSMIC_RAY := >=8.7,<9
 NPM_INSTALL := npm install --prefix $(VENV)/.agents.new --no-audit --no-fund --no-update-notifier --loglevel error \
 	--fetch-retries 1 --fetch-timeout 60000
 BOUNDED := $(BIN)/python -c 'import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:], timeout=300).returncode)'
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo serve test agents check format bench clean
+.PHONY: help demo serve test agents check format bench mutants clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -42,6 +44,9 @@ bench: $(VENV)/.ready  ## print the overlay's, the gateway's and the server's ra
 	$(BIN)/python benchmarks/gateway.py
 	$(BIN)/python benchmarks/server.py
 
+mutants: $(VENV)/.mutants  ## put small faults in and see which no test notices: make mutants [ARGS="pool guard"]
+	nice -n 19 $(BIN)/python -m tests.support.mutants $(ARGS)
+
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
@@ -64,6 +69,10 @@ $(VENV)/.hubs: $(VENV)/.ready
 			mv $(VENV)/hubs/.new $(VENV)/hubs/$$version; \
 		} || exit 1; \
 	done
+	@touch $@
+
+$(VENV)/.mutants: $(VENV)/.ready
+	@$(PIP) install "cosmic-ray$(COSMIC_RAY)"
 	@touch $@
 
 # No failure of this is one of `make test`. What is there already, in these versions, stays.

@@ -96,6 +96,6 @@ def test_an_owner_is_read_as_it_was_written(tmp_path: Path) -> None:
     found = lease.read_owner(owner.path)
     owner.release()
     assert found is not None, "the longer record before it was not cut off"
-    assert (found.pid, found.sources, found.hub_cache) == (os.getpid(), ["/c"], "/hub")
+    assert (found.pid, list(found.sources), found.hub_cache) == (os.getpid(), ["/c"], "/hub")
     assert found.service == {"HF_HUB_CACHE": "/x", "GONE": None}
     lease.remove(owner.path)

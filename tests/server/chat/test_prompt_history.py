@@ -49,7 +49,9 @@ _END = "[user||Be brief.\n\nSo?|]"
             "[assistant||a|call_1=find;][assistant||b|]",
             id="calls of the first: the turns stay apart, or the calls would come after what was said later",
         ),
-        pytest.param((_said("a"), _said("b", "", "call_1")), "[assistant||a\n\nb|call_1=find;]", id="calls of the second"),
+        pytest.param(
+            (_said("a"), _said("b", "", "call_1")), "[assistant||a\n\nb|call_1=find;]", id="calls of the second"
+        ),
         pytest.param(
             (_said("a", "", "call_1"), _said("b", "", "call_2")),
             "[assistant||a|call_1=find;][assistant||b|call_2=find;]",
@@ -57,7 +59,9 @@ _END = "[user||Be brief.\n\nSo?|]"
         ),
         pytest.param((_said("a", "r"), _said("b")), "[assistant|r|a\n\nb|]", id="reasoning of the first"),
         pytest.param((_said("a"), _said("b", "s")), "[assistant|s|a\n\nb|]", id="reasoning of the second"),
-        pytest.param((_said("a", "r"), _said("b", "s")), "[assistant|r\n\ns|a\n\nb|]", id="reasoning of both, in order"),
+        pytest.param(
+            (_said("a", "r"), _said("b", "s")), "[assistant|r\n\ns|a\n\nb|]", id="reasoning of both, in order"
+        ),
         pytest.param(
             (_said("a"), _said("b", "", "call_1"), _said("c")),
             "[assistant||a\n\nb|call_1=find;][assistant||c|]",

@@ -20,7 +20,9 @@ _ANY = list(range(_VOCAB))
 class Answer:
     """An answer that goes on token by token, as an engine asks for each."""
 
-    def __init__(self, tokens: int, *, is_open: bool, opens: tuple[int, ...] = (5,), ends: tuple[int, ...] = (7,)) -> None:
+    def __init__(
+        self, tokens: int, *, is_open: bool, opens: tuple[int, ...] = (5,), ends: tuple[int, ...] = (7,)
+    ) -> None:
         self._processor = ReasoningBudget(Budget(tokens, is_open=is_open, opens=opens, ends=ends))
         self._tokens = [0]
 

@@ -157,7 +157,7 @@ def test_a_cancelled_answer_is_forgotten(
     params: dict[str, Any], endless: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = submit(max_tokens=10**6, **params)
-    script, worker = play(endless, command, Cancel(ID), monkeypatch=monkeypatch, until=has_begun)
+    _, worker = play(endless, command, Cancel(ID), monkeypatch=monkeypatch, until=has_begun)
     check_forgotten(worker)
 
 
