@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 MODULES = {
     "overlay/hf_overlay/catalog/plan.py": ["tests/overlay/**/test_plan*.py"],
@@ -102,10 +103,21 @@ def _try(tree: Path, path: str) -> Iterator[str]:
         subprocess.run([bin_ / step[0], *step[1:]], cwd=tree, env=environ, check=True)
     dump = subprocess.run([bin_ / "cosmic-ray", "dump", session], cwd=tree, check=True, capture_output=True, text=True)
     for line in dump.stdout.splitlines():
-        _, result = json.loads(line)
+        item, result = json.loads(line)
         if result is None or result["worker_outcome"] == "skipped":
             continue
-        yield "" if result["test_outcome"] == "killed" else result["diff"] or str(result)
+        yield "" if result["test_outcome"] == "killed" else _described(item, result)
+
+
+def _described(item: dict[str, Any], result: dict[str, Any]) -> str:
+    """A fault in two lines: where it is, what stood there, and what the tests did not notice in its place."""
+    (fault,) = item["mutations"]
+    changed = [
+        line[1:].strip()
+        for line in (result["diff"] or str(result)).splitlines()
+        if line[:1] in "+-" and not line.startswith(("+++", "---"))
+    ]
+    return f"  line {fault['start_pos'][0]}: " + "\n    -> ".join(changed)
 
 
 def _score(killed: int, total: int) -> str:
