@@ -29,6 +29,7 @@ from mlx_overlay_server.engine.commands import (
     Unload,
 )
 from mlx_overlay_server.engine.handle import Engine
+from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.worker import Worker
 from mlx_overlay_server.errors import Failed, ServerError, Unavailable
 
@@ -71,8 +72,14 @@ class Script:
 
 
 def remembered(holder: object) -> dict[str, Any]:
-    """The containers of an object that hold anything."""
-    return {name: held for name, held in vars(holder).items() if type(held) in (dict, set, list) and held}
+    """The containers of a part of the engine, and of the parts it is made of, that hold anything."""
+    found: dict[str, Any] = {}
+    for name, held in getattr(holder, "__dict__", {}).items():
+        if type(held) in (dict, set, list) and held:
+            found[name] = held
+        elif type(held).__module__.startswith("mlx_overlay_server.engine") and not isinstance(held, PrefixCache):
+            found |= {f"{name}.{inner}": value for inner, value in remembered(held).items()}
+    return found
 
 
 def is_over(script: Script) -> bool:
