@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import hf_overlay
 import pytest
 from mlx_overlay_server.app import build
+from mlx_overlay_server.cli import make_parser, read
 from mlx_overlay_server.service import Service
-from mlx_overlay_server.settings import Settings
 from starlette.testclient import TestClient
 
 from tests.support.models import make_model
@@ -35,7 +35,7 @@ class Running(NamedTuple):
 @pytest.fixture
 def running(models: Path, sessions: Path) -> Iterator[Running]:
     make_model(models / _MODEL, "Hello there.", context=_CONTEXT)
-    settings = Settings(aliases={}, memory_budget=10**9, cache_bytes=10**7, is_offline=True)
+    settings = read(make_parser().parse_args(["--offline", "--memory-budget", "1G", "--prompt-cache", "10M"]), {})
     with hf_overlay.open_session([models]) as session:
         app, service = build(settings, session)
         with TestClient(app, base_url="http://localhost") as client:

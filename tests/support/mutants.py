@@ -20,11 +20,7 @@ from typing import Any
 MODULES = {
     "overlay/hf_overlay/catalog/plan.py": ["tests/overlay/**/test_plan*.py"],
     "overlay/hf_overlay/hfcache.py": ["tests/overlay/**/test_hfcache*.py", "tests/overlay/**/test_discovery.py"],
-    "overlay/hf_overlay/tree/lease.py": [
-        "tests/overlay/**/test_dead_or_alive.py",
-        "tests/overlay/**/test_lease*.py",
-        "tests/overlay/**/test_session*.py",
-    ],
+    "overlay/hf_overlay/tree/lease.py": ["tests/overlay/**/test_dead_or_alive.py", "tests/overlay/**/test_lease*.py"],
     "overlay/hf_overlay/tree/writeback.py": [
         "tests/overlay/**/test_links_stay_inside.py",
         "tests/overlay/**/test_writeback*.py",
