@@ -99,3 +99,15 @@ def test_an_owner_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert (found.pid, list(found.sources), found.hub_cache) == (os.getpid(), ["/c"], "/hub")
     assert found.service == {"HF_HUB_CACHE": "/x", "GONE": None}
     lease.remove(owner.path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", '{"pid": 1}', '{"pid": 1, "of_a_later_release": 2}'])
+def test_an_owner_s_file_that_says_nothing_we_know_names_nobody(content: str, folder: Path) -> None:
+    """Its session can be cleared all the same."""
+    (folder / OWNER_FILE).write_text(content)
+    assert lease.read_owner(str(folder)) is None
+    assert is_dead(folder)
+
+
+def test_a_session_without_an_owner_s_file_names_nobody(folder: Path) -> None:
+    assert lease.read_owner(str(folder)) is None
