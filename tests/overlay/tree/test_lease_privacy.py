@@ -99,3 +99,20 @@ def test_no_descriptor_is_left_of_a_session_that_could_not_begin(
     again = os.open(os.devnull, os.O_RDONLY)
     os.close(again)
     assert again == probe
+
+
+def test_before_the_first_session_there_are_none(tmp_path: Path) -> None:
+    assert lease.sessions_in(str(tmp_path / "not there yet")) == []
+
+
+def test_only_sessions_are_taken_for_sessions(tmp_path: Path) -> None:
+    for name in ("session-2-b", "session-1-a", "other", "sessions.lock"):
+        (tmp_path / name).mkdir()
+    assert [os.path.basename(path) for path in lease.sessions_in(str(tmp_path))] == ["session-1-a", "session-2-b"]
+
+
+def test_a_folder_whose_owner_died_before_its_file_was_there_can_be_removed(tmp_path: Path) -> None:
+    session = tmp_path / "session-1-1"
+    session.mkdir()
+    lease.remove(str(session))
+    assert not session.exists()

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
+import re
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.errors import ServerError, Unavailable
-from mlx_overlay_server.models import pool as pool_module
 from mlx_overlay_server.models.library import Located
 from mlx_overlay_server.models.pool import Pool
 
 
 class Shelf:
-    """A library and an engine in one, whose loads wait for a word, and then fail if they are to."""
+    """A library and an engine in one, of models that all have one size; loads wait for a word, and may fail then."""
 
-    def __init__(self, failure: ServerError | None = None) -> None:
+    def __init__(self, failure: ServerError | None = None, nbytes: int = 1) -> None:
         self.go_on = asyncio.Event()
         self._failure = failure
+        self._nbytes = nbytes
 
     async def locate(self, model_id: str) -> Located:
-        return Located(f"/{model_id}", 1)
+        return Located(f"/{model_id}", self._nbytes)
 
     async def load(self, path: str, **_: Any) -> Loaded:
         await self.go_on.wait()
-        raise self._failure or Unavailable("no model")
+        if self._failure is not None:
+            raise self._failure
+        model: Any = SimpleNamespace(nbytes=self._nbytes)
+        return model  # type: ignore[no-any-return]
 
     def unload(self, model: Loaded) -> None:
         raise AssertionError("nothing was loaded")
@@ -89,6 +95,27 @@ def test_a_load_that_is_given_up_is_no_error_of_the_loop() -> None:
     assert complaints(scenario) == []
 
 
+@pytest.mark.parametrize(("nbytes", "fits"), [(99, True), (100, True), (101, False)])
+def test_a_model_may_take_the_whole_budget_and_no_more(
+    nbytes: int, fits: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> list[str]:
+        shelf = Shelf(nbytes=nbytes)
+        shelf.go_on.set()
+        pool = Pool(shelf, shelf, budget=100)
+        async with asyncio.timeout(10):
+            try:
+                async with pool.use("a"):
+                    return pool.resident
+            except Unavailable:
+                return pool.resident
+
+    caplog.set_level(logging.INFO, "mlx_overlay_server")
+    assert asyncio.run(scenario()) == (["a"] if fits else [])
+    said = "".join(record.getMessage() for record in caplog.records)
+    assert re.fullmatch(r"loaded a from /a in \d\.\d s" if fits else "", said)
+
+
 @pytest.mark.parametrize(("idle_ttl", "pause"), [(8, 2), (0.4, 0.1), (40, 10), (3600, 10)])
 def test_idle_models_are_looked_for_four_times_in_their_time_and_every_ten_seconds_at_least(
     idle_ttl: float, pause: float, monkeypatch: pytest.MonkeyPatch
@@ -104,7 +131,7 @@ def test_idle_models_are_looked_for_four_times_in_their_time_and_every_ten_secon
     async def scenario() -> None:
         shelf = Shelf()
         with monkeypatch.context() as patch:
-            patch.setattr(pool_module.asyncio, "sleep", sleep)
+            patch.setattr(asyncio, "sleep", sleep)
             with pytest.raises(asyncio.CancelledError):
                 await Pool(shelf, shelf, budget=10, idle_ttl=idle_ttl).sweep()
 
