@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 HUB_VERSIONS := 0.36.2 1.31.0 1.32.0 1.33.0
 # Coding agents that tests run against the server, from npm: where it is not, or cannot, those tests are skipped.
 AGENTS := @anthropic-ai/claude-code@2.1.197 @openai/codex@0.169.0
+# Puts faults into the code for `make mutants`; no part of the development environment otherwise.
+COSMIC_RAY := >=8.7,<9
 NPM_INSTALL := npm install --prefix $(VENV)/.agents.new --no-audit --no-fund --no-update-notifier --loglevel error \
 	--fetch-retries 1 --fetch-timeout 60000
 BOUNDED := $(BIN)/python -c 'import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:], timeout=300).returncode)'
@@ -14,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Where `make dist` leaves the wheels and sdists.
 DIST := dist
 
-.PHONY: help demo serve test agents check format bench dist clean
+.PHONY: help demo serve test agents check format bench dist mutants clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -50,6 +52,9 @@ dist: $(VENV)/.ready  ## build the wheels and sdists of both distributions into 
 	$(BIN)/python -m build --outdir $(DIST) overlay
 	$(BIN)/python -m build --outdir $(DIST) server
 
+mutants: $(VENV)/.mutants  ## put small faults in and see which no test notices: make mutants [ARGS="pool guard"]
+	nice -n 19 $(BIN)/python -m tests.support.mutants $(ARGS)
+
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(DIST) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
@@ -72,6 +77,10 @@ $(VENV)/.hubs: $(VENV)/.ready
 			mv $(VENV)/hubs/.new $(VENV)/hubs/$$version; \
 		} || exit 1; \
 	done
+	@touch $@
+
+$(VENV)/.mutants: $(VENV)/.ready
+	@$(PIP) install "cosmic-ray$(COSMIC_RAY)"
 	@touch $@
 
 # No failure of this is one of `make test`. What is there already, in these versions, stays.

@@ -203,6 +203,8 @@ class Worker:
         for id_, item in made:
             if isinstance(item, ServerError) or (isinstance(item, Sampled) and item.finish is not None):
                 self._owner.pop(id_, None)
+                if isinstance(item, ServerError):  # one that sampled nothing is still among the new
+                    self._new.discard(id_)
         items += made
 
     def _reset(self, error: Exception) -> None:

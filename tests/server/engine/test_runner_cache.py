@@ -1,0 +1,190 @@
+"""Which part of a prompt a sequence takes from an earlier one's KV cache, and how prompts share the engine's time.
+
+Texts cannot show it on tiny models, so these tests look at the numbers of cached and of processed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx_lm.models.cache import KVCache
+from mlx_overlay_server.chat.requests import Params
+from mlx_overlay_server.engine.commands import Load, Options, Prefilled, Sampled, Submit
+from mlx_overlay_server.engine.prefix_cache import PrefixCache
+from mlx_overlay_server.engine.runner import LONG_PROMPTS, Runner, load
+
+from tests.support.models import make_random_model
+
+_STEP = 64
+PROMPT = tuple(range(97, 117))
+SEEDED: dict[str, Any] = {"temperature": 1, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_random_model(tmp_path_factory.mktemp("models") / "endless")
+
+
+class Running:
+    """A runner in the test's own thread: each step is the test's to make."""
+
+    def __init__(self, folder: Path) -> None:
+        self.prefixes = PrefixCache(1 << 30)
+        options = Options(prefill_step=_STEP)
+        runners = list(load(Load("0:m", str(folder)), options, None, self.prefixes))
+        assert runners[-1] is not None
+        self.runner: Runner = runners[-1]
+        self._ids = iter(range(1000))
+
+    def add(self, prompt: Sequence[int] = PROMPT, *, system: int = 0, max_tokens: int = 3, **params: Any) -> int:
+        id_ = next(self._ids)
+        chosen = Params(**{"temperature": 0, **params})
+        self.runner.add(Submit(id_, self.runner.loaded.key, tuple(prompt), chosen, max_tokens, system=system))
+        return id_
+
+    def read(self, prompt: Sequence[int] = PROMPT, **more: Any) -> Prefilled:
+        """Generate one sequence to its end: what is told of its prompt once that is read."""
+        id_ = self.add(prompt, **more)
+        told: list[Prefilled] = []
+        for _ in range(100):
+            for owner, item in self.runner.step():
+                assert owner == id_
+                if isinstance(item, Prefilled):
+                    told.append(item)
+                elif isinstance(item, Sampled) and item.finish is not None:
+                    return told[-1]
+        raise AssertionError("the sequence does not end")
+
+    def progress(self) -> dict[int, int]:
+        """One step: how many tokens of each prompt are read after it."""
+        return {id_: item.done for id_, item in self.runner.step() if isinstance(item, Prefilled)}
+
+
+@pytest.fixture
+def running(folder: Path) -> Iterator[Running]:
+    made = Running(folder)
+    yield made
+    made.runner.close()
+
+
+# Seeds --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_seeded_sequence_reuses_no_cache_and_leaves_none(running: Running) -> None:
+    """A reused cache rounds differently than a prompt that is read, and a seed promises the same text each time."""
+    size = len(PROMPT)
+    assert running.read(**SEEDED) == (size, size, 0)
+    assert len(running.prefixes) == 0, "a seeded sequence left a cache, which was not made as a batch makes it"
+    assert running.read().cached == 0
+    assert running.read().cached == size - 1, "nothing to reuse: the test shows nothing"
+    assert running.read(**SEEDED) == (size, size, 0)
+    assert running.read((*PROMPT, 120, 121), **SEEDED).cached == 0
+
+
+def test_a_seed_that_nothing_is_drawn_by_keeps_no_one_from_the_cache(running: Running) -> None:
+    """Greedy answers are the same with any seed."""
+    assert running.read(seed=3).cached == 0
+    assert running.read(seed=3).cached == len(PROMPT) - 1
+
+
+def test_what_was_read_before_a_cancel_is_reused(running: Running) -> None:
+    id_ = running.add(max_tokens=1000)
+    for _ in range(3):
+        running.runner.step()
+    running.runner.cancel(id_)
+    assert not running.runner.is_busy
+    assert running.read().cached == len(PROMPT) - 1
+
+
+# What conversations share, on caches that cannot be cut ----------------------------------------------------------
+
+
+@pytest.fixture
+def uncuttable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    """A model whose caches cannot be cut later, as those of sliding windows and of state space models."""
+    monkeypatch.setattr(KVCache, "is_trimmable", lambda _: False)
+    made = Running(folder)
+    yield made
+    made.runner.close()
+
+
+def test_where_caches_cannot_be_cut_one_is_kept_of_what_conversations_share(uncuttable: Running) -> None:
+    system, other = PROMPT[:8], tuple(range(65, 75))
+    assert uncuttable.read(PROMPT, system=len(system)).cached == 0
+    assert uncuttable.read((*system, *other), system=len(system)).cached == len(system)
+    assert uncuttable.read((*system[:4], *other), system=4).cached == 0, "a part of it cannot be had"
+
+
+def _progress(running: Running, **more: Any) -> list[int]:
+    """Where the engine stopped in reading a prompt; the last token is always read by itself."""
+    running.add(**more)
+    read: list[int] = []
+    while running.runner.is_busy:
+        read += running.progress().values()
+        assert len(read) < 10
+    return read
+
+
+@pytest.mark.parametrize(("system", "stops"), [(0, [19, 20]), (8, [8, 19, 20]), (20, [19, 20])])
+def test_where_caches_cannot_be_cut_reading_stops_where_what_is_shared_ends(
+    system: int, stops: list[int], uncuttable: Running
+) -> None:
+    """And nowhere else: each stop is a step that others wait for."""
+    assert _progress(uncuttable, system=system) == stops
+
+
+def test_what_is_shared_and_cached_already_is_no_stop(uncuttable: Running) -> None:
+    uncuttable.read(system=8)
+    assert _progress(uncuttable, prompt=(*PROMPT[:8], *range(65, 75)), system=8) == [17, 18]
+
+
+def test_a_conversation_that_goes_on_is_read_from_where_it_stopped(uncuttable: Running) -> None:
+    """Past what is shared: no token is read twice."""
+    uncuttable.add(system=8, max_tokens=3)
+    said: list[int] = []
+    while uncuttable.runner.is_busy:
+        said += [item.token for _, item in uncuttable.runner.step() if isinstance(item, Sampled)]
+    follow = (*PROMPT, *said, *range(65, 75))
+    uncuttable.add(follow, system=8)
+    told = [item for _, item in uncuttable.runner.step() if isinstance(item, Prefilled)]
+    assert told[0].cached >= len(PROMPT)
+    assert told[0].total == len(follow)
+
+
+def test_where_caches_can_be_cut_reading_does_not_stop(running: Running) -> None:
+    assert _progress(running, system=8) == [19, 20]
+    assert running.read((*PROMPT[:8], *range(65, 75)), system=8).cached == 8
+
+
+# Prefill ------------------------------------------------------------------------------------------------------------
+
+
+def _long(number: int) -> list[int]:
+    """A prompt of five steps, like no other."""
+    return [97 + number % 26, *(97 + at % 26 for at in range(5 * _STEP - 1))]
+
+
+@pytest.mark.parametrize("count", [1, LONG_PROMPTS, 2 * LONG_PROMPTS, 3 * LONG_PROMPTS])
+def test_many_long_prompts_share_one_step_of_prefill(count: int, running: Running) -> None:
+    """What is read in a step takes memory, and time from the sequences that generate."""
+    for number in range(count):
+        running.add(_long(number))
+    read = running.progress()
+    assert len(read) == count
+    assert set(read.values()) == {_STEP // max(1, count // LONG_PROMPTS)}
+
+
+def test_prompts_that_left_or_are_read_take_no_part_of_the_step(running: Running) -> None:
+    ids = [running.add(_long(number)) for number in range(2 * LONG_PROMPTS)]
+    running.runner.step()
+    for id_ in ids:
+        running.runner.cancel(id_)
+    for number in range(2 * LONG_PROMPTS):
+        running.add([98, number], max_tokens=1000)
+    while running.progress():
+        pass
+    last = running.add([120] * (5 * _STEP))
+    assert running.progress()[last] == _STEP
