@@ -163,22 +163,22 @@ def _env(options: argparse.Namespace) -> int:
 
 def _ls(options: argparse.Namespace) -> int:
     catalog = _catalog(options, warn=False)
-    resolutions = catalog.resolutions()
+    choices = catalog.resolutions()
     _warn(catalog, options)
     rows = [
         {
             "id": model_id,
-            "source": resolution.winner.source,
-            "path": resolution.winner.path,
-            "model_type": resolution.winner.model_type,
-            "size_bytes": resolution.winner.size_bytes,
-            "shadows": [model.path for model in resolution.shadows],
+            "source": choice.winner.source,
+            "path": choice.winner.path,
+            "model_type": choice.winner.model_type,
+            "size_bytes": choice.winner.size_bytes,
+            "shadows": [model.path for model in choice.shadows],
         }
-        for model_id, resolution in resolutions.items()
+        for model_id, choice in choices.items()
     ]
     if options.json:
         return _print_json(rows)
-    models = [resolution.winner for resolution in resolutions.values()]
+    models = [choice.winner for choice in choices.values()]
     return _print_table(
         ("ID", "SOURCE", "SIZE", "TYPE", "PATH"),
         [(model.id, model.source, _size(model), model.model_type or "-", model.path) for model in models],
