@@ -118,6 +118,11 @@ def submit(prompt: Sequence[int] = (72, 105), max_tokens: int = 20, **params: An
     return Submit(ID, KEY, tuple(prompt), Params(**{"temperature": 0, **params}), max_tokens)
 
 
+def numbered(engine: Engine, model: Loaded, submits: Sequence[Submit]) -> list[Submit]:
+    """The same sequences for a loaded model, each with an id of its own."""
+    return [replace(each, id=engine.new_id(), key=model.key) for each in submits]
+
+
 def check_forgotten(worker: Worker) -> None:
     """Nothing of the sequence is left, in the worker nor in its model's runner."""
     runners = dict(worker._runners)
@@ -252,7 +257,7 @@ def test_a_mailbox_is_gone_with_the_end_of_its_sequences(says: Path) -> None:
 
     async def use(engine: Engine, model: Loaded) -> None:
         ends = 0
-        mailbox, _ = engine.submit(model, [submit(), submit(max_tokens=0)])
+        mailbox = engine.submit(numbered(engine, model, [submit(), submit(max_tokens=0)]))
         assert engine.pending == 2
         while ends < 2:
             for _number, item in await mailbox.take():
@@ -264,7 +269,9 @@ def test_a_mailbox_is_gone_with_the_end_of_its_sequences(says: Path) -> None:
 
 def test_nobody_waits_for_a_cancelled_sequence(endless: Path) -> None:
     async def use(engine: Engine, model: Loaded) -> None:
-        _, ids = engine.submit(model, [submit(max_tokens=10**6)] * 3)
+        sequences = numbered(engine, model, [submit(max_tokens=10**6)] * 3)
+        engine.submit(sequences)
+        ids = [each.id for each in sequences]
         engine.cancel(ids[:1])
         assert engine.pending == 2
         engine.cancel(ids)
@@ -275,13 +282,13 @@ def test_nobody_waits_for_a_cancelled_sequence(endless: Path) -> None:
 
 def test_an_aborted_engine_takes_nothing_more_and_frees_what_ran(endless: Path) -> None:
     async def use(engine: Engine, model: Loaded) -> None:
-        mailbox, _ = engine.submit(model, [submit(max_tokens=10**6)])
+        mailbox = engine.submit(numbered(engine, model, [submit(max_tokens=10**6)]))
         await mailbox.take()
         engine.abort()
         told = [item for _, item in await mailbox.take()]
         assert isinstance(told[-1], Unavailable)
         with pytest.raises(Unavailable, match="shutting down"):
-            engine.submit(model, [submit()])
+            engine.submit(numbered(engine, model, [submit()]))
         with pytest.raises(Unavailable, match="shutting down"):
             await engine.load(str(endless))
         assert engine.pending == 0
