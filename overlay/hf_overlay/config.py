@@ -18,6 +18,23 @@ MODEL_PATH_VARIABLE = "MLX_OMNI_MODEL_PATH"
 OWNER_FILE = ".hf-overlay-session"
 """Names the living owner in every session's folder; a scan that meets one knows the folder for ours."""
 
+OLDER_CACHE_VARIABLES = ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE", "PYTORCH_PRETRAINED_BERT_CACHE")
+"""Variables that older transformers read before HF_HUB_CACHE."""
+PROXY_VARIABLES = ("no_proxy", "NO_PROXY")
+CHANGED_VARIABLES = frozenset(
+    {
+        *OLDER_CACHE_VARIABLES,
+        *PROXY_VARIABLES,
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HUGGINGFACE_HUB_CACHE",
+        "HF_HUB_DISABLE_SHARED_BLOBS",
+        "HF_HUB_OFFLINE",
+        "HF_ENDPOINT",
+    }
+)
+"""All environment variables that an overlay may change for a program."""
+
 Kind = Literal["mlx", "any"]
 """`mlx`: models that the installed mlx-lm can load; `any`: also those of transformers, diffusers, …"""
 
@@ -125,7 +142,7 @@ def past_proxies(environ: Mapping[str, str]) -> dict[str, str]:
     if not names & {"http_proxy", "all_proxy"}:
         return {}
     before = environ.get("no_proxy") or environ.get("NO_PROXY")
-    return dict.fromkeys(("no_proxy", "NO_PROXY"), f"{before},127.0.0.1" if before else "127.0.0.1")
+    return dict.fromkeys(PROXY_VARIABLES, f"{before},127.0.0.1" if before else "127.0.0.1")
 
 
 def _absolute(path: str, cwd: str) -> str:

@@ -31,8 +31,6 @@ from hf_overlay.tree.publish import Tree
 
 logger = logging.getLogger("hf_overlay")
 
-_OLDER_CACHE_VARIABLES = ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE", "PYTORCH_PRETRAINED_BERT_CACHE")
-
 
 class Changes(NamedTuple):
     """The ids of the user's models that a refresh found to differ."""
@@ -91,7 +89,7 @@ class Session:
         The user's HF_HOME stays where it is, so that the login, the Xet cache and datasets are the real ones; only
         the hub cache is ours. Programs read these variables once, when they import huggingface_hub.
         """
-        variables: dict[str, str | None] = dict.fromkeys(_OLDER_CACHE_VARIABLES)
+        variables: dict[str, str | None] = dict.fromkeys(config.OLDER_CACHE_VARIABLES)
         variables["HF_HOME"] = self.settings.hf_home
         variables["HF_HUB_CACHE"] = variables["HUGGINGFACE_HUB_CACHE"] = self._tree.hub
         # Paths in the shared blob store are computed lexically, which links break (see hfcache.entries).

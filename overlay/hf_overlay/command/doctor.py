@@ -11,6 +11,7 @@ from typing import NamedTuple
 from hf_overlay import hfcache
 from hf_overlay.catalog.catalog import Catalog
 from hf_overlay.catalog.plan import fold, resolve
+from hf_overlay.errors import SessionError
 from hf_overlay.models import Code, Reject
 from hf_overlay.tree import lease
 
@@ -197,7 +198,12 @@ def _deletions() -> Iterator[Finding]:
 
 
 def _stale(sessions: str) -> Iterator[Finding]:
-    for path in lease.sessions_in(sessions):
+    try:
+        paths = lease.sessions_in(sessions)
+    except SessionError as error:
+        yield Finding("sessions", sessions, str(error), f"Set {lease.DIRECTORY_VARIABLE} to a folder of your own.")
+        return
+    for path in paths:
         with lease.dead(sessions, path) as is_dead:
             if is_dead:
                 yield Finding("session", path, "left behind by a program that was killed", "Clear it: hf-overlay clean")

@@ -64,11 +64,21 @@ def offered(environ: Mapping[str, str]) -> dict[str, str | None]:
             continue
         with lease.dead(sessions, path) as is_dead:
             if not is_dead:
+                _check(owner.service, path)
                 services.append((owner.started, owner.service))
     if not services:
         raise OverlayError("no overlay is being served; start one: hf-overlay serve --model-path DIR")
     variables = max(services, key=lambda service: service[0])[1]
     return {**variables, **(config.past_proxies(environ) if "HF_ENDPOINT" in variables else {})}
+
+
+def _check(variables: Mapping[str, object], path: str) -> None:
+    """Raise OverlayError for what no overlay offers: a shell would evaluate it, names as well as values."""
+    for name, value in variables.items():
+        if name not in config.CHANGED_VARIABLES or not (value is None or isinstance(value, str)):
+            raise OverlayError(
+                f"the overlay at {path} offers {name!r}, which no overlay sets; end its hf-overlay serve"
+            )
 
 
 def as_shell(variables: Mapping[str, str | None], shell: str) -> str:
