@@ -42,7 +42,7 @@ _OVERLAY = re.compile(r"/session-\d+-[0-9a-f]+/home/hub$")
 
 
 class Settings(NamedTuple):
-    """Everything a scan depends on. All paths are absolute; none of them need exist."""
+    """Everything an overlay depends on. All paths are absolute; none of them need exist."""
 
     roots: tuple[str, ...]
     """The user's model folders, most important first; empty: the Hugging Face cache only."""
@@ -56,6 +56,8 @@ class Settings(NamedTuple):
     """Ids for which the user's folders do not count: the cache, and the Hub, answer."""
     trusts_code: bool = False
     """Also take models whose architecture is in a Python file of their own."""
+    holds_downloads: bool = False
+    """Download also while the real cache is away or read-only; what comes is held in the session's folder."""
 
 
 def load(
@@ -66,6 +68,7 @@ def load(
     kind: Kind | None = None,
     exclude: Sequence[str] = (),
     trusts_code: bool = False,
+    holds_downloads: bool = False,
 ) -> Settings:
     """Settings from the command line's model paths and an environment; the former win.
 
@@ -91,6 +94,7 @@ def load(
         kind=kind,
         exclude=tuple(exclude),
         trusts_code=trusts_code,
+        holds_downloads=holds_downloads,
     )
 
 

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from hf_overlay import config, hfcache
+from hf_overlay import config, hfcache, keeping
+from hf_overlay.catalog import weights
 from hf_overlay.catalog.catalog import Catalog
 from hf_overlay.catalog.plan import resolve
 from hf_overlay.config import Settings
@@ -24,7 +25,7 @@ from hf_overlay.gateway.hub import Hub
 from hf_overlay.gateway.server import DEFAULT_UPSTREAM, Gateway
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.models import Model
-from hf_overlay.tree import lease, writeback
+from hf_overlay.tree import held, lease, writeback
 from hf_overlay.tree.clear import remove_tree
 from hf_overlay.tree.lease import Lease
 from hf_overlay.tree.publish import Tree
@@ -51,10 +52,12 @@ class Cleared(NamedTuple):
 class Session:
     """An open overlay. Made by `open_session`; safe to use from several threads."""
 
-    def __init__(self, settings: Settings, environ: Mapping[str, str], owner: Lease) -> None:
+    def __init__(
+        self, settings: Settings, environ: Mapping[str, str], owner: Lease, held: Mapping[str, str] | None = None
+    ) -> None:
         self._environ = dict(environ)
         self._owner = owner
-        self._catalog = Catalog(settings)
+        self._catalog = Catalog(settings, held)
         self._lock = threading.Lock()
         self._changed: dict[str, float] = {}
         self._gateway: Gateway | None = None
@@ -96,7 +99,8 @@ class Session:
         variables["HF_HUB_DISABLE_SHARED_BLOBS"] = "1"
         if self._gateway is not None:
             variables["HF_ENDPOINT"] = self._gateway.endpoint
-        if self.is_offline:  # also for programs started elsewhere, which nothing keeps from the Hub
+        # Also for programs started elsewhere; without a gateway, nothing else keeps programs from the Hub.
+        if self.is_offline or (self._gateway is None and self.why_no_downloads is not None):
             variables["HF_HUB_OFFLINE"] = "1"
         return variables
 
@@ -109,6 +113,22 @@ class Session:
     def is_offline(self) -> bool:
         """Whether programs in `environment` will not use the network."""
         return config.is_offline(self._environ)
+
+    @property
+    def why_no_downloads(self) -> str | None:
+        """Why nothing is downloaded at the moment: the real cache could not keep it. None when downloads are welcome.
+
+        Looked at now, since a drive comes back. Always None in a session that holds downloads.
+        """
+        if self.settings.holds_downloads:
+            return None
+        problem = keeping.problem(self.settings.hub_cache)
+        if problem is None:
+            return None
+        return (
+            f"the Hugging Face cache {self.settings.hub_cache} {problem.text}, so it cannot keep a download; "
+            f"{problem.advice}, or use --hold-downloads"
+        )
 
     @property
     def owner_fd(self) -> int:
@@ -192,8 +212,23 @@ class Session:
         """Whether the real cache holds a loadable copy now."""
         return self._catalog.is_cached(model_id)
 
+    def has_copy(self, folder: str) -> bool:
+        """Whether a client finds main of a repo, by its folder name, without the Hub: of a model, with weights."""
+        repo = f"{self._tree.hub}/{folder}"
+        try:
+            snapshot = hfcache.snapshot(repo, hfcache.main_commit(repo, any_single=True))
+        except (hfcache.NoSnapshot, OSError):
+            return False
+        return hfcache.is_other_repo(folder) or any(
+            name.endswith(weights.SUFFIXES) and os.path.isfile(f"{inside}/{name}")
+            for inside, _, names in os.walk(snapshot)
+            for name in names
+        )
+
     def expect_download(self, folder: str) -> None:
-        """Let what a client is about to write to a repo folder land in the real cache."""
+        """Let what a client is about to write to a repo folder land in the real cache, unless that keeps nothing."""
+        if keeping.problem(self.settings.hub_cache) is not None:
+            return
         if all(os.path.isdir(f"{self._tree.hub}/{each}") for each in (hfcache.LOCKS, folder)):
             return
         try:
@@ -208,12 +243,20 @@ class Session:
 
     def _publish(self) -> None:
         plan = self._catalog.plan(case_insensitive=self._tree.is_case_insensitive)
-        for warning in self._catalog.warnings():
+        for warning in self._catalog.warnings(self._fate_of_downloads()):
             logger.warning("%s", warning)
         try:
             self._tree.publish(plan)
         except OSError as error:
             raise _session_error(self._owner.path, error) from error
+
+    def _fate_of_downloads(self) -> str | None:
+        """What becomes of downloads while the real cache keeps none; None when programs will not download."""
+        if self.is_offline:
+            return None
+        if self.settings.holds_downloads:
+            return f"downloads are held in {self._owner.path} until it takes them"
+        return "nothing is downloaded meanwhile (to download all the same, and hold it here: --hold-downloads)"
 
 
 @contextmanager
@@ -224,6 +267,7 @@ def open_session(
     exclude: Sequence[str] = (),
     gateway: bool = False,
     trusts_code: bool = False,
+    hold_downloads: bool = False,
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[Session]:
     """Open an overlay; it is removed when the context ends.
@@ -234,6 +278,10 @@ def open_session(
     the user has. `kind` is `mlx` for models that mlx-lm can load, or `any`; None: `mlx` if mlx-lm is installed, else
     `any`. `trusts_code` also takes models that bring their architecture as a Python file, which mlx-lm runs only
     when its caller allows it.
+
+    While the real cache is away or read-only, nothing is downloaded: the gateway refuses, and without one programs are
+    put offline. With `hold_downloads` they download all the same; it is held in the session's folder, shown by later
+    sessions, and moved to the real cache by the first start that can.
     Raises UsageError for a model path that is a file, SessionError when the tree cannot be made, OverlayError for `mlx`
     without mlx-lm.
 
@@ -248,6 +296,7 @@ def open_session(
         kind=kind,
         exclude=exclude,
         trusts_code=trusts_code,
+        holds_downloads=hold_downloads,
     )
     if settings.roots:
         logger.info("model paths: %s", ", ".join(settings.roots))
@@ -257,20 +306,21 @@ def open_session(
     for folder in (sessions, settings.hf_home):
         if config.expand(folder, environ) != folder:
             raise UsageError(f"programs would expand the $NAME in {folder}; set HF_OVERLAY_DIR, or HF_HOME, to another")
-    clear_dead(sessions)
     try:
+        clear_dead(sessions)
         owner = Lease.acquire(sessions, settings)
     except OSError as error:
         raise _session_error(sessions, error) from error
     session: Session | None = None
     try:
-        try:
-            session = Session(settings, environ, owner)
-        except OSError as error:
-            raise _session_error(owner.path, error) from error
-        if gateway:
-            session.start_gateway()
-        yield session
+        with held.shown(sessions, settings.hub_cache) as repos:
+            try:
+                session = Session(settings, environ, owner, repos)
+            except OSError as error:
+                raise _session_error(owner.path, error) from error
+            if gateway:
+                session.start_gateway()
+            yield session
     finally:
         if session is not None:
             session.stop()

@@ -74,6 +74,7 @@ def read(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
         port=arguments.port,
         models=tuple(arguments.model),
         is_offline=arguments.offline,
+        hold_downloads=arguments.hold_downloads,
         api_key=arguments.api_key or environ.get(API_KEY_VARIABLE) or None,
         origins=tuple(
             origin.strip() for each in arguments.cors_allow_origins for origin in each.split(",") if origin.strip()
@@ -122,6 +123,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="let the Hugging Face cache and the Hub answer for this id, not your folder; repeat it for more",
     )
     add("--offline", action="store_true", help="download nothing")
+    add(
+        "--hold-downloads",
+        action="store_true",
+        help="download even while the Hugging Face cache is away or read-only, and hold it until a later start can "
+        "move it there",
+    )
     add(
         "--model",
         action="append",

@@ -23,6 +23,8 @@ class Settings:
     models: tuple[str, ...] = ()
     """Ids to load at the start and keep."""
     is_offline: bool = False
+    hold_downloads: bool = False
+    """Download also while the Hugging Face cache is away or read-only."""
     api_key: str | None = None
     origins: tuple[str, ...] = ()
     aliases: Mapping[str, str]

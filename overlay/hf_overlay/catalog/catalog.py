@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from hf_overlay import hfcache
+from hf_overlay import hfcache, keeping
 from hf_overlay.catalog import kinds
 from hf_overlay.catalog.memo import Memo, stamps
 from hf_overlay.catalog.plan import Entry, Plan, Resolution, plan, resolve
@@ -31,13 +31,20 @@ class Candidate(NamedTuple):
 class Catalog:
     """The models of one configuration, as of the last `scan()`."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Scan the user's folders. Raises OverlayError when mlx-lm's model types are needed and cannot be read."""
+    def __init__(self, settings: Settings, held: Mapping[str, str] | None = None) -> None:
+        """Scan the user's folders. Raises OverlayError when mlx-lm's model types are needed and cannot be read.
+
+        `held` are repos that count as the real cache's, where it has none of that name: name -> path.
+        """
         self.settings = settings
         self.types = kinds.restriction(settings.kind, trusts_code=settings.trusts_code)
-        self._scanner = Scanner(settings.roots, settings.hub_cache, self.types)
+        self._held = dict(held or {})
+        self._scanner = Scanner(settings.roots, settings.hub_cache, self.types, self._held)
         self._warned: set[str] = set()
         self._cache_problem: str | None = None
+        """Why nothing in the real cache can be seen."""
+        self._not_kept: str | None = None
+        """Why the real cache keeps no download."""
         self._examined: Memo[hfcache.Examined] = Memo()
         self._linked: dict[str, LinkedRepo] = {}
         """Linked repos of the last plan, by entry name."""
@@ -90,7 +97,7 @@ class Catalog:
     def cache(self) -> Source:
         """The real cache's models, from a scan made now."""
         cache = self._scanner.scan_cache()
-        self._cache_problem = cache.problem.text if cache.problem is not None else None
+        self._judge_cache(cache.problem.text if cache.problem is not None else None)
         return cache
 
     def resolutions(self) -> dict[str, Resolution]:
@@ -120,12 +127,23 @@ class Catalog:
         ]
 
     def _cache_entries(self) -> dict[str, str]:
-        self._cache_problem = None
+        problem, entries = None, {}
         try:
-            return hfcache.entries(self.settings.hub_cache)
+            entries = hfcache.entries(self.settings.hub_cache)
         except OSError as error:
-            self._cache_problem = f"cannot be read: {error.strerror}"
-            return {}
+            problem = f"cannot be read: {error.strerror}"
+        self._judge_cache(problem)
+        if self._not_kept is not None:
+            entries.pop(hfcache.LOCKS, None)  # clients cannot write there; they make one of their own
+        return {**self._held, **entries}
+
+    def _judge_cache(self, problem: str | None) -> None:
+        """Note what warnings say about the real cache, which could not be read for the reason `problem`."""
+        found = keeping.problem(self.settings.hub_cache)
+        if found is not None and found.kind == "away":
+            problem = f"is away: it {found.text}; {found.advice}"
+        self._cache_problem = problem
+        self._not_kept = found.text if found is not None else None
 
     def find(self, model_id: str) -> Model:
         """The model that answers to an id, which may be any string.
@@ -175,8 +193,11 @@ class Catalog:
             candidates.append(Candidate(cached.path, "cache", cached.reason))
         return candidates
 
-    def warnings(self) -> list[str]:
-        """Warnings about paths and folders that cannot be used, without those that the call before has returned."""
+    def warnings(self, downloads: str | None = None) -> list[str]:
+        """Warnings about paths and folders that cannot be used, without those that the call before has returned.
+
+        `downloads` says what becomes of downloads while the real cache keeps none; None where there will be none.
+        """
         now: dict[str, None] = {}
         for source in self.sources:
             if source.problem is not None:
@@ -189,8 +210,11 @@ class Catalog:
             for reject in source.rejects:
                 if reject.id is None or reject.reason.code in (Code.NO_PERMISSION, Code.UNREADABLE):
                     now[f"{reject.path} {reject.reason.text}; it is left out"] = None
+        end = f"; {downloads}" if downloads is not None else ""
         if self._cache_problem is not None:
-            now[f"Hugging Face cache {self.settings.hub_cache} {self._cache_problem}; going on without it"] = None
+            now[f"Hugging Face cache {self.settings.hub_cache} {self._cache_problem}; going on without it{end}"] = None
+        elif self._not_kept is not None and downloads is not None:
+            now[f"Hugging Face cache {self.settings.hub_cache} {self._not_kept}{end}"] = None
         for path, reason in self.unscannable.items():
             now[f"{path} would make every scan of the cache fail ({reason}); it is left out"] = None
         for root in self._away:

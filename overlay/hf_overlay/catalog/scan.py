@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from hf_overlay import hfcache
 from hf_overlay.catalog import reading, weights
@@ -23,9 +23,15 @@ from hf_overlay.models import Code, Model, Reason, Reject, Source
 class Scanner:
     """Scans model paths, again and again, at a cost that follows the changes."""
 
-    def __init__(self, roots: tuple[str, ...], hub_cache: str, types: ModelTypes | None) -> None:
-        """`types` None takes every kind of model. `hub_cache` found inside a root stays the cache's."""
+    def __init__(
+        self, roots: tuple[str, ...], hub_cache: str, types: ModelTypes | None, held: Mapping[str, str] | None = None
+    ) -> None:
+        """`types` None takes every kind of model. `hub_cache` found inside a root stays the cache's.
+
+        `held` are repos that count as the cache's, where it has none of that name: name -> path.
+        """
         self._roots = roots
+        self._held = dict(held or {})
         self._hub_cache = hub_cache
         self._types = types
         self._memo: Memo[Found] = Memo()
@@ -40,19 +46,21 @@ class Scanner:
         """The real cache's models, as `mlx_lm.load(id)` would find them with the network down."""
         root, memo = self._hub_cache, self._cache_memo.next_round()
         found = _Collected(root, memo)
+        repos = dict(self._held)
+        device, problem = None, None
         try:
-            status = os.stat(root)
-            names = sorted(os.listdir(root))
+            device = os.stat(root).st_dev
+            repos |= {name: f"{root}/{name}" for name in os.listdir(root)}
         except FileNotFoundError:
-            return Source(root, None)
+            pass
         except OSError as error:
-            return Source(root, reason_of(error))
-        for name in names:
+            problem = reason_of(error)
+        for name, path in sorted(repos.items()):
             model_id = hfcache.model_id(name)
-            if model_id is not None and not found.recall(f"{root}/{name}"):
-                found.read(f"{root}/{name}", model_id, reading.read_cached_repo, self._types)
+            if model_id is not None and not found.recall(path):
+                found.read(path, model_id, reading.read_cached_repo, self._types)
         self._cache_memo = memo  # once it is complete: other threads may begin a round of their own
-        return found.source(status.st_dev)
+        return found.source(device, problem)
 
     def read(self, path: str, model_id: str, root: str) -> Model | Reject:
         """The model in one folder below a model path, else why there is none; also for folders that scans pass over."""
@@ -63,7 +71,10 @@ class Scanner:
 
     def read_cached(self, model_id: str) -> Model | Reject:
         """The model that the real cache holds under an id, else why there is none."""
-        repo = f"{self._hub_cache}/{hfcache.repo_folder(model_id)}"
+        name = hfcache.repo_folder(model_id)
+        repo = f"{self._hub_cache}/{name}"
+        if name in self._held and not os.path.isdir(repo):
+            repo = self._held[name]
         if not os.path.isdir(repo):
             return Reject(repo, model_id, Reason(Code.MISSING, "does not exist"), self._hub_cache)
         try:
@@ -82,10 +93,10 @@ class _Collected:
         self._rejects: list[Reject] = []
         self.junk = 0
 
-    def source(self, device: int) -> Source:
+    def source(self, device: int | None, problem: Reason | None = None) -> Source:
         return Source(
             self._root,
-            None,
+            problem,
             models=tuple(sorted(self._models, key=self._precedence)),
             rejects=tuple(sorted(self._rejects, key=lambda reject: reject.path)),
             junk=self.junk,

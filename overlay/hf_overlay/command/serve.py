@@ -19,7 +19,13 @@ logger = logging.getLogger("hf_overlay")
 
 
 def serve(
-    model_paths: Sequence[str], *, kind: Kind | None, exclude: Sequence[str], offline: bool, interval_seconds: float
+    model_paths: Sequence[str],
+    *,
+    kind: Kind | None,
+    exclude: Sequence[str],
+    offline: bool,
+    hold_downloads: bool,
+    interval_seconds: float,
 ) -> int:
     """Keep an overlay up, following the folders, until a signal ends it; returns 0. Raises OverlayError."""
     stop = threading.Event()
@@ -31,6 +37,7 @@ def serve(
             kind=kind,
             exclude=exclude,
             gateway=not config.is_offline(environ),
+            hold_downloads=hold_downloads,
             environ=environ,
         ) as session:
             session.offer()

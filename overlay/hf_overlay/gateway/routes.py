@@ -122,6 +122,17 @@ def error(status: int, code: str, message: str, headers: Mapping[str, str] | Non
     return JSONResponse({"error": message}, status, {**shape, **(headers or {})})
 
 
+def not_now(target: Target, message: str, *, has_copy: bool) -> Response:
+    """The answer about a repo that may not be downloaded now: at once, and so that the client shows `message`.
+
+    `has_copy` sends clients to their cache. Without a copy there, what they raise must carry the message: of errors
+    about a file, they pass on only "no such repo"; of those about a repo, the command `hf` hides that one.
+    """
+    if has_copy:
+        return error(504, "", message)
+    return error(404, "RepoNotFound", message) if target.part == "resolve" else error(403, "", message)
+
+
 def _info(model: Model, commit: str) -> dict[str, object]:
     return {
         "_id": commit[:24],

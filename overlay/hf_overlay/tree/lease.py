@@ -132,10 +132,30 @@ def dead(sessions: str, path: str) -> Iterator[bool]:
         os.close(fd)
 
 
-def sessions_in(sessions: str) -> list[str]:
+def share(sessions: str, path: str) -> int | None:
+    """Keep a dead session from being cleared, together with others who do: the file descriptor to close at the end.
+
+    None when its owner may be alive, or when it is being cleared. Programs that are started inherit the descriptor.
+    """
+    try:
+        with _exclusive(sessions):
+            fd = os.open(os.path.join(path, OWNER_FILE), os.O_RDWR)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                os.close(fd)
+                raise
+    except OSError:
+        return None
+    os.set_inheritable(fd, True)
+    return fd
+
+
+def sessions_in(sessions: str, *, warn: bool = True) -> list[str]:
     """The paths of all session folders, living or dead, without those that another user may have put there.
 
-    Raises OSError, or SessionError when other users may write to `sessions` itself.
+    `warn` names each of the latter in a warning. Raises OSError, or SessionError when other users may write to
+    `sessions` itself.
     """
     try:
         paths = sorted(entry.path for entry in os.scandir(sessions) if entry.name.startswith(_PREFIX))
@@ -146,7 +166,7 @@ def sessions_in(sessions: str) -> list[str]:
     for path in paths:
         if (why := _why_untrusted(path)) is None:
             trusted.append(path)
-        else:
+        elif warn:
             logger.warning("the session at %s %s; it is ignored: look at it, and remove it", path, why)
     return trusted
 

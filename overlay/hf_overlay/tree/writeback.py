@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator
 
-from hf_overlay import hfcache
+from hf_overlay import hfcache, keeping
 from hf_overlay.tree import store
 from hf_overlay.tree.files import has_payload
 
@@ -25,8 +25,11 @@ def bring_home(session: str, hub: str) -> dict[str, str]:
     Returns the paths that must stay because not all of each could be moved: path -> why.
     """
     stuck: dict[str, str] = {}
+    problem = keeping.problem(hub)
     for repo, name in _written_repos(session):
         try:
+            if problem is not None and problem.kind == "away":  # a folder made in its place would hide the drive
+                raise OSError(errno.ENODEV, f"the Hugging Face cache {problem.text}")
             os.makedirs(hub, exist_ok=True)
             if not _move_whole(repo, f"{hub}/{name}"):
                 # One name a session, so that what a kill leaves of it is overwritten when it is done again.

@@ -53,7 +53,7 @@ def folder(home: Path) -> Path:
 @pytest.fixture
 def reachable() -> Iterator[Path]:
     """A folder that other users can get to, unlike pytest's."""
-    with TemporaryDirectory(dir="/tmp") as path:  # noqa: S108 - as a user would choose it
+    with TemporaryDirectory(dir="/tmp") as path:
         yield Path(path)
 
 
