@@ -125,12 +125,13 @@ def error(status: int, code: str, message: str, headers: Mapping[str, str] | Non
 def not_now(target: Target, message: str, *, has_copy: bool) -> Response:
     """The answer about a repo that may not be downloaded now: at once, and so that the client shows `message`.
 
-    `has_copy` sends clients to their cache. Without a copy there, what they raise must carry the message: of errors
-    about a file, they pass on only "no such repo"; of those about a repo, the command `hf` hides that one.
+    403 sends clients to their cache, and unlike 504, which old releases repeat for 20 seconds, at once. Without a copy
+    there (`has_copy`), what they raise must carry the message: of errors about a file, they pass on only "no such
+    repo"; of those about a repo, the command `hf` hides that one.
     """
-    if has_copy:
-        return error(504, "", message)
-    return error(404, "RepoNotFound", message) if target.part == "resolve" else error(403, "", message)
+    if target.part == "resolve" and not has_copy:
+        return error(404, "RepoNotFound", message)
+    return error(403, "", message)
 
 
 def _info(model: Model, commit: str) -> dict[str, object]:
