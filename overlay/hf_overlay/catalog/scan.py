@@ -180,6 +180,10 @@ class _RootScan:
         while pending:
             group, folder, chain = pending.pop()
             self._found.junk += folder.junk
+            for name in filter(is_utf8, folder.broken):
+                model_id = f"{group}/{name}" if group else name
+                reason = Reason(Code.BROKEN_LINK, "is a link to what is not there")
+                self._found.reject(f"{self._root}/{model_id}", model_id, reason)
             for name in sorted(folder.folders, reverse=True):
                 model_id = f"{group}/{name}" if group else name
                 path = f"{self._root}/{model_id}"

@@ -222,6 +222,9 @@ def _ls(options: argparse.Namespace) -> int:
     if options.json:
         return _print_json(rows)
     models = [resolution.winner for resolution in resolutions.values()]
+    if not models and not options.quiet:
+        looked = ", ".join([*catalog.settings.roots, catalog.settings.hub_cache])
+        _say(f"no models in {looked}; hf-overlay doctor says what was left out there, and why")
     return _print_table(
         ("ID", "SOURCE", "KIND", "SIZE", "TYPE", "PATH"),
         [

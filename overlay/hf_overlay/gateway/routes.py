@@ -156,7 +156,8 @@ def _tree_answer(request: Request, target: Target, model: Model) -> Response:
     from starlette.responses import JSONResponse
 
     if _verifies(request) and any(file.etag is None for file in model.files):
-        return error(501, "", f"{model.path} was not made by hf download, so it has no checksums to compare with")
+        message = f"{model.path} was not made by hf download, so there are no checksums to verify its files with"
+        return error(400, "", message)  # of all kinds, the one of which `hf` shows the message alone
     entries = _tree(model, target.path, is_recursive="recursive" in request.query_params)
     return JSONResponse(entries) if entries else error(404, "EntryNotFound", f"{model.path} has no {target.path}")
 

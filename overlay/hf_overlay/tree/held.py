@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from hf_overlay import hfcache
-from hf_overlay.tree import files, lease
+from hf_overlay.tree import files, lease, store
 
 
 @contextmanager
@@ -47,3 +47,12 @@ def repos(session: str) -> dict[str, str]:
         and os.path.isdir(f"{entry.path}/snapshots")
         and files.has_payload(entry.path)
     }
+
+
+def payloads(session: str) -> list[str]:
+    """The paths of all that clients downloaded into a session: repos of their own, and additions to linked repos."""
+    linked = [entry.path for folder in store.FOLDERS for entry in files.entries(f"{session}/{folder}")]
+    own = [entry.path for hub in files.entries(f"{session}/hubs") for entry in files.entries(hub.path)]
+    return sorted(
+        path for path in (*own, *linked) if not os.path.islink(path) and os.path.isdir(path) and files.has_payload(path)
+    )

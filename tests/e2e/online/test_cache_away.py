@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -16,7 +18,7 @@ from tests.e2e.online.people import FILES, MINE, NEW, RELEASES, folder_of
 from tests.overlay.faults.seen import left
 from tests.support import hubs
 from tests.support.online import Person, at_a_shell, cached, contents, leads_outside
-from tests.support.processes import OVERLAY, PYTHON, Finished, finish, read_line, start
+from tests.support.processes import OVERLAY, PYTHON, SECONDS, Finished, finish, read_line, start
 
 HOLD = ["--hold-downloads"]
 
@@ -79,6 +81,7 @@ def test_once_the_drive_is_back_downloads_go_on_in_the_same_session(person: Pers
     assert cached(person.cache, NEW) == FILES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", [[], HOLD])
 @pytest.mark.parametrize("release", ["0.36.2", hubs.INSTALLED])
 def test_what_was_downloaded_meanwhile_is_fetched_once_and_moves_home(
@@ -159,6 +162,22 @@ def test_without_a_gateway_programs_are_offline_until_the_cache_is_back(person: 
         assert "HF_HUB_OFFLINE" not in session.environment
 
 
+@pytest.mark.parametrize("options", [[], HOLD])
+def test_serve_takes_the_option_too(person: Person, drive: Path, options: list[str]) -> None:
+    download = f"import huggingface_hub as h; h.snapshot_download({NEW!r})"
+    command = [OVERLAY, "serve", *options]
+    with start(command, person.environ) as process:
+        while "serving" not in read_line(process.stderr):
+            pass
+        shell = f'eval "$({OVERLAY} env)"; exec {PYTHON} -c {shlex.quote(download)}'
+        assert (finish(["/bin/sh", "-c", shell], person.environ).status == 0) == bool(options)
+        process.send_signal(signal.SIGTERM)
+        process.wait(SECONDS)
+    drive.mkdir(parents=True)
+    person.succeed("true")
+    assert cached(person.cache, NEW) == (FILES if options else {})
+
+
 # Read-only --------------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +190,7 @@ def as_user(*command: str) -> list[str]:
     return ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--", *command]
 
 
+@pytest.mark.slow
 def test_a_read_only_cache_loads_and_nothing_is_downloaded_that_it_cannot_keep(tmp_path: Path) -> None:
     with at_a_shell(tmp_path) as person:
         person.hub.add_repo(NEW, FILES)
