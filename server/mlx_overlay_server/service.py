@@ -22,19 +22,9 @@ from mlx_overlay_server.errors import InvalidRequest, Overloaded, PromptTooLong,
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.library import Library, Listed
 from mlx_overlay_server.models.pool import Pool
+from mlx_overlay_server.settings import Limits
 
 R = TypeVar("R")
-
-
-class Limits(NamedTuple):
-    """What one request, and all together, may ask for."""
-
-    open_requests: int
-    """Requests that run or wait."""
-    messages: int
-    prompt_tokens: int | None
-    answer_tokens: int | None
-    """Where a request names no limit; None: what the model's context holds."""
 
 
 @dataclass(slots=True)
@@ -150,7 +140,7 @@ class Service:
         """A place among the open requests. Raises Unavailable or Overloaded."""
         if self._is_closing:
             raise Unavailable("the server is shutting down")
-        if self._open >= self.limits.open_requests:
+        if self._open >= self.engine.options.batch_size + self.limits.waiting_requests:
             raise Overloaded(f"{self._open} requests are running or waiting already; try again later")
         self._open += 1
         try:

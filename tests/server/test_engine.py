@@ -12,17 +12,18 @@ from mlx_overlay_server.chat.grammar import Constraint
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import Params
 from mlx_overlay_server.engine import runner
-from mlx_overlay_server.engine.commands import Options, Prefilled, Sampled, Submit
+from mlx_overlay_server.engine.commands import Prefilled, Sampled, Submit
 from mlx_overlay_server.engine.handle import Engine, Mailbox
 from mlx_overlay_server.engine.worker import Worker
 from mlx_overlay_server.errors import Failed, ServerError, Unavailable
+from mlx_overlay_server.settings import EngineOptions
 
 from tests.support.models import make_model, make_random_model
 
 SECONDS = 60
 
 
-def run(use: Callable[[Engine], Awaitable[None]], options: Options = Options()) -> None:  # noqa: B008 - frozen
+def run(use: Callable[[Engine], Awaitable[None]], options: EngineOptions = EngineOptions()) -> None:  # noqa: B008 - frozen
     """Use an engine, and stop it whatever comes of that."""
 
     async def main() -> None:

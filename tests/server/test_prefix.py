@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import ArraysCache, KVCache
-from mlx_overlay_server.engine.prefix_cache import Cache, PrefixCache
+from mlx_overlay_server.engine.mlx import Cache
+from mlx_overlay_server.engine.prefix_cache import PrefixCache
 
 _LAYERS = 2
 _BYTES = _LAYERS * 2 * 4
