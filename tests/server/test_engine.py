@@ -19,6 +19,7 @@ from mlx_overlay_server.errors import Failed, ServerError, Unavailable
 from mlx_overlay_server.settings import EngineOptions
 
 from tests.support.models import make_model, make_random_model
+from tests.support.processes import PYTHON, environment, succeed
 
 SECONDS = 60
 
@@ -220,3 +221,26 @@ def test_a_request_whose_processors_fail_harms_no_row_beside_it(tmp_path: Path) 
         assert engine.stats.failures == 0, "the batch was lost"
 
     run(use)
+
+
+_STARTED = """
+import asyncio, resource
+from mlx_overlay_server.engine.handle import Engine
+from mlx_overlay_server.settings import EngineOptions
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (1000, hard))
+
+async def main():
+    engine = Engine(EngineOptions())
+    engine.start()
+    while not engine.stats.is_alive:
+        await asyncio.sleep(0.01)
+    await engine.stop()
+
+asyncio.run(main())
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1000, hard)
+"""
+
+
+def test_an_engine_that_starts_leaves_the_limit_on_open_files_as_it_was(home: Path) -> None:
+    succeed([PYTHON, "-c", _STARTED], environment(home))

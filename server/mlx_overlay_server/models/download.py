@@ -1,15 +1,18 @@
-"""Models that are nowhere here, from the Hub into the real Hugging Face cache: by a process of its own.
+"""Downloads models from the Hub into the real Hugging Face cache, each in a process of its own.
 
-A process can be ended when the server stops, and leaves partial files that a later download goes on with.
+A process can be ended when the server stops. It leaves partial files, which a later download continues.
 """
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import logging
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 
 import hf_overlay
 
@@ -17,18 +20,6 @@ from mlx_overlay_server.errors import Forbidden, Unavailable, UnknownModel
 
 logger = logging.getLogger("mlx_overlay_server")
 
-PATTERNS = (
-    "*.json",
-    "model*.safetensors",
-    "*.py",
-    "tokenizer.model",
-    "*.tiktoken",
-    "tiktoken.model",
-    "*.txt",
-    "*.jsonl",
-    "*.jinja",
-)
-"""What mlx-lm fetches (mlx_lm/utils.py, `_download`)."""
 _NOT_FOUND = frozenset({"RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError"})
 
 
@@ -92,8 +83,23 @@ class Downloader:
         raise Unavailable(f"{model_id} cannot be downloaded: {message}", code="download_failed")
 
 
+def patterns() -> list[str]:
+    """Return the patterns of the files that mlx-lm downloads, read from its source. Raises LookupError.
+
+    Importing mlx-lm, and with it MLX, would take seconds.
+    """
+    spec = find_spec("mlx_lm")
+    if spec is None or not spec.submodule_search_locations:
+        raise LookupError("mlx-lm is not installed; install mlx-overlay-server again")
+    utils = Path(spec.submodule_search_locations[0], "utils.py")
+    for statement in ast.parse(utils.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "DEFAULT_ALLOW_PATTERNS":
+            return list(ast.literal_eval(statement.value))
+    raise LookupError(f"{utils} has no DEFAULT_ALLOW_PATTERNS; install a version of mlx-lm that is supported")
+
+
 def main() -> int:
-    """In the process: download the model named by the first argument; say how it goes as JSON lines."""
+    """Download the model named by the first argument, and report progress as JSON lines; runs in the process."""
     from typing import Any
 
     from huggingface_hub import HfApi, snapshot_download  # noqa: TID251 - the environment is the overlay's by now
@@ -103,7 +109,7 @@ def main() -> int:
         print(json.dumps(words), flush=True)
 
     class Progress(tqdm):  # type: ignore[misc]
-        """Tells of bytes, not of files."""
+        """Reports bytes, not files."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": False, "file": _Nowhere()})
@@ -117,7 +123,7 @@ def main() -> int:
         say(found=True)
         if not sys.stdin.readline():  # waits until there is a place for it; nothing: the server has ended
             return 1
-        snapshot_download(sys.argv[1], allow_patterns=list(PATTERNS), tqdm_class=Progress)
+        snapshot_download(sys.argv[1], allow_patterns=patterns(), tqdm_class=Progress)
     except Exception as error:  # noqa: BLE001 - the boundary: whatever it is, the server tells its client
         lines = str(error).strip().splitlines()
         say(error=type(error).__name__, message=lines[0] if lines else type(error).__name__)
@@ -126,7 +132,7 @@ def main() -> int:
 
 
 class _Nowhere:
-    """Where tqdm's own bar goes."""
+    """A file for tqdm's own progress bar, which nobody sees."""
 
     def write(self, _: str) -> None:
         pass
