@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from mlx_overlay_server.chat.grammar import Constraint
 from mlx_overlay_server.chat.loaded import Loaded
@@ -221,6 +223,50 @@ def test_a_request_whose_processors_fail_harms_no_row_beside_it(tmp_path: Path) 
         assert engine.stats.failures == 0, "the batch was lost"
 
     run(use)
+
+
+def test_kept_prefixes_hold_no_more_memory_than_is_counted(tmp_path: Path) -> None:
+    """By MLX's own count, after sequences of different lengths have shared a batch."""
+
+    def held() -> int:
+        gc.collect()
+        mx.synchronize()
+        return mx.get_active_memory()
+
+    async def use(engine: Engine) -> None:
+        model = await engine.load(str(make_random_model(tmp_path / "random", hidden=256)))
+        before = held()
+        sequences = []
+        for number in range(engine.options.batch_size):
+            prompt = tuple(1 + (number * 7 + place) % 200 for place in range(200 + 10 * number))
+            sequences.append(Submit(0, "", prompt, Params(temperature=0), 2 + number % 5))
+        mailbox, ids = engine.submit(model, sequences)
+        ended = 0
+        while ended < len(ids):
+            for _, item in await mailbox.take():
+                ended += isinstance(item, Sampled) and item.finish is not None
+        assert engine.stats.cache_entries == len(ids)
+        assert held() - before <= 1.1 * engine.stats.cache_bytes
+
+    run(use)
+
+
+def test_a_budget_of_the_prefix_cache_bounds_what_it_holds(tmp_path: Path) -> None:
+    budget = 4 * 10**6
+
+    async def use(engine: Engine) -> None:
+        model = await engine.load(str(make_random_model(tmp_path / "random", hidden=256)))
+        gc.collect()
+        before = mx.get_active_memory()
+        for turn in range(12):
+            prompt = tuple(1 + (turn * 7 + place) % 200 for place in range(300))
+            mailbox, _ = engine.submit(model, [Submit(0, "", prompt, Params(temperature=0), 3)])
+            await text_of(model, mailbox)
+        assert 0 < engine.stats.cache_bytes <= budget
+        gc.collect()
+        assert mx.get_active_memory() - before <= 1.1 * budget
+
+    run(use, EngineOptions(cache_bytes=budget))
 
 
 _STARTED = """

@@ -18,7 +18,7 @@ from typing import Any
 Check = Callable[[Path], None]
 
 
-def importing_mlx_lm_can_be_kept_from_changing_the_process_s_limits(_: Path) -> None:
+def importing_mlx_lm_can_be_kept_from_changing_the_process_s_limits(_folder: Path) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1000, hard))
     limits = [value for name, value in vars(resource).items() if name.startswith("RLIMIT_")]
@@ -241,8 +241,9 @@ def a_cache_can_be_copied_into_buffers_of_its_own(_: Path) -> None:
             original = make()
             original.update_and_fetch(*tokens(count, 1))
             original.update_and_fetch(*tokens(1, 2))
-            for wrap in (lambda each: each, lambda each: cache.CacheList(each)):
-                kept = wrap(copy.deepcopy(original))
+            for is_listed in (False, True):
+                kept = copy.deepcopy(original)
+                kept = cache.CacheList(kept) if is_listed else kept
                 copied = mlx.compact([kept])
                 mlx.evaluate(copied)
                 assert type(copied[0]) is type(kept)

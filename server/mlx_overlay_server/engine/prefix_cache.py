@@ -85,8 +85,12 @@ class PrefixCache:
             if common == len(entry.tokens) and can_trim:  # the new one serves for it
                 self._remove(entry)
                 system = max(system, entry.system)
-        self._add(_Entry(key, tokens, cache, _nbytes(cache), system, next(self._clock)))
+        kept = mlx.compact(cache)
+        entry = _Entry(key, tokens, kept, _nbytes(kept), system, next(self._clock))
+        self._add(entry)
         self.trim(self._max_bytes)
+        if any(each is entry for each in self._entries):
+            mlx.evaluate(kept)  # only now, when there is room: it takes the memory that was counted
 
     def trim(self, max_bytes: int) -> None:
         """Drop entries until they take at most so many bytes."""
