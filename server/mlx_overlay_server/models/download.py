@@ -47,21 +47,21 @@ class Downloader:
         assert process.stdin is not None  # noqa: S101 - asked for below, as the next
         assert process.stdout is not None  # noqa: S101
         problem: tuple[str, str] | None = None
-        said = -1
+        logged = -1  # percent
         try:
             async for line in process.stdout:
-                told = json.loads(line)
-                if "error" in told:
-                    problem = (told["error"], told["message"])
+                report = json.loads(line)
+                if "error" in report:
+                    problem = (report["error"], report["message"])
                     continue
-                if "found" in told:  # only now: ids are what clients send, and must not leave folders in a cache
+                if "found" in report:  # only now: ids are what clients send, and must not leave folders in a cache
                     self._session.expect_model(model_id)
                     process.stdin.write(b"\n")
                     continue
-                progress(f"downloading {model_id}: {told['done'] / 1e6:.0f} of {told['total'] / 1e6:.0f} MB")
-                if (percent := told["done"] * 10 // max(told["total"], 1) * 10) != said:
-                    said = percent
-                    logger.info("downloading %s: %d %% of %.1f MB", model_id, percent, told["total"] / 1e6)
+                progress(f"downloading {model_id}: {report['done'] / 1e6:.0f} of {report['total'] / 1e6:.0f} MB")
+                if (percent := report["done"] * 10 // max(report["total"], 1) * 10) != logged:
+                    logged = percent
+                    logger.info("downloading %s: %d %% of %.1f MB", model_id, percent, report["total"] / 1e6)
             await process.wait()
         finally:
             if process.returncode is None:
@@ -105,8 +105,8 @@ def main() -> int:
     from huggingface_hub import HfApi, snapshot_download  # noqa: TID251 - the environment is the overlay's by now
     from huggingface_hub.utils import tqdm  # noqa: TID251
 
-    def say(**words: Any) -> None:
-        print(json.dumps(words), flush=True)
+    def report(**values: Any) -> None:
+        print(json.dumps(values), flush=True)
 
     class Progress(tqdm):  # type: ignore[misc]
         """Reports bytes, not files."""
@@ -116,17 +116,17 @@ def main() -> int:
 
         def display(self, *_: Any, **__: Any) -> None:
             if self.unit == "B" and self.total:
-                say(done=int(self.n), total=int(self.total))
+                report(done=int(self.n), total=int(self.total))
 
     try:
         HfApi().model_info(sys.argv[1])
-        say(found=True)
-        if not sys.stdin.readline():  # waits until there is a place for it; nothing: the server has ended
+        report(found=True)
+        if not sys.stdin.readline():  # waits for a place in the cache; '' means that the server has ended
             return 1
         snapshot_download(sys.argv[1], allow_patterns=patterns(), tqdm_class=Progress)
-    except Exception as error:  # noqa: BLE001 - the boundary: whatever it is, the server tells its client
+    except Exception as error:  # noqa: BLE001 - the boundary: the server reports any error to its client
         lines = str(error).strip().splitlines()
-        say(error=type(error).__name__, message=lines[0] if lines else type(error).__name__)
+        report(error=type(error).__name__, message=lines[0] if lines else type(error).__name__)
         return 1
     return 0
 
