@@ -212,12 +212,15 @@ def test_a_model_that_only_reads_refuses_an_image(dialect: Dialect, server: Serv
 _NO_IMAGES = {
     "cut base64": ("data:image/png;base64,iVBORw0KGg", "base64"),
     "no base64": ("data:image/png;base64,****", "base64"),
-    "a text": (data_url(b"Just a text."), "no image"),
-    "nothing": (data_url(b""), "no image"),
-    "a cut image": (data_url(RED[:-30]), "no image"),
+    "a text": (data_url(b"Just a text."), "cannot decode the image"),
+    "nothing": (data_url(b""), "cannot decode the image"),
+    "a cut image": (data_url(RED[:-30]), "cannot decode the image"),
     # What Pillow refuses with errors of other kinds, or reads by starting other programs.
-    "a broken DDS": (data_url(b"DDS " + (124).to_bytes(4, "little") + bytes(120)), "no image"),
-    "a program": (data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"), "no image"),
+    "a broken DDS": (data_url(b"DDS " + (124).to_bytes(4, "little") + bytes(120)), "cannot decode the image"),
+    "a program": (
+        data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"),
+        "cannot decode the image",
+    ),
     "http": ("http://127.0.0.1:9/cat.png", "data URLs"),
     "https": ("https://example.com/cat.png", "data URLs"),
     "a file": ("file:///etc/hostname", "data URLs"),
