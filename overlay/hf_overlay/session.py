@@ -10,8 +10,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,12 +24,14 @@ from hf_overlay.gateway.hub import Hub
 from hf_overlay.gateway.server import DEFAULT_UPSTREAM, Gateway
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.models import Model
-from hf_overlay.tree import lease, writeback
+from hf_overlay.tree import lease, usage, writeback
 from hf_overlay.tree.clear import remove_tree
 from hf_overlay.tree.lease import Lease
 from hf_overlay.tree.publish import Tree
 
 logger = logging.getLogger("hf_overlay")
+
+_STILL_USED = "a program still uses the overlay at %s; it is cleared at a later start or end"
 
 _OLDER_CACHE_VARIABLES = ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE", "PYTORCH_PRETRAINED_BERT_CACHE")
 
@@ -196,6 +198,8 @@ class Session:
 
     def expect_download(self, folder: str) -> None:
         """Let what a client is about to write to a repo folder land in the real cache."""
+        if not hfcache.is_hub_repo(folder):  # ids are what clients send, and must neither be made nor noted
+            return
         if all(os.path.isdir(f"{self._tree.hub}/{each}") for each in (hfcache.LOCKS, folder)):
             return
         try:
@@ -260,6 +264,7 @@ def open_session(
         if config.expand(folder, environ) != folder:
             raise UsageError(f"programs would expand the $NAME in {folder}; set HF_OVERLAY_DIR, or HF_HOME, to another")
     clear_dead(sessions)
+    others = lease.sessions_in(sessions)
     try:
         owner = Lease.acquire(sessions, settings)
     except OSError as error:
@@ -277,32 +282,40 @@ def open_session(
         if session is not None:
             session.stop()
         owner.release()
-        if clear(sessions, owner.path) is None:
-            logger.info("a program still uses the overlay at %s; it is cleared at a later start", owner.path)
+        cleared = {each.path for each in clear_dead(sessions, quiet={*others, owner.path})}
+        if owner.path not in cleared and os.path.lexists(owner.path):
+            logger.info(_STILL_USED, owner.path)
 
 
-def clear_dead(sessions: str) -> list[Cleared]:
-    """Clear every session whose owner is known to be dead."""
-    return [cleared for path in lease.sessions_in(sessions) if (cleared := clear(sessions, path)) is not None]
+def clear_dead(sessions: str, quiet: Collection[str] = ()) -> list[Cleared]:
+    """Clear every session that is over: its owner is known to be dead, and no program uses its tree.
+
+    Of one that is still used, a message says so, unless it is in `quiet`.
+    """
+    with ExitStack() as held:
+        # All are held before any is looked at, so that one look at the processes of this machine counts for all.
+        dead = [path for path in lease.sessions_in(sessions) if held.enter_context(lease.dead(sessions, path))]
+        used = usage.in_use(dead)
+        for path in sorted(used - set(quiet)):
+            logger.info(_STILL_USED, path)
+        return [cleared for path in dead if path not in used and (cleared := _clear(path)) is not None]
 
 
-def clear(sessions: str, path: str) -> Cleared | None:
-    """Clear one session; None when its owner may be alive, or when it cannot be removed."""
-    with lease.dead(sessions, path) as is_dead:
-        if not is_dead:
-            return None
-        try:
-            owner = lease.read_owner(path)
-            stuck = writeback.bring_home(path, owner.hub_cache) if owner is not None else {}
-            kept = remove_tree(path, stuck)
-            for kept_path in kept:
-                reason = stuck.get(kept_path, "the cache holds, or a program is downloading, other bytes for it")
-                logger.warning("a download stays in %s and is tried again at the next start: %s", kept_path, reason)
-            if not kept:
-                lease.remove(path)
-        except OSError as error:
+def _clear(path: str) -> Cleared | None:
+    """Clear one session that is over, and that nobody else clears; None when it cannot be removed."""
+    try:
+        owner = lease.read_owner(path)
+        stuck = writeback.bring_home(path, owner.hub_cache) if owner is not None else {}
+        kept = remove_tree(path, stuck)
+        for kept_path in kept:
+            reason = stuck.get(kept_path, "the cache holds, or a program is downloading, other bytes for it")
+            logger.warning("a download stays in %s and is tried again at the next start: %s", kept_path, reason)
+        if not kept:
+            lease.remove(path)
+    except OSError as error:
+        if os.path.lexists(path):
             logger.warning("cannot clear the session at %s: %s; remove it by hand", path, error.strerror)
-            return None
+        return None
     return Cleared(path, tuple(kept))
 
 
