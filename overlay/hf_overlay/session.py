@@ -31,7 +31,9 @@ from hf_overlay.tree.publish import Tree
 
 logger = logging.getLogger("hf_overlay")
 
-_STILL_USED = "a program still uses the overlay at %s; it is cleared at a later start or end"
+LINGER_SECONDS = 1.0
+"""Longer than what a program started for itself takes to end after it, and another process to look at a lock."""
+_STILL_USED = "a program still uses the overlay at %s; it is cleared at a later start"
 
 _OLDER_CACHE_VARIABLES = ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE", "PYTORCH_PRETRAINED_BERT_CACHE")
 
@@ -176,9 +178,17 @@ class Session:
         self._owner.record(self.settings, self.variables)
 
     def stop(self) -> None:
-        """Stop the gateway. The tree is cleared separately, since other programs may still use it."""
+        """Stop the gateway once it has sent the answers that are under way, or `cut` is called.
+
+        The tree is cleared separately, since other programs may still use it.
+        """
         if self._gateway is not None:
             self._gateway.stop()
+
+    def cut(self) -> None:
+        """Let `stop` wait for nothing: the gateway's answers are cut. May be called by a signal handler."""
+        if self._gateway is not None:
+            self._gateway.cut()
 
     def linked_repo(self, model_id: str) -> LinkedRepo | None:
         """The linked repo of the user's model with this id; None when the tree holds none."""
@@ -244,7 +254,8 @@ def open_session(
     without mlx-lm.
 
         with hf_overlay.open_session(["/Volumes/LLMS/models"]) as session:
-            subprocess.run(["mlx_lm.generate", "--model", "org/name"], env=session.environment)
+            command = ["mlx_lm.generate", "--model", "org/name"]
+            subprocess.run(command, env=session.environment, pass_fds=[session.owner_fd])
     """
     environ = os.environ if environ is None else environ
     settings = config.load(
@@ -282,13 +293,26 @@ def open_session(
         if session is not None:
             session.stop()
         owner.release()
-        cleared = {each.path for each in clear_dead(sessions, quiet={*others, owner.path})}
-        if owner.path not in cleared and os.path.lexists(owner.path):
-            logger.info(_STILL_USED, owner.path)
+        _end(sessions, owner.path, others)
 
 
-def clear_dead(sessions: str, quiet: Collection[str] = ()) -> list[Cleared]:
-    """Clear every session that is over: its owner is known to be dead, and no program uses its tree.
+def clear_dead(sessions: str) -> list[Cleared]:
+    """Clear every session that is over: its owner is known to be dead, and no program uses its tree."""
+    return [each for each in _clear_over(sessions) if each.path not in each.kept]
+
+
+def _end(sessions: str, path: str, others: Collection[str]) -> None:
+    """Clear a session that this process has let go of, and those that are over since; `others` were there before it."""
+    deadline = time.monotonic() + LINGER_SECONDS
+    while path not in {each.path for each in _clear_over(sessions, quiet={*others, path})} and os.path.lexists(path):
+        if time.monotonic() > deadline:
+            logger.info(_STILL_USED, path)
+            return
+        time.sleep(0.02)
+
+
+def _clear_over(sessions: str, quiet: Collection[str] = ()) -> list[Cleared]:
+    """As `clear_dead`, with those that could not be cleared: what is kept of each is all of it.
 
     Of one that is still used, a message says so, unless it is in `quiet`.
     """
@@ -298,11 +322,11 @@ def clear_dead(sessions: str, quiet: Collection[str] = ()) -> list[Cleared]:
         used = usage.in_use(dead)
         for path in sorted(used - set(quiet)):
             logger.info(_STILL_USED, path)
-        return [cleared for path in dead if path not in used and (cleared := _clear(path)) is not None]
+        return [_clear(path) for path in dead if path not in used]
 
 
-def _clear(path: str) -> Cleared | None:
-    """Clear one session that is over, and that nobody else clears; None when it cannot be removed."""
+def _clear(path: str) -> Cleared:
+    """Clear one session that is over, and that nobody else clears."""
     try:
         owner = lease.read_owner(path)
         stuck = writeback.bring_home(path, owner.hub_cache) if owner is not None else {}
@@ -315,7 +339,7 @@ def _clear(path: str) -> Cleared | None:
     except OSError as error:
         if os.path.lexists(path):
             logger.warning("cannot clear the session at %s: %s; remove it by hand", path, error.strerror)
-        return None
+        return Cleared(path, (path,))
     return Cleared(path, tuple(kept))
 
 

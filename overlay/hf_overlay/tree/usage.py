@@ -28,13 +28,17 @@ from hf_overlay import hfcache
 from hf_overlay.config import OWNER_FILE
 from hf_overlay.tree import announced, files, lease, store
 
-_OWNER_FILE = f"/{OWNER_FILE}".encode()
 LOOK_SECONDS = 10.0
 """The longest that `ps` or `lsof` may take (macOS). One that takes longer has found out nothing."""
 _PASSES = 50
 """How often the list of processes is read again, for those that were started meanwhile (Linux)."""
 _EXEC_SECONDS = 0.002
 """Longer than the moment in which a program that is being started has no environment yet (Linux)."""
+
+_OWNER_FILE = f"/{OWNER_FILE}".encode()
+_USES_NOTHING = b"from multiprocessing.resource_tracker import main"
+"""In the command of a process that Python (tqdm, for one) starts beside a program. It only waits for the program's end,
+and has its environment; it would keep the tree of a server whose process goes on."""
 
 Processes = Iterator[tuple[int, bytes]]
 """Each process by its id, with all that it may name a tree in: its environment, its folder, its open files."""
@@ -151,7 +155,8 @@ def by_proc(proc: str = "/proc") -> Processes:
                 raise FileNotFoundError(f"{proc} shows no process")
             return
         for pid in new:
-            yield int(pid), _named_by(f"{proc}/{pid}")
+            if _USES_NOTHING not in _read(f"{proc}/{pid}/cmdline"):
+                yield int(pid), _named_by(f"{proc}/{pid}")
         done |= new
     raise InterruptedError(f"{proc} never came to rest")
 
@@ -170,15 +175,26 @@ def _named_by(process: str) -> bytes:
 
 def _environment(process: str) -> bytes:
     for _ in range(3):
-        try:
-            with open(f"{process}/environ", "rb") as file:
-                if content := file.read():
-                    return content
-            os.readlink(f"{process}/exe")  # a part of the kernel, or what is left of a process, has none
-        except OSError:
-            break
+        if (content := _read(f"{process}/environ")) or not _is_program(process):
+            return content
         time.sleep(_EXEC_SECONDS)  # it may be just being started
     return b""
+
+
+def _is_program(process: str) -> bool:
+    """Whether it is ours to look at, no part of the kernel, and has not ended."""
+    try:
+        return bool(os.readlink(f"{process}/exe"))
+    except OSError:
+        return False
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
 
 
 def _listed(folder: str) -> list[str]:
@@ -195,7 +211,7 @@ def by_ps_and_lsof(run: Callable[[Sequence[str]], bytes] | None = None) -> Proce
     """
     run = run or _output
     for line in run(("/bin/ps", "-xwwE", "-o", "pid=,command=")).splitlines():
-        if match := re.match(rb"\s*(\d+) (.*)", line):
+        if (match := re.match(rb"\s*(\d+) (.*)", line)) and _USES_NOTHING not in line:
             yield int(match[1]), match[2]
     pid = 0
     for line in run(("/usr/sbin/lsof", "-wnP", "-u", str(os.getuid()), "-F", "pn")).splitlines():
