@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hf_overlay import config, hfcache
-from hf_overlay.catalog.catalog import Catalog
+from hf_overlay.catalog.catalog import Catalog, incomplete_text
 from hf_overlay.catalog.plan import resolve
 from hf_overlay.config import Settings
 from hf_overlay.errors import SessionError, UsageError
@@ -125,7 +125,8 @@ class Session:
     def resolve(self, model_id: str) -> Path:
         """The folder to load for an id: the user's own, else the real cache's snapshot.
 
-        Raises InvalidModelId, ModelNotFound, or SourceAway when the drive that held the model is gone.
+        Raises InvalidModelId, ModelNotFound, SourceAway when the drive that held the model is gone, or IncompleteModel
+        when a part of the user's folder is missing.
         """
         model = self._catalog.find(model_id)
         if logger.isEnabledFor(logging.DEBUG):
@@ -189,6 +190,11 @@ class Session:
     def path_away(self, model_id: str) -> str | None:
         """The model path that held a model of this id and has gone away since; None when there is none."""
         return self._catalog.away(model_id)
+
+    def incomplete(self, model_id: str) -> str | None:
+        """A sentence about the user's folder of this id that lacks a part of its weights; None when there is none."""
+        reject = self._catalog.incomplete(model_id)
+        return None if reject is None else incomplete_text(reject)
 
     def is_cached(self, model_id: str) -> bool:
         """Whether the real cache holds a loadable copy now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from hf_overlay import hfcache
@@ -13,7 +13,7 @@ from hf_overlay.catalog.memo import Memo, stamps
 from hf_overlay.catalog.plan import Entry, Plan, Resolution, plan, resolve
 from hf_overlay.catalog.scan import Scanner
 from hf_overlay.config import Settings
-from hf_overlay.errors import InvalidModelId, ModelNotFound, SourceAway
+from hf_overlay.errors import IncompleteModel, InvalidModelId, ModelNotFound, SourceAway
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.models import Code, Model, Reason, Reject, Source
 
@@ -83,6 +83,13 @@ class Catalog:
         """The model path that held a model of this id and has gone away since; None when there is none."""
         return next((root for root, (_, ids) in self._away.items() if model_id in ids), None)
 
+    def incomplete(self, model_id: str) -> Reject | None:
+        """The user's folder of this id that was left out because a part of it is missing; None when there is none."""
+        if model_id in self.settings.exclude:
+            return None
+        rejects = (reject for source in self.sources for reject in source.rejects if reject.id == model_id)
+        return next((reject for reject in rejects if reject.reason.code is Code.INCOMPLETE), None)
+
     def is_cached(self, model_id: str) -> bool:
         """Whether the real cache holds a loadable copy now."""
         return isinstance(self._scanner.read_cached(model_id), Model)
@@ -130,7 +137,7 @@ class Catalog:
     def find(self, model_id: str) -> Model:
         """The model that answers to an id, which may be any string.
 
-        Raises InvalidModelId, SourceAway or ModelNotFound; the text of each says what to do.
+        Raises InvalidModelId, SourceAway, IncompleteModel or ModelNotFound; the text of each says what to do.
         """
         model_id = self._as_spelled(model_id)
         found = [model for source in self.sources for model in source.models if model.id == model_id]
@@ -143,7 +150,9 @@ class Catalog:
         unplugged = next((model.root for model in found if not os.path.isdir(model.root)), None)
         if away := unplugged or self.away(model_id):
             raise SourceAway(f"{model_id} is in {away}, which is not there now; connect that drive and try again")
-        raise ModelNotFound(self._not_found(model_id))
+        if (reject := self.incomplete(model_id)) is not None:
+            raise IncompleteModel(incomplete_text(reject), problem=reject.reason.text)
+        raise self._not_found(model_id)
 
     def explain(self, model_id: str) -> list[Candidate]:
         """Every place looked at for an id, the winner first; when none answers, no candidate has Code.WINS.
@@ -189,6 +198,8 @@ class Catalog:
             for reject in source.rejects:
                 if reject.id is None or reject.reason.code in (Code.NO_PERMISSION, Code.UNREADABLE):
                     now[f"{reject.path} {reject.reason.text}; it is left out"] = None
+        for reject, path in self._substituted():
+            now[f"{reject.path} is incomplete; until it is whole, {reject.id} comes from {path}"] = None
         if self._cache_problem is not None:
             now[f"Hugging Face cache {self.settings.hub_cache} {self._cache_problem}; going on without it"] = None
         for path, reason in self.unscannable.items():
@@ -199,6 +210,23 @@ class Catalog:
         fresh = [warning for warning in now if warning not in self._warned]
         self._warned = set(now)
         return fresh
+
+    def _substituted(self) -> Iterator[tuple[Reject, str]]:
+        """The user's folders that lack a part of their weights, each with the folder that answers to its id instead."""
+        broken = {
+            reject.id: reject
+            for source in reversed(self.sources)
+            for reject in reversed(source.rejects)
+            if reject.reason.code is Code.INCOMPLETE and reject.id is not None
+        }
+        if not broken:
+            return
+        order = {source.root: number for number, source in enumerate(self.sources)}
+        winners = {model_id: resolution.winner for model_id, resolution in resolve(self.sources).items()}
+        for model_id, reject in broken.items():
+            winner = winners.get(model_id) or self._scanner.read_cached(model_id)
+            if isinstance(winner, Model) and order[reject.root] <= order.get(winner.root, len(order)):
+                yield reject, winner.path
 
     def _as_spelled(self, model_id: str) -> str:
         """The id as the disk spells it: macOS may store either Unicode form, and people type the composed one."""
@@ -211,13 +239,13 @@ class Catalog:
         typed = unicodedata.normalize("NFC", model_id)
         return next((spelled for spelled in on_disk if unicodedata.normalize("NFC", spelled) == typed), model_id)
 
-    def _not_found(self, model_id: str) -> str:
+    def _not_found(self, model_id: str) -> ModelNotFound:
         lost = [f"{candidate.path} {candidate.reason.text}" for candidate in self.explain(model_id)]
         import difflib  # only for this message
 
-        near = difflib.get_close_matches(model_id, self.resolutions(), n=1, cutoff=0.8)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"no model {model_id}: {'; '.join(lost)}{hint}"
+        near = next(iter(difflib.get_close_matches(model_id, self.resolutions(), n=1, cutoff=0.8)), None)
+        hint = f"; did you mean {near}?" if near else ""
+        return ModelNotFound(f"no model {model_id}: {'; '.join(lost)}{hint}", near=near)
 
 
 def _settled(source: Source, last: Mapping[str, Model], taken: Mapping[str, Model]) -> Source:
@@ -240,6 +268,14 @@ def _examine(repo: str, memo: Memo[hfcache.Examined]) -> hfcache.Examined:
         examined = hfcache.examine(repo)
         memo.remember(repo, examined, looked)
     return examined
+
+
+def incomplete_text(reject: Reject) -> str:
+    """The sentence for a person whose folder lacks a part of its weights."""
+    return (
+        f"{reject.id} in {reject.path} is incomplete ({reject.reason.text}); copy it again, "
+        f"or --exclude {reject.id} lets the Hub answer"
+    )
 
 
 def check_id(model_id: str) -> None:

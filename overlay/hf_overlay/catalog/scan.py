@@ -16,6 +16,7 @@ from hf_overlay.catalog.files import Listing, Unfit, holds, is_utf8, list_folder
 from hf_overlay.catalog.kinds import ModelTypes
 from hf_overlay.catalog.memo import Memo, stamps
 from hf_overlay.catalog.reading import Found
+from hf_overlay.catalog.weights import Problems
 from hf_overlay.config import OWNER_FILE
 from hf_overlay.models import Code, Model, Reason, Reject, Source
 
@@ -30,16 +31,21 @@ class Scanner:
         self._types = types
         self._memo: Memo[Found] = Memo()
         self._cache_memo: Memo[Found] = Memo()
+        self._problems: Problems = Memo()
+        self._cache_problems: Problems = Memo()
 
     def scan(self) -> tuple[Source, ...]:
         """Each root in order; never raises for what lies on the disk."""
-        self._memo = self._memo.next_round()
-        return tuple(_RootScan(root, self._hub_cache, self._types, self._memo).source() for root in self._roots)
+        self._memo, self._problems = self._memo.next_round(), self._problems.next_round()
+        return tuple(
+            _RootScan(root, self._hub_cache, self._types, self._memo, self._problems).source() for root in self._roots
+        )
 
     def scan_cache(self) -> Source:
         """The real cache's models, as `mlx_lm.load(id)` would find them with the network down."""
         root, memo = self._hub_cache, self._cache_memo.next_round()
-        found = _Collected(root, memo)
+        problems = self._cache_problems.next_round()
+        found = _Collected(root, memo, problems)
         try:
             status = os.stat(root)
             names = sorted(os.listdir(root))
@@ -51,13 +57,16 @@ class Scanner:
             model_id = hfcache.model_id(name)
             if model_id is not None and not found.recall(f"{root}/{name}"):
                 found.read(f"{root}/{name}", model_id, reading.read_cached_repo, self._types)
-        self._cache_memo = memo  # once it is complete: other threads may begin a round of their own
+        # Once it is complete: other threads may begin a round of their own.
+        self._cache_memo, self._cache_problems = memo, problems
         return found.source(status.st_dev)
 
     def read(self, path: str, model_id: str, root: str) -> Model | Reject:
         """The model in one folder below a model path, else why there is none; also for folders that scans pass over."""
         try:
-            return reading.read_folder(path, model_id, list_folder(path), root, self._types).model
+            return reading.read_folder(
+                path, model_id, list_folder(path), root, self._types, self._problems.next_round()
+            ).model
         except (Unfit, OSError) as error:
             return Reject(path, model_id, reason_of(error), root)
 
@@ -67,7 +76,8 @@ class Scanner:
         if not os.path.isdir(repo):
             return Reject(repo, model_id, Reason(Code.MISSING, "does not exist"), self._hub_cache)
         try:
-            return reading.read_cached_repo(repo, model_id, self._hub_cache, self._types).model
+            problems = self._cache_problems.next_round()
+            return reading.read_cached_repo(repo, model_id, self._hub_cache, self._types, problems).model
         except (Unfit, hfcache.NoSnapshot, OSError) as error:
             return Reject(repo, model_id, reason_of(error), self._hub_cache)
 
@@ -75,9 +85,10 @@ class Scanner:
 class _Collected:
     """What one scan of one root has found so far."""
 
-    def __init__(self, root: str, memo: Memo[Found]) -> None:
+    def __init__(self, root: str, memo: Memo[Found], problems: Problems) -> None:
         self._root = root
         self._memo = memo
+        self.problems = problems
         self._models: list[Model] = []
         self._rejects: list[Reject] = []
         self.junk = 0
@@ -114,12 +125,12 @@ class _Collected:
         self,
         repo: str,
         model_id: str,
-        read: Callable[[str, str, str, ModelTypes | None], Found],
+        read: Callable[[str, str, str, ModelTypes | None, Problems], Found],
         types: ModelTypes | None,
     ) -> None:
         """Add the model in a repo in cache layout, or why there is none."""
         try:
-            self.take(repo, read(repo, model_id, self._root, types))
+            self.take(repo, read(repo, model_id, self._root, types, self.problems))
         except (Unfit, hfcache.NoSnapshot, OSError) as error:
             self.reject(repo, model_id, reason_of(error))
 
@@ -135,10 +146,12 @@ class _Collected:
 class _RootScan:
     """One scan of one of the user's model paths."""
 
-    def __init__(self, root: str, hub_cache: str, types: ModelTypes | None, memo: Memo[Found]) -> None:
+    def __init__(
+        self, root: str, hub_cache: str, types: ModelTypes | None, memo: Memo[Found], problems: Problems
+    ) -> None:
         self._root = root
         self._types = types
-        self._found = _Collected(root, memo)
+        self._found = _Collected(root, memo, problems)
         self._hub_identity = _identity(hub_cache)
         self._real_root = os.path.realpath(root)
         self._linked: set[tuple[int, int]] = set()
@@ -212,7 +225,8 @@ class _RootScan:
         if not is_pipeline and not has_weights and not reading.has_marker(folder, self._types):
             return False
         try:
-            self._found.take(path, reading.read_folder(path, model_id, folder, self._root, self._types))
+            found = reading.read_folder(path, model_id, folder, self._root, self._types, self._found.problems)
+            self._found.take(path, found)
         except (Unfit, OSError) as error:
             self._found.reject(path, model_id, reason_of(error))
             # A stray config.json in a folder of models must not hide them; a model's own subfolders stay its own.

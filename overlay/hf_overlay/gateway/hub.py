@@ -44,6 +44,9 @@ class Overlay(Protocol):
     def path_away(self, model_id: str) -> str | None:
         """The model path that held a model of this id and has gone away since; None when there is none."""
 
+    def incomplete(self, model_id: str) -> str | None:
+        """A sentence about the user's folder of this id that lacks a part of its weights; None when there is none."""
+
     def is_cached(self, model_id: str) -> bool:
         """Whether the real cache holds a loadable copy now."""
 
@@ -81,9 +84,14 @@ class Hub:
             # learned of the other's commit, it would download that. Sent to its cache, each finds its own.
             return Unavailable(f"{model_id} has just changed on disk; try again in {SETTLE_SECONDS} seconds", True)
         root = self._overlay.path_away(model_id)
-        if root is None:
+        if root is not None:
+            message = (
+                f"{model_id} is in {root}, which is not there now; connect that drive, or use --exclude {model_id}"
+            )
+        elif (incomplete := self._overlay.incomplete(model_id)) is not None:
+            message = incomplete
+        else:
             return None
-        message = f"{model_id} is in {root}, which is not there now; connect that drive, or use --exclude {model_id}"
         return Unavailable(message, self._overlay.is_cached(model_id))
 
     def expect_download(self, folder: str) -> None:

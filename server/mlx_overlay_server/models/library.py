@@ -30,6 +30,15 @@ class Located(NamedTuple):
     nbytes: int
 
 
+class _NotHere(UnknownModel):
+    """No folder and no cached snapshot has the id; the Hub may."""
+
+    def __init__(self, message: str, near: str) -> None:
+        super().__init__(message, field="model")
+        self.near = near
+        """The end of a sentence, which suggests another id; empty where none is close."""
+
+
 Download = Callable[[str, Callable[[str], None]], Awaitable[None]]
 """Fetches a model into the Hugging Face cache, telling how far it is. Raises ServerError."""
 
@@ -59,11 +68,14 @@ class Library:
         """Where to load a model from, downloading it where it is nowhere else. Raises ServerError."""
         try:
             return await asyncio.to_thread(self._locate, model_id)
-        except UnknownModel:
+        except _NotHere as error:
             if self._download is None:
                 raise
+            near = error.near
         try:
             await self._download(model_id, lambda text: self.progress.update({model_id: text}))
+        except UnknownModel as error:
+            raise UnknownModel(f"{error.message}{near}", field="model") from None
         finally:
             self.progress.pop(model_id, None)
         return await asyncio.to_thread(self._locate, model_id)
@@ -84,12 +96,16 @@ class Library:
             raise InvalidRequest(str(error), field="model") from None
         except hf_overlay.SourceAway as error:
             raise Unavailable(str(error), field="model", code="model_away") from None
+        except hf_overlay.IncompleteModel as error:
+            logger.warning("%s", error)
+            message = f"{model_id} is here, but incomplete: {error.problem}"
+            raise Unavailable(message, field="model", code="model_incomplete") from None
         except hf_overlay.ModelNotFound as error:
             # It tells where was looked, which is not for every client to know; the id in it may hold anything.
             logger.info("%.1000s", " ".join(str(error).split()))
-            raise UnknownModel(
-                f"there is no model {model_id!r} here; GET /v1/models lists what there is", field="model"
-            ) from None
+            near = f"; did you mean {error.near}?" if error.near is not None else ""
+            message = f"there is no model {model_id!r} here{near}; GET /v1/models lists what there is"
+            raise _NotHere(message, near) from None
         try:
             with os.scandir(path) as entries:
                 sizes = [entry.stat().st_size for entry in entries if entry.name.endswith(".safetensors")]
