@@ -128,12 +128,16 @@ class Session:
         Raises InvalidModelId, ModelNotFound, SourceAway when the drive that held the model is gone, or IncompleteModel
         when a part of the user's folder is missing.
         """
+        return Path(self.find(model_id).path)
+
+    def find(self, model_id: str) -> Model:
+        """The model that answers to an id: its folder is there. Raises as `resolve`."""
         model = self._catalog.find(model_id)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s comes from the %s: %s", model_id, _origin(model), model.path)
             for candidate in self._catalog.explain(model_id)[1:]:
                 logger.debug("%s: %s %s", model_id, candidate.path, candidate.reason.text)
-        return Path(model.path)
+        return model
 
     def refresh(self, *, only_settled: bool = False) -> Changes:
         """Make the tree show what is in the folders and the cache now.
@@ -200,8 +204,14 @@ class Session:
         """Whether the real cache holds a loadable copy now."""
         return self._catalog.is_cached(model_id)
 
+    def is_folder(self, path: str, root: str) -> bool:
+        """Whether there is a folder at `path`, in the model path `root`; False while its disk does not answer."""
+        return self._catalog.is_folder(path, root)
+
     def expect_download(self, folder: str) -> None:
         """Let what a client is about to write to a repo folder land in the real cache."""
+        if not self._catalog.answers(self.settings.hub_cache):
+            return
         if all(os.path.isdir(f"{self._tree.hub}/{each}") for each in (hfcache.LOCKS, folder)):
             return
         try:
@@ -219,7 +229,7 @@ class Session:
         for warning in self._catalog.warnings():
             logger.warning("%s", warning)
         try:
-            self._tree.publish(plan)
+            self._tree.publish(plan, is_there=lambda model: self.is_folder(model.path, model.root))
         except OSError as error:
             raise _session_error(self._owner.path, error) from error
 

@@ -9,13 +9,15 @@ from typing import NamedTuple
 
 from hf_overlay import hfcache
 from hf_overlay.catalog import kinds
+from hf_overlay.catalog.files import reason_of
 from hf_overlay.catalog.memo import Memo, stamps
 from hf_overlay.catalog.plan import Entry, Plan, Resolution, plan, resolve
 from hf_overlay.catalog.scan import Scanner
 from hf_overlay.config import Settings
-from hf_overlay.errors import IncompleteModel, InvalidModelId, ModelNotFound, SourceAway
+from hf_overlay.errors import IncompleteModel, InvalidModelId, ModelNotFound, SourceAway, UsageError
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.models import Code, Model, Reason, Reject, Source
+from hf_overlay.patience import NoAnswer, Patience
 
 
 class Candidate(NamedTuple):
@@ -32,10 +34,16 @@ class Catalog:
     """The models of one configuration, as of the last `scan()`."""
 
     def __init__(self, settings: Settings) -> None:
-        """Scan the user's folders. Raises OverlayError when mlx-lm's model types are needed and cannot be read."""
+        """Scan the user's folders.
+
+        Raises UsageError for a model path that is a file, OverlayError where mlx-lm's model types are needed and cannot
+        be read.
+        """
         self.settings = settings
         self.types = kinds.restriction(settings.kind, trusts_code=settings.trusts_code)
-        self._scanner = Scanner(settings.roots, settings.hub_cache, self.types)
+        self.patience = Patience()
+        """What asks the disks of the model paths and of the real cache."""
+        self._scanner = Scanner(settings.roots, settings.hub_cache, self.types, self.patience)
         self._warned: set[str] = set()
         self._cache_problem: str | None = None
         self._examined: Memo[hfcache.Examined] = Memo()
@@ -48,6 +56,12 @@ class Catalog:
         self._last: dict[str, Model] = {}
         self.sources: tuple[Source, ...] = ()
         self.scan()
+        self._refuse_files()
+
+    def _refuse_files(self) -> None:
+        for source in self.sources:
+            if source.problem is not None and source.problem.code is Code.NOT_A_FOLDER:
+                raise UsageError(f"model path {source.root} is a file; give the folder that holds your models")
 
     def scan(self, *, only_settled: bool = False) -> None:
         """Look at the user's folders again.
@@ -64,7 +78,9 @@ class Catalog:
         away = dict(self._away)
         for old, new in zip(before, self.sources, strict=False):
             device, ids = away.get(old.root, (old.device, frozenset()))
-            if old.models and (new.problem is not None or new.device != old.device or not os.path.isdir(new.root)):
+            if old.models and (
+                new.problem is not None or new.device != old.device or not self.is_folder(new.root, new.root)
+            ):
                 away[old.root] = (old.device, ids.union(model.id for model in old.models))
             elif old.root in away and (new.models or new.device == device):
                 del away[old.root]
@@ -94,6 +110,21 @@ class Catalog:
         """Whether the real cache holds a loadable copy now."""
         return isinstance(self._scanner.read_cached(model_id), Model)
 
+    def is_folder(self, path: str, root: str) -> bool:
+        """Whether there is a folder at `path`, which is in the model path or cache `root`; False without an answer."""
+        try:
+            return self.patience.ask(root, lambda: os.path.isdir(path))
+        except NoAnswer:
+            return False
+
+    def answers(self, root: str) -> bool:
+        """Whether the disk of a model path, or of the cache, answers, be it that nothing is there."""
+        try:
+            self.patience.ask(root, lambda: os.path.isdir(root))
+        except NoAnswer:
+            return False
+        return True
+
     def cache(self) -> Source:
         """The real cache's models, from a scan made now."""
         cache = self._scanner.scan_cache()
@@ -112,27 +143,21 @@ class Catalog:
 
     def examine_cache(self) -> list[Entry]:
         """The entries of the real cache that an overlay can show. The rest is in `unscannable` afterwards."""
-        entries = self._cache_entries()
-        memo = self._examined.next_round()
-        examined: dict[str, hfcache.Examined] = {}
-        for name, path in entries.items():
-            if "--" in name:  # what scans take for a repo
-                examined[path] = _examine(path, memo)
-        self._examined = memo
+        hub, memo = self.settings.hub_cache, self._examined.next_round()
+        self._cache_problem = None
+        try:
+            entries, examined = self.patience.ask(hub, lambda: _examine_all(hub, memo))
+        except OSError as error:
+            self._cache_problem = _cache_problem(error)
+            entries, examined = {}, {}
+        else:
+            self._examined = memo
         self.unscannable = {path: repo.problem for path, repo in examined.items() if repo.problem is not None}
         return [
             Entry(name, path, examined[path].commits if path in examined else ())
             for name, path in entries.items()
             if path not in self.unscannable
         ]
-
-    def _cache_entries(self) -> dict[str, str]:
-        self._cache_problem = None
-        try:
-            return hfcache.entries(self.settings.hub_cache)
-        except OSError as error:
-            self._cache_problem = f"cannot be read: {error.strerror}"
-            return {}
 
     def find(self, model_id: str) -> Model:
         """The model that answers to an id, which may be any string.
@@ -142,14 +167,15 @@ class Catalog:
         model_id = self._as_spelled(model_id)
         found = [model for source in self.sources for model in source.models if model.id == model_id]
         for model in found:
-            if os.path.isdir(model.path):
+            if self.is_folder(model.path, model.root):
                 return model
         cached = self._scanner.read_cached(model_id)
         if isinstance(cached, Model):
             return cached
-        unplugged = next((model.root for model in found if not os.path.isdir(model.root)), None)
+        unplugged = next((model.root for model in found if not self.is_folder(model.root, model.root)), None)
         if away := unplugged or self.away(model_id):
-            raise SourceAway(f"{model_id} is in {away}, which is not there now; connect that drive and try again")
+            state = "does not answer" if self.patience.is_waiting_for(away) else "is not there now"
+            raise SourceAway(f"{model_id} is in {away}, which {state}; connect that drive and try again")
         if (reject := self.incomplete(model_id)) is not None:
             raise IncompleteModel(incomplete_text(reject), problem=reject.reason.text)
         raise self._not_found(model_id)
@@ -259,6 +285,17 @@ def _settled(source: Source, last: Mapping[str, Model], taken: Mapping[str, Mode
     return source._replace(
         models=tuple(model for model in models if model is not None), rejects=(*source.rejects, *rejects)
     )
+
+
+def _cache_problem(error: OSError) -> str:
+    reason = reason_of(error)
+    return reason.text if reason.code is Code.NO_ANSWER else f"cannot be read: {error.strerror}"
+
+
+def _examine_all(hub: str, memo: Memo[hfcache.Examined]) -> tuple[dict[str, str], dict[str, hfcache.Examined]]:
+    """The entries of a hub folder, and what is known of each that scans take for a repo, by path. Raises OSError."""
+    entries = hfcache.entries(hub)
+    return entries, {path: _examine(path, memo) for name, path in entries.items() if "--" in name}
 
 
 def _examine(repo: str, memo: Memo[hfcache.Examined]) -> hfcache.Examined:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import NamedTuple, Protocol
 
 from hf_overlay.catalog.catalog import check_id
@@ -49,6 +48,9 @@ class Overlay(Protocol):
 
     def is_cached(self, model_id: str) -> bool:
         """Whether the real cache holds a loadable copy now."""
+
+    def is_folder(self, path: str, root: str) -> bool:
+        """Whether there is a folder at `path`, in the model path `root`; False while its disk does not answer."""
 
     def expect_download(self, folder: str) -> None:
         """Let what a client is about to write to a repo folder land in the real cache."""
@@ -102,9 +104,11 @@ class Hub:
         """Whether the model's folder is there and the tree lacks it, or the other way round."""
         found = self._overlay.linked_repo(model_id)
         if found is not None:
-            return not os.path.isdir(found.model.path)
+            return not self._overlay.is_folder(found.model.path, found.model.root)
         settings = self._overlay.settings
-        return model_id not in settings.exclude and any(os.path.isdir(f"{root}/{model_id}") for root in settings.roots)
+        return model_id not in settings.exclude and any(
+            self._overlay.is_folder(f"{root}/{model_id}", root) for root in settings.roots
+        )
 
 
 def _is_id(model_id: str) -> bool:

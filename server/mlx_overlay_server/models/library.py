@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
@@ -91,7 +90,7 @@ class Library:
     def _locate(self, model_id: str) -> Located:
         self._refresh()
         try:
-            path = os.fspath(self._session.resolve(model_id))
+            model = self._session.find(model_id)
         except hf_overlay.InvalidModelId as error:
             raise InvalidRequest(str(error), field="model") from None
         except hf_overlay.SourceAway as error:
@@ -106,12 +105,8 @@ class Library:
             near = f"; did you mean {error.near}?" if error.near is not None else ""
             message = f"there is no model {model_id!r} here{near}; GET /v1/models lists what there is"
             raise _NotHere(message, near) from None
-        try:
-            with os.scandir(path) as entries:
-                sizes = [entry.stat().st_size for entry in entries if entry.name.endswith(".safetensors")]
-        except OSError as error:
-            raise Unavailable(f"{model_id} cannot be read: {error.strerror}", field="model") from None
-        return Located(path, sum(sizes))
+        weights = (file for file in model.files if file.name.endswith(".safetensors") and "/" not in file.name)
+        return Located(model.path, sum(file.size for file in weights))
 
     def _refresh(self) -> None:
         try:
