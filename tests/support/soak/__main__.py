@@ -1,4 +1,4 @@
-"""`python -m tests.support.soak [--seconds N] [--seed N] [--json] [CAMPAIGN…]`: a row a campaign; 1 if one is broken."""
+"""The command of `make soak`: prints a row for each campaign, and exits 1 when a promise was broken."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from tests.support.processes import signals_reach_children
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the campaigns that are named, or all, one after the other."""
     parser = argparse.ArgumentParser(prog="python -m tests.support.soak", description="Break things at random.")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each campaign, without its start (default: 60)")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="for each campaign, without its start (default: 60)"
+    )
     parser.add_argument("--seed", type=int, help="draws the same faults as a run that printed it (default: a new one)")
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
     parser.add_argument("campaigns", nargs="*", metavar="CAMPAIGN", help=f"of {', '.join(soak.CAMPAIGNS)}")

@@ -34,7 +34,15 @@ HALF_OPEN_PER_SECOND = 40
 """Connections that say half of a request and stay: more than a process may have open files, in a minute's run."""
 HELD = 20
 """Open files that the server may keep for reasons of its own."""
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/models", "/health", "/nowhere")
+PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/models",
+    "/health",
+    "/nowhere",
+)
 VALUES = (None, True, -1, 0, 1e308, 2**70, "", "x" * 5000, "\x00", "\ud800", [], {}, [[]], {"type": "text"}, [{}])
 FIELDS = (
     *("messages", "prompt", "input", "max_tokens", "stop", "tools", "tool_choice", "response_format", "n", "stream"),

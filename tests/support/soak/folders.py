@@ -156,7 +156,9 @@ def _fifo(folder: Path, random: Random) -> str:
 
 def _link(folder: Path, random: Random) -> str:
     path = _free(folder, random)
-    target = random.choice(["/dev/zero", "/dev/null", "/dev/tty", "/etc/shadow", "/proc/self/mem", path.name, ".", ".."])
+    target = random.choice(
+        ["/dev/zero", "/dev/null", "/dev/tty", "/etc/shadow", "/proc/self/mem", path.name, ".", ".."]
+    )
     path.symlink_to(target)
     return f"{path.name} -> {target}"
 
