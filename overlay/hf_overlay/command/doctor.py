@@ -6,6 +6,7 @@ import os
 import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib import metadata
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from hf_overlay.catalog.catalog import Catalog
 from hf_overlay.catalog.plan import fold, resolve
 from hf_overlay.errors import SessionError
 from hf_overlay.models import Code, Reject
+from hf_overlay.patience import NoAnswer
 from hf_overlay.tree import files, held, lease
 
 FULL_BYTES = 2**30
@@ -33,6 +35,7 @@ ADVICE: Mapping[Code, str] = {
     Code.MISSING: _OTHER,
     Code.NO_PERMISSION: _PERMISSION,
     Code.UNREADABLE: "Check the drive, or the link that leads there, and try again.",
+    Code.NO_ANSWER: "Check the drive or its server, or unmount it; its models are back as soon as it answers.",
     Code.NOT_A_FOLDER: _OTHER,
     Code.IS_A_MODEL: "Give the folder above it as model path.",
     Code.IS_THE_CACHE: "Leave out this model path.",
@@ -83,7 +86,9 @@ def _folders(catalog: Catalog) -> Iterator[Finding]:
                 "source",
                 source.root,
                 source.problem.text,
-                "Connect the drive or correct the path; it is used once it is there.",
+                ADVICE[source.problem.code]
+                if source.problem.code is Code.NO_ANSWER
+                else "Connect the drive or correct the path; it is used once it is there.",
             )
         for reject in source.rejects:
             yield _rejected(reject)
@@ -95,16 +100,20 @@ def _folders(catalog: Catalog) -> Iterator[Finding]:
                 f"They are left out here; other programs may trip over them. Remove them: dot_clean -m "
                 f"{shlex.quote(source.root)}",
             )
-        yield from _ollama(source.root)
+        try:
+            yield from catalog.patience.ask(source.root, partial(_ollama, source.root))
+        except NoAnswer:
+            pass  # that has been found above
 
 
-def _ollama(root: str) -> Iterator[Finding]:
+def _ollama(root: str) -> list[Finding]:
     """Ollama's stores at or directly in a model path, whose files have digests for names."""
-    for folder in (root, *_subfolders(root)):
-        if os.path.isdir(f"{folder}/manifests") and any(
-            name.startswith("sha256-") for name in _names(f"{folder}/blobs")
-        ):
-            yield Finding("ollama", folder, "holds models of Ollama, as blobs that no other program loads", _GGUF)
+    return [
+        Finding("ollama", folder, "holds models of Ollama, as blobs that no other program loads", _GGUF)
+        for folder in (root, *_subfolders(root))
+        if os.path.isdir(f"{folder}/manifests")
+        and any(name.startswith("sha256-") for name in _names(f"{folder}/blobs"))
+    ]
 
 
 def _names(folder: str) -> list[str]:
@@ -176,25 +185,12 @@ def _sessions_volume(sessions: str) -> Iterator[Finding]:
 
 def _cache(catalog: Catalog) -> Iterator[Finding]:
     hub = catalog.settings.hub_cache
-    problem = keeping.problem(hub)
-    if problem is not None and (problem.kind == "away" or not os.path.exists(hub)):
-        advice = f"{_sentence(problem.advice)} Until then it shows no models, and nothing is downloaded."
-        yield Finding("cache", hub, f"the Hugging Face cache {problem.text}", advice)
-    elif os.path.exists(hub):
-        if not os.path.isdir(hub):
-            yield Finding("cache", hub, "the Hugging Face cache is not a folder", "Correct HF_HUB_CACHE or HF_HOME.")
-            return
-        if problem is not None:
-            advice = f"{_sentence(problem.advice)} Until then models load, and nothing is downloaded."
-            yield Finding("cache", hub, f"the Hugging Face cache {problem.text}", advice)
-        space = os.statvfs(hub)
-        if space.f_bavail * space.f_frsize < FULL_BYTES:
-            yield Finding(
-                "cache",
-                hub,
-                f"only {space.f_bavail * space.f_frsize // 10**6} MB are free for downloads",
-                "Make room (hf cache ls --sort size), or move it with HF_HOME.",
-            )
+    try:
+        findings = catalog.patience.ask(hub, lambda: list(_cache_volume(hub)))
+    except NoAnswer:
+        yield Finding("cache", hub, "the Hugging Face cache does not answer", ADVICE[Code.NO_ANSWER])
+        return
+    yield from findings
     catalog.examine_cache()
     for path, reason in catalog.unscannable.items():
         yield Finding(
@@ -205,6 +201,29 @@ def _cache(catalog: Catalog) -> Iterator[Finding]:
         )
     for reject in catalog.cache().rejects:
         yield _rejected(reject)
+
+
+def _cache_volume(hub: str) -> Iterator[Finding]:
+    problem = keeping.problem(hub)
+    if problem is not None and (problem.kind == "away" or not os.path.exists(hub)):
+        advice = f"{_sentence(problem.advice)} Until then it shows no models, and nothing is downloaded."
+        yield Finding("cache", hub, f"the Hugging Face cache {problem.text}", advice)
+    if not os.path.exists(hub):
+        return
+    if not os.path.isdir(hub):
+        yield Finding("cache", hub, "the Hugging Face cache is not a folder", "Correct HF_HUB_CACHE or HF_HOME.")
+        return
+    if problem is not None:
+        advice = f"{_sentence(problem.advice)} Until then models load, and nothing is downloaded."
+        yield Finding("cache", hub, f"the Hugging Face cache {problem.text}", advice)
+    space = os.statvfs(hub)
+    if space.f_bavail * space.f_frsize < FULL_BYTES:
+        yield Finding(
+            "cache",
+            hub,
+            f"only {space.f_bavail * space.f_frsize // 10**6} MB are free for downloads",
+            "Make room (hf cache ls --sort size), or move it with HF_HOME.",
+        )
 
 
 def _deletions() -> Iterator[Finding]:

@@ -3,9 +3,6 @@
 The owner holds an flock on a file in the folder. The kernel drops the lock when the last process that holds it ends,
 however it ends. So a lock that can be taken is proof that the owner is dead, and a folder whose lock cannot be taken is
 left alone. The program that `hf-overlay run` starts inherits the lock; its tree outlives a killed `hf-overlay`.
-
-A record is trusted only where nobody else can have written it: the folder of all sessions, and each session in it, must
-belong to the user who reads it, and other users must not be able to write there.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shlex
 import stat
 import time
@@ -24,6 +22,7 @@ from typing import NamedTuple
 
 from hf_overlay.config import OWNER_FILE, Settings, cache_folder
 from hf_overlay.errors import SessionError
+from hf_overlay.tree import files
 
 logger = logging.getLogger("hf_overlay")
 
@@ -55,10 +54,11 @@ class Owner(NamedTuple):
 def read_owner(path: str) -> Owner | None:
     """The record of a session's owner, living or dead; None when it died before it wrote one."""
     try:
-        with open(os.path.join(path, OWNER_FILE), encoding="utf-8") as file:
-            return Owner(**json.load(file))
-    except (OSError, ValueError, TypeError):
+        owner = Owner(**json.loads(files.read(os.path.join(path, OWNER_FILE))))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
+    is_usable = isinstance(owner.hub_cache, str) and os.path.isabs(owner.hub_cache) and "\0" not in owner.hub_cache
+    return owner if is_usable and isinstance(owner.started, int | float) and isinstance(owner.service, dict) else None
 
 
 class Lease:
@@ -116,12 +116,15 @@ def dead(sessions: str, path: str) -> Iterator[bool]:
             fd = os.open(owner, os.O_RDWR)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                if not os.path.samestat(os.fstat(fd), os.stat(owner)):
+                    raise BlockingIOError  # cleared by somebody else since it was opened
+            except OSError as error:
                 os.close(fd)
-                raise
+                raise BlockingIOError from error
     except FileNotFoundError:
-        # Killed between making the folder and the lock, both under the sessions' lock: nothing is in it.
-        yield os.path.isdir(path) and not os.listdir(path)
+        # Killed between making the folder and the lock, both under the sessions' lock: nothing is in it. Nothing is
+        # in it, either, where somebody else has cleared it and is about to remove it.
+        yield _is_empty(path)
         return
     except OSError:  # held, or a file system that cannot say: no proof
         yield False
@@ -130,6 +133,12 @@ def dead(sessions: str, path: str) -> Iterator[bool]:
         yield True
     finally:
         os.close(fd)
+
+
+def opener(path: str) -> int | None:
+    """The id of the process that opened the session at `path`, which is in its name; None for other names."""
+    match = re.fullmatch(rf"{_PREFIX}(\d+)-\w+", os.path.basename(path), re.ASCII)
+    return int(match[1]) if match else None
 
 
 def share(sessions: str, path: str) -> int | None:
@@ -198,6 +207,13 @@ def _why_untrusted(path: str) -> str | None:
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return f"can be written to by other users (to end that: chmod go-w {shlex.quote(path)})"
     return None
+
+
+def _is_empty(folder: str) -> bool:
+    try:
+        return not os.listdir(folder)
+    except OSError:
+        return False
 
 
 def remove(path: str) -> None:
