@@ -27,6 +27,8 @@ class Prompt:
     """Whether the template has opened a reasoning block already."""
     system: int = 0
     """Tokens at its start that come from system messages and tools, which other conversations share."""
+    continues_text: bool = False
+    """Whether it ends in the text of an assistant message that the answer goes on with."""
     images: tuple[Any, ...] = ()
     """Pixel values, one array for each image."""
 
@@ -62,6 +64,7 @@ def render(model: Loaded, request: ChatRequest, limit: int | None = None) -> Pro
         tuple(tokens),
         is_reasoning=_opens_reasoning(tokenizer, text),
         system=_common(tokenizer.encode(system, add_special_tokens=False), tokens) if system else 0,
+        continues_text=continues and bool(request.messages[-1].text),
         images=tuple(pixels),
     )
 
