@@ -77,6 +77,8 @@ class Loaded:
     """Its generation_config.json."""
     longest_token: int = 1 << 20
     """Characters of the longest token: a text has at least its own length divided by this many tokens."""
+    has_own_calls: bool = True
+    """Whether mlx-lm knows the model's own form of tool calls; the server's form (`tool_text`) is read otherwise."""
     processor: Any = None
     """mlx_lm's image processor; None: the model takes no images."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
