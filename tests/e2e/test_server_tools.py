@@ -212,6 +212,17 @@ def test_tools_calls_and_results_are_never_the_same_prompt_as_none(server: Serve
     assert size(calls("Oslo"), result("21")) + 1 == size(calls("Oslo"), result("121"))
 
 
+def test_arguments_in_the_history_may_be_an_object(server: Server) -> None:
+    def size(arguments: Any) -> int:
+        call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call]}]
+        answer = server.http.post("/v1/chat/completions", json={"model": "acme/calls", "messages": messages})
+        assert answer.status_code == 200, answer.text
+        return int(answer.json()["usage"]["prompt_tokens"])
+
+    assert size({"city": "Oslo"}) == size('{"city": "Oslo"}')
+
+
 # Calls that a request demands ----------------------------------------------------------------------------------
 
 
