@@ -76,6 +76,7 @@ def a_tokenizer_says_what_a_model_s_marks_are(folder: Path) -> None:
 
 
 def a_tokenizer_without_marks_for_calls_takes_those_of_json(folder: Path) -> None:
+    from mlx_lm.generate import make_text_state_machine
     from mlx_overlay_server.engine import mlx
 
     tokenizer = _tokenizer(folder)
