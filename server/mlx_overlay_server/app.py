@@ -33,7 +33,7 @@ def build(settings: Settings, session: hf_overlay.Session) -> tuple[ASGIApp, Ser
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.engine.start()
+        service.start()
         tasks = [
             asyncio.create_task(preload(service.pool, settings.models)),
             asyncio.create_task(service.pool.sweep()),
@@ -46,7 +46,7 @@ def build(settings: Settings, session: hf_overlay.Session) -> tuple[ASGIApp, Ser
             await asyncio.gather(*tasks, return_exceptions=True)
             await service.pool.close()
             await service.engine.stop()
-            service.stop()
+            await service.stop()
 
     app = FastAPI(
         title="MLX Omni Server",

@@ -97,14 +97,20 @@ class Service:
         """Refuse new requests from now on. Those that run go on."""
         self._is_closing = True
 
+    def start(self) -> None:
+        """Start the engine and the preparation, which get ready while the caller goes on."""
+        self.engine.start()
+        self._preparation.start()
+
     def abort(self) -> None:
         """End every request that still runs or waits, with an error to its client."""
+        self._preparation.abort()
         self.pool.abort()
         self.engine.abort()
 
-    def stop(self) -> None:
-        """Free what the service holds."""
-        self._preparation.stop()
+    async def stop(self) -> None:
+        """End the preparation's processes."""
+        await self._preparation.stop()
 
     @contextmanager
     def _admitted(self, request: AnyRequest) -> Iterator[None]:

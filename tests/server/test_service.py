@@ -88,7 +88,6 @@ def _service(engine: FakeEngine, ids: Sequence[int]) -> Service:
         Metrics(dict),
         Limits(waiting_requests=0, messages=1),
     )
-    service.stop()
     service._preparation = cast("Preparation", FakePreparation(ids))
     return service
 

@@ -1,21 +1,37 @@
-"""From a request to the sequences that answer it: prompt, grammar and limits, in a thread beside the event loop."""
+"""From a request to the sequences that answer it: prompt, grammar and limits, prepared in processes of their own.
+
+Templates, tokenizers, image decoders and grammars cannot be interrupted, and a request can make each of them run for
+minutes. A process can be killed: when its client leaves, when its time is over, and when the server stops.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import pickle
+import weakref
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mlx_overlay_server.chat import grammar
-from mlx_overlay_server.chat import prompt as chat
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.reader import Reader
-from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, Params, TextRequest
+from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, Params
 from mlx_overlay_server.engine.commands import Submit
 from mlx_overlay_server.engine.handle import Engine
-from mlx_overlay_server.errors import Field, InvalidRequest, PromptTooLong
+from mlx_overlay_server.errors import Failed, Field, InvalidRequest, ServerError
+from mlx_overlay_server.preparation.grammars import Grammars
+from mlx_overlay_server.preparation.lanes import Lanes, Work
+from mlx_overlay_server.preparation.work import Prepared
 from mlx_overlay_server.settings import Limits
+
+logger = logging.getLogger("mlx_overlay_server")
+
+HEAVY_BYTES = 1 << 18
+"""A request of this size, text and images and schemas together, is expected to be slow."""
+HEAVY_GRAMMAR = 1 << 14
+"""Characters of a grammar from which on it is expected to be slow; a schema with 500 properties has so many."""
 
 
 @dataclass(slots=True)
@@ -31,103 +47,126 @@ class Answer:
 
 
 class Preparation:
-    """Renders templates, tokenizes and compiles grammars.
-
-    It has one thread: tokenizers are not safe to call from several, and the work is bound by the CPU anyway.
-    """
+    """Renders templates, decodes images, tokenizes and compiles grammars. All methods are the event loop's to call."""
 
     def __init__(self, engine: Engine, limits: Limits) -> None:
         self._engine = engine
         self._limits = limits
-        self._thread = ThreadPoolExecutor(1, "preparation")
+        self._lanes = Lanes(limits.preparation_seconds)
+        self._grammars = Grammars()
+        self._known: set[str] = set()
+        """Keys of models that the lanes know."""
+
+    def start(self) -> None:
+        """Start the processes, while the caller goes on."""
+        self._lanes.start()
+
+    def abort(self) -> None:
+        """End all preparation with an error to its client."""
+        self._lanes.abort()
+
+    async def stop(self) -> None:
+        """Do the same, and end the processes."""
+        await self._lanes.stop()
 
     async def answers(self, model: Loaded, request: AnyRequest) -> list[Answer]:
-        """Prepare every answer of a request, in the order of their indexes. Raises InvalidRequest."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._answers, model, request)
+        """Prepare every answer of a request, in the order of their indexes.
+
+        Raises InvalidRequest, also when that takes longer than it may, and Failed.
+        """
+        field: Field = "messages" if isinstance(request, ChatRequest) else "prompts"
+        prepared: list[Prepared] = await self._run("prepare", model, request, field)
+        answers: list[Answer] = []
+        for each in prepared:
+            matchers = await self._matchers(model, each, request.n)
+            for number in range(request.n):
+                submit = Submit(
+                    self._engine.new_id(),
+                    model.key,
+                    each.prompt.tokens,
+                    _seeded(request.params, len(answers)),
+                    each.max_tokens,
+                    system=each.prompt.system,
+                    constraint=each.constraint,
+                    budget=each.budget,
+                    images=each.prompt.images,
+                    matcher=matchers[number],
+                )
+                answers.append(Answer(submit, _reader(model, request, each), each.echo))
+        return answers
 
     async def count_tokens(self, model: Loaded, request: ChatRequest) -> int:
-        """Count the tokens of a conversation's prompt. Raises InvalidRequest."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._count, model, request)
+        """Count the tokens of a conversation's prompt. Raises as `answers` does."""
+        count: int = await self._run("count_tokens", model, request, "messages")
+        return count
 
-    def stop(self) -> None:
-        """Let the thread end after what it is doing now."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+    async def _matchers(self, model: Loaded, prepared: Prepared, count: int) -> Sequence[Any]:
+        constraint = prepared.constraint
+        if constraint is None:
+            return [None] * count
+        grammar_ = await self._grammars.get(
+            (model.key, constraint.grammar),
+            check=lambda: self._run("check_grammar", model, constraint, constraint.field or "format"),
+            make=lambda: grammar.compiled(constraint, model),
+        )
+        return await asyncio.to_thread(self._engine.matchers, constraint, model, grammar_, count)
 
-    # In the thread.
-
-    def _answers(self, model: Loaded, request: AnyRequest) -> list[Answer]:
-        return self._chat(model, request) if isinstance(request, ChatRequest) else self._text(model, request)
-
-    def _count(self, model: Loaded, request: ChatRequest) -> int:
-        return len(chat.render(model, request, self._prompt_limit(model)).tokens)
-
-    def _chat(self, model: Loaded, request: ChatRequest) -> list[Answer]:
-        prompt = chat.render(model, request, self._prompt_limit(model))
-        rule = grammar.constraint(model, request, is_reasoning=prompt.is_reasoning)
-        budget = grammar.budget(model, request, is_reasoning=prompt.is_reasoning)
-        max_tokens = self._answer_limit(model, request, prompt.tokens, "messages")
-        answers = []
-        for number in range(request.n):
-            submit = Submit(
-                self._engine.new_id(),
-                model.key,
-                prompt.tokens,
-                _seeded(request.params, number),
-                max_tokens,
-                system=prompt.system,
-                constraint=rule,
-                budget=budget,
-                images=prompt.images,
-                matcher=self._engine.matcher(rule, model) if rule is not None else None,
+    async def _run(self, name: str, model: Loaded, subject: Any, field: Field) -> Any:
+        """Run one of the functions of `work.WORK` in a process."""
+        await self._teach(model)
+        arguments = pickle.dumps((subject, self._limits), pickle.HIGHEST_PROTOCOL)
+        heavy = HEAVY_GRAMMAR if name == "check_grammar" else HEAVY_BYTES
+        work = Work(name, model.key, arguments, lambda: self._too_slow(field), is_slow=len(arguments) > heavy)
+        result = await self._lanes.run(work)
+        if result.refusal is not None:
+            raise result.refusal
+        if result.unexpected is not None:
+            logger.error("unexpected %s in preparation", result.unexpected)
+            raise Failed(
+                f"unexpected {result.unexpected.partition(' ')[0]}; the server's log says where", code="internal_error"
             )
-            reader = Reader(
-                model,
-                stop=request.stop,
-                is_reasoning=prompt.is_reasoning,
-                tools=request.tools if request.choice.mode != "none" else (),
-                is_parallel=request.choice.parallel,
-                is_call=grammar.is_forced(request),
-            )
-            answers.append(Answer(submit, reader))
-        return answers
+        return result.value
 
-    def _text(self, model: Loaded, request: TextRequest) -> list[Answer]:
-        answers: list[Answer] = []
-        for prompt in request.prompts:
-            if isinstance(prompt, str):
-                chat.check_unicode(prompt, "prompts")
-                chat.check_length(model, prompt, self._prompt_limit(model), "prompts")
-            tokens = tuple(model.tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
-            if any(not 0 <= token < model.vocab_size for token in tokens):
-                raise InvalidRequest(f"tokens are numbers from 0 to {model.vocab_size - 1}", field="prompts")
-            echo = (prompt if isinstance(prompt, str) else model.tokenizer.decode(list(tokens))) if request.echo else ""
-            max_tokens = self._answer_limit(model, request, tokens, "prompts")
-            for _ in range(request.n):
-                params = _seeded(request.params, len(answers))
-                submit = Submit(self._engine.new_id(), model.key, tokens, params, max_tokens)
-                answers.append(Answer(submit, Reader(model, stop=request.stop, has_marks=False), echo))
-        return answers
+    async def _teach(self, model: Loaded) -> None:
+        """Let the processes get to know a model; they forget it after it was unloaded."""
+        if model.key in self._known:
+            return
+        try:
+            data = await asyncio.to_thread(pickle.dumps, model, pickle.HIGHEST_PROTOCOL)
+        except Exception as error:  # noqa: BLE001 - tokenizers are code that may come with the model
+            raise Failed(f"the model's tokenizer cannot be copied to another process: {type(error).__name__}") from None
+        if model.key not in self._known:
+            self._known.add(model.key)
+            self._lanes.learn(model.key, data)
+            loop = asyncio.get_running_loop()
+            weakref.finalize(model, loop.call_soon_threadsafe, self._forget, model.key).atexit = False
 
-    def _prompt_limit(self, model: Loaded) -> int | None:
-        """Return how many tokens a prompt may have; None: any number."""
-        limits = [self._limits.prompt_tokens, model.context and model.context - 1]
-        return min((limit for limit in limits if limit is not None), default=None)
+    def _forget(self, key: str) -> None:
+        self._known.discard(key)
+        self._lanes.forget(key)
+        self._grammars.forget(key)
 
-    def _answer_limit(self, model: Loaded, request: AnyRequest, prompt: Sequence[int], field: Field) -> int:
-        """Return how many tokens an answer to a prompt may have. Raises InvalidRequest if the prompt leaves none."""
-        size = len(prompt)
-        if not size:
-            raise InvalidRequest("the prompt is empty", field=field)
-        limit = self._prompt_limit(model)
-        if limit is not None and size > limit:
-            raise PromptTooLong(f"prompt is too long: {size} tokens > {limit} maximum", field=field)
-        if outside := [token for token in request.params.logit_bias if not 0 <= token < model.vocab_size]:
-            raise InvalidRequest(
-                f"{outside[0]} is not a token of {request.model}; they go from 0 to {model.vocab_size - 1}",
-                field="logit_bias",
-            )
-        room = model.context - size if model.context is not None else 1 << 30
-        return min(request.params.max_tokens or self._limits.answer_tokens or room, room)
+    def _too_slow(self, field: Field) -> ServerError:
+        what = "this schema is" if field in ("format", "tools") else "this request is"
+        return InvalidRequest(
+            f"{what} too expensive: preparing it takes more than {self._limits.preparation_seconds:g} seconds, the "
+            "limit of this server; send a smaller one",
+            field=field,
+            code="too_expensive",
+        )
+
+
+def _reader(model: Loaded, request: AnyRequest, prepared: Prepared) -> Reader:
+    if not isinstance(request, ChatRequest):
+        return Reader(model, stop=request.stop, has_marks=False)
+    return Reader(
+        model,
+        stop=request.stop,
+        is_reasoning=prepared.prompt.is_reasoning,
+        tools=request.tools if request.choice.mode != "none" else (),
+        is_parallel=request.choice.parallel,
+        is_call=grammar.is_forced(request),
+    )
 
 
 def _seeded(params: Params, number: int) -> Params:
