@@ -77,11 +77,14 @@ def _serve_http(settings: Settings, session: hf_overlay.Session) -> int:
         reason = error.strerror or error
         print(f"error: cannot listen on {settings.host}:{settings.port}: {reason}; try --port 0", file=sys.stderr)
         return 1
+    from mlx_overlay_server.preparation.process import Process
+
+    first = Process()  # imports what it needs beside us, so that the first answer does not wait for it
     import uvicorn
 
     from mlx_overlay_server.app import build
 
-    app, service = build(settings, session)
+    app, service = build(settings, session, first)
     config = uvicorn.Config(
         app,
         log_config=None,

@@ -46,6 +46,7 @@ class Service:
         engine: Engine,
         metrics: Metrics,
         limits: Limits,
+        preparation: Preparation,
         *,
         aliases: Mapping[str, str] | None = None,
         default_model: str | None = None,
@@ -58,7 +59,7 @@ class Service:
         self.limits = limits
         self.aliases = aliases or {}
         self._default = default_model
-        self._preparation = Preparation(engine, limits)
+        self._preparation = preparation
         self._open = 0
         self._is_closing = False
 

@@ -23,13 +23,14 @@ from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.errors import Failed, Field, InvalidRequest, ServerError
 from mlx_overlay_server.preparation.grammars import Grammars
 from mlx_overlay_server.preparation.lanes import Lanes, Work
+from mlx_overlay_server.preparation.process import Process
 from mlx_overlay_server.preparation.work import Prepared
 from mlx_overlay_server.settings import Limits
 
 logger = logging.getLogger("mlx_overlay_server")
 
 HEAVY_BYTES = 1 << 18
-"""A request of this size, text and images and schemas together, is expected to be slow."""
+"""A request of this size, text and schemas together, is expected to be slow; so is each with an image."""
 HEAVY_GRAMMAR = 1 << 14
 """Characters of a grammar from which on it is expected to be slow; a schema with 500 properties has so many."""
 
@@ -49,10 +50,11 @@ class Answer:
 class Preparation:
     """Renders templates, decodes images, tokenizes and compiles grammars. All methods are the event loop's to call."""
 
-    def __init__(self, engine: Engine, limits: Limits) -> None:
+    def __init__(self, engine: Engine, limits: Limits, first: Process | None = None) -> None:
+        """`first` is a process that was started already."""
         self._engine = engine
         self._limits = limits
-        self._lanes = Lanes(limits.preparation_seconds)
+        self._lanes = Lanes(limits.preparation_seconds, first)
         self._grammars = Grammars()
         self._known: set[str] = set()
         """Keys of models that the lanes know."""
@@ -116,7 +118,8 @@ class Preparation:
         await self._teach(model)
         arguments = pickle.dumps((subject, self._limits), pickle.HIGHEST_PROTOCOL)
         heavy = HEAVY_GRAMMAR if name == "check_grammar" else HEAVY_BYTES
-        work = Work(name, model.key, arguments, lambda: self._too_slow(field), is_slow=len(arguments) > heavy)
+        is_slow = len(arguments) > heavy or (isinstance(subject, ChatRequest) and subject.has_images)
+        work = Work(name, model.key, arguments, lambda: self._too_slow(field), is_slow)
         result = await self._lanes.run(work)
         if result.refusal is not None:
             raise result.refusal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 
@@ -22,6 +22,8 @@ AT_MOST = 4
 """Processes while there is slow work."""
 SLOW = AT_MOST - AT_REST
 """Pieces of slow work that run at once. Others wait for them."""
+REMEMBERED = 1024
+"""Pieces of work that were slow and are remembered, for when a client tries again."""
 SHRINK_SECONDS = 60.0
 """How long more processes than `AT_REST` stay when there is no slow work any more."""
 
@@ -44,21 +46,31 @@ class Work:
     process: Process | None = None
     """Where it runs; None while it waits."""
 
+    @property
+    def identity(self) -> int:
+        """A number that is the same for the same work."""
+        return hash((self.name, self.key, self.arguments))
+
 
 class Lanes:
     """The preparation processes, and the queues before them. All on the event loop."""
 
-    def __init__(self, seconds: float) -> None:
-        """`seconds`: how long one piece of work may take."""
+    def __init__(self, seconds: float, first: Process | None = None) -> None:
+        """`seconds`: how long one piece of work may take; `first`: a process that was started already."""
+        self._first = first
         self._seconds = seconds
         self._models: dict[str, bytes] = {}
         self._quick: deque[Work] = deque()
         self._slow: deque[Work] = deque()
         self._running: set[Work] = set()
+        self._known_slow: OrderedDict[int, None] = OrderedDict()
+        """Identities of work that was slow."""
         self._processes: set[Process] = set()
         """All of them, those that are starting included."""
         self._idle: list[Process] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._at_rest = 1
+        """The spare process starts after the first work: until then, it would take time from what that waits for."""
         self._is_stopped = False
 
     @property
@@ -67,8 +79,8 @@ class Lanes:
         return [process.pid for process in self._processes]
 
     def start(self) -> None:
-        """Start the processes, which import what they need for a second while the caller goes on."""
-        self._grow(AT_REST)
+        """Start the first process, which imports what it needs for a second or two while the caller goes on."""
+        self._grow(self._at_rest)
 
     def abort(self) -> None:
         """End all work with an error to its client, and take no more."""
@@ -101,6 +113,7 @@ class Lanes:
         """Wait for a result. Work that nobody waits for any more is stopped. Raises ServerError."""
         if self._is_stopped:
             raise Unavailable("the server is shutting down")
+        work.is_slow = work.is_slow or work.identity in self._known_slow
         (self._slow if work.is_slow else self._quick).append(work)
         self._dispatch()
         try:
@@ -119,7 +132,7 @@ class Lanes:
         """Give work to idle processes."""
         if self._is_stopped:
             return
-        self._grow(AT_MOST if self._slow or self._slow_running else AT_REST)
+        self._grow(AT_MOST if self._slow or self._slow_running else self._at_rest)
         while self._quick and self._idle and (len(self._idle) > 1 or len(self._running) == self._slow_running):
             self._begin(self._quick.popleft())
         while self._slow and len(self._idle) > 1 and self._slow_running < SLOW:
@@ -154,6 +167,7 @@ class Lanes:
                     loop.call_later(self._seconds, self._is_over, process, work),
                 ]
                 result = await process.work(work.name, work.key, work.arguments)
+                self._at_rest = AT_REST
             if not work.result.done():
                 work.result.set_result(result)
             self._idle.append(process)
@@ -183,12 +197,23 @@ class Lanes:
             process.kill()
         elif not work.is_slow:
             work.is_slow = True
+            self._remember(work.identity)
             if self._slow_running > SLOW:  # it begins anew when it is its turn
                 process.kill()
                 work.process = None
                 self._running.discard(work)
                 self._slow.append(work)
             self._dispatch()
+
+    def _remember(self, identity: int) -> None:
+        """Keep the same work out of the way of what is quick, also that which waits already."""
+        self._known_slow[identity] = None
+        while len(self._known_slow) > REMEMBERED:
+            self._known_slow.popitem(last=False)
+        for same in [each for each in self._quick if each.identity == identity]:
+            self._quick.remove(same)
+            same.is_slow = True
+            self._slow.append(same)
 
     def _is_over(self, process: Process, work: Work) -> None:
         process.kill()
@@ -210,7 +235,7 @@ class Lanes:
 
     def _grow(self, count: int) -> None:
         while len(self._processes) < count and not self._is_stopped:
-            process = Process()
+            process, self._first = self._first or Process(), None
             self._processes.add(process)
             self._spawn(self._start(process))
             if len(self._processes) > AT_REST:
