@@ -56,8 +56,8 @@ class Preparation:
         self._limits = limits
         self._lanes = Lanes(limits.preparation_seconds, first)
         self._grammars = Grammars()
-        self._known: set[str] = set()
-        """Keys of models that the lanes know."""
+        self._known: dict[str, weakref.finalize[[], Loaded]] = {}
+        """By the key of each model that the lanes know: what lets them forget it once it was unloaded."""
 
     def start(self) -> None:
         """Start the processes, while the caller goes on."""
@@ -69,6 +69,8 @@ class Preparation:
 
     async def stop(self) -> None:
         """Do the same, and end the processes."""
+        for each in self._known.values():
+            each.detach()
         await self._lanes.stop()
 
     async def answers(self, model: Loaded, request: AnyRequest) -> list[Answer]:
@@ -139,13 +141,13 @@ class Preparation:
         except Exception as error:  # noqa: BLE001 - tokenizers are code that may come with the model
             raise Failed(f"the model's tokenizer cannot be copied to another process: {type(error).__name__}") from None
         if model.key not in self._known:
-            self._known.add(model.key)
+            forget = asyncio.get_running_loop().call_soon_threadsafe
+            self._known[model.key] = weakref.finalize(model, forget, self._forget, model.key)
+            self._known[model.key].atexit = False
             self._lanes.learn(model.key, data)
-            loop = asyncio.get_running_loop()
-            weakref.finalize(model, loop.call_soon_threadsafe, self._forget, model.key).atexit = False
 
     def _forget(self, key: str) -> None:
-        self._known.discard(key)
+        self._known.pop(key, None)
         self._lanes.forget(key)
         self._grammars.forget(key)
 
