@@ -75,7 +75,7 @@ def test_a_folder_that_may_not_be_entered_is_a_problem(
     def stat_of(path: str, **options: bool) -> os.stat_result:
         if str(path) == f"{repo}/{folder}/.":
             raise PermissionError(13, "Permission denied", path)
-        return real(path, **options)  # type: ignore[arg-type]
+        return real(path, **options)
 
     monkeypatch.setattr(os, "stat", stat_of)
     assert hfcache.examine(str(repo)).problem is not None
@@ -123,9 +123,9 @@ def test_records_of_two_commits_are_no_identity(tmp_path: Path) -> None:
     assert identity(tmp_path, record(tmp_path, "a") | record(tmp_path, "b", commit=OTHER)) is None
 
 
-@pytest.mark.parametrize("wrong", [{"commit": "main"}, {"etag": "weak"}, {"commit": ""}, {"etag": ""}], ids=str)
-def test_a_record_that_is_not_of_a_commit_and_an_etag_proves_nothing(tmp_path: Path, wrong: dict[str, str]) -> None:
-    assert identity(tmp_path, record(tmp_path, "config.json", **wrong)) is None
+@pytest.mark.parametrize(("commit", "etag"), [("main", ETAG), ("", ETAG), (COMMIT, "weak"), (COMMIT, "")])
+def test_a_record_that_is_not_of_a_commit_and_an_etag_proves_nothing(tmp_path: Path, commit: str, etag: str) -> None:
+    assert identity(tmp_path, record(tmp_path, "config.json", commit, etag)) is None
 
 
 def test_a_file_written_over_a_second_after_its_record_is_another(tmp_path: Path) -> None:

@@ -43,7 +43,23 @@ PATHS = (
     "/health",
     "/nowhere",
 )
-VALUES = (None, True, -1, 0, 1e308, 2**70, "", "x" * 5000, "\x00", "\ud800", [], {}, [[]], {"type": "text"}, [{}])
+VALUES: tuple[object, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    1e308,
+    2**70,
+    "",
+    "x" * 5000,
+    "\x00",
+    "\ud800",
+    [],
+    {},
+    [[]],
+    {"type": "text"},
+    [{}],
+)
 FIELDS = (
     *("messages", "prompt", "input", "max_tokens", "stop", "tools", "tool_choice", "response_format", "n", "stream"),
     *("temperature", "top_p", "seed", "logit_bias", "logprobs", "system", "stream_options", "thinking"),
