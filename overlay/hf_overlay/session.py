@@ -10,13 +10,13 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from hf_overlay import config, hfcache
-from hf_overlay.catalog.catalog import Catalog
+from hf_overlay.catalog.catalog import Catalog, incomplete_text
 from hf_overlay.catalog.plan import resolve
 from hf_overlay.config import Settings
 from hf_overlay.errors import SessionError, UsageError
@@ -24,12 +24,16 @@ from hf_overlay.gateway.hub import Hub
 from hf_overlay.gateway.server import DEFAULT_UPSTREAM, Gateway
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.models import Model
-from hf_overlay.tree import lease, writeback
+from hf_overlay.tree import lease, usage, writeback
 from hf_overlay.tree.clear import remove_tree
 from hf_overlay.tree.lease import Lease
 from hf_overlay.tree.publish import Tree
 
 logger = logging.getLogger("hf_overlay")
+
+LINGER_SECONDS = 1.0
+"""Longer than what a program started for itself takes to end after it, and another process to look at a lock."""
+_STILL_USED = "a program still uses the overlay at %s; it is cleared at a later start"
 
 _OLDER_CACHE_VARIABLES = ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE", "PYTORCH_PRETRAINED_BERT_CACHE")
 
@@ -125,14 +129,19 @@ class Session:
     def resolve(self, model_id: str) -> Path:
         """The folder to load for an id: the user's own, else the real cache's snapshot.
 
-        Raises InvalidModelId, ModelNotFound, or SourceAway when the drive that held the model is gone.
+        Raises InvalidModelId, ModelNotFound, SourceAway when the drive that held the model is gone, or IncompleteModel
+        when a part of the user's folder is missing.
         """
+        return Path(self.find(model_id).path)
+
+    def find(self, model_id: str) -> Model:
+        """The model that answers to an id: its folder is there. Raises as `resolve`."""
         model = self._catalog.find(model_id)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s comes from the %s: %s", model_id, _origin(model), model.path)
             for candidate in self._catalog.explain(model_id)[1:]:
                 logger.debug("%s: %s %s", model_id, candidate.path, candidate.reason.text)
-        return Path(model.path)
+        return model
 
     def refresh(self, *, only_settled: bool = False) -> Changes:
         """Make the tree show what is in the folders and the cache now.
@@ -174,9 +183,17 @@ class Session:
         self._owner.record(self.settings, self.variables)
 
     def stop(self) -> None:
-        """Stop the gateway. The tree is cleared separately, since other programs may still use it."""
+        """Stop the gateway once it has sent the answers that are under way, or `cut` is called.
+
+        The tree is cleared separately, since other programs may still use it.
+        """
         if self._gateway is not None:
             self._gateway.stop()
+
+    def cut(self) -> None:
+        """Let `stop` wait for nothing: the gateway's answers are cut. May be called by a signal handler."""
+        if self._gateway is not None:
+            self._gateway.cut()
 
     def linked_repo(self, model_id: str) -> LinkedRepo | None:
         """The linked repo of the user's model with this id; None when the tree holds none."""
@@ -190,12 +207,25 @@ class Session:
         """The model path that held a model of this id and has gone away since; None when there is none."""
         return self._catalog.away(model_id)
 
+    def incomplete(self, model_id: str) -> str | None:
+        """A sentence about the user's folder of this id that lacks a part of its weights; None when there is none."""
+        reject = self._catalog.incomplete(model_id)
+        return None if reject is None else incomplete_text(reject)
+
     def is_cached(self, model_id: str) -> bool:
         """Whether the real cache holds a loadable copy now."""
         return self._catalog.is_cached(model_id)
 
+    def is_folder(self, path: str, root: str) -> bool:
+        """Whether there is a folder at `path`, in the model path `root`; False while its disk does not answer."""
+        return self._catalog.is_folder(path, root)
+
     def expect_download(self, folder: str) -> None:
         """Let what a client is about to write to a repo folder land in the real cache."""
+        if not hfcache.is_hub_repo(folder):  # ids are what clients send, and must neither be made nor noted
+            return
+        if not self._catalog.answers(self.settings.hub_cache):
+            return
         if all(os.path.isdir(f"{self._tree.hub}/{each}") for each in (hfcache.LOCKS, folder)):
             return
         try:
@@ -213,7 +243,7 @@ class Session:
         for warning in self._catalog.warnings():
             logger.warning("%s", warning)
         try:
-            self._tree.publish(plan)
+            self._tree.publish(plan, is_there=lambda model: self.is_folder(model.path, model.root))
         except OSError as error:
             raise _session_error(self._owner.path, error) from error
 
@@ -240,7 +270,8 @@ def open_session(
     without mlx-lm.
 
         with hf_overlay.open_session(["/Volumes/LLMS/models"]) as session:
-            subprocess.run(["mlx_lm.generate", "--model", "org/name"], env=session.environment)
+            command = ["mlx_lm.generate", "--model", "org/name"]
+            subprocess.run(command, env=session.environment, pass_fds=[session.owner_fd])
     """
     environ = os.environ if environ is None else environ
     settings = config.load(
@@ -260,6 +291,7 @@ def open_session(
         if config.expand(folder, environ) != folder:
             raise UsageError(f"programs would expand the $NAME in {folder}; set HF_OVERLAY_DIR, or HF_HOME, to another")
     clear_dead(sessions)
+    others = lease.sessions_in(sessions)
     try:
         owner = Lease.acquire(sessions, settings)
     except OSError as error:
@@ -277,32 +309,53 @@ def open_session(
         if session is not None:
             session.stop()
         owner.release()
-        if clear(sessions, owner.path) is None:
-            logger.info("a program still uses the overlay at %s; it is cleared at a later start", owner.path)
+        _end(sessions, owner.path, others)
 
 
 def clear_dead(sessions: str) -> list[Cleared]:
-    """Clear every session whose owner is known to be dead."""
-    return [cleared for path in lease.sessions_in(sessions) if (cleared := clear(sessions, path)) is not None]
+    """Clear every session that is over: its owner is known to be dead, and no program uses its tree."""
+    return [each for each in _clear_over(sessions) if each.path not in each.kept]
 
 
-def clear(sessions: str, path: str) -> Cleared | None:
-    """Clear one session; None when its owner may be alive, or when it cannot be removed."""
-    with lease.dead(sessions, path) as is_dead:
-        if not is_dead:
-            return None
-        try:
-            owner = lease.read_owner(path)
-            stuck = writeback.bring_home(path, owner.hub_cache) if owner is not None else {}
-            kept = remove_tree(path, stuck)
-            for kept_path in kept:
-                reason = stuck.get(kept_path, "the cache holds, or a program is downloading, other bytes for it")
-                logger.warning("a download stays in %s and is tried again at the next start: %s", kept_path, reason)
-            if not kept:
-                lease.remove(path)
-        except OSError as error:
+def _end(sessions: str, path: str, others: Collection[str]) -> None:
+    """Clear a session that this process has let go of, and those that are over since; `others` were there before it."""
+    deadline = time.monotonic() + LINGER_SECONDS
+    while path not in {each.path for each in _clear_over(sessions, quiet={*others, path})} and os.path.lexists(path):
+        if time.monotonic() > deadline:
+            logger.info(_STILL_USED, path)
+            return
+        time.sleep(0.02)
+
+
+def _clear_over(sessions: str, quiet: Collection[str] = ()) -> list[Cleared]:
+    """As `clear_dead`, with those that could not be cleared: what is kept of each is all of it.
+
+    Of one that is still used, a message says so, unless it is in `quiet`.
+    """
+    with ExitStack() as held:
+        # All are held before any is looked at, so that one look at the processes of this machine counts for all.
+        dead = [path for path in lease.sessions_in(sessions) if held.enter_context(lease.dead(sessions, path))]
+        used = usage.in_use(dead)
+        for path in sorted(used - set(quiet)):
+            logger.info(_STILL_USED, path)
+        return [_clear(path) for path in dead if path not in used]
+
+
+def _clear(path: str) -> Cleared:
+    """Clear one session that is over, and that nobody else clears."""
+    try:
+        owner = lease.read_owner(path)
+        stuck = writeback.bring_home(path, owner.hub_cache) if owner is not None else {}
+        kept = remove_tree(path, stuck)
+        for kept_path in kept:
+            reason = stuck.get(kept_path, "the cache holds, or a program is downloading, other bytes for it")
+            logger.warning("a download stays in %s and is tried again at the next start: %s", kept_path, reason)
+        if not kept:
+            lease.remove(path)
+    except OSError as error:
+        if os.path.lexists(path):
             logger.warning("cannot clear the session at %s: %s; remove it by hand", path, error.strerror)
-            return None
+        return Cleared(path, (path,))
     return Cleared(path, tuple(kept))
 
 

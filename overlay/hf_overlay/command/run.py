@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from hf_overlay.config import Kind, is_offline
-from hf_overlay.session import open_session
+from hf_overlay.session import Session, open_session
 from hf_overlay.text import printable
 
 _FROM_KEYBOARD = (signal.SIGINT, signal.SIGQUIT)
@@ -47,10 +47,15 @@ def run(
     log_to_stderr(verbosity)
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"} if offline else dict(os.environ)
     child: int | None = None
+    ended: Session | None = None
+    """The session, once its program has ended."""
     early: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
-        if child is None:
+        if ended is not None:  # what the program left running may be getting an answer from the gateway
+            if number not in _HARMLESS:
+                ended.cut()
+        elif child is None:
             early.append(number)
         elif not (number in _FROM_KEYBOARD and _is_in_foreground()):  # else the terminal sent it to the child itself
             _send(child, number)
@@ -84,6 +89,9 @@ def run(
             for number in early:  # came after the check above, and before there was a child to send it to
                 _send(child, number)
             status = _wait(child)
+            _taken(set(_FROM_KEYBOARD))  # the program has had these, too
+            ended = session
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             return 128 - status if status < 0 else status
     finally:
         for number, handler in before.items():

@@ -8,11 +8,12 @@ import shlex
 import signal
 import threading
 from collections.abc import Mapping, Sequence
+from types import FrameType
 
 from hf_overlay import config
 from hf_overlay.config import Kind
 from hf_overlay.errors import OverlayError
-from hf_overlay.session import open_session
+from hf_overlay.session import Session, open_session
 from hf_overlay.tree import lease
 
 logger = logging.getLogger("hf_overlay")
@@ -21,9 +22,19 @@ logger = logging.getLogger("hf_overlay")
 def serve(
     model_paths: Sequence[str], *, kind: Kind | None, exclude: Sequence[str], offline: bool, interval_seconds: float
 ) -> int:
-    """Keep an overlay up, following the folders, until a signal ends it; returns 0. Raises OverlayError."""
+    """Keep an overlay up, following the folders, until a signal ends it; returns 0. Raises OverlayError.
+
+    Programs get what the gateway has begun to send them, unless a second signal comes.
+    """
     stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    session: Session | None = None
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        if stop.is_set() and session is not None:
+            session.cut()
+        stop.set()
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"} if offline else dict(os.environ)
     try:
         with open_session(

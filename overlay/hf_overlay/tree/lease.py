@@ -11,12 +11,14 @@ import errno
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from hf_overlay.config import OWNER_FILE, Settings, cache_folder
+from hf_overlay.tree import files
 
 DIRECTORY_VARIABLE = "HF_OVERLAY_DIR"
 _PREFIX = "session-"
@@ -46,10 +48,11 @@ class Owner(NamedTuple):
 def read_owner(path: str) -> Owner | None:
     """The record of a session's owner, living or dead; None when it died before it wrote one."""
     try:
-        with open(os.path.join(path, OWNER_FILE), encoding="utf-8") as file:
-            return Owner(**json.load(file))
-    except (OSError, ValueError, TypeError):
+        owner = Owner(**json.loads(files.read(os.path.join(path, OWNER_FILE))))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
+    is_usable = isinstance(owner.hub_cache, str) and os.path.isabs(owner.hub_cache) and "\0" not in owner.hub_cache
+    return owner if is_usable and isinstance(owner.started, int | float) and isinstance(owner.service, dict) else None
 
 
 class Lease:
@@ -106,12 +109,15 @@ def dead(sessions: str, path: str) -> Iterator[bool]:
             fd = os.open(owner, os.O_RDWR)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                if not os.path.samestat(os.fstat(fd), os.stat(owner)):
+                    raise BlockingIOError  # cleared by somebody else since it was opened
+            except OSError as error:
                 os.close(fd)
-                raise
+                raise BlockingIOError from error
     except FileNotFoundError:
-        # Killed between making the folder and the lock, both under the sessions' lock: nothing is in it.
-        yield os.path.isdir(path) and not os.listdir(path)
+        # Killed between making the folder and the lock, both under the sessions' lock: nothing is in it. Nothing is
+        # in it, either, where somebody else has cleared it and is about to remove it.
+        yield _is_empty(path)
         return
     except OSError:  # held, or a file system that cannot say: no proof
         yield False
@@ -122,12 +128,25 @@ def dead(sessions: str, path: str) -> Iterator[bool]:
         os.close(fd)
 
 
+def opener(path: str) -> int | None:
+    """The id of the process that opened the session at `path`, which is in its name; None for other names."""
+    match = re.fullmatch(rf"{_PREFIX}(\d+)-\w+", os.path.basename(path), re.ASCII)
+    return int(match[1]) if match else None
+
+
 def sessions_in(sessions: str) -> list[str]:
     """The paths of all session folders, living or dead. Raises OSError."""
     try:
         return sorted(entry.path for entry in os.scandir(sessions) if entry.name.startswith(_PREFIX))
     except FileNotFoundError:
         return []
+
+
+def _is_empty(folder: str) -> bool:
+    try:
+        return not os.listdir(folder)
+    except OSError:
+        return False
 
 
 def remove(path: str) -> None:
