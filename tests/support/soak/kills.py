@@ -45,7 +45,7 @@ def run(place: Path, seconds: float, random: Random) -> Row:
     """Kill, start again, look; and at the end, let a download that was killed come to its end."""
     with LoopbackHub() as hub:
         world = _World(place, hub)
-        releases = [release for release in hubs.ALL if _is_here(release)]
+        releases = [release for release in hubs.ALL if hubs.is_here(release)]
         tried = 0
         ends = time.monotonic() + seconds
         while tried == 0 or time.monotonic() < ends:
@@ -60,14 +60,6 @@ def run(place: Path, seconds: float, random: Random) -> Row:
         world.finish_downloads()
     held = len(world.sessions())
     return Row(tried, world.lost, world.waited, held, tuple(world.broken))
-
-
-def _is_here(release: str) -> bool:
-    try:
-        hubs.environment(release)
-    except AssertionError:
-        return False
-    return True
 
 
 class _World:
