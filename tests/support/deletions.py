@@ -6,6 +6,7 @@ nodes, and need nothing of Cosmic Ray's own but the names of the methods.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,8 +44,7 @@ class DeleteStatement(_Deletion):
 
     def mutate(self, node: Any, index: int) -> Any:
         """The node with the statement gone."""
-        import parso  # comes with Cosmic Ray
-
+        parso: Any = importlib.import_module("parso")  # comes with Cosmic Ray
         gone = node.children[0]
         instead = parso.parse("pass\n").children[0].children[0]
         instead.prefix = gone.get_first_leaf().prefix

@@ -41,6 +41,11 @@ def environment(release: str) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(path)}
 
 
+def is_here(release: str) -> bool:
+    """Whether a release is installed."""
+    return release == INSTALLED or Path(sys.prefix, "hubs", release, "huggingface_hub").is_dir()
+
+
 class Answer(NamedTuple):
     """What an operation of hub_process.py gave."""
 

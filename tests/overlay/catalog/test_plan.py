@@ -74,3 +74,20 @@ def test_ids_that_the_layout_cannot_hold_are_left_out_with_the_reason() -> None:
     made = plan([Source("/r", None, (model("a--b/c", "/r"), model("n" * 300, "/r")))], [], case_insensitive=False)
     assert not made.entries
     assert [reason.text.split()[2] for _, reason in made.left_out] == ["cannot", "is"]
+
+
+@given(DRAWN, CACHED)
+def test_an_earlier_plan_spares_work_and_changes_nothing(found: list[Source], cached: set[str]) -> None:
+    first = plan(found, entries(cached), case_insensitive=False)
+    again = plan(found, entries(cached), case_insensitive=False, earlier=first.linked_repos)
+    assert again == first
+    for name, repo in first.linked_repos.items():
+        assert again.linked_repos[name] is repo, "a linked repo of a model that is the same is the same"
+
+
+def test_a_model_that_has_changed_is_linked_anew() -> None:
+    old, new = (Source("/r", None, (model("org/a", "/r")._replace(size_bytes=size),)) for size in (1, 2))
+    first = plan([old], [], case_insensitive=False)
+    assert plan([new], [], case_insensitive=False, earlier=first.linked_repos) == plan(
+        [new], [], case_insensitive=False
+    )

@@ -172,6 +172,13 @@ def test_what_is_ours_to_tell_a_template_is_not_the_request_s(name: str, templat
     assert (caught.value.field, caught.value.key) == ("template_kwargs", name)
 
 
+def test_of_several_that_are_ours_the_one_that_is_named_is_the_one_that_is_meant(templated: Templated) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        render(templated(_CHATML), _ask(_user("Hi"), template_kwargs={"tools": 1, "messages": 1}))
+    assert caught.value.key is not None
+    assert f"`{caught.value.key}`" in str(caught.value)
+
+
 def test_template_kwargs_reach_the_template(templated: Templated) -> None:
     model = templated("{{ messages[0].content }} {{ mood }}")
     assert _written(model, _user("Hi"), template_kwargs={"mood": "merry"}) == "Hi merry"
@@ -241,6 +248,12 @@ def test_what_other_conversations_share_is_told(model: Loaded) -> None:
     assert '"name": "find"' in shared
     assert prompt.tokens[: prompt.system] == other.tokens[: other.system]
     assert "Hi" not in shared
+
+
+def test_a_later_system_message_leaves_what_the_first_one_shares(templated: Templated) -> None:
+    prompt = render(templated(_CHATML), _ask(_system("Be brief."), _user("Hi"), _system("Be kind."), _user("So?")))
+    alone = render(templated(_CHATML), _ask(_system("Be brief."), _user("Hi")))
+    assert prompt.system == alone.system > 0
 
 
 @pytest.mark.parametrize("template", [_CHATML, _SYSTEM_FIRST, _ALTERNATING])

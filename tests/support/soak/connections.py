@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import httpx2
@@ -43,7 +43,7 @@ PATHS = (
     "/health",
     "/nowhere",
 )
-VALUES: tuple[Any, ...] = (
+VALUES: tuple[object, ...] = (
     None,
     True,
     -1,
