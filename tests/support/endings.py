@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import Popen
 
 from tests.support import hubs
 from tests.support.alone import check_stands_alone
@@ -136,21 +137,29 @@ def from_python(download: Download, gateway: str, fds: str) -> Iterator[Callable
 
 
 @contextmanager
-def served(download: Download, number: int) -> Iterator[Callable[[], None]]:
-    """`hf-overlay serve` is ended by a signal; the program was started from a shell that had joined it."""
+def serving(download: Download) -> Iterator[tuple[Popen[bytes], Popen[bytes]]]:
+    """`hf-overlay serve`, and the program, started from a shell that has joined it."""
     log = download.home / "serve.log"
     with (
         log.open("wb") as err,
         start([OVERLAY, "serve", "--interval", "0.05"], download.environ, stderr=err) as service,
     ):
         eventually(lambda: b"serving" in log.read_bytes(), "it says that it serves")
-        with start(["bash", "-euc", 'eval "$(hf-overlay env)"; exec "$@"', "sh", *download.command], download.environ):
+        joined = ["bash", "-euc", 'eval "$(hf-overlay env)"; exec "$@"', "bash", *download.command]
+        with start(joined, download.environ) as program:
+            yield service, program
 
-            def end() -> None:
-                service.send_signal(number)
-                assert service.wait(SECONDS) == (0 if number == signal.SIGTERM else -number), log.read_text()
 
-            yield end
+@contextmanager
+def served(download: Download, number: int) -> Iterator[Callable[[], None]]:
+    """`hf-overlay serve` is ended by a signal."""
+    with serving(download) as (service, _):
+
+        def end() -> None:
+            service.send_signal(number)
+            assert service.wait(SECONDS) == (0 if number == signal.SIGTERM else -number)
+
+        yield end
 
 
 @contextmanager
