@@ -124,12 +124,13 @@ def make(hub: LoopbackHub, home: Path, repo_id: str, release: str, *, size: int 
 
 # Ways to end --------------------------------------------------------------------------------------------------------
 
-Way = Callable[[Download], AbstractContextManager[Callable[[], None]]]
+End = Callable[[], None]
+Way = Callable[[Download], AbstractContextManager[End]]
 """Starts a session and the download in it. What it gives ends the session."""
 
 
 @contextmanager
-def from_python(download: Download, gateway: str, fds: str) -> Iterator[Callable[[], None]]:
+def from_python(download: Download, gateway: str, fds: str) -> Iterator[End]:
     """README's example, of which the parent is killed."""
     command = [PYTHON, "-c", _FROM_PYTHON, gateway, fds, *download.command]
     with start(command, download.environ) as process:
@@ -151,7 +152,7 @@ def serving(download: Download) -> Iterator[tuple[Popen[bytes], Popen[bytes]]]:
 
 
 @contextmanager
-def served(download: Download, number: int) -> Iterator[Callable[[], None]]:
+def served(download: Download, number: int) -> Iterator[End]:
     """`hf-overlay serve` is ended by a signal."""
     with serving(download) as (service, _):
 
@@ -163,7 +164,7 @@ def served(download: Download, number: int) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def left_running(download: Download) -> Iterator[Callable[[], None]]:
+def left_running(download: Download) -> Iterator[End]:
     """The program of `hf-overlay run` ends, and leaves another one without descriptors, which downloads."""
     gate = download.home / "gate"
     os.mkfifo(gate)
@@ -179,7 +180,7 @@ def left_running(download: Download) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def killed(download: Download) -> Iterator[Callable[[], None]]:
+def killed(download: Download) -> Iterator[End]:
     """`hf-overlay run` is killed; what its program left behind, without descriptors, goes on."""
     gate = download.home / "gate"
     os.mkfifo(gate)

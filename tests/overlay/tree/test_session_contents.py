@@ -62,7 +62,7 @@ def lay(session: Path, user: Path, entry: Entry) -> None:
             raise  # else something of another kind is there already
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     entries=st.lists(
         st.tuples(st.sampled_from(FOLDERS), st.sampled_from(NAMES), st.sampled_from(KINDS), st.sampled_from(CONTENTS)),
@@ -136,7 +136,7 @@ def test_several_who_clear_a_session_at_once_have_nothing_to_say(
     """P10: and it is gone in the end."""
     caplog.set_level(logging.INFO)
     failed: list[BaseException] = []
-    for number in range(60):
+    for number in range(30):
         session = tmp_path / f"session-1-{number:x}"
         (session / "hubs/1").mkdir(parents=True)
         if number % 3:
