@@ -52,7 +52,7 @@ def load(
 ) -> Settings:
     """Settings from the command line's model paths and an environment; the former win.
 
-    Raises UsageError for an empty path, for one that is a file, and in the shell of an overlay that has ended.
+    Raises UsageError for an empty path, and in the shell of an overlay that has ended. Model paths are not looked at.
     """
     if not model_paths:
         model_paths = [part for part in environ.get(MODEL_PATH_VARIABLE, "").split(os.pathsep) if part]
@@ -61,8 +61,6 @@ def load(
         if not given or "\0" in given:
             raise UsageError(f"a model path is empty or malformed: {given!r}; give a folder of models")
         root = _absolute(expand_user(given, environ), cwd)
-        if os.path.isfile(root):
-            raise UsageError(f"model path {root} is a file; give the folder that holds your models")
         roots[root] = None
     cache = _absolute(hub_cache(environ), cwd)
     if _OVERLAY.search(cache) and not os.path.isdir(cache):
@@ -130,8 +128,10 @@ def past_proxies(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _absolute(path: str, cwd: str) -> str:
     path = os.path.join(cwd, path)
-    # Behind a link `..` is not the textual parent; without one the user's own spelling is what they recognise.
-    return os.path.realpath(path) if ".." in path.split("/") else os.path.normpath(path)
+    # Behind a link `..` is not the textual parent; without one the user's own spelling is what they recognise. What
+    # comes after it is not looked at: it may be on a disk that does not answer.
+    above, dots, below = f"{path}/".rpartition("/../")
+    return os.path.normpath(f"{os.path.realpath(above + dots)}/{below}" if dots else path)
 
 
 def expand(path: str, environ: Mapping[str, str]) -> str:

@@ -16,6 +16,8 @@ class Code(StrEnum):
     MISSING = "missing"
     NO_PERMISSION = "no-permission"
     UNREADABLE = "unreadable"
+    NO_ANSWER = "no-answer"
+    """A disk that does not answer, such as a network mount whose server is gone."""
     NOT_A_FOLDER = "not-a-folder"
     IS_A_MODEL = "is-a-model"
     """A model path that is itself a model's folder."""

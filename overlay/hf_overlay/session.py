@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hf_overlay import config, hfcache
-from hf_overlay.catalog.catalog import Catalog
+from hf_overlay.catalog.catalog import Catalog, incomplete_text
 from hf_overlay.catalog.plan import resolve
 from hf_overlay.config import Settings
 from hf_overlay.errors import SessionError, UsageError
@@ -129,14 +129,19 @@ class Session:
     def resolve(self, model_id: str) -> Path:
         """The folder to load for an id: the user's own, else the real cache's snapshot.
 
-        Raises InvalidModelId, ModelNotFound, or SourceAway when the drive that held the model is gone.
+        Raises InvalidModelId, ModelNotFound, SourceAway when the drive that held the model is gone, or IncompleteModel
+        when a part of the user's folder is missing.
         """
+        return Path(self.find(model_id).path)
+
+    def find(self, model_id: str) -> Model:
+        """The model that answers to an id: its folder is there. Raises as `resolve`."""
         model = self._catalog.find(model_id)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s comes from the %s: %s", model_id, _origin(model), model.path)
             for candidate in self._catalog.explain(model_id)[1:]:
                 logger.debug("%s: %s %s", model_id, candidate.path, candidate.reason.text)
-        return Path(model.path)
+        return model
 
     def refresh(self, *, only_settled: bool = False) -> Changes:
         """Make the tree show what is in the folders and the cache now.
@@ -202,13 +207,24 @@ class Session:
         """The model path that held a model of this id and has gone away since; None when there is none."""
         return self._catalog.away(model_id)
 
+    def incomplete(self, model_id: str) -> str | None:
+        """A sentence about the user's folder of this id that lacks a part of its weights; None when there is none."""
+        reject = self._catalog.incomplete(model_id)
+        return None if reject is None else incomplete_text(reject)
+
     def is_cached(self, model_id: str) -> bool:
         """Whether the real cache holds a loadable copy now."""
         return self._catalog.is_cached(model_id)
 
+    def is_folder(self, path: str, root: str) -> bool:
+        """Whether there is a folder at `path`, in the model path `root`; False while its disk does not answer."""
+        return self._catalog.is_folder(path, root)
+
     def expect_download(self, folder: str) -> None:
         """Let what a client is about to write to a repo folder land in the real cache."""
         if not hfcache.is_hub_repo(folder):  # ids are what clients send, and must neither be made nor noted
+            return
+        if not self._catalog.answers(self.settings.hub_cache):
             return
         if all(os.path.isdir(f"{self._tree.hub}/{each}") for each in (hfcache.LOCKS, folder)):
             return
@@ -227,7 +243,7 @@ class Session:
         for warning in self._catalog.warnings():
             logger.warning("%s", warning)
         try:
-            self._tree.publish(plan)
+            self._tree.publish(plan, is_there=lambda model: self.is_folder(model.path, model.root))
         except OSError as error:
             raise _session_error(self._owner.path, error) from error
 

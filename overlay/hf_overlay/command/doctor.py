@@ -12,6 +12,7 @@ from hf_overlay import hfcache
 from hf_overlay.catalog.catalog import Catalog
 from hf_overlay.catalog.plan import fold, resolve
 from hf_overlay.models import Code, Reject
+from hf_overlay.patience import NoAnswer
 from hf_overlay.tree import lease
 
 FULL_BYTES = 2**30
@@ -30,6 +31,7 @@ ADVICE: Mapping[Code, str] = {
     Code.MISSING: _OTHER,
     Code.NO_PERMISSION: _PERMISSION,
     Code.UNREADABLE: "Check the drive, or the link that leads there, and try again.",
+    Code.NO_ANSWER: "Check the drive or its server, or unmount it; its models are back as soon as it answers.",
     Code.NOT_A_FOLDER: _OTHER,
     Code.IS_A_MODEL: "Give the folder above it as model path.",
     Code.IS_THE_CACHE: "Leave out this model path.",
@@ -79,7 +81,9 @@ def _folders(catalog: Catalog) -> Iterator[Finding]:
                 "source",
                 source.root,
                 source.problem.text,
-                "Connect the drive or correct the path; it is used once it is there.",
+                ADVICE[source.problem.code]
+                if source.problem.code is Code.NO_ANSWER
+                else "Connect the drive or correct the path; it is used once it is there.",
             )
         for reject in source.rejects:
             yield _rejected(reject)
@@ -150,25 +154,12 @@ def _sessions_volume(sessions: str) -> Iterator[Finding]:
 
 def _cache(catalog: Catalog) -> Iterator[Finding]:
     hub = catalog.settings.hub_cache
-    if os.path.exists(hub):
-        if not os.path.isdir(hub):
-            yield Finding("cache", hub, "the Hugging Face cache is not a folder", "Correct HF_HUB_CACHE or HF_HOME.")
-            return
-        if not os.access(hub, os.W_OK | os.X_OK) or os.statvfs(hub).f_flag & os.ST_RDONLY:
-            yield Finding(
-                "cache",
-                hub,
-                "the Hugging Face cache is read-only",
-                "Models load; downloads will fail. Make it writable.",
-            )
-        space = os.statvfs(hub)
-        if space.f_bavail * space.f_frsize < FULL_BYTES:
-            yield Finding(
-                "cache",
-                hub,
-                f"only {space.f_bavail * space.f_frsize // 10**6} MB are free for downloads",
-                "Make room (hf cache ls --sort size), or move it with HF_HOME.",
-            )
+    try:
+        findings = catalog.patience.ask(hub, lambda: list(_cache_volume(hub)))
+    except NoAnswer:
+        yield Finding("cache", hub, "the Hugging Face cache does not answer", ADVICE[Code.NO_ANSWER])
+        return
+    yield from findings
     catalog.examine_cache()
     for path, reason in catalog.unscannable.items():
         yield Finding(
@@ -179,6 +170,29 @@ def _cache(catalog: Catalog) -> Iterator[Finding]:
         )
     for reject in catalog.cache().rejects:
         yield _rejected(reject)
+
+
+def _cache_volume(hub: str) -> Iterator[Finding]:
+    if not os.path.exists(hub):
+        return
+    if not os.path.isdir(hub):
+        yield Finding("cache", hub, "the Hugging Face cache is not a folder", "Correct HF_HUB_CACHE or HF_HOME.")
+        return
+    if not os.access(hub, os.W_OK | os.X_OK) or os.statvfs(hub).f_flag & os.ST_RDONLY:
+        yield Finding(
+            "cache",
+            hub,
+            "the Hugging Face cache is read-only",
+            "Models load; downloads will fail. Make it writable.",
+        )
+    space = os.statvfs(hub)
+    if space.f_bavail * space.f_frsize < FULL_BYTES:
+        yield Finding(
+            "cache",
+            hub,
+            f"only {space.f_bavail * space.f_frsize // 10**6} MB are free for downloads",
+            "Make room (hf cache ls --sort size), or move it with HF_HOME.",
+        )
 
 
 def _deletions() -> Iterator[Finding]:

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 from hf_overlay import hfcache
 from hf_overlay.catalog.plan import Plan
 from hf_overlay.hfcache import LinkedRepo
+from hf_overlay.models import Model
 from hf_overlay.tree import announced, files, store
 from hf_overlay.tree.store import Placed
 
@@ -60,8 +62,11 @@ class Tree:
         """The folder to use as HF_HOME, for programs that know no other variable."""
         return f"{self._session}/home"
 
-    def publish(self, plan: Plan) -> None:
-        """Make the tree hold what the plan says; do nothing if it does. Raises OSError, the old tree intact."""
+    def publish(self, plan: Plan, *, is_there: Callable[[Model], bool]) -> None:
+        """Make the tree hold what the plan says; do nothing if it does. Raises OSError, the old tree intact.
+
+        `is_there` says whether the folder of a user's model is there.
+        """
         placed: dict[str, Placed] = {}
         entries: dict[str, str] = {}
         for name, entry in plan.entries.items():
@@ -75,7 +80,7 @@ class Tree:
             entries[name] = there.link
         entries |= {name: path for name, path in self._written().items() if name not in placed}
         if self._generation == 0 or entries != self._entries or not self._is_whole():
-            gone = {name for name, each in self._placed.items() if not os.path.isdir(each.repo.model.path)}
+            gone = {name for name, each in self._placed.items() if not is_there(each.repo.model)}
             self._switch(entries)
             self._placed = placed
             try:

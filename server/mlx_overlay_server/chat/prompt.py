@@ -20,26 +20,26 @@ _FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the model reads."""
+    """A conversation as the model reads it."""
 
     tokens: tuple[int, ...]
     is_reasoning: bool = False
-    """The template has opened the reasoning already."""
+    """Whether the template has opened a reasoning block already."""
     system: int = 0
-    """How many tokens at its start come from system messages and tools: what other conversations share."""
+    """Tokens at its start that come from system messages and tools, which other conversations share."""
     images: tuple[Any, ...] = ()
-    """Pixel values, one array an image."""
+    """Pixel values, one array for each image."""
 
 
 def render(model: Loaded, request: ChatRequest, limit: int | None = None) -> Prompt:
-    """The tokens of a conversation, as the model's own template writes it. Raises InvalidRequest.
+    """Return the tokens of a conversation, as the model's own template writes it. Raises InvalidRequest.
 
-    A text that must have more tokens than `limit` is refused before megabytes of it are cut into tokens.
+    A text that must have more tokens than `limit` is refused before megabytes of it are tokenized.
     """
     tokenizer = model.tokenizer
     if not tokenizer.has_chat_template:
         raise InvalidRequest(f"{request.model} has no chat template; use /v1/completions", field="model")
-    if not request.messages:  # of empty ones, a dialect may leave none
+    if not request.messages:  # dialects may drop empty messages
         raise InvalidRequest("all messages are empty", field="messages")
     images = [part for message in request.messages for part in message.content if isinstance(part, Image)]
     if images and model.processor is None:
@@ -89,10 +89,10 @@ def _apply(
     *,
     continues: bool = False,
 ) -> tuple[str, str]:
-    """The conversation's text, and that of its system messages and tools alone ('' where that cannot be told).
+    """Return a conversation's text, and the text of its system messages and tools alone ('' when it is not known).
 
     Templates differ in what they take (one system message, at the start; turns that alternate). A conversation that
-    one refuses as it is gets a plainer form, which says the same.
+    a template refuses is tried again in plainer forms with the same content.
     """
     given = [described(tool) for tool in tools] or None
 
@@ -120,7 +120,7 @@ def _apply(
 
 
 def _merged_system(messages: Sequence[Message]) -> list[Message]:
-    """Leading system messages as one."""
+    """Return the messages with the leading system messages merged into one."""
     first = next((at for at, turn in enumerate(messages) if turn.role != "system"), len(messages))
     if first == 0:
         return list(messages)
@@ -128,7 +128,7 @@ def _merged_system(messages: Sequence[Message]) -> list[Message]:
 
 
 def _alternating(messages: Sequence[Message]) -> list[Message]:
-    """Later system messages as the user's, and neighbours of one role as one."""
+    """Return the messages with later system messages as user messages, and neighbours of one role merged."""
     merged: list[Message] = []
     for at, turn in enumerate(_merged_system(messages)):
         if at and turn.role == "system":
@@ -146,7 +146,7 @@ def _alternating(messages: Sequence[Message]) -> list[Message]:
 
 
 def _without_system(messages: Sequence[Message]) -> list[Message]:
-    """The system message as the start of the user's first."""
+    """Return the messages with the system message at the start of the first user message."""
     turns = _alternating(messages)
     if turns and turns[0].role == "system":
         turns[0] = replace(turns[0], role="user")
@@ -154,7 +154,7 @@ def _without_system(messages: Sequence[Message]) -> list[Message]:
 
 
 def _as_dict(message: Message) -> dict[str, Any]:
-    """A message as templates expect it, which is OpenAI's form with arguments as objects."""
+    """Return a message as templates expect it: OpenAI's form, with arguments as objects."""
     content: Any = message.text
     if any(isinstance(part, Image) for part in message.content):
         content = [
@@ -176,7 +176,7 @@ def _as_dict(message: Message) -> dict[str, Any]:
 
 
 def _template_kwargs(tokenizer: Tokenizer, request: ChatRequest) -> dict[str, Any]:
-    """What a template is told beside the messages. Raises InvalidRequest for what it does not know."""
+    """Return a template's arguments beside the messages. Raises InvalidRequest for those that it does not know."""
     kwargs = dict(request.template_kwargs)
     if ours := sorted(_OURS & kwargs.keys()):
         raise InvalidRequest(f"the server sets `{ours[0]}` itself; leave it out", field="template_kwargs", key=ours[0])
@@ -193,7 +193,7 @@ def _template_kwargs(tokenizer: Tokenizer, request: ChatRequest) -> dict[str, An
 
 
 def _opens_reasoning(tokenizer: Tokenizer, text: str) -> bool:
-    """Whether a prompt ends inside a reasoning block, as templates of reasoning models have it.
+    """Return whether a prompt ends inside a reasoning block, as those of some reasoning models do.
 
     Only its very end counts: what a user quotes is not the model's own reasoning.
     """
@@ -203,16 +203,16 @@ def _opens_reasoning(tokenizer: Tokenizer, text: str) -> bool:
 
 
 def _common(tokens: Sequence[int], others: Sequence[int]) -> int:
-    """How many tokens two sequences share at their start."""
+    """Return how many tokens two sequences share at their start."""
     return next((at for at, (a, b) in enumerate(zip(tokens, others, strict=False)) if a != b), len(tokens))
 
 
 def _pixels(image: Image) -> Any:
-    """An RGB array of height x width x 3 bytes. Raises InvalidRequest."""
+    """Return an image as an RGB array of height x width x 3 bytes. Raises InvalidRequest."""
     import io
 
     import numpy as np
-    from PIL import Image as Pillow  # only models that see need it
+    from PIL import Image as Pillow  # only models that take images need it
 
     try:
         return np.asarray(Pillow.open(io.BytesIO(image.data), formats=_FORMATS).convert("RGB"))

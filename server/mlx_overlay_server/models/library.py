@@ -1,10 +1,9 @@
-"""Which models there are and where each is loaded from: the overlay, asked off the event loop."""
+"""Lists the models of the overlay and finds the folder that each is loaded from, outside the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ logger = logging.getLogger("mlx_overlay_server")
 
 
 class Listed(NamedTuple):
-    """A model that can be asked for."""
+    """A model that requests can name."""
 
     id: str
     created: int
@@ -24,28 +23,37 @@ class Listed(NamedTuple):
 
 
 class Located(NamedTuple):
-    """A folder to load, and what its weights take."""
+    """The folder of a model, and the bytes of its weights."""
 
     path: str
     nbytes: int
 
 
+class _NotHere(UnknownModel):
+    """No folder and no cached snapshot has the id; the Hub may."""
+
+    def __init__(self, message: str, near: str) -> None:
+        super().__init__(message, field="model")
+        self.near = near
+        """The end of a sentence, which suggests another id; empty where none is close."""
+
+
 Download = Callable[[str, Callable[[str], None]], Awaitable[None]]
-"""Fetches a model into the Hugging Face cache, telling how far it is. Raises ServerError."""
+"""Downloads a model into the Hugging Face cache and reports its progress as text. Raises ServerError."""
 
 
 class Library:
     """The models of one overlay session."""
 
     def __init__(self, session: hf_overlay.Session, download: Download | None) -> None:
-        """`download` is for ids that are nowhere here; None: the server is offline."""
+        """`download` is used for ids that are not found locally; None: the server is offline."""
         self._session = session
         self._download = download
         self.progress: dict[str, str] = {}
-        """Of each model that is being downloaded: how far it is."""
+        """The progress of each model that is being downloaded, as text."""
 
     async def listed(self) -> list[Listed]:
-        """Every model that can be loaded, one an id, sorted by id; folders and cache are looked at now."""
+        """Look at the folders and the cache, and return every model that can be loaded, by id; ids are unique."""
         return await asyncio.to_thread(self._list)
 
     def _list(self) -> list[Listed]:
@@ -56,20 +64,23 @@ class Library:
         ]
 
     async def locate(self, model_id: str) -> Located:
-        """Where to load a model from, downloading it where it is nowhere else. Raises ServerError."""
+        """Return where to load a model from, after downloading it if it is not found locally. Raises ServerError."""
         try:
             return await asyncio.to_thread(self._locate, model_id)
-        except UnknownModel:
+        except _NotHere as error:
             if self._download is None:
                 raise
+            near = error.near
         try:
             await self._download(model_id, lambda text: self.progress.update({model_id: text}))
+        except UnknownModel as error:
+            raise UnknownModel(f"{error.message}{near}", field="model") from None
         finally:
             self.progress.pop(model_id, None)
         return await asyncio.to_thread(self._locate, model_id)
 
     async def is_known(self, model_id: str) -> bool:
-        """Whether the id can be answered without asking the Hub. Raises ServerError, but not UnknownModel."""
+        """Return whether a model is found locally. Raises ServerError, but not UnknownModel."""
         try:
             await asyncio.to_thread(self._locate, model_id)
         except UnknownModel:
@@ -79,23 +90,23 @@ class Library:
     def _locate(self, model_id: str) -> Located:
         self._refresh()
         try:
-            path = os.fspath(self._session.resolve(model_id))
+            model = self._session.find(model_id)
         except hf_overlay.InvalidModelId as error:
             raise InvalidRequest(str(error), field="model") from None
         except hf_overlay.SourceAway as error:
             raise Unavailable(str(error), field="model", code="model_away") from None
+        except hf_overlay.IncompleteModel as error:
+            logger.warning("%s", error)
+            message = f"{model_id} is here, but incomplete: {error.problem}"
+            raise Unavailable(message, field="model", code="model_incomplete") from None
         except hf_overlay.ModelNotFound as error:
-            # It tells where was looked, which is not for every client to know; the id in it may hold anything.
+            # It names the folders that were searched, which clients need not know; the id in it may hold anything.
             logger.info("%.1000s", " ".join(str(error).split()))
-            raise UnknownModel(
-                f"there is no model {model_id!r} here; GET /v1/models lists what there is", field="model"
-            ) from None
-        try:
-            with os.scandir(path) as entries:
-                sizes = [entry.stat().st_size for entry in entries if entry.name.endswith(".safetensors")]
-        except OSError as error:
-            raise Unavailable(f"{model_id} cannot be read: {error.strerror}", field="model") from None
-        return Located(path, sum(sizes))
+            near = f"; did you mean {error.near}?" if error.near is not None else ""
+            message = f"there is no model {model_id!r} here{near}; GET /v1/models lists what there is"
+            raise _NotHere(message, near) from None
+        weights = (file for file in model.files if file.name.endswith(".safetensors") and "/" not in file.name)
+        return Located(model.path, sum(file.size for file in weights))
 
     def _refresh(self) -> None:
         try:

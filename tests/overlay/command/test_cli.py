@@ -18,9 +18,9 @@ from hf_overlay import open_session
 from hf_overlay.command import cli
 
 from tests.support import hfcache, processes
-from tests.support.folders import lay_model
+from tests.support.folders import lay_model, weights
 
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"from the cache"}
+FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"from the cache")}
 
 
 class Result(NamedTuple):

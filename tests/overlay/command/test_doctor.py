@@ -15,9 +15,9 @@ from hf_overlay.command.doctor import Finding
 from hf_overlay.models import Code
 
 from tests.support import hfcache
-from tests.support.folders import lay_model
+from tests.support.folders import lay_model, weights
 
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"w"}
+FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"w")}
 
 
 def examine(*roots: Path) -> list[Finding]:
