@@ -155,8 +155,9 @@ def by_proc(proc: str = "/proc") -> Processes:
                 raise FileNotFoundError(f"{proc} shows no process")
             return
         for pid in new:
-            if _USES_NOTHING not in _read(f"{proc}/{pid}/cmdline"):
-                yield int(pid), _named_by(f"{proc}/{pid}")
+            named = _named_by(f"{proc}/{pid}")
+            if _USES_NOTHING not in _read(f"{proc}/{pid}/cmdline"):  # last: a program that is being started has none
+                yield int(pid), named
         done |= new
     raise InterruptedError(f"{proc} never came to rest")
 
