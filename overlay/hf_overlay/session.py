@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hf_overlay import config, hfcache
+from hf_overlay.catalog import weights
 from hf_overlay.catalog.catalog import Catalog, incomplete_text
 from hf_overlay.catalog.plan import resolve
 from hf_overlay.config import Settings
@@ -24,7 +25,7 @@ from hf_overlay.gateway.hub import Hub
 from hf_overlay.gateway.server import DEFAULT_UPSTREAM, Gateway
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.models import Model
-from hf_overlay.tree import lease, usage, writeback
+from hf_overlay.tree import held, lease, usage, writeback
 from hf_overlay.tree.clear import remove_tree
 from hf_overlay.tree.lease import Lease
 from hf_overlay.tree.publish import Tree
@@ -34,8 +35,6 @@ logger = logging.getLogger("hf_overlay")
 LINGER_SECONDS = 1.0
 """Longer than what a program started for itself takes to end after it, and another process to look at a lock."""
 _STILL_USED = "a program still uses the overlay at %s; it is cleared at a later start"
-
-_OLDER_CACHE_VARIABLES = ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE", "PYTORCH_PRETRAINED_BERT_CACHE")
 
 
 class Changes(NamedTuple):
@@ -57,10 +56,12 @@ class Cleared(NamedTuple):
 class Session:
     """An open overlay. Made by `open_session`; safe to use from several threads."""
 
-    def __init__(self, settings: Settings, environ: Mapping[str, str], owner: Lease) -> None:
+    def __init__(
+        self, settings: Settings, environ: Mapping[str, str], owner: Lease, held: Mapping[str, str] | None = None
+    ) -> None:
         self._environ = dict(environ)
         self._owner = owner
-        self._catalog = Catalog(settings)
+        self._catalog = Catalog(settings, held)
         self._lock = threading.Lock()
         self._changed: dict[str, float] = {}
         self._gateway: Gateway | None = None
@@ -95,14 +96,15 @@ class Session:
         The user's HF_HOME stays where it is, so that the login, the Xet cache and datasets are the real ones; only
         the hub cache is ours. Programs read these variables once, when they import huggingface_hub.
         """
-        variables: dict[str, str | None] = dict.fromkeys(_OLDER_CACHE_VARIABLES)
+        variables: dict[str, str | None] = dict.fromkeys(config.OLDER_CACHE_VARIABLES)
         variables["HF_HOME"] = self.settings.hf_home
         variables["HF_HUB_CACHE"] = variables["HUGGINGFACE_HUB_CACHE"] = self._tree.hub
         # Paths in the shared blob store are computed lexically, which links break (see hfcache.entries).
         variables["HF_HUB_DISABLE_SHARED_BLOBS"] = "1"
         if self._gateway is not None:
             variables["HF_ENDPOINT"] = self._gateway.endpoint
-        if self.is_offline:  # also for programs started elsewhere, which nothing keeps from the Hub
+        # Also for programs started elsewhere; without a gateway, nothing else keeps programs from the Hub.
+        if self.is_offline or (self._gateway is None and self.why_no_downloads is not None):
             variables["HF_HUB_OFFLINE"] = "1"
         return variables
 
@@ -115,6 +117,22 @@ class Session:
     def is_offline(self) -> bool:
         """Whether programs in `environment` will not use the network."""
         return config.is_offline(self._environ)
+
+    @property
+    def why_no_downloads(self) -> str | None:
+        """Why nothing is downloaded at the moment: the real cache could not keep it. None when downloads are welcome.
+
+        Looked at now, since a drive comes back. Always None in a session that holds downloads.
+        """
+        if self.settings.holds_downloads:
+            return None
+        problem = self._catalog.why_not_kept()
+        if problem is None:
+            return None
+        return (
+            f"the Hugging Face cache {self.settings.hub_cache} {problem.text}, so it cannot keep a download; "
+            f"{problem.advice}, or use --hold-downloads"
+        )
 
     @property
     def owner_fd(self) -> int:
@@ -220,11 +238,30 @@ class Session:
         """Whether there is a folder at `path`, in the model path `root`; False while its disk does not answer."""
         return self._catalog.is_folder(path, root)
 
+    def has_copy(self, folder: str) -> bool:
+        """Whether a client finds main of a repo, by its folder name, without the Hub: of a model, with weights."""
+        try:
+            return self._catalog.patience.ask(self.settings.hub_cache, lambda: self._has_copy(folder))
+        except OSError:
+            return False
+
+    def _has_copy(self, folder: str) -> bool:
+        repo = f"{self._tree.hub}/{folder}"
+        try:
+            snapshot = hfcache.snapshot(repo, hfcache.main_commit(repo, any_single=True))
+        except hfcache.NoSnapshot:
+            return False
+        return hfcache.is_other_repo(folder) or any(
+            name.endswith(weights.SUFFIXES) and os.path.isfile(f"{inside}/{name}")
+            for inside, _, names in os.walk(snapshot)
+            for name in names
+        )
+
     def expect_download(self, folder: str) -> None:
         """Let what a client is about to write to a repo folder land in the real cache."""
         if not hfcache.is_hub_repo(folder):  # ids are what clients send, and must neither be made nor noted
             return
-        if not self._catalog.answers(self.settings.hub_cache):
+        if self._catalog.why_not_kept() is not None:
             return
         if all(os.path.isdir(f"{self._tree.hub}/{each}") for each in (hfcache.LOCKS, folder)):
             return
@@ -240,12 +277,20 @@ class Session:
 
     def _publish(self) -> None:
         plan = self._catalog.plan(case_insensitive=self._tree.is_case_insensitive)
-        for warning in self._catalog.warnings():
+        for warning in self._catalog.warnings(self._fate_of_downloads()):
             logger.warning("%s", warning)
         try:
             self._tree.publish(plan, is_there=lambda model: self.is_folder(model.path, model.root))
         except OSError as error:
             raise _session_error(self._owner.path, error) from error
+
+    def _fate_of_downloads(self) -> str | None:
+        """What becomes of downloads while the real cache keeps none; None when programs will not download."""
+        if self.is_offline:
+            return None
+        if self.settings.holds_downloads:
+            return f"downloads are held in {self._owner.path} until it takes them"
+        return "nothing is downloaded meanwhile (to download all the same, and hold it here: --hold-downloads)"
 
 
 @contextmanager
@@ -256,6 +301,7 @@ def open_session(
     exclude: Sequence[str] = (),
     gateway: bool = False,
     trusts_code: bool = False,
+    hold_downloads: bool = False,
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[Session]:
     """Open an overlay; it is removed when the context ends.
@@ -266,6 +312,10 @@ def open_session(
     the user has. `kind` is `mlx` for models that mlx-lm can load, or `any`; None: `mlx` if mlx-lm is installed, else
     `any`. `trusts_code` also takes models that bring their architecture as a Python file, which mlx-lm runs only
     when its caller allows it.
+
+    While the real cache is away or read-only, nothing is downloaded: the gateway refuses, and without one programs are
+    put offline. With `hold_downloads` they download all the same; it is held in the session's folder, shown by later
+    sessions, and moved to the real cache by the first start that can.
     Raises UsageError for a model path that is a file, SessionError when the tree cannot be made, OverlayError for `mlx`
     without mlx-lm.
 
@@ -281,6 +331,7 @@ def open_session(
         kind=kind,
         exclude=exclude,
         trusts_code=trusts_code,
+        holds_downloads=hold_downloads,
     )
     if settings.roots:
         logger.info("model paths: %s", ", ".join(settings.roots))
@@ -290,21 +341,22 @@ def open_session(
     for folder in (sessions, settings.hf_home):
         if config.expand(folder, environ) != folder:
             raise UsageError(f"programs would expand the $NAME in {folder}; set HF_OVERLAY_DIR, or HF_HOME, to another")
-    clear_dead(sessions)
-    others = lease.sessions_in(sessions)
     try:
+        clear_dead(sessions)
+        others = lease.sessions_in(sessions, warn=False)
         owner = Lease.acquire(sessions, settings)
     except OSError as error:
         raise _session_error(sessions, error) from error
     session: Session | None = None
     try:
-        try:
-            session = Session(settings, environ, owner)
-        except OSError as error:
-            raise _session_error(owner.path, error) from error
-        if gateway:
-            session.start_gateway()
-        yield session
+        with held.shown(sessions, settings.hub_cache) as repos:
+            try:
+                session = Session(settings, environ, owner, repos)
+            except OSError as error:
+                raise _session_error(owner.path, error) from error
+            if gateway:
+                session.start_gateway()
+            yield session
     finally:
         if session is not None:
             session.stop()
@@ -332,9 +384,13 @@ def _clear_over(sessions: str, quiet: Collection[str] = ()) -> list[Cleared]:
 
     Of one that is still used, a message says so, unless it is in `quiet`.
     """
-    with ExitStack() as held:
+    with ExitStack() as locks:
         # All are held before any is looked at, so that one look at the processes of this machine counts for all.
-        dead = [path for path in lease.sessions_in(sessions) if held.enter_context(lease.dead(sessions, path))]
+        dead = [
+            path
+            for path in lease.sessions_in(sessions, warn=not quiet)
+            if locks.enter_context(lease.dead(sessions, path))
+        ]
         used = usage.in_use(dead)
         for path in sorted(used - set(quiet)):
             logger.info(_STILL_USED, path)

@@ -98,6 +98,11 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="ID",
     )
     add("is_offline", "--offline", "download nothing")
+    add(
+        "hold_downloads",
+        "--hold-downloads",
+        "download even while the Hugging Face cache is away or read-only, and hold it until a later start can move it",
+    )
     add("models", "--model", "load this model at the start and keep it; may be repeated", many=True, metavar="ID")
     add(
         "aliases",
@@ -183,6 +188,13 @@ def make_parser() -> argparse.ArgumentParser:
         "longest prompt; default: the model's context",
         type=_positive,
         metavar="TOKENS",
+    )
+    add(
+        "preparation_seconds",
+        "--preparation-seconds",
+        "longest preparation of a request: template, images, tokens, grammar; more is refused",
+        type=_seconds,
+        metavar="SECONDS",
     )
     add(
         "answer_tokens",

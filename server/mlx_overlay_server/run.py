@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import hf_overlay
+from hf_overlay.text import printable
 
 from mlx_overlay_server.settings import Settings, rank
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from mlx_overlay_server.service import Service
 
 logger = logging.getLogger("mlx_overlay_server")
+
+GRACE_SECONDS = 4.5
+"""After `--shutdown-seconds`: how long the server may take to free what it holds before it ends itself."""
 
 
 def serve(settings: Settings) -> int:
@@ -33,6 +37,7 @@ def serve(settings: Settings) -> int:
             kind="mlx",
             exclude=settings.exclude,
             trusts_code=settings.engine.trust_remote_code,
+            hold_downloads=settings.hold_downloads,
             environ=environ,
         ) as session:
             # huggingface_hub reads its environment once, when it is imported, and we are the program that imports it.
@@ -74,19 +79,24 @@ def _serve_http(settings: Settings, session: hf_overlay.Session) -> int:
         reason = error.strerror or error
         print(f"error: cannot listen on {settings.host}:{settings.port}: {reason}; try --port 0", file=sys.stderr)
         return 1
+    from mlx_overlay_server.preparation.process import Process
+
+    first = Process()  # imports what it needs beside us, so that the first answer does not wait for it
     import uvicorn
 
+    from mlx_overlay_server.api.connection import Connection
     from mlx_overlay_server.app import build
 
-    app, service = build(settings, session)
+    app, service = build(settings, session, first)
     config = uvicorn.Config(
         app,
+        http=Connection,
         log_config=None,
         access_log=False,
         server_header=False,
         backlog=2048,
         timeout_keep_alive=75,  # longer than clients keep idle connections, so that they never meet a closed one
-        timeout_graceful_shutdown=int(settings.shutdown_seconds) + 10,
+        timeout_graceful_shutdown=int(settings.shutdown_seconds) + 1,
     )
     host, port = listening.getsockname()[:2]
     _server_class()(
@@ -136,6 +146,9 @@ def _server_class() -> Any:
                 self._service.abort()
                 return
             logger.info("stopping")
+            last = threading.Timer(self._seconds + GRACE_SECONDS, _end)
+            last.daemon = True
+            last.start()
             self.should_exit = True
             self._service.close()
             loop.call_later(self._seconds, self._service.abort)
@@ -148,9 +161,22 @@ def _server_class() -> Any:
     return Server
 
 
+def _end() -> None:
+    """End the process, whatever hangs: a step of the engine, a disk. The next start tidies up what is left."""
+    logger.error("the server did not stop in time and ends now")
+    os._exit(1)
+
+
+class _Printable(logging.Formatter):
+    """A formatter whose lines cannot steer a terminal: ids and paths in them may hold anything."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _log_to_stderr(level: str) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     for name in ("mlx_overlay_server", "hf_overlay", "uvicorn"):
         logging.getLogger(name).addHandler(handler)
         logging.getLogger(name).setLevel(level.upper() if name != "uvicorn" else "WARNING")

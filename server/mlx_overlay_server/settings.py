@@ -74,6 +74,8 @@ class Limits:
     """Messages of a conversation."""
     prompt_tokens: int | None = None
     """Tokens of a prompt; None: the model's context."""
+    preparation_seconds: float = 20
+    """Seconds that the rendering, decoding, tokenizing and compiling for one request may take."""
     answer_tokens: int | None = None
     """Tokens of an answer whose request names no limit; None: what is left of the model's context."""
 
@@ -88,6 +90,8 @@ class Settings:
     """Ids that are taken from the Hugging Face cache and the Hub, and not from the folders."""
     is_offline: bool = False
     """Download nothing."""
+    hold_downloads: bool = False
+    """Download also while the Hugging Face cache is away or read-only."""
 
     host: str = "127.0.0.1"
     port: int = 10240

@@ -38,6 +38,7 @@ def run(
     kind: Kind | None,
     exclude: Sequence[str],
     offline: bool,
+    hold_downloads: bool,
     verbosity: int,
 ) -> int:
     """Run `command` in a session of its own; returns its exit status, 128 + N when signal N ended it.
@@ -68,7 +69,12 @@ def run(
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED_FOR)
     try:
         with open_session(
-            model_paths, kind=kind, exclude=exclude, gateway=not is_offline(environ), environ=environ
+            model_paths,
+            kind=kind,
+            exclude=exclude,
+            gateway=not is_offline(environ),
+            hold_downloads=hold_downloads,
+            environ=environ,
         ) as session:
             os.set_inheritable(session.owner_fd, True)
             # A key press between this and the next call is lost: nothing tells it from one that the child has had, too.

@@ -20,7 +20,13 @@ logger = logging.getLogger("hf_overlay")
 
 
 def serve(
-    model_paths: Sequence[str], *, kind: Kind | None, exclude: Sequence[str], offline: bool, interval_seconds: float
+    model_paths: Sequence[str],
+    *,
+    kind: Kind | None,
+    exclude: Sequence[str],
+    offline: bool,
+    hold_downloads: bool,
+    interval_seconds: float,
 ) -> int:
     """Keep an overlay up, following the folders, until a signal ends it; returns 0. Raises OverlayError.
 
@@ -42,6 +48,7 @@ def serve(
             kind=kind,
             exclude=exclude,
             gateway=not config.is_offline(environ),
+            hold_downloads=hold_downloads,
             environ=environ,
         ) as session:
             session.offer()
@@ -75,11 +82,21 @@ def offered(environ: Mapping[str, str]) -> dict[str, str | None]:
             continue
         with lease.dead(sessions, path) as is_dead:
             if not is_dead:
+                _check(owner.service, path)
                 services.append((owner.started, owner.service))
     if not services:
         raise OverlayError("no overlay is being served; start one: hf-overlay serve --model-path DIR")
     variables = max(services, key=lambda service: service[0])[1]
     return {**variables, **(config.past_proxies(environ) if "HF_ENDPOINT" in variables else {})}
+
+
+def _check(variables: Mapping[str, object], path: str) -> None:
+    """Raise OverlayError for what no overlay offers: a shell would evaluate it, names as well as values."""
+    for name, value in variables.items():
+        if name not in config.CHANGED_VARIABLES or not (value is None or isinstance(value, str)):
+            raise OverlayError(
+                f"the overlay at {path} offers {name!r}, which no overlay sets; end its hf-overlay serve"
+            )
 
 
 def as_shell(variables: Mapping[str, str | None], shell: str) -> str:

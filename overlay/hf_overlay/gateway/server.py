@@ -147,12 +147,12 @@ class Gateway:
             return routes.error(404, "EntryNotFound", "no such page")
         target = routes.parse(path, lambda model_id: self._hub.refresh_and_find(model_id) is not None)
         found = self._hub.refresh_and_find(target.repo_id) if target is not None and target.kind == "models" else None
+        if found is None and target is not None and target.precedes_download(request.method):
+            found = self._hub.refuse_download(target.repo_id, target.folder)
         if target is None or found is None:
             return await self._pass_on(request, path, target)
         if isinstance(found, Unavailable):
-            # 504 sends clients to their cache; without a copy there, what they raise must carry the message.
-            status, code = (504, "") if found.has_copy else (404, "RepoNotFound")
-            return routes.error(status, code, found.message)
+            return routes.not_now(target, found.message, has_copy=found.has_copy)
         return await routes.answer(request, target, found.model, found.commit)
 
     async def _pass_on(self, request: Request, path: str, target: Target | None) -> Response:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from hf_overlay import hfcache
+from hf_overlay import hfcache, keeping
 from hf_overlay.tree import files, store, usage
 from hf_overlay.tree.files import has_payload
 
@@ -55,6 +55,9 @@ def bring_home(session: str, hub: str) -> dict[str, str]:
             f"{hub}/{name}/{os.path.basename(session)}.incomplete",
         )
         try:
+            problem = keeping.problem(hub)
+            if problem is not None and problem.kind == "away":  # a folder made in its place would hide the drive
+                raise OSError(errno.ENODEV, f"the Hugging Face cache {problem.text}")
             os.makedirs(hub, exist_ok=True)
             if not _move_whole(repo, place):
                 _merge(repo, place)

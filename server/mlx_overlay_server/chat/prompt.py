@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mlx_overlay_server.chat import tool_text
 from mlx_overlay_server.chat.loaded import Loaded, Tokenizer
 from mlx_overlay_server.chat.requests import ChatRequest, Image, Message, Tool, described
 from mlx_overlay_server.errors import Field, InvalidRequest, PromptTooLong
@@ -17,6 +18,13 @@ _OURS = frozenset({"messages", "conversation", "tools", "documents", "chat_templ
 _FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 """What the dialects know. Pillow reads more, some by starting other programs."""
 
+MAX_PIXELS = 100_000_000
+"""Pixels of all images of a request together, checked before any of them is decoded.
+
+A file of a few kilobytes can hold so many that decoding takes gigabytes of memory. This many take 300 MB. They are
+twelve screenshots at 4K, or one image of 10,000 x 10,000, of which models look at a few million pixels anyway.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -27,6 +35,8 @@ class Prompt:
     """Whether the template has opened a reasoning block already."""
     system: int = 0
     """Tokens at its start that come from system messages and tools, which other conversations share."""
+    continues_text: bool = False
+    """Whether it ends in the text of an assistant message that the answer goes on with."""
     images: tuple[Any, ...] = ()
     """Pixel values, one array for each image."""
 
@@ -51,7 +61,7 @@ def render(model: Loaded, request: ChatRequest, limit: int | None = None) -> Pro
     pixels: tuple[Any, ...] = ()
     if images:
         try:
-            text, pixels = model.processor(text, images=[_pixels(image) for image in images])
+            text, pixels = _placed(model, text, images)
         except ValueError as error:  # its template leaves one out, or a text holds the mark of one
             raise InvalidRequest(f"the model cannot place the images: {error}", field="messages") from None
         system = ""
@@ -62,6 +72,7 @@ def render(model: Loaded, request: ChatRequest, limit: int | None = None) -> Pro
         tuple(tokens),
         is_reasoning=_opens_reasoning(tokenizer, text),
         system=_common(tokenizer.encode(system, add_special_tokens=False), tokens) if system else 0,
+        continues_text=continues and bool(request.messages[-1].text),
         images=tuple(pixels),
     )
 
@@ -91,32 +102,96 @@ def _apply(
 ) -> tuple[str, str]:
     """Return a conversation's text, and the text of its system messages and tools alone ('' when it is not known).
 
-    Templates differ in what they take (one system message, at the start; turns that alternate). A conversation that
-    a template refuses is tried again in plainer forms with the same content.
+    Tools, calls and results that the template would drop without a word become text of the conversation.
     """
-    given = [described(tool) for tool in tools] or None
+    template = _Template(tokenizer, kwargs, {"continue_final_message" if continues else "add_generation_prompt": True})
+    if not (tools or any(turn.calls or turn.role == "tool" for turn in messages)):
+        return template.written(messages, ())
+    can_write = tool_text.can_write(tokenizer)
+    try:
+        native = template.written(messages, tools)
+    except InvalidRequest:
+        if not can_write:
+            raise
+    else:
+        dropped = template.dropped(messages, tools, native[0])
+        if dropped is None:
+            return native
+        if not can_write:
+            field: Field = "tools" if dropped == "tools" else "messages"
+            raise InvalidRequest(f"the model's chat template has no place for {dropped}; leave them out", field=field)
+    return template.written(tool_text.written(messages, tools, tokenizer), ())
 
-    ending = {"continue_final_message": True} if continues else {"add_generation_prompt": True}
 
-    def text(turns: Sequence[Message], **ending: bool) -> str:
-        plain = [_as_dict(turn) for turn in turns]
-        return tokenizer.apply_chat_template(plain, tools=given, tokenize=False, **ending, **kwargs)
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """A model's chat template with the arguments of one request."""
 
-    problem: Exception | None = None
-    for form in (_merged_system(messages), _alternating(messages), _without_system(messages)):
-        try:
-            whole = text(form, **ending)
-        except Exception as error:  # noqa: BLE001 - templates are programs that come with the model
-            problem = problem or error
-            continue
+    tokenizer: Tokenizer
+    kwargs: Mapping[str, Any]
+    ending: Mapping[str, bool]
+    """How the prompt ends: with the opening of a new answer, or inside the last message."""
+
+    def written(self, messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[str, str]:
+        """Return a conversation's text, and the text of its system messages and tools alone ('' when not known).
+
+        Raises InvalidRequest when the template refuses every form of the messages.
+        """
+        form, whole = self._first_form(messages, tools)
         systems = [turn for turn in form if turn.role == "system"][:1]
-        if not (systems or given) or form[: len(systems)] != systems:
+        if not (systems or tools) or form[: len(systems)] != systems:
             return whole, ""
         try:
-            return whole, text([*systems, Message("user", ("",))], add_generation_prompt=False)
-        except Exception:  # noqa: BLE001 - as above; only the reuse of its KV cache needs it
+            return whole, self._text([*systems, Message("user", ("",))], tools, {"add_generation_prompt": False})
+        except Exception:  # noqa: BLE001 - templates are programs; only the reuse of the KV cache needs this text
             return whole, ""
-    raise InvalidRequest(f"the model's chat template refuses these messages: {problem}", field="messages")
+
+    def dropped(self, messages: Sequence[Message], tools: Sequence[Tool], whole: str) -> str | None:
+        """Return the name of what is missing from a conversation's text; None when nothing is.
+
+        It is missing when another one in its place makes no difference to the text.
+        """
+        others: dict[str, tuple[Sequence[Message], Sequence[Tool]]] = {}
+        if tools:
+            others["tools"] = messages, ()
+        if any(turn.calls for turn in messages):
+            others["tool calls"] = [_with_other_calls(turn) for turn in messages], tools
+        if any(turn.role == "tool" and turn.content for turn in messages):
+            others["tool results"] = [_with_other_result(turn) for turn in messages], tools
+        for name, other in others.items():
+            try:
+                if self._first_form(*other)[1] == whole:
+                    return name
+            except InvalidRequest:  # it makes a difference
+                continue
+        return None
+
+    def _first_form(self, messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[list[Message], str]:
+        """Return the first form of a conversation that the template takes, and its text. Raises InvalidRequest.
+
+        Templates differ in what they take (one system message, at the start; turns that alternate). A conversation that
+        a template refuses is tried again in plainer forms with the same content.
+        """
+        problem: Exception | None = None
+        for form in (_merged_system(messages), _alternating(messages), _without_system(messages)):
+            try:
+                return form, self._text(form, tools, self.ending)
+            except Exception as error:  # noqa: BLE001 - templates are programs that come with the model
+                problem = problem or error
+        raise InvalidRequest(f"the model's chat template refuses these messages: {problem}", field="messages")
+
+    def _text(self, turns: Sequence[Message], tools: Sequence[Tool], ending: Mapping[str, bool]) -> str:
+        given = [described(tool) for tool in tools] or None
+        plain = [_as_dict(turn) for turn in turns]
+        return self.tokenizer.apply_chat_template(plain, tools=given, tokenize=False, **ending, **self.kwargs)
+
+
+def _with_other_calls(turn: Message) -> Message:
+    return replace(turn, calls=tuple(replace(call, name=f"other_{call.name}") for call in turn.calls))
+
+
+def _with_other_result(turn: Message) -> Message:
+    return replace(turn, content=("other ", *turn.content)) if turn.role == "tool" else turn
 
 
 def _merged_system(messages: Sequence[Message]) -> list[Message]:
@@ -207,14 +282,53 @@ def _common(tokens: Sequence[int], others: Sequence[int]) -> int:
     return next((at for at, (a, b) in enumerate(zip(tokens, others, strict=False)) if a != b), len(tokens))
 
 
-def _pixels(image: Image) -> Any:
-    """Return an image as an RGB array of height x width x 3 bytes. Raises InvalidRequest."""
-    import io
+def _placed(model: Loaded, text: str, images: Sequence[Image]) -> tuple[str, tuple[Any, ...]]:
+    """Return a prompt's text with room for its images, and their pixel values as NumPy arrays.
 
+    Raises InvalidRequest, and ValueError where the text and the images do not go together.
+    """
     import numpy as np
-    from PIL import Image as Pillow  # only models that take images need it
+
+    opened = []
+    total = 0
+    for image in images:
+        opened.append(_opened(image))
+        width, height = opened[-1].size
+        total += width * height
+        if total > MAX_PIXELS:
+            raise _too_many(image)
+    text, pixels = model.processor(text, images=[_pixels(*each) for each in zip(opened, images, strict=True)])
+    return text, tuple(np.asarray(each) for each in pixels)
+
+
+def _too_many(image: Image) -> InvalidRequest:
+    return InvalidRequest(
+        f"the images have more than {MAX_PIXELS} pixels together; send smaller ones", param=image.where
+    )
+
+
+def _opened(image: Image) -> Any:
+    """Return a Pillow image that is not decoded yet. Raises InvalidRequest."""
+    import io
+    import warnings
+
+    from PIL import Image as Pillow  # only models that see need it
 
     try:
-        return np.asarray(Pillow.open(io.BytesIO(image.data), formats=_FORMATS).convert("RGB"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Pillow.DecompressionBombWarning)  # our own limit is lower
+            return Pillow.open(io.BytesIO(image.data), formats=_FORMATS)
+    except Pillow.DecompressionBombError:
+        raise _too_many(image) from None
     except Exception:  # noqa: BLE001 - decoders meet whatever is sent
+        raise InvalidRequest("cannot decode the image", param=image.where) from None
+
+
+def _pixels(opened: Any, image: Image) -> Any:
+    """Return an RGB array of height x width x 3 bytes. Raises InvalidRequest."""
+    import numpy as np
+
+    try:
+        return np.asarray(opened.convert("RGB"))
+    except Exception:  # noqa: BLE001 - as above
         raise InvalidRequest("cannot decode the image", param=image.where) from None

@@ -35,6 +35,8 @@ class Downloader:
 
         Raises UnknownModel when the Hub has none, Forbidden for one that is gated, Unavailable when it does not answer.
         """
+        if (why := self._session.why_no_downloads) is not None:
+            raise Unavailable(f"{model_id} is not downloaded: {why}", code="download_refused")
         progress(f"downloading {model_id}")
         process = await asyncio.create_subprocess_exec(
             sys.executable,
