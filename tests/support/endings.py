@@ -15,7 +15,7 @@ from subprocess import Popen
 
 from tests.support import hubs
 from tests.support.alone import check_stands_alone
-from tests.support.hfcache import repo_folder
+from tests.support.hfcache import etag, repo_folder
 from tests.support.loopback_hub import LoopbackHub
 from tests.support.online import cached
 from tests.support.processes import OVERLAY, PYTHON, SECONDS, eventually, start, succeed
@@ -79,8 +79,9 @@ class Download:
         return self._said.read_text() if self._said.exists() else None
 
     def is_under_way(self) -> bool:
-        """Whether the large file is being sent, and no other one is."""
-        return (self.repo_id, SMALL) in self.hub.finished_files() and self.bytes_sent(LARGE) > 0
+        """Whether the CDN is sending the large file, and the client has got all that passes through a gateway."""
+        is_sent = any(each.host == "cdn" and each.sent and each.name == LARGE for each in self.hub.requests)
+        return is_sent and any(self.home.rglob(f"blobs/{etag(SMALL, self.files[SMALL])}"))
 
     def bytes_sent(self, name: str) -> int:
         """How many bytes of a file went out."""
