@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import Popen
 
 from tests.support import hubs
 from tests.support.alone import check_stands_alone
-from tests.support.hfcache import repo_folder
+from tests.support.hfcache import etag, repo_folder
 from tests.support.loopback_hub import LoopbackHub
 from tests.support.online import cached
 from tests.support.processes import OVERLAY, PYTHON, SECONDS, eventually, start, succeed
@@ -78,8 +79,9 @@ class Download:
         return self._said.read_text() if self._said.exists() else None
 
     def is_under_way(self) -> bool:
-        """Whether the large file is being sent, and no other one is."""
-        return (self.repo_id, SMALL) in self.hub.finished_files() and self.bytes_sent(LARGE) > 0
+        """Whether the CDN is sending the large file, and the client has got all that passes through a gateway."""
+        is_sent = any(each.host == "cdn" and each.sent and each.name == LARGE for each in self.hub.requests)
+        return is_sent and any(self.home.rglob(f"blobs/{etag(SMALL, self.files[SMALL])}"))
 
     def bytes_sent(self, name: str) -> int:
         """How many bytes of a file went out."""
@@ -123,12 +125,13 @@ def make(hub: LoopbackHub, home: Path, repo_id: str, release: str, *, size: int 
 
 # Ways to end --------------------------------------------------------------------------------------------------------
 
-Way = Callable[[Download], AbstractContextManager[Callable[[], None]]]
+End = Callable[[], None]
+Way = Callable[[Download], AbstractContextManager[End]]
 """Starts a session and the download in it. What it gives ends the session."""
 
 
 @contextmanager
-def from_python(download: Download, gateway: str, fds: str) -> Iterator[Callable[[], None]]:
+def from_python(download: Download, gateway: str, fds: str) -> Iterator[End]:
     """README's example, of which the parent is killed."""
     command = [PYTHON, "-c", _FROM_PYTHON, gateway, fds, *download.command]
     with start(command, download.environ) as process:
@@ -136,25 +139,33 @@ def from_python(download: Download, gateway: str, fds: str) -> Iterator[Callable
 
 
 @contextmanager
-def served(download: Download, number: int) -> Iterator[Callable[[], None]]:
-    """`hf-overlay serve` is ended by a signal; the program was started from a shell that had joined it."""
+def serving(download: Download) -> Iterator[tuple[Popen[bytes], Popen[bytes]]]:
+    """`hf-overlay serve`, and the program, started from a shell that has joined it."""
     log = download.home / "serve.log"
     with (
         log.open("wb") as err,
         start([OVERLAY, "serve", "--interval", "0.05"], download.environ, stderr=err) as service,
     ):
         eventually(lambda: b"serving" in log.read_bytes(), "it says that it serves")
-        with start(["bash", "-euc", 'eval "$(hf-overlay env)"; exec "$@"', "sh", *download.command], download.environ):
-
-            def end() -> None:
-                service.send_signal(number)
-                assert service.wait(SECONDS) == (0 if number == signal.SIGTERM else -number), log.read_text()
-
-            yield end
+        joined = ["bash", "-euc", 'eval "$(hf-overlay env)"; exec "$@"', "bash", *download.command]
+        with start(joined, download.environ) as program:
+            yield service, program
 
 
 @contextmanager
-def left_running(download: Download) -> Iterator[Callable[[], None]]:
+def served(download: Download, number: int) -> Iterator[End]:
+    """`hf-overlay serve` is ended by a signal."""
+    with serving(download) as (service, _):
+
+        def end() -> None:
+            service.send_signal(number)
+            assert service.wait(SECONDS) == (0 if number == signal.SIGTERM else -number)
+
+        yield end
+
+
+@contextmanager
+def left_running(download: Download) -> Iterator[End]:
     """The program of `hf-overlay run` ends, and leaves another one without descriptors, which downloads."""
     gate = download.home / "gate"
     os.mkfifo(gate)
@@ -170,7 +181,7 @@ def left_running(download: Download) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def killed(download: Download) -> Iterator[Callable[[], None]]:
+def killed(download: Download) -> Iterator[End]:
     """`hf-overlay run` is killed; what its program left behind, without descriptors, goes on."""
     gate = download.home / "gate"
     os.mkfifo(gate)

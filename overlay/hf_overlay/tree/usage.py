@@ -51,7 +51,8 @@ def in_use(sessions: Collection[str], processes: Callable[[], Processes] | None 
     replaces this system's way of listing them; it raises OSError when it cannot.
     """
     used = {path for path in sessions if is_downloading(path)}
-    asked = {path: os.fsencode(f"/{os.path.basename(path)}") for path in sessions if path not in used}
+    # With a slash, since whoever clears a session, or looks whether it is empty, has the folder itself open.
+    asked = {path: os.fsencode(f"/{os.path.basename(path)}/") for path in sessions if path not in used}
     if not asked:
         return used
     try:
@@ -70,7 +71,7 @@ def _was_opened_by(pid: int, session: str) -> bool:
 def _caches(sessions: Collection[str]) -> Processes:
     """The real caches of all sessions beside the given ones, each with the process that opened the session."""
     for folder in {os.path.dirname(path) for path in sessions}:
-        for path in lease.sessions_in(folder):
+        for path in lease.sessions_in(folder, warn=False):
             if (owner := lease.read_owner(path)) is not None:
                 yield 0, os.fsencode(owner.hub_cache)
 
@@ -155,8 +156,9 @@ def by_proc(proc: str = "/proc") -> Processes:
                 raise FileNotFoundError(f"{proc} shows no process")
             return
         for pid in new:
-            if _USES_NOTHING not in _read(f"{proc}/{pid}/cmdline"):
-                yield int(pid), _named_by(f"{proc}/{pid}")
+            named = _named_by(f"{proc}/{pid}")
+            if _USES_NOTHING not in _read(f"{proc}/{pid}/cmdline"):  # last: a program that is being started has none
+                yield int(pid), named
         done |= new
     raise InterruptedError(f"{proc} never came to rest")
 
