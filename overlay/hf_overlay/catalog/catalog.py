@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from hf_overlay import hfcache
@@ -113,14 +114,14 @@ class Catalog:
     def is_folder(self, path: str, root: str) -> bool:
         """Whether there is a folder at `path`, which is in the model path or cache `root`; False without an answer."""
         try:
-            return self.patience.ask(root, lambda: os.path.isdir(path))
+            return self.patience.ask(root, partial(os.path.isdir, path))
         except NoAnswer:
             return False
 
     def answers(self, root: str) -> bool:
         """Whether the disk of a model path, or of the cache, answers, be it that nothing is there."""
         try:
-            self.patience.ask(root, lambda: os.path.isdir(root))
+            self.patience.ask(root, partial(os.path.isdir, root))
         except NoAnswer:
             return False
         return True
@@ -146,12 +147,10 @@ class Catalog:
         hub, memo = self.settings.hub_cache, self._examined.next_round()
         self._cache_problem = None
         try:
-            entries, examined = self.patience.ask(hub, lambda: _examine_all(hub, memo))
+            entries, examined, self._examined = self.patience.ask(hub, partial(_examine_all, hub, memo))
         except OSError as error:
             self._cache_problem = _cache_problem(error)
             entries, examined = {}, {}
-        else:
-            self._examined = memo
         self.unscannable = {path: repo.problem for path, repo in examined.items() if repo.problem is not None}
         return [
             Entry(name, path, examined[path].commits if path in examined else ())
@@ -292,10 +291,15 @@ def _cache_problem(error: OSError) -> str:
     return reason.text if reason.code is Code.NO_ANSWER else f"cannot be read: {error.strerror}"
 
 
-def _examine_all(hub: str, memo: Memo[hfcache.Examined]) -> tuple[dict[str, str], dict[str, hfcache.Examined]]:
-    """The entries of a hub folder, and what is known of each that scans take for a repo, by path. Raises OSError."""
+def _examine_all(
+    hub: str, memo: Memo[hfcache.Examined]
+) -> tuple[dict[str, str], dict[str, hfcache.Examined], Memo[hfcache.Examined]]:
+    """The entries of a hub folder, what is known of each that scans take for a repo, by path, and the memo of that.
+
+    Raises OSError.
+    """
     entries = hfcache.entries(hub)
-    return entries, {path: _examine(path, memo) for name, path in entries.items() if "--" in name}
+    return entries, {path: _examine(path, memo) for name, path in entries.items() if "--" in name}, memo
 
 
 def _examine(repo: str, memo: Memo[hfcache.Examined]) -> hfcache.Examined:

@@ -65,12 +65,9 @@ class Scanner:
         """The model in one folder below a model path, else why there is none; also for folders that scans pass over."""
         problems = self._remembered(root).problems
 
-        def look() -> Model:
-            return reading.read_folder(path, model_id, list_folder(path), root, self._types, problems).model
-
         try:
-            return self._patience.ask(root, look)
-        except (Unfit, OSError) as error:
+            return self._patience.ask(root, partial(_read, path, model_id, root, self._types, problems))
+        except OSError as error:
             return Reject(path, model_id, reason_of(error), root)
 
     def read_cached(self, model_id: str) -> Model | Reject:
@@ -79,13 +76,9 @@ class Scanner:
         repo = f"{hub}/{hfcache.repo_folder(model_id)}"
         problems = self._remembered(_CACHE).problems
 
-        def look() -> Model:
-            os.stat(repo)
-            return reading.read_cached_repo(repo, model_id, hub, self._types, problems).model
-
         try:
-            return self._patience.ask(hub, look)
-        except (Unfit, hfcache.NoSnapshot, OSError) as error:
+            return self._patience.ask(hub, partial(_read_cached, repo, model_id, hub, self._types, problems))
+        except OSError as error:
             return Reject(repo, model_id, reason_of(error), hub)
 
     def _remembered(self, key: str) -> _Seen:
@@ -105,6 +98,21 @@ class _Seen(NamedTuple):
 
     found: Memo[Found]
     problems: Problems
+
+
+def _read(path: str, model_id: str, root: str, types: ModelTypes | None, problems: Problems) -> Model | Reject:
+    try:
+        return reading.read_folder(path, model_id, list_folder(path), root, types, problems).model
+    except (Unfit, OSError) as error:
+        return Reject(path, model_id, reason_of(error), root)
+
+
+def _read_cached(repo: str, model_id: str, hub: str, types: ModelTypes | None, problems: Problems) -> Model | Reject:
+    try:
+        os.stat(repo)
+        return reading.read_cached_repo(repo, model_id, hub, types, problems).model
+    except (Unfit, hfcache.NoSnapshot, OSError) as error:
+        return Reject(repo, model_id, reason_of(error), hub)
 
 
 def _scan_root(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib import metadata
 from typing import NamedTuple
 
@@ -155,7 +156,7 @@ def _sessions_volume(sessions: str) -> Iterator[Finding]:
 def _cache(catalog: Catalog) -> Iterator[Finding]:
     hub = catalog.settings.hub_cache
     try:
-        findings = catalog.patience.ask(hub, lambda: list(_cache_volume(hub)))
+        findings = catalog.patience.ask(hub, partial(_cache_volume, hub))
     except NoAnswer:
         yield Finding("cache", hub, "the Hugging Face cache does not answer", ADVICE[Code.NO_ANSWER])
         return
@@ -172,7 +173,11 @@ def _cache(catalog: Catalog) -> Iterator[Finding]:
         yield _rejected(reject)
 
 
-def _cache_volume(hub: str) -> Iterator[Finding]:
+def _cache_volume(hub: str) -> list[Finding]:
+    return list(_volume_findings(hub))
+
+
+def _volume_findings(hub: str) -> Iterator[Finding]:
     if not os.path.exists(hub):
         return
     if not os.path.isdir(hub):
