@@ -135,10 +135,13 @@ class Patience:
     def _begin(self, root: str, function: Callable[[], Answer]) -> _Question[Answer]:
         if self.is_waiting_for(root):
             raise NoAnswer(root)
-        if may_hang(root):
-            helper = self._helper(root)
-            return _Question(root, lambda: helper.call(function, alive))
-        return _Question(root, function)
+        return _Question(root, lambda: self._look(root, function))
+
+    def _look(self, root: str, function: Callable[[], Answer]) -> Answer:
+        if not may_hang(root):
+            return function()
+        answer: Answer = self._helper(root).call(function, alive)
+        return answer
 
     def _helper(self, root: str) -> Helper:
         from hf_overlay.helper import Helper  # few machines need any
