@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Releases of huggingface_hub that tests run beside the installed one: the last of 0.x, the last whose deletions
 # follow links to the end, the first whose do not, the last of 1.x.
 HUB_VERSIONS := 0.36.2 1.31.0 1.32.0 1.33.0
+# Releases of mlx-lm that the range in server/pyproject.toml admits: the engine's assumptions are tested with each.
+MLX_LM_VERSIONS := 0.32.1 0.32.2
 # Coding agents that tests run against the server, from npm: where it is not, or cannot, those tests are skipped.
 AGENTS := @anthropic-ai/claude-code@2.1.197 @openai/codex@0.169.0
 # Puts faults into the code for `make mutants`; no part of the development environment otherwise.
@@ -16,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Where `make dist` leaves the wheels and sdists.
 DIST := dist
 
-.PHONY: help demo serve test agents check format bench dist mutants clean
+.PHONY: help demo serve test agents check format bench dist mutants soak clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -29,7 +31,7 @@ demo: $(VENV)/.ready  ## make a tiny model in a folder, serve it, list it and ch
 serve: $(VENV)/.ready  ## serve your own: make serve MODEL_PATH=/Volumes/LLMS/models [ARGS="--port 8000"]
 	@exec $(BIN)/mlx-omni-server $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)") $(ARGS)
 
-test: $(VENV)/.hubs agents  ## run the tests
+test: $(VENV)/.hubs $(VENV)/.mlx-lms agents  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.ready  ## lint and type-check
@@ -52,8 +54,11 @@ dist: $(VENV)/.ready  ## build the wheels and sdists of both distributions into 
 	$(BIN)/python -m build --outdir $(DIST) overlay
 	$(BIN)/python -m build --outdir $(DIST) server
 
-mutants: $(VENV)/.mutants  ## put small faults in and see which no test notices: make mutants [ARGS="pool guard"]
+mutants: $(VENV)/.mutants  ## put small faults in and see which no test notices: make mutants [ARGS="--sample 20 pool guard"]
 	nice -n 19 $(BIN)/python -m tests.support.mutants $(ARGS)
+
+soak: $(VENV)/.hubs  ## kill, cut and ask at random for minutes: make soak [ARGS="--seconds 20 --seed 1 kills"]
+	$(BIN)/python -m tests.support.soak $(ARGS)
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(DIST) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
@@ -81,6 +86,18 @@ $(VENV)/.hubs: $(VENV)/.ready
 
 $(VENV)/.mutants: $(VENV)/.ready
 	@$(PIP) install "cosmic-ray$(COSMIC_RAY)"
+	@touch $@
+
+# Without what it depends on, which is the same as the installed release's.
+$(VENV)/.mlx-lms: $(VENV)/.ready
+	@for version in $(MLX_LM_VERSIONS); do \
+		test -d $(VENV)/mlx-lms/$$version || { \
+			echo "Setting up mlx-lm $$version for the tests (once) …" && \
+			rm -rf $(VENV)/mlx-lms/.new && \
+			$(PIP) install --no-deps --target $(VENV)/mlx-lms/.new "mlx-lm==$$version" && \
+			mv $(VENV)/mlx-lms/.new $(VENV)/mlx-lms/$$version; \
+		} || exit 1; \
+	done
 	@touch $@
 
 # No failure of this is one of `make test`. What is there already, in these versions, stays.

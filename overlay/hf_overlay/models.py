@@ -28,6 +28,8 @@ class Code(StrEnum):
     LINKED_TWICE = "linked-twice"
     TOO_DEEP = "too-deep"
     NO_CONFIG = "no-config"
+    GGUF = "gguf"
+    """Weights for llama.cpp only, without a config.json."""
     BAD_CONFIG = "bad-config"
     """A JSON file that cannot be read or does not hold what it should."""
     OTHER_KIND = "other-kind"

@@ -18,13 +18,11 @@ from mlx_overlay_server.api.guard import Guard
 from mlx_overlay_server.api.openai import routes as openai
 from mlx_overlay_server.api.refusals import add_error_handlers, refuse
 from mlx_overlay_server.api.responses import routes as responses
-from mlx_overlay_server.engine.commands import Options
 from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models import download
 from mlx_overlay_server.models.library import Library
 from mlx_overlay_server.models.pool import Extras, Pool, preload
-from mlx_overlay_server.preparation import Limits
 from mlx_overlay_server.service import Service
 from mlx_overlay_server.settings import Settings
 
@@ -63,7 +61,7 @@ def build(settings: Settings, session: hf_overlay.Session) -> tuple[ASGIApp, Ser
         api_key=settings.api_key,
         host=settings.host,
         origins=settings.origins,
-        max_body=settings.max_body,
+        max_body=settings.limits.body,
         refuse=refuse,
         count=lambda path, code: service.metrics.requests.labels(path, code).inc(),
     )
@@ -75,7 +73,7 @@ def build(settings: Settings, session: hf_overlay.Session) -> tuple[ASGIApp, Ser
 
 
 def _service(settings: Settings, session: hf_overlay.Session) -> Service:
-    engine = Engine(options(settings))
+    engine = Engine(settings.engine)
     library = Library(session, None if session.is_offline else download.Downloader(session).fetch)
     first = settings.models[:1]
     pool = Pool(
@@ -106,27 +104,7 @@ def _service(settings: Settings, session: hf_overlay.Session) -> Service:
         pool,
         engine,
         Metrics(numbers, frozenset({"engine_steps", "engine_failures"})),
-        Limits(
-            open_requests=settings.batch_size + settings.max_queue,
-            messages=settings.max_messages,
-            prompt_tokens=settings.max_prompt,
-            answer_tokens=settings.max_tokens,
-        ),
+        settings.limits,
         aliases=settings.aliases,
         default_model=settings.default_model,
-    )
-
-
-def options(settings: Settings) -> Options:
-    """What the engine is told."""
-    return Options(
-        batch_size=settings.batch_size,
-        prefill_step=settings.prefill_step,
-        cache_bytes=settings.cache_bytes,
-        kv_bits=settings.kv_bits,
-        kv_group_size=settings.kv_group_size,
-        quantized_kv_start=settings.quantized_kv_start,
-        trust_remote_code=settings.trust_remote_code,
-        num_draft_tokens=settings.num_draft_tokens,
-        is_pipeline=settings.is_pipeline,
     )

@@ -6,9 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, replace
+from typing import Any
 
 from mlx_overlay_server import settings as settings_
-from mlx_overlay_server.settings import API_KEY_VARIABLE, Settings, device_memory, size
+from mlx_overlay_server.settings import API_KEY_VARIABLE, EngineOptions, Limits, Settings, size
 
 EXAMPLES = """\
 examples:
@@ -19,8 +21,8 @@ examples:
   mlx.launch -n 2 -- mlx-omni-server --model-path /Volumes/LLMS/models --model org/large
 
 model paths:
-  --model-path, as often as you like (the first wins), else MLX_OMNI_MODEL_PATH (several, separated like PATH),
-  else the Hugging Face cache alone. Your folders are only ever read.
+  --model-path, which may be repeated (the first folder that has a model wins), else MLX_OMNI_MODEL_PATH (several
+  folders, separated as in PATH), else the Hugging Face cache alone. Your folders are only ever read.
 
 then:
   curl http://127.0.0.1:10240/v1/models
@@ -28,7 +30,7 @@ then:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until a signal; the one place that turns errors into exit codes."""
+    """Serve until a signal, and return the exit code: 0 done, 1 expected failure; 2, a usage error, exits."""
     parser = make_parser()
     arguments = parser.parse_args(argv)
     if arguments.version:
@@ -56,164 +58,235 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def read(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
     """Settings from the command line, which wins, and the environment. Raises ValueError."""
-    aliases = {}
-    for each in arguments.alias:
-        name, separator, id_ = each.partition("=")
-        if not (name and separator and id_):
-            raise ValueError(f"--alias takes NAME=ID, not {each!r}")
-        aliases[name] = id_
-    if (arguments.draft_model or arguments.adapter_path) and not arguments.model:
+    if (arguments.draft_model or arguments.adapter_path) and not arguments.models:
         raise ValueError("--draft-model and --adapter-path belong to a model: name it with --model")
     if settings_.rank(environ) is not None and (arguments.draft_model or arguments.adapter_path):
         raise ValueError("under mlx.launch, mlx-lm loads neither draft models nor adapters")
-    budget = arguments.memory_budget if arguments.memory_budget is not None else device_memory()
-    return Settings(
-        model_paths=tuple(arguments.model_path),
-        exclude=tuple(arguments.exclude),
-        host=arguments.host,
-        port=arguments.port,
-        models=tuple(arguments.model),
-        is_offline=arguments.offline,
-        api_key=arguments.api_key or environ.get(API_KEY_VARIABLE) or None,
-        origins=tuple(
-            origin.strip() for each in arguments.cors_allow_origins for origin in each.split(",") if origin.strip()
-        ),
-        aliases=aliases,
-        default_model=arguments.default_model,
-        log_level=arguments.log_level,
-        memory_budget=budget,
-        idle_ttl=arguments.idle_ttl,
-        cache_bytes=arguments.prompt_cache if arguments.prompt_cache is not None else budget // 8,
-        batch_size=arguments.max_batch,
-        max_queue=arguments.max_queue,
-        max_body=arguments.max_body,
-        max_messages=arguments.max_messages,
-        max_prompt=arguments.max_prompt,
-        max_tokens=arguments.max_tokens,
-        prefill_step=arguments.prefill_step,
-        shutdown_seconds=arguments.shutdown_seconds,
-        draft_model=arguments.draft_model,
-        num_draft_tokens=arguments.num_draft_tokens,
-        adapter_path=arguments.adapter_path,
-        kv_bits=arguments.kv_bits,
-        kv_group_size=arguments.kv_group_size,
-        quantized_kv_start=arguments.quantized_kv_start,
-        trust_remote_code=arguments.trust_remote_code,
-        is_pipeline=arguments.pipeline,
+    given = {name: tuple(each) if isinstance(each, list) else each for name, each in vars(arguments).items()}
+    given["aliases"] = dict(arguments.aliases)
+    given["api_key"] = arguments.api_key or environ.get(API_KEY_VARIABLE) or None
+    settings = Settings(**_fields_of(Settings, given))
+    if arguments.cache_bytes is None:
+        given["cache_bytes"] = settings.memory_budget // 8
+    return replace(
+        settings,
+        engine=EngineOptions(**_fields_of(EngineOptions, given)),
+        limits=Limits(**_fields_of(Limits, given)),
     )
+
+
+def _fields_of(owner: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that are given for a dataclass's fields; None stands for a field's default."""
+    return {each.name: given[each.name] for each in fields(owner) if given.get(each.name) is not None}
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The whole command line, for `main` and for shell completion."""
+    """Return the parser of the whole command line, for `main` and for shell completion."""
     parser = argparse.ArgumentParser(
         prog="mlx-omni-server",
-        description="Chat with the models in your folders and your Hugging Face cache, as OpenAI's and Anthropic's "
-        "clients do.",
+        description="Serve the models in your folders and Hugging Face cache with the APIs of OpenAI and Anthropic.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("--model-path", action="append", default=[], metavar="DIR", help="a folder of models; repeat it for more")
+    add = _Adder(parser, Settings)
+    add("model_paths", "--model-path", "a folder of models; may be repeated", many=True, metavar="DIR")
     add(
+        "exclude",
         "--exclude",
-        action="append",
-        default=[],
+        "take this model from the Hugging Face cache or the Hub, not from your folders; may be repeated",
+        many=True,
         metavar="ID",
-        help="let the Hugging Face cache and the Hub answer for this id, not your folder; repeat it for more",
     )
-    add("--offline", action="store_true", help="download nothing")
+    add("is_offline", "--offline", "download nothing")
     add(
-        "--model",
-        action="append",
-        default=[],
-        metavar="ID",
-        help="load it at the start and keep it; repeat it for more",
+        "hold_downloads",
+        "--hold-downloads",
+        "download even while the Hugging Face cache is away or read-only, and hold it until a later start can move it",
     )
-    add("--alias", action="append", default=[], metavar="NAME=ID", help="a name that clients insist on, for a model")
-    add("--default-model", metavar="ID", help="answers to names that are not known; without it they are 404")
-    add("--host", default="127.0.0.1", help="default: 127.0.0.1; 0.0.0.0 for the whole network")
-    add("--port", type=_port, default=10240, help="default: 10240; 0 for any that is free")
+    add("models", "--model", "load this model at the start and keep it; may be repeated", many=True, metavar="ID")
     add(
+        "aliases",
+        "--alias",
+        "another name for a model, for clients that insist on one; may be repeated",
+        many=True,
+        type=_alias,
+        metavar="NAME=ID",
+    )
+    add("default_model", "--default-model", "the model for unknown names; default: they get 404", metavar="ID")
+    add("host", "--host", "address to listen on, 0.0.0.0 for the whole network")
+    add("port", "--port", "port to listen on, 0 for any free one", type=_port)
+    add(
+        "api_key",
         "--api-key",
+        f"key that clients must send; safer in {API_KEY_VARIABLE}, which `ps` does not show",
         metavar="KEY",
-        help=f"what clients must send; better in {API_KEY_VARIABLE}, where `ps` shows it to nobody",
     )
     add(
+        "origins",
         "--cors-allow-origins",
-        action="append",
-        default=[],
+        "web pages that may use the server, such as http://localhost:3000; several with commas; * for all",
+        action="extend",
+        type=_origins,
         metavar="ORIGIN",
-        help="web pages that may use the server, as http://localhost:3000; several with commas; * for all",
     )
-    add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="default: info")
+    add("log_level", "--log-level", "least important messages to log", choices=["debug", "info", "warning", "error"])
 
-    memory = parser.add_argument_group("memory")
-    memory.add_argument(
-        "--memory-budget", type=_size, metavar="SIZE", help="for models at once, as 24G; default: 3/4 of the machine's"
-    )
-    memory.add_argument(
-        "--idle-ttl", type=_seconds, default=0, metavar="SECONDS", help="unload what is idle so long; default: never"
-    )
-    memory.add_argument(
-        "--prompt-cache",
+    add = _Adder(parser.add_argument_group("memory"), Settings)
+    add(
+        "memory_budget",
+        "--memory-budget",
+        "memory for the weights of all loaded models, such as 24G; default: 3/4 of the machine's",
         type=_size,
         metavar="SIZE",
-        help="KV caches kept for prompts to come; default: 1/8 of the budget",
     )
-    memory.add_argument(
-        "--kv-bits", type=int, choices=[2, 3, 4, 6, 8], help="quantise KV caches; requests then run one by one"
+    add(
+        "idle_ttl",
+        "--idle-ttl",
+        "unload models that were idle for so long; default: never",
+        type=_seconds,
+        metavar="SECONDS",
     )
-    memory.add_argument("--kv-group-size", type=int, choices=[32, 64, 128], default=64, help="default: 64")
-    memory.add_argument("--quantized-kv-start", type=_count, default=5000, metavar="TOKENS", help="default: 5000")
+    add = add.of(EngineOptions)
+    add(
+        "cache_bytes",
+        "--prompt-cache",
+        "memory for KV caches kept for later prompts; default: 1/8 of the memory budget",
+        type=_size,
+        metavar="SIZE",
+    )
+    add("kv_bits", "--kv-bits", "quantise KV caches; disables batching", type=int, choices=[2, 3, 4, 6, 8])
+    add(
+        "kv_group_size",
+        "--kv-group-size",
+        "numbers that share a scale in quantised KV caches",
+        type=int,
+        choices=[32, 64, 128],
+    )
+    add(
+        "quantized_kv_start",
+        "--quantized-kv-start",
+        "quantise a KV cache from this many tokens on",
+        type=_count,
+        metavar="TOKENS",
+    )
 
-    limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-batch", type=_positive, default=32, metavar="N", help="sequences at once; default: 32")
-    limits.add_argument(
-        "--max-queue", type=_count, default=512, metavar="N", help="requests that may wait; default: 512"
+    add = _Adder(parser.add_argument_group("limits"), EngineOptions)
+    add("batch_size", "--max-batch", "sequences of a model that generate at once", type=_positive, metavar="N")
+    add = add.of(Limits)
+    add(
+        "waiting_requests",
+        "--max-queue",
+        "requests that may wait; further requests get 429",
+        type=_count,
+        metavar="N",
     )
-    limits.add_argument("--max-body", type=_size, default=64 * 10**6, metavar="SIZE", help="of a request; default: 64M")
-    limits.add_argument("--max-messages", type=_positive, default=10_000, metavar="N", help="default: 10000")
-    limits.add_argument("--max-prompt", type=_positive, metavar="TOKENS", help="default: the model's context")
-    limits.add_argument(
-        "--max-tokens",
+    add("body", "--max-body", "largest body of a request", type=_size, metavar="SIZE")
+    add("messages", "--max-messages", "most messages in a conversation", type=_positive, metavar="N")
+    add(
+        "prompt_tokens",
+        "--max-prompt",
+        "longest prompt; default: the model's context",
         type=_positive,
         metavar="TOKENS",
-        help="of an answer, where a request does not say; default: to the context's end",
     )
-    limits.add_argument(
-        "--prefill-step", type=_positive, default=2048, metavar="TOKENS", help="of a prompt at once; default: 2048"
+    add(
+        "answer_tokens",
+        "--max-tokens",
+        "longest answer when a request sets no limit; default: to the end of the context",
+        type=_positive,
+        metavar="TOKENS",
     )
-    limits.add_argument(
-        "--shutdown-seconds", type=_seconds, default=5, metavar="SECONDS", help="for running streams to end; default: 5"
+    add = add.of(EngineOptions)
+    add(
+        "prefill_step",
+        "--prefill-step",
+        "tokens of a prompt that are read between two decoding steps",
+        type=_positive,
+        metavar="TOKENS",
+    )
+    add = add.of(Settings)
+    add(
+        "shutdown_seconds",
+        "--shutdown-seconds",
+        "time for running streams to end when the server stops",
+        type=_seconds,
+        metavar="SECONDS",
     )
 
-    models = parser.add_argument_group("models (of the first --model)")
-    models.add_argument("--draft-model", metavar="ID", help="guesses ahead for it; requests then run one by one")
-    models.add_argument("--num-draft-tokens", type=_positive, default=3, metavar="N", help="default: 3")
-    models.add_argument("--adapter-path", metavar="DIR", help="LoRA weights for it")
-    models.add_argument("--trust-remote-code", action="store_true", help="run Python files that come with models")
-    models.add_argument("--pipeline", action="store_true", help="under mlx.launch: share out layers instead of tensors")
-    add("--version", action="store_true", help="print the version and exit")
-    add("--print-completion", choices=["bash", "zsh", "fish", "tcsh"], help="print a completion script for your shell")
+    add = _Adder(parser.add_argument_group("models (of the first --model)"), Settings)
+    add("draft_model", "--draft-model", "draft model for speculative decoding; disables batching", metavar="ID")
+    add("adapter_path", "--adapter-path", "folder of LoRA weights", metavar="DIR")
+    add = add.of(EngineOptions)
+    add(
+        "num_draft_tokens",
+        "--num-draft-tokens",
+        "tokens that the draft model proposes in each step",
+        type=_positive,
+        metavar="N",
+    )
+    add("trust_remote_code", "--trust-remote-code", "run Python files that come with models")
+    add("is_pipeline", "--pipeline", "under mlx.launch: distribute layers instead of splitting tensors")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument(
+        "--print-completion", choices=["bash", "zsh", "fish", "tcsh"], help="print a completion script for your shell"
+    )
     return parser
+
+
+class _Adder:
+    """Adds flags to a parser, or a group of one; each flag's default is its field's in a dataclass of settings."""
+
+    def __init__(self, parser: argparse._ActionsContainer, owner: type[Any]) -> None:
+        self._parser = parser
+        self._owner = owner
+        self._fields = {each.name: each for each in fields(owner)}
+
+    def of(self, owner: type[Any]) -> _Adder:
+        """Return an adder to the same group for the fields of another dataclass."""
+        return _Adder(self._parser, owner)
+
+    def __call__(self, name: str, flag: str, text: str, *, many: bool = False, **options: Any) -> None:
+        """Add a flag for the field `name`, with `text` and the default as its help. `many`: it may be repeated."""
+        default = self._fields[name].default
+        if default is False:
+            options["action"] = "store_true"
+        elif many:
+            options["action"] = "append"
+        elif default not in (MISSING, None, ()) and "default:" not in text:
+            shown = f"{default // 10**6}M" if options.get("type") is _size else default
+            text = f"{text}; default: {shown}"
+        is_list = options.get("action") in ("append", "extend")
+        # None: not given. Repeated flags need a list to add to.
+        self._parser.add_argument(flag, dest=name, default=[] if is_list else None, help=text, **options)
+
+
+def _alias(text: str) -> tuple[str, str]:
+    name, separator, id_ = text.partition("=")
+    if not (name and separator and id_):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an alias; give it as NAME=ID")
+    return name, id_
+
+
+def _origins(text: str) -> list[str]:
+    return [origin.strip() for origin in text.split(",") if origin.strip()]
 
 
 def _size(text: str) -> int:
     try:
         return size(text)
     except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; give it as 24G or 512M") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; give it as 24G or 512M") from None
 
 
 def _port(text: str) -> int:
     if not text.isdigit() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port (0 to 65535)")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
     return int(text)
 
 
 def _count(text: str) -> int:
     if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no count")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
 
 
@@ -229,5 +302,5 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = -1
     if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
     return seconds

@@ -1,4 +1,4 @@
-"""What `/metrics` tells Prometheus. Values that others keep already are read when it asks."""
+"""Metrics for Prometheus (`/metrics`). Values that other modules keep are read when they are asked for."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300
 
 
 class Gauges:
-    """Numbers as they are now: name -> (help, value)."""
+    """A Prometheus collector of values that are read from elsewhere: name -> (help, value)."""
 
     def __init__(self, read: Callable[[], dict[str, tuple[str, float]]], counters: frozenset[str]) -> None:
         self._read = read
         self._counters = counters
 
     def collect(self) -> Iterator[Metric]:
-        """For prometheus_client."""
+        """Yield the metrics as they are now; prometheus_client calls this."""
         for name, (text, value) in self._read().items():
             family = CounterMetricFamily if name in self._counters else GaugeMetricFamily
             yield family(f"mlx_omni_{name}", text, value=value)
 
 
 class Metrics:
-    """One server's metrics, in a registry of its own."""
+    """The metrics of one server, in a registry of its own."""
 
     def __init__(
         self, read: Callable[[], dict[str, tuple[str, float]]], counters: frozenset[str] = frozenset()
     ) -> None:
-        """`read` gives the numbers that are kept elsewhere; `counters` names those that only grow."""
+        """`read` returns the values that are kept elsewhere; `counters` names those that only grow."""
         self.registry = CollectorRegistry()
         self.registry.register(Gauges(read, counters))
         self.requests = Counter(
@@ -54,5 +54,5 @@ class Metrics:
         )
 
     def text(self) -> bytes:
-        """In Prometheus's text format."""
+        """Return all metrics in Prometheus's text format."""
         return generate_latest(self.registry)

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from mlx_overlay_server.chat import grammar
 from mlx_overlay_server.chat import prompt as chat
@@ -16,19 +15,7 @@ from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, Params, Te
 from mlx_overlay_server.engine.commands import Submit
 from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.errors import Field, InvalidRequest, PromptTooLong
-
-
-class Limits(NamedTuple):
-    """Upper limits on one request, and on all together."""
-
-    open_requests: int
-    """Requests that run or wait at once."""
-    messages: int
-    """Messages in one conversation."""
-    prompt_tokens: int | None
-    """Tokens in one prompt; None: what the model's context holds."""
-    answer_tokens: int | None
-    """Tokens in an answer whose request names no limit; None: what the model's context holds."""
+from mlx_overlay_server.settings import Limits
 
 
 @dataclass(slots=True)
@@ -100,6 +87,7 @@ class Preparation:
                 tools=request.tools if request.choice.mode != "none" else (),
                 is_parallel=request.choice.parallel,
                 is_call=grammar.is_forced(request),
+                continues_text=prompt.continues_text,
             )
             answers.append(Answer(submit, reader))
         return answers
@@ -118,7 +106,8 @@ class Preparation:
             for _ in range(request.n):
                 params = _seeded(request.params, len(answers))
                 submit = Submit(self._engine.new_id(), model.key, tokens, params, max_tokens)
-                answers.append(Answer(submit, Reader(model, stop=request.stop, has_marks=False), echo))
+                reader = Reader(model, stop=request.stop, has_marks=False, continues_text=True)
+                answers.append(Answer(submit, reader, echo))
         return answers
 
     def _prompt_limit(self, model: Loaded) -> int | None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import hf_overlay
+from hf_overlay.text import printable
 
 from mlx_overlay_server.settings import Settings, rank
 
@@ -24,7 +25,7 @@ logger = logging.getLogger("mlx_overlay_server")
 
 
 def serve(settings: Settings) -> int:
-    """Serve until SIGINT or SIGTERM; returns the exit code."""
+    """Serve until SIGINT or SIGTERM, and return the exit code."""
     _log_to_stderr(settings.log_level)
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"} if settings.is_offline else dict(os.environ)
     try:
@@ -32,7 +33,8 @@ def serve(settings: Settings) -> int:
             settings.model_paths,
             kind="mlx",
             exclude=settings.exclude,
-            trusts_code=settings.trust_remote_code,
+            trusts_code=settings.engine.trust_remote_code,
+            hold_downloads=settings.hold_downloads,
             environ=environ,
         ) as session:
             # huggingface_hub reads its environment once, when it is imported, and we are the program that imports it.
@@ -50,17 +52,20 @@ def serve(settings: Settings) -> int:
 
 
 def _follow(settings: Settings) -> int:
-    """Another rank than 0. It stops when rank 0 says so; a signal is for rank 0, too, which may have died of it."""
-    from mlx_overlay_server.app import options
+    """Run a non-zero rank until rank 0 stops or a signal arrives, and return the exit code.
+
+    A signal goes to all ranks, and rank 0 may have died of it: then nothing stops the engine's thread, which is left
+    after a while.
+    """
     from mlx_overlay_server.engine.handle import STOP_SECONDS, follow
 
-    told = threading.Event()
+    signalled = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: told.set())
-    engine = follow(options(settings))
-    while engine.is_alive() and not told.wait(0.5):
+        signal.signal(number, lambda *_: signalled.set())
+    engine = follow(settings.engine)
+    while engine.is_alive() and not signalled.wait(0.5):
         pass
-    engine.join(settings.shutdown_seconds + STOP_SECONDS if told.is_set() else None)
+    engine.join(settings.shutdown_seconds + STOP_SECONDS if signalled.is_set() else None)
     return 1 if engine.is_alive() else 0
 
 
@@ -73,11 +78,13 @@ def _serve_http(settings: Settings, session: hf_overlay.Session) -> int:
         return 1
     import uvicorn
 
+    from mlx_overlay_server.api.connection import Connection
     from mlx_overlay_server.app import build
 
     app, service = build(settings, session)
     config = uvicorn.Config(
         app,
+        http=Connection,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -93,7 +100,7 @@ def _serve_http(settings: Settings, session: hf_overlay.Session) -> int:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises OSError."""
+    """Return a listening socket. Raises OSError."""
     family, kind, protocol, _, address = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
@@ -112,7 +119,7 @@ def _server_class() -> Any:
     import uvicorn
 
     class Server(uvicorn.Server):
-        """uvicorn, whose running streams end properly when it is told to stop."""
+        """uvicorn, which lets running streams end when it stops."""
 
         def __init__(self, config: uvicorn.Config, service: Service, seconds: float, url: str) -> None:
             super().__init__(config)
@@ -122,14 +129,14 @@ def _server_class() -> Any:
 
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
-            """Signals end the server, and are not raised again: that is a success."""
+            """Let signals stop the server without raising them again, so that the exit code is 0."""
             loop = asyncio.get_running_loop()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, self._stop, loop)
             yield
 
         def _stop(self, loop: asyncio.AbstractEventLoop) -> None:
-            if self.should_exit:  # asked again: at once
+            if self.should_exit:  # a second signal: stop at once
                 self._service.abort()
                 return
             logger.info("stopping")
@@ -145,9 +152,16 @@ def _server_class() -> Any:
     return Server
 
 
+class _Printable(logging.Formatter):
+    """A formatter whose lines cannot steer a terminal: ids and paths in them may hold anything."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _log_to_stderr(level: str) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     for name in ("mlx_overlay_server", "hf_overlay", "uvicorn"):
         logging.getLogger(name).addHandler(handler)
         logging.getLogger(name).setLevel(level.upper() if name != "uvicorn" else "WARNING")

@@ -18,7 +18,8 @@ from mlx_overlay_server.errors import InvalidRequest, Overloaded, Unavailable, U
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.library import Library, Listed
 from mlx_overlay_server.models.pool import Pool
-from mlx_overlay_server.preparation import Answer, Limits, Preparation
+from mlx_overlay_server.preparation import Answer, Preparation
+from mlx_overlay_server.settings import Limits
 
 
 @dataclass(slots=True)
@@ -112,7 +113,7 @@ class Service:
             raise InvalidRequest(f"{count} messages are more than {self.limits.messages}", field="messages")
         if self._is_closing:
             raise Unavailable("the server is shutting down")
-        if self._open >= self.limits.open_requests:
+        if self._open >= self.engine.options.batch_size + self.limits.waiting_requests:
             raise Overloaded(f"{self._open} requests are running or waiting already; try again later")
         self._open += 1
         try:

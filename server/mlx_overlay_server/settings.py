@@ -1,66 +1,18 @@
-"""What the command line and the environment ask for."""
+"""The server's settings: their defaults, and how sizes, memory and ranks are read."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 API_KEY_VARIABLE = "MLX_OMNI_API_KEY"
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """Everything the server is told at its start."""
-
-    model_paths: tuple[str, ...] = ()
-    """Folders of models; (): MLX_OMNI_MODEL_PATH, else the Hugging Face cache alone."""
-    exclude: tuple[str, ...] = ()
-    host: str = "127.0.0.1"
-    port: int = 10240
-    models: tuple[str, ...] = ()
-    """Ids to load at the start and keep."""
-    is_offline: bool = False
-    api_key: str | None = None
-    origins: tuple[str, ...] = ()
-    aliases: Mapping[str, str]
-    default_model: str | None = None
-    log_level: str = "info"
-
-    memory_budget: int
-    """Bytes that the weights of resident models may take."""
-    idle_ttl: float = 0
-    """Seconds after which an idle model is unloaded; 0: never."""
-    cache_bytes: int
-    """Bytes of KV caches that are kept for later prompts."""
-    batch_size: int = 32
-    max_queue: int = 512
-    """Requests that may wait."""
-    max_body: int = 64 * 10**6
-    """Bytes."""
-    max_messages: int = 10_000
-    max_prompt: int | None = None
-    """Tokens; None: the model's context."""
-    max_tokens: int | None = None
-    """Of an answer, where the request does not say; None: what the context holds."""
-    prefill_step: int = 2048
-    shutdown_seconds: float = 5
-    """How long running streams may go on when the server is told to stop."""
-
-    draft_model: str | None = None
-    num_draft_tokens: int = 3
-    adapter_path: str | None = None
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 5000
-    trust_remote_code: bool = False
-    is_pipeline: bool = False
-
-
 def size(text: str) -> int:
-    """Bytes: `24G`, `512M`, `1.5GB`, or a plain number. Raises ValueError."""
+    """Return the bytes that a text such as `24G`, `512M`, `1.5GB` or `1000` stands for. Raises ValueError."""
     number, unit = text.strip().upper().removesuffix("B"), ""
     if number and number[-1] in _UNITS:
         number, unit = number[:-1], number[-1]
@@ -71,7 +23,7 @@ def size(text: str) -> int:
 
 
 def device_memory() -> int:
-    """Bytes that models may take by default: three quarters of the machine's memory.
+    """Return the bytes that models may take by default: three quarters of the machine's memory.
 
     That is what Metal recommends on Apple silicon, too; asking it would import MLX before the server listens.
     """
@@ -79,8 +31,91 @@ def device_memory() -> int:
 
 
 def rank(environ: Mapping[str, str]) -> int | None:
-    """This process's number under `mlx.launch`; None outside of it (mlx/distributed: MLX_RANK, and MPI's own)."""
+    """Return this process's rank under `mlx.launch` (its MLX_RANK, or MPI's own variables); None outside of it."""
     for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
         if environ.get(name, "").isdigit():
             return int(environ[name])
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Options of the engine, the same for every model."""
+
+    batch_size: int = 32
+    """Sequences of one model that generate at once."""
+    prefill_step: int = 2048
+    """Tokens of a prompt that are read between two decoding steps of the other sequences."""
+    cache_bytes: int = 1 << 32
+    """Bytes of KV caches that are kept for later prompts."""
+    kv_bits: int | None = None
+    """Bits of each quantised number in the KV cache; None: not quantised."""
+    kv_group_size: int = 64
+    """Numbers that share a scale in a quantised KV cache."""
+    quantized_kv_start: int = 5000
+    """Tokens of a sequence after which its KV cache is quantised."""
+    trust_remote_code: bool = False
+    """Run Python files that come with models."""
+    num_draft_tokens: int = 3
+    """Tokens that the draft model proposes in each step."""
+    is_pipeline: bool = False
+    """Under mlx.launch: distribute layers instead of splitting tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits on what one request may ask for, and on what all of them may together."""
+
+    waiting_requests: int = 512
+    """Requests that may wait beside the batch."""
+    body: int = 64 * 10**6
+    """Bytes of a request's body."""
+    messages: int = 10_000
+    """Messages of a conversation."""
+    prompt_tokens: int | None = None
+    """Tokens of a prompt; None: the model's context."""
+    answer_tokens: int | None = None
+    """Tokens of an answer whose request names no limit; None: what is left of the model's context."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that the command line and the environment say at the server's start."""
+
+    model_paths: tuple[str, ...] = ()
+    """Folders of models; (): those in MLX_OMNI_MODEL_PATH, else the Hugging Face cache alone."""
+    exclude: tuple[str, ...] = ()
+    """Ids that are taken from the Hugging Face cache and the Hub, and not from the folders."""
+    is_offline: bool = False
+    """Download nothing."""
+    hold_downloads: bool = False
+    """Download also while the Hugging Face cache is away or read-only."""
+
+    host: str = "127.0.0.1"
+    port: int = 10240
+    """0: any free port."""
+    api_key: str | None = None
+    origins: tuple[str, ...] = ()
+    """Origins of web pages that may use the server (CORS)."""
+    log_level: str = "info"
+    shutdown_seconds: float = 5
+    """Seconds that running streams may take to end when the server stops."""
+
+    models: tuple[str, ...] = ()
+    """Ids to load at the start and keep."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Names that clients insist on -> ids."""
+    default_model: str | None = None
+    """The id that answers to unknown names; None: they are an error."""
+    draft_model: str | None = None
+    """The id of the draft model for speculative decoding with the first of `models`."""
+    adapter_path: str | None = None
+    """The folder of LoRA weights for the first of `models`."""
+
+    memory_budget: int = field(default_factory=device_memory)
+    """Bytes that the weights of resident models may take."""
+    idle_ttl: float = 0
+    """Seconds after which an idle model is unloaded; 0: never."""
+
+    engine: EngineOptions = EngineOptions()
+    limits: Limits = Limits()

@@ -130,10 +130,10 @@ def test_aliases_are_listed_and_a_default_model_answers_to_unknown_names(home: P
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["--alias", "x"], "--alias takes NAME=ID, not 'x'"),
+        (["--alias", "x"], "'x' is not an alias; give it as NAME=ID"),
         (["--draft-model", "a/b"], "name it with --model"),
-        (["--memory-budget", "lots"], "'lots' is no size"),
-        (["--port", "70000"], "'70000' is no port"),
+        (["--memory-budget", "lots"], "'lots' is not a size"),
+        (["--port", "70000"], "'70000' is not a port"),
     ],
 )
 def test_wrong_options_are_usage_errors(home: Path, options: list[str], problem: str) -> None:

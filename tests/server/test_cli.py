@@ -5,13 +5,15 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from importlib import metadata
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlx_overlay_server import cli
-from mlx_overlay_server.settings import Settings, device_memory
+from mlx_overlay_server.settings import EngineOptions, Limits, Settings, device_memory
 
 from tests.support.processes import PYTHON, environment, finish
 
@@ -19,6 +21,7 @@ FLAGS: list[tuple[str, str, str, Any]] = [
     ("--model-path", "/a", "model_paths", ("/a",)),
     ("--exclude", "org/m", "exclude", ("org/m",)),
     ("--offline", "", "is_offline", True),
+    ("--hold-downloads", "", "hold_downloads", True),
     ("--model", "org/m", "models", ("org/m",)),
     ("--alias", "gpt-5=org/m", "aliases", {"gpt-5": "org/m"}),
     ("--default-model", "org/m", "default_model", "org/m"),
@@ -29,23 +32,23 @@ FLAGS: list[tuple[str, str, str, Any]] = [
     ("--log-level", "debug", "log_level", "debug"),
     ("--memory-budget", "24G", "memory_budget", 24 * 10**9),
     ("--idle-ttl", "0.5", "idle_ttl", 0.5),
-    ("--prompt-cache", "1G", "cache_bytes", 10**9),
-    ("--kv-bits", "4", "kv_bits", 4),
-    ("--kv-group-size", "32", "kv_group_size", 32),
-    ("--quantized-kv-start", "0", "quantized_kv_start", 0),
-    ("--max-batch", "8", "batch_size", 8),
-    ("--max-queue", "0", "max_queue", 0),
-    ("--max-body", "1M", "max_body", 10**6),
-    ("--max-messages", "5", "max_messages", 5),
-    ("--max-prompt", "100", "max_prompt", 100),
-    ("--max-tokens", "100", "max_tokens", 100),
-    ("--prefill-step", "64", "prefill_step", 64),
+    ("--prompt-cache", "1G", "engine.cache_bytes", 10**9),
+    ("--kv-bits", "4", "engine.kv_bits", 4),
+    ("--kv-group-size", "32", "engine.kv_group_size", 32),
+    ("--quantized-kv-start", "0", "engine.quantized_kv_start", 0),
+    ("--max-batch", "8", "engine.batch_size", 8),
+    ("--max-queue", "0", "limits.waiting_requests", 0),
+    ("--max-body", "1M", "limits.body", 10**6),
+    ("--max-messages", "5", "limits.messages", 5),
+    ("--max-prompt", "100", "limits.prompt_tokens", 100),
+    ("--max-tokens", "100", "limits.answer_tokens", 100),
+    ("--prefill-step", "64", "engine.prefill_step", 64),
     ("--shutdown-seconds", "0", "shutdown_seconds", 0.0),
     ("--draft-model", "org/d", "draft_model", "org/d"),
-    ("--num-draft-tokens", "5", "num_draft_tokens", 5),
+    ("--num-draft-tokens", "5", "engine.num_draft_tokens", 5),
     ("--adapter-path", "/lora", "adapter_path", "/lora"),
-    ("--trust-remote-code", "", "trust_remote_code", True),
-    ("--pipeline", "", "is_pipeline", True),
+    ("--trust-remote-code", "", "engine.trust_remote_code", True),
+    ("--pipeline", "", "engine.is_pipeline", True),
 ]
 
 
@@ -56,14 +59,39 @@ def _read(*arguments: str, environ: Mapping[str, str] | None = None) -> Settings
 @pytest.mark.parametrize(("flag", "text", "name", "value"), FLAGS)
 def test_a_flag_is_a_setting(flag: str, text: str, name: str, value: Any) -> None:
     model = ("--model", "org/m") if flag in ("--draft-model", "--adapter-path") else ()
-    assert getattr(_read(*model, flag, *([text] if text else [])), name) == value
-    assert getattr(_read(), name) != value
+    read = attrgetter(name)
+    assert read(_read(*model, flag, *([text] if text else []))) == value
+    assert read(_read()) != value
 
 
 def test_every_flag_has_a_setting_and_every_setting_a_flag() -> None:
     flags = {option for action in cli.make_parser()._actions for option in action.option_strings}
     assert flags - {"-h", "--help", "--version", "--print-completion"} == {flag for flag, *_ in FLAGS}
-    assert set(Settings.__slots__) == {name for _, _, name, _ in FLAGS}
+    nested = {"engine": EngineOptions, "limits": Limits}
+    names = {each.name for each in fields(Settings)} - nested.keys()
+    names |= {f"{outer}.{each.name}" for outer, owner in nested.items() for each in fields(owner)}
+    assert names == {name for _, _, name, _ in FLAGS}
+
+
+def test_a_flag_that_is_not_given_has_the_default_of_its_dataclass() -> None:
+    settings = _read("--memory-budget", "8G")
+    assert replace(settings.engine, cache_bytes=0) == EngineOptions(cache_bytes=0)
+    assert settings.limits == Limits()
+    assert replace(settings, engine=EngineOptions()) == Settings(memory_budget=8 * 10**9)
+
+
+def test_help_shows_the_defaults_there_are() -> None:
+    help_ = " ".join(cli.make_parser().format_help().split())
+    for default in (
+        f"default: {EngineOptions().batch_size}",
+        f"default: {Limits().waiting_requests}",
+        "default: 64M",
+        "default: 127.0.0.1",
+        "default: info",
+        "default: 5 ",
+    ):
+        assert default in help_
+    assert "None" not in help_
 
 
 def test_flags_that_may_be_repeated_keep_their_order() -> None:
@@ -84,12 +112,12 @@ def test_flags_that_may_be_repeated_keep_their_order() -> None:
 def test_by_default_the_server_is_this_machine_s_alone() -> None:
     settings = _read()
     assert (settings.host, settings.port, settings.api_key, settings.origins) == ("127.0.0.1", 10240, None, ())
-    assert not settings.trust_remote_code
+    assert not settings.engine.trust_remote_code
     assert settings.memory_budget == device_memory()
 
 
 def test_the_prompt_cache_has_its_share_of_the_budget() -> None:
-    assert _read("--memory-budget", "8G").cache_bytes == 10**9
+    assert _read("--memory-budget", "8G").engine.cache_bytes == 10**9
 
 
 @pytest.mark.parametrize(
@@ -110,18 +138,18 @@ def test_the_key_comes_from_the_flag_or_else_from_the_environment(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--port", "x"], "'x' is no port"),
-        (["--port", "65536"], "is no port"),
-        (["--port", "-1"], "is no port"),
-        (["--memory-budget", "much"], "'much' is no size"),
-        (["--memory-budget", "inf"], "'inf' is no size"),
-        (["--max-body", "-1"], "is no size"),
-        (["--idle-ttl", "soon"], "is no number of seconds"),
-        (["--idle-ttl", "-1"], "is no number of seconds"),
-        (["--idle-ttl", "nan"], "is no number of seconds"),
-        (["--shutdown-seconds", "inf"], "is no number of seconds"),
+        (["--port", "x"], "'x' is not a port"),
+        (["--port", "65536"], "is not a port"),
+        (["--port", "-1"], "is not a port"),
+        (["--memory-budget", "much"], "'much' is not a size"),
+        (["--memory-budget", "inf"], "'inf' is not a size"),
+        (["--max-body", "-1"], "is not a size"),
+        (["--idle-ttl", "soon"], "is not a number of seconds"),
+        (["--idle-ttl", "-1"], "is not a number of seconds"),
+        (["--idle-ttl", "nan"], "is not a number of seconds"),
+        (["--shutdown-seconds", "inf"], "is not a number of seconds"),
         (["--max-batch", "0"], "at least 1"),
-        (["--max-queue", "few"], "is no count"),
+        (["--max-queue", "few"], "is not a whole number"),
         (["--kv-bits", "5"], "invalid choice"),
         (["--log-level", "loud"], "invalid choice"),
         (["--alias", "gpt-5"], "NAME=ID"),

@@ -16,8 +16,9 @@ from mlx_overlay_server.engine.handle import Engine, Mailbox
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.library import Library
 from mlx_overlay_server.models.pool import Pool
-from mlx_overlay_server.preparation import Answer, Limits, Preparation
+from mlx_overlay_server.preparation import Answer, Preparation
 from mlx_overlay_server.service import Service, Ticket
+from mlx_overlay_server.settings import EngineOptions, Limits
 
 MODEL = "acme/plain"
 REQUEST = TextRequest(model=MODEL, prompts=("a", "b"))
@@ -43,6 +44,7 @@ class FakeEngine:
     """Has a mailbox that the test fills."""
 
     def __init__(self) -> None:
+        self.options = EngineOptions(batch_size=1)
         self.mailbox = Mailbox()
         self.submitted: list[int] = []
         self.cancelled: list[int] = []
@@ -84,7 +86,7 @@ def _service(engine: FakeEngine, ids: Sequence[int]) -> Service:
         cast("Pool", FakePool()),
         cast("Engine", engine),
         Metrics(dict),
-        Limits(open_requests=1, messages=1, prompt_tokens=None, answer_tokens=None),
+        Limits(waiting_requests=0, messages=1),
     )
     service.stop()
     service._preparation = cast("Preparation", FakePreparation(ids))

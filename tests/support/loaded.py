@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_lm.generate import make_text_state_machine
 from mlx_lm.tokenizer_utils import load
 from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.engine import mlx
 
 
 def loaded(folder: Path, *, template: str | None = None, defaults: Mapping[str, Any] | None = None) -> Loaded:
@@ -19,12 +21,17 @@ def loaded(folder: Path, *, template: str | None = None, defaults: Mapping[str, 
     if template is not None:
         tokenizer.chat_template = template
         tokenizer.has_chat_template = True
+    has_own_calls = tokenizer.has_tool_calling
+    mlx.prepare_tokenizer(tokenizer)
     return Loaded(
         key=f"0:{folder}",
         path=str(folder),
         tokenizer=tokenizer,
-        machine=make_text_state_machine(tokenizer),
+        marks=make_text_state_machine(tokenizer),
+        detokenizer=partial(mlx.detokenizer, tokenizer),
+        make_grammar_tokenizer=partial(mlx.grammar_tokenizer, tokenizer, config["vocab_size"]),
         nbytes=0,
+        has_own_calls=has_own_calls,
         vocab_size=config["vocab_size"],
         context=config["max_position_embeddings"],
         defaults=defaults or {},

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
-from hf_overlay import hfcache
+from hf_overlay import hfcache, keeping
 from hf_overlay.catalog import kinds
 from hf_overlay.catalog.files import reason_of
 from hf_overlay.catalog.memo import Memo, stamps
@@ -34,9 +34,10 @@ class Candidate(NamedTuple):
 class Catalog:
     """The models of one configuration, as of the last `scan()`."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, held: Mapping[str, str] | None = None) -> None:
         """Scan the user's folders.
 
+        `held` are repos that count as the real cache's, where it has none of that name: name -> path.
         Raises UsageError for a model path that is a file, OverlayError where mlx-lm's model types are needed and cannot
         be read.
         """
@@ -44,9 +45,13 @@ class Catalog:
         self.types = kinds.restriction(settings.kind, trusts_code=settings.trusts_code)
         self.patience = Patience()
         """What asks the disks of the model paths and of the real cache."""
-        self._scanner = Scanner(settings.roots, settings.hub_cache, self.types, self.patience)
+        self._scanner = Scanner(settings.roots, settings.hub_cache, self.types, self.patience, held)
+        self._held = dict(held or {})
         self._warned: set[str] = set()
         self._cache_problem: str | None = None
+        """Why nothing in the real cache can be seen."""
+        self._not_kept: str | None = None
+        """Why the real cache keeps no download."""
         self._examined: Memo[hfcache.Examined] = Memo()
         self._linked: dict[str, LinkedRepo] = {}
         """Linked repos of the last plan, by entry name."""
@@ -129,7 +134,7 @@ class Catalog:
     def cache(self) -> Source:
         """The real cache's models, from a scan made now."""
         cache = self._scanner.scan_cache()
-        self._cache_problem = cache.problem.text if cache.problem is not None else None
+        self._judge_cache(cache.problem.text if cache.problem is not None else None)
         return cache
 
     def resolutions(self) -> dict[str, Resolution]:
@@ -145,18 +150,37 @@ class Catalog:
     def examine_cache(self) -> list[Entry]:
         """The entries of the real cache that an overlay can show. The rest is in `unscannable` afterwards."""
         hub, memo = self.settings.hub_cache, self._examined.next_round()
-        self._cache_problem = None
+        problem = None
         try:
-            entries, examined, self._examined = self.patience.ask(hub, partial(_examine_all, hub, memo))
+            entries, examined, self._examined = self.patience.ask(hub, partial(_examine_all, hub, memo, self._held))
         except OSError as error:
-            self._cache_problem = _cache_problem(error)
-            entries, examined = {}, {}
+            problem = _cache_problem(error)
+            entries, examined = dict(self._held), {}
+        self._judge_cache(problem)
+        if self._not_kept is not None:
+            entries.pop(hfcache.LOCKS, None)  # clients cannot write there; they make one of their own
         self.unscannable = {path: repo.problem for path, repo in examined.items() if repo.problem is not None}
         return [
             Entry(name, path, examined[path].commits if path in examined else ())
             for name, path in entries.items()
             if path not in self.unscannable
         ]
+
+    def why_not_kept(self) -> keeping.Problem | None:
+        """Why the real cache keeps no download now; None when it does."""
+        hub = self.settings.hub_cache
+        try:
+            return self.patience.ask(hub, partial(keeping.problem, hub))
+        except NoAnswer:
+            return keeping.Problem("unusable", "does not answer", "check its drive or server, or unmount it")
+
+    def _judge_cache(self, problem: str | None) -> None:
+        """Note what warnings say about the real cache, which could not be read for the reason `problem`."""
+        found = self.why_not_kept()
+        if found is not None and found.kind == "away":
+            problem = f"is away: it {found.text}; {found.advice}"
+        self._cache_problem = problem
+        self._not_kept = found.text if found is not None else None
 
     def find(self, model_id: str) -> Model:
         """The model that answers to an id, which may be any string.
@@ -209,8 +233,11 @@ class Catalog:
             candidates.append(Candidate(cached.path, "cache", cached.reason))
         return candidates
 
-    def warnings(self) -> list[str]:
-        """Warnings about paths and folders that cannot be used, without those that the call before has returned."""
+    def warnings(self, downloads: str | None = None) -> list[str]:
+        """Warnings about paths and folders that cannot be used, without those that the call before has returned.
+
+        `downloads` says what becomes of downloads while the real cache keeps none; None where there will be none.
+        """
         now: dict[str, None] = {}
         for source in self.sources:
             if source.problem is not None:
@@ -225,8 +252,11 @@ class Catalog:
                     now[f"{reject.path} {reject.reason.text}; it is left out"] = None
         for reject, path in self._substituted():
             now[f"{reject.path} is incomplete; until it is whole, {reject.id} comes from {path}"] = None
+        end = f"; {downloads}" if downloads is not None else ""
         if self._cache_problem is not None:
-            now[f"Hugging Face cache {self.settings.hub_cache} {self._cache_problem}; going on without it"] = None
+            now[f"Hugging Face cache {self.settings.hub_cache} {self._cache_problem}; going on without it{end}"] = None
+        elif self._not_kept is not None and downloads is not None:
+            now[f"Hugging Face cache {self.settings.hub_cache} {self._not_kept}{end}"] = None
         for path, reason in self.unscannable.items():
             now[f"{path} would make every scan of the cache fail ({reason}); it is left out"] = None
         for root in self._away:
@@ -292,13 +322,13 @@ def _cache_problem(error: OSError) -> str:
 
 
 def _examine_all(
-    hub: str, memo: Memo[hfcache.Examined]
+    hub: str, memo: Memo[hfcache.Examined], held: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, hfcache.Examined], Memo[hfcache.Examined]]:
-    """The entries of a hub folder, what is known of each that scans take for a repo, by path, and the memo of that.
+    """The entries of a hub folder and those held for it, what is known of each repo, by path, and the memo of that.
 
     Raises OSError.
     """
-    entries = hfcache.entries(hub)
+    entries = {**held, **hfcache.entries(hub)}
     return entries, {path: _examine(path, memo) for name, path in entries.items() if "--" in name}, memo
 
 

@@ -103,7 +103,7 @@ def _checked_config(path: str, folder: Listing, types: ModelTypes | None) -> dic
     if not has_marker(folder, types):
         formats = {name.rsplit(".", 1)[1] for name in folder.files if name.endswith(weights.SUFFIXES)}
         only = f" (only .{', .'.join(sorted(formats))} files)" if formats else ""
-        raise Unfit(Code.NO_CONFIG, f"has no config.json{only}")
+        raise Unfit(Code.GGUF if formats == {"gguf"} else Code.NO_CONFIG, f"has no config.json{only}")
     config = read_json(f"{path}/config.json") if "config.json" in folder.files else {}
     if types is not None:
         if "config.json" not in folder.files:

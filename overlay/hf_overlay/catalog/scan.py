@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -31,10 +31,19 @@ class Scanner:
     """Scans model paths, again and again, at a cost that follows the changes."""
 
     def __init__(
-        self, roots: tuple[str, ...], hub_cache: str, types: ModelTypes | None, patience: Patience | None = None
+        self,
+        roots: tuple[str, ...],
+        hub_cache: str,
+        types: ModelTypes | None,
+        patience: Patience | None = None,
+        held: Mapping[str, str] | None = None,
     ) -> None:
-        """`types` None takes every kind of model. `hub_cache` found inside a root stays the cache's."""
+        """`types` None takes every kind of model. `hub_cache` found inside a root stays the cache's.
+
+        `held` are repos that count as the cache's, where it has none of that name: name -> path.
+        """
         self._roots = roots
+        self._held = dict(held or {})
         self._hub_cache = hub_cache
         self._types = types
         self._patience = patience or Patience()
@@ -58,7 +67,9 @@ class Scanner:
     def scan_cache(self) -> Source:
         """The real cache's models, as `mlx_lm.load(id)` would find them with the network down."""
         hub = self._hub_cache
-        found = self._patience.ask_each({hub: partial(_scan_cache, hub, self._types, self._remembered(_CACHE))})
+        found = self._patience.ask_each(
+            {hub: partial(_scan_cache, hub, self._types, self._remembered(_CACHE), self._held)}
+        )
         return self._taken(_CACHE, hub, found[hub])
 
     def read(self, path: str, model_id: str, root: str) -> Model | Reject:
@@ -73,11 +84,13 @@ class Scanner:
     def read_cached(self, model_id: str) -> Model | Reject:
         """The model that the real cache holds under an id, else why there is none."""
         hub = self._hub_cache
-        repo = f"{hub}/{hfcache.repo_folder(model_id)}"
+        name = hfcache.repo_folder(model_id)
         problems = self._remembered(_CACHE).problems
 
+        repo = f"{hub}/{name}"
+        look = partial(_read_cached, repo, self._held.get(name), model_id, hub, self._types, problems)
         try:
-            return self._patience.ask(hub, partial(_read_cached, repo, model_id, hub, self._types, problems))
+            return self._patience.ask(hub, look)
         except OSError as error:
             return Reject(repo, model_id, reason_of(error), hub)
 
@@ -107,8 +120,13 @@ def _read(path: str, model_id: str, root: str, types: ModelTypes | None, problem
         return Reject(path, model_id, reason_of(error), root)
 
 
-def _read_cached(repo: str, model_id: str, hub: str, types: ModelTypes | None, problems: Problems) -> Model | Reject:
+def _read_cached(
+    repo: str, held: str | None, model_id: str, hub: str, types: ModelTypes | None, problems: Problems
+) -> Model | Reject:
+    """The model in a cached repo, or, where there is none, in the one that a dead session holds for the cache."""
     try:
+        if held is not None and not os.path.isdir(repo):
+            repo = held
         os.stat(repo)
         return reading.read_cached_repo(repo, model_id, hub, types, problems).model
     except (Unfit, hfcache.NoSnapshot, OSError) as error:
@@ -121,21 +139,23 @@ def _scan_root(
     return _RootScan(root, hub_identity, types, seen).source(), seen
 
 
-def _scan_cache(root: str, types: ModelTypes | None, seen: _Seen) -> tuple[Source, _Seen]:
+def _scan_cache(root: str, types: ModelTypes | None, seen: _Seen, held: Mapping[str, str]) -> tuple[Source, _Seen]:
     found = _Collected(root, seen)
+    repos = dict(held)
+    device, problem = None, None
     try:
-        status = os.stat(root)
-        names = sorted(os.listdir(root))
+        device = os.stat(root).st_dev
+        repos |= {name: f"{root}/{name}" for name in os.listdir(root)}
     except FileNotFoundError:
-        return Source(root, None), seen
+        pass
     except OSError as error:
-        return Source(root, reason_of(error)), seen
-    for name in names:
+        problem = reason_of(error)
+    for name, path in sorted(repos.items()):
         alive()
         model_id = hfcache.model_id(name)
-        if model_id is not None and not found.recall(f"{root}/{name}"):
-            found.read(f"{root}/{name}", model_id, reading.read_cached_repo, types)
-    return found.source(status.st_dev), seen
+        if model_id is not None and not found.recall(path):
+            found.read(path, model_id, reading.read_cached_repo, types)
+    return found.source(device, problem), seen
 
 
 class _Collected:
@@ -149,10 +169,10 @@ class _Collected:
         self._rejects: list[Reject] = []
         self.junk = 0
 
-    def source(self, device: int) -> Source:
+    def source(self, device: int | None, problem: Reason | None = None) -> Source:
         return Source(
             self._root,
-            None,
+            problem,
             models=tuple(sorted(self._models, key=self._precedence)),
             rejects=tuple(sorted(self._rejects, key=lambda reject: reject.path)),
             junk=self.junk,
@@ -236,6 +256,10 @@ class _RootScan:
         while pending:
             group, folder, chain = pending.pop()
             self._found.junk += folder.junk
+            for name in filter(is_utf8, folder.broken):
+                model_id = f"{group}/{name}" if group else name
+                reason = Reason(Code.BROKEN_LINK, "is a link to what is not there")
+                self._found.reject(f"{self._root}/{model_id}", model_id, reason)
             for name in sorted(folder.folders, reverse=True):
                 model_id = f"{group}/{name}" if group else name
                 path = f"{self._root}/{model_id}"

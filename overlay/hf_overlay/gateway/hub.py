@@ -55,6 +55,13 @@ class Overlay(Protocol):
     def expect_download(self, folder: str) -> None:
         """Let what a client is about to write to a repo folder land in the real cache."""
 
+    @property
+    def why_no_downloads(self) -> str | None:
+        """Why nothing is downloaded at the moment; None when downloads are welcome."""
+
+    def has_copy(self, folder: str) -> bool:
+        """Whether a client finds main of a repo, by its folder name, without the Hub."""
+
 
 class Hub:
     """Decides for each model id who answers, by what the overlay holds."""
@@ -99,6 +106,11 @@ class Hub:
     def expect_download(self, folder: str) -> None:
         """Let what a client is about to write to a repo folder land in the real cache."""
         self._overlay.expect_download(folder)
+
+    def refuse_download(self, repo_id: str, folder: str) -> Unavailable | None:
+        """Why a repo may not be downloaded now; None when it may be."""
+        why = self._overlay.why_no_downloads
+        return Unavailable(f"{repo_id} is not downloaded: {why}", self._overlay.has_copy(folder)) if why else None
 
     def _is_behind(self, model_id: str) -> bool:
         """Whether the model's folder is there and the tree lacks it, or the other way round."""

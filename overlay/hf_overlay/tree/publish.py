@@ -107,14 +107,19 @@ class Tree:
             folder = f"{real_hub}/{entry}"
             announced.make(self._session, folder if entry == hfcache.LOCKS else f"{folder}/snapshots")
             self._entries[entry] = folder
-            for hub in files.entries(f"{self._session}/hubs"):
+            for hub in self._hubs():
                 if not os.path.lexists(f"{hub.path}/{entry}"):
                     os.symlink(folder, f"{hub.path}/{entry}")
+
+    def _hubs(self) -> list[os.DirEntry[str]]:
+        """The hub folders, without what others may put beside them, such as `.DS_Store`."""
+        found = files.entries(f"{self._session}/hubs")
+        return [entry for entry in found if entry.name.isdecimal() and entry.is_dir(follow_symlinks=False)]
 
     def _written(self) -> dict[str, str]:
         """Folders that clients made in the hub folders: they stay where they are and stay visible."""
         written = {}
-        for hub in sorted(os.scandir(f"{self._session}/hubs"), key=lambda entry: int(entry.name)):
+        for hub in sorted(self._hubs(), key=lambda entry: int(entry.name)):
             for entry in os.scandir(hub.path):
                 if not entry.is_symlink() and entry.is_dir():
                     written[entry.name] = f"../{hub.name}/{entry.name}"
@@ -150,7 +155,7 @@ class Tree:
 
         That is what is new, and, for models whose folder is gone, what stands there now: the cache's copy, or nothing.
         """
-        for hub in files.entries(f"{self._session}/hubs"):
+        for hub in self._hubs():
             if hub.name == str(self._generation):
                 continue
             there = set(os.listdir(hub.path))
@@ -165,7 +170,7 @@ class Tree:
         """Remove hub folders, and linked repos that only they led to, once no load can still be going on in them."""
         needed = set(self._entries.values())
         oldest = time.time() - KEEP_SECONDS
-        for hub in files.entries(f"{self._session}/hubs"):
+        for hub in self._hubs():
             if hub.name == str(self._generation):
                 continue
             if hub.stat().st_mtime > oldest:

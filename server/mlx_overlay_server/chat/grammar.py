@@ -1,4 +1,4 @@
-"""Constrained answers: what a request's format or tool choice allows, as grammars of llguidance."""
+"""Constrained answers: a request's format or tool choice as a grammar of llguidance."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ _OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What an answer must be. It does not hold for reasoning."""
+    """A grammar that an answer must follow. It does not apply to reasoning."""
 
     grammar: str
-    """For llguidance.LLMatcher."""
+    """The grammar in JSON, for llguidance.LLMatcher."""
     after: tuple[int, ...] = ()
-    """Holds once these tokens were generated, which end the reasoning that the prompt has opened; (): at once."""
+    """Tokens that end the reasoning which the prompt has opened: the grammar applies after them; (): at once."""
     unless: int | None = None
-    """The token that opens reasoning, which may come instead of the first."""
+    """The token that opens reasoning, and may come first; None: the answer must follow the grammar from its start."""
     ends: tuple[int, ...] = ()
-    """What ends the reasoning that `unless` opened."""
+    """Tokens that end the reasoning that `unless` opened."""
     field: Field | None = None
-    """The request's field that asks for it."""
+    """The request's field that asks for the grammar."""
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How long an answer may reason: then the mark that ends it is forced."""
+    """A limit on an answer's reasoning, after which its closing mark is forced."""
 
     tokens: int
     is_open: bool
@@ -43,7 +43,7 @@ class Budget:
 
 
 def budget(model: Loaded, request: ChatRequest, *, is_reasoning: bool) -> Budget | None:
-    """The limit on an answer's reasoning; None: none, or a model that has no marks for it."""
+    """Return the limit on an answer's reasoning; None without one, or when the model has no marks for reasoning."""
     tokenizer = model.tokenizer
     if request.reasoning_budget is None or not tokenizer.think_start or not tokenizer.think_end_tokens:
         return None
@@ -52,7 +52,7 @@ def budget(model: Loaded, request: ChatRequest, *, is_reasoning: bool) -> Budget
 
 
 def constraint(model: Loaded, request: ChatRequest, *, is_reasoning: bool) -> Constraint | None:
-    """What holds for the answer to a request; None: anything. Raises InvalidRequest for what cannot be enforced."""
+    """Return the constraint on a request's answer, if any. Raises InvalidRequest for one that cannot be enforced."""
     if is_forced(request):
         field: Field = "tools"
         grammar = _calls([tool for tool in request.tools if request.choice.name in (None, tool.name)])
@@ -72,15 +72,15 @@ def constraint(model: Loaded, request: ChatRequest, *, is_reasoning: bool) -> Co
 
 
 def is_forced(request: ChatRequest) -> bool:
-    """Whether the answer as a whole must be a tool call."""
+    """Return whether the whole answer must be a tool call."""
     return request.choice.mode == "required" and bool(request.tools)
 
 
 def _call_opening(model: Loaded, request: ChatRequest) -> list[str]:
-    """What opens a call that may come instead of an answer, as terms of a grammar: as text, and as a token."""
+    """Return the openings of a tool call that may replace the answer, as terms of a grammar: text, and a token."""
     mark = model.tokenizer.tool_call_start
-    if not mark or not request.tools or request.choice.mode == "none":
-        return []
+    if not mark or not request.tools or request.choice.mode == "none" or not model.has_own_calls:
+        return []  # a model that was not trained on the mark would use it to escape from the grammar
     tokens = model.tokenizer.encode(mark, add_special_tokens=False)
     return [json.dumps(mark), *(f"<[{token}]>" for token in tokens if len(tokens) == 1)]
 
@@ -98,7 +98,7 @@ def _json(schema: Mapping[str, Any] | None, call_opening: Sequence[str]) -> str:
 
 
 def _calls(tools: Sequence[Tool]) -> str:
-    """One call of one of the tools, as {"name": …, "arguments": …}: each tool's schema has `$defs` of its own."""
+    """Return the grammar of one call of one tool, {"name": …, "arguments": …}; each schema keeps its own `$defs`."""
     rules = [f"start: {' | '.join(f'call_{number}' for number in range(len(tools)))}"]
     for number, tool in enumerate(tools):
         schema = {"type": "object", "additionalProperties": False, **(tool.parameters or {})}

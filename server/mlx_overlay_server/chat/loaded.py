@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
 class Tokenizer(Protocol):
-    """What is used of `mlx_lm.tokenizer_utils.TokenizerWrapper`."""
+    """The part of `mlx_lm.tokenizer_utils.TokenizerWrapper` that is used outside the engine."""
 
     has_chat_template: bool
     has_thinking: bool
@@ -23,12 +23,34 @@ class Tokenizer(Protocol):
     response_initial_state: str | None
     chat_template: Any
     eos_token_ids: set[int]
-    detokenizer: Any
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, tokens: list[int]) -> str: ...
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str | None]: ...
     def apply_chat_template(self, messages: list[dict[str, Any]], *, tokenize: bool, **kwargs: Any) -> str: ...
+
+
+class Detokenizer(Protocol):
+    """Turns the tokens of one answer into text as they come."""
+
+    @property
+    def last_segment(self) -> str:
+        """The text since this was last read."""
+
+    def add_token(self, token: int) -> None: ...
+    def finalize(self) -> None: ...
+
+
+class Marks(Protocol):
+    """Splits an answer's text at a model's marks for reasoning and tool calls: `mlx_lm.generate.TextStateMachine`.
+
+    A state is opaque. Segments are (name of the part, text); text that may become a mark is held in the state.
+    """
+
+    def make_state(self, initial: str) -> Any: ...
+    def split(self, state: Any, text: str) -> tuple[Any, list[tuple[str, str]]]: ...
+    def flush(self, state: Any) -> tuple[Any, str, str]:
+        """Return (state, the text that was held, name of its part)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,91 +60,64 @@ class Loaded:
     key: str
     """Names it in the engine; another load of the same folder has another key."""
     path: str
+    """Its folder."""
     tokenizer: Tokenizer
-    machine: Any
-    """mlx_lm's TextStateMachine: splits text at think and tool-call marks."""
+    marks: Marks
+    detokenizer: Callable[[], Detokenizer]
+    """Makes a detokenizer for one answer."""
+    make_grammar_tokenizer: Callable[[], Any]
+    """Makes llguidance's view of the vocabulary; use `grammar_tokenizer`, which makes it once."""
     nbytes: int
-    """Of its weights, in memory."""
+    """Bytes of its weights in memory."""
     vocab_size: int
+    """Columns of its logits."""
     context: int | None
-    """Tokens that prompt and answer may have together, as its config says."""
+    """Tokens that prompt and answer may have together, as its config says; None: the config does not say."""
     defaults: Mapping[str, Any]
     """Its generation_config.json."""
     longest_token: int = 1 << 20
-    """Characters of the longest token: a text has at least so many tokens as that goes into it."""
+    """Characters of the longest token: a text has at least its own length divided by this many tokens."""
+    has_own_calls: bool = True
+    """Whether mlx-lm knows the model's own form of tool calls; the server's form (`tool_text`) is read otherwise."""
     processor: Any = None
     """mlx_lm's image processor; None: the model takes no images."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def detokenizer(self) -> Any:
-        """mlx-lm's streaming detokenizer, for one answer; where it has but a slow one, the tokenizers library's."""
-        made = self.tokenizer.detokenizer
-        inner = getattr(self.tokenizer, "backend_tokenizer", None)
-        if type(made).__name__ == "NaiveStreamingDetokenizer" and inner is not None:
-            return _Detokenizer(inner)
-        return made
-
     @functools.cached_property
     def _grammar_tokenizer(self) -> Any:
-        from llguidance.hf import from_tokenizer
-
-        # The wrapped tokenizer: mlx_lm's wrapper is none of transformers' classes.
-        inner = self.tokenizer._tokenizer  # type: ignore[attr-defined]  # noqa: SLF001
-        return from_tokenizer(inner, n_vocab=self.vocab_size, eos_token=sorted(self.tokenizer.eos_token_ids))
+        return self.make_grammar_tokenizer()
 
     @property
     def grammar_tokenizer(self) -> Any:
-        """llguidance's view of the vocabulary, made at first use (up to a second). Raises ValueError."""
+        """llguidance's view of the vocabulary, made at first use, which takes up to a second. Raises ValueError."""
         with self._lock:
             return self._grammar_tokenizer
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes a token stands for, which need be no whole character."""
+        """Return the bytes that a token stands for, which may end inside a character."""
         text = self.tokenizer.convert_ids_to_tokens([token])[0]
-        if text is None:  # a row of the output that no token has
+        if text is None:  # logits may have more columns than there are tokens
             return b""
         if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):  # byte fallback, as in Llama 2
             return bytes([int(text[3:5], 16)])
-        whole = self.tokenizer.decode([token])
+        whole = self._decoded_after_text(token)
         if "\ufffd" in whole and all(char in _BYTE_OF for char in text):  # a part of a character, in byte-level BPE
             return bytes(_BYTE_OF[char] for char in text)
         return whole.encode()
 
+    @functools.cached_property
+    def letter(self) -> tuple[int, ...]:
+        """The tokens of one letter: as a context, they show decoders that the next token does not begin a text."""
+        return tuple(self.tokenizer.encode("a", add_special_tokens=False))
 
-class _Detokenizer:
-    """As mlx-lm's, whose naive one decodes the whole line anew for each token."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        from tokenizers.decoders import DecodeStream
-
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=False)
-        self._text = ""
-        self._unfinished: list[int] = []
-        """Tokens of a character that is not complete."""
-
-    def add_token(self, token: int) -> None:
-        """One more."""
-        self._unfinished.append(token)
-        if text := self._stream.step(self._tokenizer, token):
-            self._text += text
-            self._unfinished.clear()
-
-    def finalize(self) -> None:
-        """There are no more."""
-        if self._unfinished:
-            self._text += self._tokenizer.decode(self._unfinished, skip_special_tokens=False)
-            self._unfinished.clear()
-
-    @property
-    def last_segment(self) -> str:
-        """The text since it was last asked for."""
-        text, self._text = self._text, ""
-        return text
+    def _decoded_after_text(self, token: int) -> str:
+        """Return a token's text where other text precedes it: at the start of a text, decoders drop a space."""
+        before, whole = self.tokenizer.decode([*self.letter]), self.tokenizer.decode([*self.letter, token])
+        return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode([token])
 
 
 def _byte_of() -> dict[str, int]:
-    """Byte-level BPE's characters; printable bytes stand for themselves (openai/gpt-2, encoder.py)."""
+    """Return the byte that each character of byte-level BPE stands for, as in openai/gpt-2, encoder.py."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + number): byte for number, byte in enumerate(others)}

@@ -17,14 +17,14 @@ from mlx_overlay_server.chat.requests import Tool, described
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A sampled token as the engine hands it over."""
+    """A token that the engine has drawn."""
 
     id: int
     logprob: TokenLogprob | None = None
 
 
 class StopStrings:
-    """Cuts a text at the first of some strings, and never gives out the beginning of one."""
+    """Cuts a text at the first stop string in it, and holds back text that may be the beginning of one."""
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
@@ -32,7 +32,7 @@ class StopStrings:
         self.found: str | None = None
 
     def feed(self, text: str) -> str:
-        """What may be given out of the text so far; nothing after `found` is set."""
+        """Read more text, and return what is certain to belong to the answer; '' once `found` is set."""
         if self.found is not None:
             return ""
         if not self._stops:
@@ -49,13 +49,13 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def finish(self) -> str:
-        """What was held back, now that nothing follows."""
+        """Return the text that was held back, now that nothing follows."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with."""
+    """Return the length of the longest suffix of `text` that is a prefix of `stop`."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
@@ -72,18 +72,26 @@ class Reader:
         tools: Sequence[Tool] = (),
         is_parallel: bool = True,
         is_call: bool = False,
+        continues_text: bool = False,
     ) -> None:
-        """`has_marks`: not so for plain completions. `is_call`: a grammar makes the whole answer a call, as JSON."""
+        """`has_marks`: False for plain completions. `is_call`: the whole answer is a tool call in JSON, by grammar.
+
+        `continues_text`: the prompt ends in text that the answer goes on with, so a space at its start belongs to it.
+        """
         self._model = model
         self._detokenizer = model.detokenizer()
+        if continues_text:  # detokenizers drop a space at the start of a text
+            for letter in model.letter:
+                self._detokenizer.add_token(letter)
+            _ = self._detokenizer.last_segment
         self._stops = StopStrings(stop)
         self._name = "normal" if is_call or not has_marks else model.tokenizer.response_initial_state or "normal"
-        """The state that text was last in: normal, reasoning, tool, or one whose text says who is spoken to."""
+        """The part that the last text belongs to: normal, reasoning, tool, or one that names the addressee."""
         if is_reasoning:
             self._name = "reasoning"
-        self._state = model.machine.make_state(self._name) if has_marks else None
+        self._state = model.marks.make_state(self._name) if has_marks else None
         self._head: str | None = ""
-        """Text before the first mark that is not the answer's; None: there was a mark."""
+        """Text before the first mark in a part that is not the answer; None once there was a mark."""
         self._tools = [described(tool) for tool in tools]
         self._is_parallel = is_parallel
         self._is_call = is_call
@@ -91,11 +99,11 @@ class Reader:
         self._calls = 0
         self._is_after_mark = is_reasoning
         self._line_ends = ""
-        """Of reasoning: held back, since those before the closing mark belong to the template."""
+        """Line ends of reasoning that are held back: those before the closing mark belong to the template."""
         self._waiting: deque[tuple[int, TokenLogprob]] = deque()
-        """Log probabilities of tokens whose text is not out yet, with how long the text is with each."""
+        """Log probabilities of tokens whose text is held back, each with the length of the text up to it."""
         self._halves: list[TokenLogprob] = []
-        """Those of tokens that end inside of a character, whose text is not known yet."""
+        """Log probabilities of tokens that end inside a character, whose text is not known yet."""
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         self._length = self._released = 0
         self._events: list[Event] = []
@@ -105,7 +113,7 @@ class Reader:
         self.stop_sequence: str | None = None
 
     def feed(self, tokens: Iterable[Token], finish: FinishReason | None = None) -> list[Event]:
-        """Read some tokens; `finish` says that they are the last. Once `reason` is set, nothing more is read."""
+        """Read some tokens and return their events; `finish`: why the last ends the answer. Stops at `reason`."""
         for token in tokens:
             if self.reason is not None:
                 break
@@ -154,7 +162,8 @@ class Reader:
             self._settle_logprobs()  # nothing follows
         self._release_logprobs()
         if self._state is not None:
-            self._take(self._name, self._state[3])  # what might have become a mark
+            self._state, held, _ = self._model.marks.flush(self._state)
+            self._take(self._name, held)  # what might have become a mark
         if self._head:  # no mark came: it is the answer, as where a grammar leaves no room for one
             self._say(self._head)
         if self.reason is not None:
@@ -168,11 +177,11 @@ class Reader:
         self.reason = self.reason or ("tool_calls" if self._calls and reason == "stop" else reason)
 
     def _split(self, text: str) -> None:
-        """Sort text into answer, reasoning and calls."""
+        """Sort text into answer, reasoning and tool calls."""
         if self._state is None:
             self._say(text)
         elif text:
-            self._state, segments = self._model.machine.split(self._state, text)
+            self._state, segments = self._model.marks.split(self._state, text)
             for name, piece in segments:
                 if name != self._name:
                     self._pass_mark(name)
@@ -212,7 +221,7 @@ class Reader:
             self._emit(Text(text))
 
     def _emit(self, event: Text | Reasoning) -> None:
-        """Add to the last event where it is of the same kind: a client gets one piece a turn, not one a token."""
+        """Emit an event, merged into the last one of its kind: a client gets one piece per step, not one per token."""
         last = self._events[-1] if self._events else None
         if isinstance(last, Text | Reasoning) and type(last) is type(event):
             self._events[-1] = type(event)(last.text + event.text)
@@ -220,7 +229,7 @@ class Reader:
             self._events.append(event)
 
     def _end_call(self, parse: Callable[[str, list[dict[str, Any]]], Any], *, is_closed: bool = True) -> None:
-        """A call's text is complete. What is no call is said as text: nothing the model writes is lost."""
+        """Emit the calls in the text of a tool call. Unparseable calls are emitted as text, so that nothing is lost."""
         text, self._call = self._call, ""
         tokenizer = self._model.tokenizer
         try:
@@ -244,7 +253,7 @@ def _json_calls(text: str, _: object) -> Any:
 
 
 def _as_call(parsed: Any) -> ToolCall:
-    """A call as parsers give it. Raises for anything else."""
+    """Return the event of a call as a tool parser gives it. Raises an error of some kind for anything else."""
     name, arguments = parsed["name"], parsed["arguments"]
     if isinstance(arguments, str):
         arguments = json.loads(arguments)

@@ -1,4 +1,4 @@
-"""What goes to the engine's thread and what comes back: plain values, the same on every rank."""
+"""Commands to the engine's thread and what it answers: plain values, the same on every rank."""
 
 from __future__ import annotations
 
@@ -8,26 +8,6 @@ from typing import Any, NamedTuple
 from mlx_overlay_server.chat.grammar import Budget, Constraint
 from mlx_overlay_server.chat.requests import Params
 from mlx_overlay_server.errors import ServerError
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What holds for every model."""
-
-    batch_size: int = 32
-    """Sequences that generate at once, a model."""
-    prefill_step: int = 2048
-    """Tokens of a prompt between two steps of the others."""
-    cache_bytes: int = 1 << 32
-    """KV caches kept for later prompts, in bytes."""
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 5000
-    """Tokens after which the KV cache is quantised."""
-    trust_remote_code: bool = False
-    num_draft_tokens: int = 3
-    is_pipeline: bool = False
-    """Under mlx.launch: share out layers, not tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,53 +51,53 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Nobody wants the rest of a sequence."""
+    """End a sequence whose client has left."""
 
     id: int
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """End the thread."""
+    """End the engine's thread."""
 
 
 Command = Load | Unload | Submit | Cancel | Stop
 
 
 class Sampled(NamedTuple):
-    """A token of a sequence."""
+    """A token that was drawn for a sequence."""
 
     token: int
     logprob: float | None
     top: tuple[tuple[int, float], ...]
     """(token, log probability), likeliest first."""
     finish: str | None
-    """`stop` (the token is an end mark, no part of the answer), `length`, or None."""
+    """Why it is the last: `stop` (an end mark, which is not part of the answer) or `length`; None when it is not."""
 
 
 class Prefilled(NamedTuple):
-    """How much of a prompt is in the KV cache."""
+    """Progress of a prompt: how many of its tokens are in the KV cache."""
 
     done: int
     total: int
     cached: int
-    """Of it: reused from earlier prompts."""
+    """Tokens reused from the KV caches of earlier prompts."""
 
 
 Item = Sampled | Prefilled | ServerError
 
 
 class Stats(NamedTuple):
-    """The engine as of its last step."""
+    """The engine's counts after its last step."""
 
     active: int = 0
-    """Sequences in a batch, or alone, prefill included."""
+    """Sequences that read their prompts or generate."""
     waiting: int = 0
-    """Sequences that no batch has room for yet."""
+    """Sequences that wait for room in a batch."""
     cache_bytes: int = 0
     cache_entries: int = 0
     steps: int = 0
     failures: int = 0
-    """Times that a batch was lost to an error."""
+    """Batches lost to an error."""
     is_alive: bool = False
     last_failure: str | None = None

@@ -1,4 +1,4 @@
-"""The event loop's handle on the one thread that owns MLX: commands in, what comes back out of mailboxes."""
+"""The event loop's handle on the engine's thread: commands go in, and their results arrive in mailboxes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from mlx_overlay_server.engine.commands import (
     Command,
     Item,
     Load,
-    Options,
     Sampled,
     Stats,
     Stop,
@@ -26,13 +25,14 @@ from mlx_overlay_server.engine.commands import (
 )
 from mlx_overlay_server.engine.worker import Worker
 from mlx_overlay_server.errors import Failed, ServerError, Unavailable
+from mlx_overlay_server.settings import EngineOptions
 
 STOP_SECONDS = 10
-"""How long a step may take once the server stops."""
+"""Seconds that the engine's last step may take once the server stops."""
 
 
 class Mailbox:
-    """The items that the engine has for one request, as (id of the sequence, item); the event loop waits here."""
+    """Where a request's results arrive, as (id of their sequence, item)."""
 
     def __init__(self) -> None:
         self._items: list[tuple[int, Item]] = []
@@ -54,9 +54,9 @@ class Mailbox:
 
 
 class Engine:
-    """The handle that the event loop has on the thread. Its methods are the loop's to call; none of them blocks."""
+    """The handle on the engine's thread. The event loop calls its methods, none of which blocks."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: EngineOptions) -> None:
         self.options = options
         self.stats = Stats()
         self._inbox: deque[Command] = deque()
@@ -71,15 +71,15 @@ class Engine:
         self._failure: str | None = None
 
     def start(self) -> None:
-        """Start the thread; it imports mlx-lm, which takes a second or two, while the caller goes on."""
+        """Start the thread, and return while it imports mlx-lm, which takes a second or two."""
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=Worker(self).run, name="engine", daemon=True)
         self._thread.start()
 
     async def stop(self) -> None:
-        """End the thread once it has finished its step. Whoever still waits is told.
+        """End the thread once it has finished its step. Whoever still waits gets Unavailable.
 
-        A rank that lost the others may wait for them for ever: then `is_stuck`.
+        A rank that lost the others may wait for them for ever: then `is_stuck` is true.
         """
         self._fail_all(Unavailable("the server is shutting down"))
         self._send(Stop())
@@ -99,7 +99,7 @@ class Engine:
             self._loads.pop(key, None)
 
     def unload(self, model: Loaded) -> None:
-        """Drop a model. Whoever still generates with it is told."""
+        """Drop a model. Its running sequences get Unavailable."""
         self._send(Unload(model.key))
 
     def new_id(self) -> int:
@@ -129,7 +129,7 @@ class Engine:
         return Matcher(constraint, model.grammar_tokenizer)
 
     def abort(self) -> None:
-        """End every sequence and load, and take no more; whoever waits is told."""
+        """End every sequence and load, and take no more; whoever waits gets Unavailable."""
         self._is_aborted = True
         ids = list(self._mailboxes)
         self._fail_all(Unavailable("the server is shutting down"))
@@ -149,12 +149,12 @@ class Engine:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the thread still runs: after `stop`, it will not end."""
+        """Whether the thread still runs; after `stop` this means that it will not end."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def failure(self) -> str | None:
-        """Why the engine can do nothing; None when it can."""
+        """Why the engine cannot work any more; None while it can."""
         return self._failure
 
     def _check(self) -> None:
@@ -178,7 +178,7 @@ class Engine:
     # Called by the thread.
 
     def take(self, seconds: float) -> list[Command]:
-        """The commands that have come; waits for one up to some seconds."""
+        """Return the commands that have arrived, after waiting for one for up to some seconds."""
         if not self._inbox and seconds:
             self._wake.wait(seconds)
         self._wake.clear()
@@ -188,15 +188,15 @@ class Engine:
         return commands
 
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None:
-        """Hand over what a step made, in one go."""
+        """Hand over the items of a step, all at once."""
         self._call(self._deliver, items, stats)
 
     def end(self, reason: str) -> None:
-        """The thread can do nothing any more."""
+        """Note that the thread cannot work any more, and why."""
         self._call(self._end, reason)
 
     def settle(self, key: str, result: Loaded | ServerError) -> None:
-        """A load has ended."""
+        """Note that a load has ended."""
         self._call(self._settle, key, result)
 
     def _call(self, function: Any, *arguments: Any) -> None:
@@ -231,8 +231,8 @@ class Engine:
             future.set_result(result)
 
 
-def follow(options: Options) -> threading.Thread:
-    """Run a rank other than 0, until rank 0 stops: the thread that does."""
+def follow(options: EngineOptions) -> threading.Thread:
+    """Start the engine's thread of a non-zero rank, and return it. It ends when rank 0 stops."""
     thread = threading.Thread(target=Worker(Engine(options)).run, name="engine", daemon=True)
     thread.start()
     return thread

@@ -1,7 +1,7 @@
-"""KV caches of earlier prompts, for those that begin alike.
+"""KV caches of earlier prompts, reused for prompts that begin with the same tokens, within a budget of bytes.
 
-Within a budget of bytes. What was used longest ago goes first, but by halves: of a conversation, the part that came
-from system messages and tools is kept, and that goes only when there is nothing else to give up.
+The least recently used entry goes first, in two steps: of a conversation, the part that comes from system messages and
+tools stays, and it goes only when nothing else is left.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
-from mlx_lm.models.cache import KVCache, can_trim_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+
+from mlx_overlay_server.engine import mlx
+from mlx_overlay_server.engine.mlx import Cache
 
 Tokens = npt.NDArray[np.int64]
-Cache = list[Any]
-"""mlx-lm's KV cache of one sequence: an object a layer."""
 
 
 @dataclass(slots=True)
@@ -37,7 +36,7 @@ class _Entry:
 
 
 class PrefixCache:
-    """Used by the engine's thread alone."""
+    """The KV caches that are kept, of all models. Only the engine's thread may use it."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -49,9 +48,9 @@ class PrefixCache:
         return len(self._entries)
 
     def fetch(self, key: str, prompt: Sequence[int]) -> tuple[Cache | None, int]:
-        """The KV cache of the longest known beginning of a prompt, and how many tokens that is.
+        """Return the KV cache of a prompt's longest known beginning, and its number of tokens; (None, 0) without one.
 
-        At least one token of the prompt is left to process. The cache is the caller's to change.
+        At least one token of the prompt is left to read. The caller may change the cache.
         """
         tokens = np.asarray(prompt, dtype=np.int64)
         best: _Entry | None = None
@@ -72,7 +71,7 @@ class PrefixCache:
         return cache, length
 
     def insert(self, key: str, prompt: Sequence[int], cache: Cache, *, system: int) -> None:
-        """Keep the cache of a sequence of tokens, whose first `system` are shared by other conversations."""
+        """Keep the KV cache of a sequence, whose first `system` tokens other conversations share."""
         if not prompt:
             return
         tokens = np.asarray(prompt, dtype=np.int64)
@@ -86,11 +85,15 @@ class PrefixCache:
             if common == len(entry.tokens) and can_trim:  # the new one serves for it
                 self._remove(entry)
                 system = max(system, entry.system)
-        self._add(_Entry(key, tokens, cache, _nbytes(cache), system, next(self._clock)))
+        kept = mlx.compact(cache)
+        entry = _Entry(key, tokens, kept, _nbytes(kept), system, next(self._clock))
+        self._add(entry)
         self.trim(self._max_bytes)
+        if any(each is entry for each in self._entries):
+            mlx.evaluate(kept)  # only now, when there is room: it takes the memory that was counted
 
     def trim(self, max_bytes: int) -> None:
-        """Give up entries until they take no more than so many bytes."""
+        """Drop entries until they take at most so many bytes."""
         while self.nbytes > max_bytes:
             oldest = min((each for each in self._entries if not each.is_system), key=_used, default=None)
             if oldest is None:
@@ -103,12 +106,12 @@ class PrefixCache:
                 self._add(system)
 
     def drop(self, key: str) -> None:
-        """Forget a model."""
+        """Drop every entry of a model."""
         for entry in [each for each in self._entries if each.key == key]:
             self._remove(entry)
 
     def _covering(self, entry: _Entry) -> _Entry | None:
-        """Another entry that begins with an entry's shared beginning."""
+        """Return another entry that begins with an entry's shared beginning; None without one."""
         shared = entry.tokens[: entry.system]
         same = (each for each in self._entries if each.key == entry.key)
         return next((each for each in same if _common(each.tokens, shared) == entry.system), None)
@@ -123,16 +126,16 @@ class PrefixCache:
 
 
 def _shrunk(entry: _Entry) -> _Entry | None:
-    """An entry's shared beginning, in memory of its own; None where it has none, or its kind cannot be cut."""
-    if not 0 < entry.system < len(entry.tokens) or not all(type(layer) is KVCache for layer in entry.cache):
+    """Return an entry of another's shared beginning, in memory of its own.
+
+    None when it has no shared beginning, or its kind of cache cannot be cut.
+    """
+    if not 0 < entry.system < len(entry.tokens):
         return None
-    cache = []
-    for layer in entry.cache:
-        cut = KVCache()
-        keys, values = (mx.contiguous(array[..., : entry.system, :]) for array in (layer.keys, layer.values))
-        cut.keys, cut.values, cut.offset = keys, values, entry.system
-        cache.append(cut)
-    mx.eval([(layer.keys, layer.values) for layer in cache])
+    cache = mlx.head(entry.cache, dropping=len(entry.tokens) - entry.system)
+    if cache is None:
+        return None
+    mlx.evaluate(cache)
     return _Entry(entry.key, entry.tokens[: entry.system], cache, _nbytes(cache), entry.system, entry.used)
 
 
@@ -145,7 +148,7 @@ def _nbytes(cache: Cache) -> int:
 
 
 def _common(a: Tokens, b: Tokens) -> int:
-    """The length of the common beginning of two sequences of tokens."""
+    """Return how many tokens two sequences share at their start."""
     size = min(len(a), len(b))
     differs = a[:size] != b[:size]
     return int(differs.argmax()) if differs.any() else size

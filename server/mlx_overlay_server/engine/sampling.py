@@ -1,4 +1,4 @@
-"""How the next token is chosen: samplers and logits processors for mlx-lm, one set a request. Runs in the engine."""
+"""How the next token is chosen: samplers and logits processors for mlx-lm, one set for each request."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from mlx_overlay_server.errors import InvalidRequest
 Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]
 
-_ALL = 1 << 30  # as a context size: all of it
+_ALL = 1 << 30  # as a penalty's context size, in tokens: the whole answer
 _NEVER = -1e4
 _LEAST = 1e-6
-"""Below it one candidate is left, and float32 would end in infinities on the way there."""
+"""A temperature or top_p below this is greedy decoding: dividing by it overflows float32."""
 
 
-class Choice(NamedTuple):
-    """A request's parameters with the model's defaults filled in."""
+class Sampling(NamedTuple):
+    """The sampling parameters in effect for a request: its own, with the model's defaults filled in."""
 
     temperature: float
     top_p: float
@@ -42,8 +42,8 @@ class Choice(NamedTuple):
     repetition_penalty: float
 
 
-def choice(params: Params, defaults: Mapping[str, Any], vocab_size: int) -> Choice:
-    """What holds for a request: its own values, else generation_config.json's, else OpenAI's."""
+def effective(params: Params, defaults: Mapping[str, Any], vocab_size: int) -> Sampling:
+    """Return the sampling parameters of a request: its own values, else generation_config.json's, else OpenAI's."""
 
     def of(given: float | None, name: str, otherwise: float) -> float:
         default = defaults.get(name)
@@ -52,7 +52,7 @@ def choice(params: Params, defaults: Mapping[str, Any], vocab_size: int) -> Choi
     temperature = of(params.temperature, "temperature", 0.0 if defaults.get("do_sample") is False else 1.0)
     top_p = of(params.top_p, "top_p", 1.0)
     top_k = int(of(params.top_k, "top_k", 0))
-    return Choice(
+    return Sampling(
         temperature=0.0 if temperature < _LEAST or top_p < _LEAST or top_k == 1 else temperature,
         top_p=top_p,
         top_k=top_k if 0 < top_k < vocab_size else 0,
@@ -61,48 +61,48 @@ def choice(params: Params, defaults: Mapping[str, Any], vocab_size: int) -> Choi
     )
 
 
-def sampler(chosen: Choice, seed: int | None) -> Sampler:
-    """A sampler of log probabilities [batch, vocabulary] -> tokens [batch]."""
-    if chosen.temperature == 0:
+def sampler(sampling: Sampling, seed: int | None) -> Sampler:
+    """Return a sampler: log probabilities of shape [batch, vocabulary] -> tokens of shape [batch]."""
+    if sampling.temperature == 0:
         return greedy_sampler  # type: ignore[no-any-return]
-    return _shared(chosen[:4]) if seed is None else _seeded(chosen, seed)
+    return _shared(sampling[:4]) if seed is None else _seeded(sampling, seed)
 
 
 @lru_cache(maxsize=256)
 def _shared(key: tuple[float, float, int, float]) -> Sampler:
-    """The same object for the same parameters: BatchGenerator samples rows in one call only where they share it."""
+    """Return one object for equal parameters: BatchGenerator samples rows in one call only where they share it."""
     temperature, top_p, top_k, min_p = key
     return make_sampler(temperature, top_p=top_p, min_p=min_p, top_k=top_k)  # type: ignore[no-any-return]
 
 
-def _seeded(chosen: Choice, seed: int) -> Sampler:
-    """Draws from a random state of its own: what else runs takes nothing from it."""
+def _seeded(sampling: Sampling, seed: int) -> Sampler:
+    """Return a sampler with a random state of its own, so that its draws do not depend on what else runs."""
     key = mx.random.key(seed % (1 << 64))
 
     def sample(logprobs: mx.array) -> mx.array:
         nonlocal key
         key, now = mx.random.split(key)
-        if 0 < chosen.top_p < 1:
-            logprobs = apply_top_p(logprobs, chosen.top_p)
-        if chosen.min_p:
-            logprobs = apply_min_p(logprobs, chosen.min_p)
-        if chosen.top_k:
-            logprobs = apply_top_k(logprobs, chosen.top_k)
-        return mx.random.categorical(logprobs * (1 / chosen.temperature), key=now)
+        if 0 < sampling.top_p < 1:
+            logprobs = apply_top_p(logprobs, sampling.top_p)
+        if sampling.min_p:
+            logprobs = apply_min_p(logprobs, sampling.min_p)
+        if sampling.top_k:
+            logprobs = apply_top_k(logprobs, sampling.top_k)
+        return mx.random.categorical(logprobs * (1 / sampling.temperature), key=now)
 
     return sample
 
 
 def processors(
     params: Params,
-    chosen: Choice,
+    sampling: Sampling,
     prompt: Sequence[int],
     *,
     cached: int = 0,
     matcher: Processor | None = None,
     budget: Budget | None = None,
 ) -> list[Processor]:
-    """What is done to the logits of each step before sampling.
+    """Return the functions that change the logits of each step before sampling, in order.
 
     mlx-lm calls a processor with the tokens so far, of which the first `cached` of the prompt may be missing.
     Presence and frequency penalties look at the answer alone, as OpenAI's and vLLM's do; repetition at the prompt, too.
@@ -114,8 +114,8 @@ def processors(
         # -100 is OpenAI's "never", which no model may outvote; a grammar may, and something must be left to draw.
         values = mx.array([_NEVER if bias <= -100 else bias for bias in params.logit_bias.values()])
         made.append(lambda _, logits: logits.at[:, tokens].add(values.astype(logits.dtype)))
-    if chosen.repetition_penalty != 1:
-        repeat = make_repetition_penalty(chosen.repetition_penalty, params.repetition_context or _ALL)
+    if sampling.repetition_penalty != 1:
+        repeat = make_repetition_penalty(sampling.repetition_penalty, params.repetition_context or _ALL)
         missing = mx.array(list(prompt[:cached]), dtype=mx.int32)
         made.append(lambda so_far, logits: repeat(mx.concatenate([missing, so_far.astype(mx.int32)]), logits))
     if params.presence_penalty:
@@ -132,7 +132,7 @@ def processors(
 
 
 class Guarded:
-    """A request's processors as one. What goes wrong in them is that request's, not its batch's."""
+    """A request's logits processors as one. An error in them ends that request, and not its batch."""
 
     def __init__(self, steps: Sequence[Processor], matcher: Matcher | None) -> None:
         self._steps = steps
@@ -141,7 +141,7 @@ class Guarded:
 
     @property
     def problem(self) -> str | None:
-        """Why the sequence cannot go on."""
+        """Why the sequence cannot continue; None while it can."""
         if self._matcher is not None and self._matcher.problem is not None:
             return f"the answer cannot follow its grammar any more: {self._matcher.problem}"
         return self._error
@@ -156,12 +156,12 @@ class Guarded:
 
 
 class ReasoningBudget:
-    """A logits processor that ends reasoning which takes too long, by forcing its closing mark."""
+    """A logits processor that limits reasoning to a number of tokens, and then forces its closing mark."""
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self._left: int | None = budget.tokens if budget.is_open else None
-        """Tokens that the open reasoning may still take; None: none is open."""
+        """Tokens that the open reasoning block may still take; None: no block is open."""
         self._last: tuple[int, ...] = ()
         self._steps = 0
         self._forced = 0
@@ -189,12 +189,12 @@ class ReasoningBudget:
 
 
 class Matcher:
-    """A logits processor that lets only tokens pass which a grammar allows."""
+    """A logits processor that masks every token which the grammar does not allow next."""
 
     def __init__(self, constraint: Constraint, tokenizer: Any) -> None:
         """`tokenizer` is llguidance's. The constructor may take a second for a large schema; any thread may call it.
 
-        Raises InvalidRequest for a grammar that nothing follows, as that of a schema which refers to itself alone.
+        Raises InvalidRequest for a grammar that no text matches, as that of a schema which only refers to itself.
         """
         from llguidance import LLMatcher
         from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
@@ -204,14 +204,14 @@ class Matcher:
         self._ends = constraint.after or constraint.ends
         self._is_free = bool(constraint.after)
         self._mask = allocate_token_bitmask(1, tokenizer.vocab_size)
-        fill_next_token_bitmask(self._matcher, self._mask, 0)  # it shows only now
+        fill_next_token_bitmask(self._matcher, self._mask, 0)  # only this shows such an error
         if self._matcher.is_error():
             problem = self._matcher.get_error().splitlines()[0]
             raise InvalidRequest(f"this schema cannot be enforced: {problem}", field=constraint.field)
         self._steps = 0
         self._last: tuple[int, ...] = ()
         self.problem: str | None = None
-        """Why the grammar can be followed no further."""
+        """Why the answer cannot follow the grammar any more; None while it can."""
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
         if self._steps:
@@ -227,7 +227,9 @@ class Matcher:
             self.problem = self._matcher.get_error().splitlines()[0]
             return logits
         allowed = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: logits.shape[-1]].astype(bool)
-        allowed = np.pad(allowed, (0, logits.shape[-1] - len(allowed)))  # rows of the output that no token has
+        allowed = np.pad(
+            allowed, (0, logits.shape[-1] - len(allowed))
+        )  # logits may have more columns than there are tokens
         if self._steps == 1 and self._unless is not None:
             allowed[self._unless] = True
         return mx.where(mx.array(allowed), logits, -float("inf"))

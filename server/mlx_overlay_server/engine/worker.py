@@ -1,4 +1,4 @@
-"""The one thread that owns MLX: loads models and steps all their sequences in continuous batches.
+"""The engine's thread, the only one that uses MLX: it loads models and steps their sequences in continuous batches.
 
 Under `mlx.launch` every rank runs this loop on the same commands, which rank 0 shares; so everything here is decided by
 commands and by what the model says alone.
@@ -7,11 +7,9 @@ commands and by what the model says alone.
 from __future__ import annotations
 
 import logging
-import pickle
-import time
+import re
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.engine.commands import (
@@ -19,35 +17,34 @@ from mlx_overlay_server.engine.commands import (
     Command,
     Item,
     Load,
-    Options,
     Sampled,
     Stats,
     Stop,
     Submit,
     Unload,
 )
+from mlx_overlay_server.engine.outbox import Outbox
 from mlx_overlay_server.errors import Failed, ServerError, Unavailable
+from mlx_overlay_server.settings import EngineOptions
 
 if TYPE_CHECKING:
     from mlx_overlay_server.engine.prefix_cache import PrefixCache
+    from mlx_overlay_server.engine.ranks import Ranks
     from mlx_overlay_server.engine.runner import Runner
 
 logger = logging.getLogger("mlx_overlay_server")
 
-IDLE_SECONDS = 0.1
-"""How long other ranks wait at most for rank 0 when nothing happens."""
-HOLD_SECONDS = 0.0005
-"""For each sequence: how long tokens may be held back so that more of them are handed over in one go.
+_PATH = re.compile(r"(?<![\w/.])~?/[\w.-]+/")
+_REASON_CHARACTERS = 400
 
-Each hand-over costs the event loop a wake-up, a line of JSON and a system call a stream, on the processor that the next
-step wants as well. For one stream that is nothing, for 32 it is 16 ms, which nobody sees.
-"""
+IDLE_SECONDS = 0.1
+"""Seconds that other ranks wait at most for rank 0 when nothing happens."""
 
 
 class Handle(Protocol):
-    """Whoever gives the commands, and is told what comes of them. May be called from this thread."""
+    """Where commands come from and results go. Its methods may be called from the engine's thread."""
 
-    options: Options
+    options: EngineOptions
 
     def take(self, seconds: float) -> list[Command]: ...
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None: ...
@@ -56,7 +53,7 @@ class Handle(Protocol):
 
 
 class Worker:
-    """What runs in the thread, of every rank."""
+    """The loop of the engine's thread, on every rank."""
 
     def __init__(self, engine: Handle) -> None:
         self._engine = engine
@@ -64,20 +61,15 @@ class Worker:
         self._runners: dict[str, Runner] = {}
         self._loading: dict[str, Iterator[Runner | None]] = {}
         self._owner: dict[int, str] = {}
-        """Of each sequence: the key of its model."""
+        """Each sequence's id -> the key of its model."""
         self._steps = self._failures = 0
         self._last_failure: str | None = None
-        self._held: list[tuple[int, Item]] = []
-        """What was not handed over yet."""
-        self._post_at = 0.0
-        """Monotonic seconds: when it must be."""
-        self._new: set[int] = set()
-        """Sequences without a first token, for which somebody waits."""
-        self._group: Any = None
+        self._outbox = Outbox()
+        self._ranks: Ranks
         self._prefixes: PrefixCache
 
     def run(self) -> None:
-        """Until Stop."""
+        """Run until Stop, or until nothing can go on, and say so to the handle."""
         try:
             self._prepare()
             self._run()
@@ -89,34 +81,33 @@ class Worker:
         self._loading.clear()
 
     def _prepare(self) -> None:
-        import mlx.core as mx
+        """Import MLX and mlx-lm, which the first load would have to wait for."""
+        import mlx_overlay_server.engine.mlx  # before anything else imports mlx-lm
 
-        group = mx.distributed.init()
-        self._group = group if group.size() > 1 else None
-        if self._group is not None:
-            state: Any = mx.random.state
-            seed: Any = mx.distributed.all_sum(state[0]).view(mx.uint64).item()
-            mx.random.seed(seed)  # ranks draw the same tokens
-        import mlx_overlay_server.engine.runner  # noqa: F401 - imports mlx-lm, which the first load would wait for
+        # isort: split
+        import mlx_overlay_server.engine.loading  # noqa: F401
         from mlx_overlay_server.engine.prefix_cache import PrefixCache
+        from mlx_overlay_server.engine.ranks import Ranks
 
+        self._ranks = Ranks()
         self._prefixes = PrefixCache(self._options.cache_bytes)
         self._publish([])
 
     def _run(self) -> None:
-        """An error that no model is to blame for costs every sequence, and no more than that."""
+        """Take turns. An error that no model is to blame for ends every sequence, and nothing else."""
         goes_on = True
         while goes_on:
             try:
                 goes_on = self._turn()
             except Exception as error:
-                if self._group is not None:  # ranks that no longer do the same cannot go on
+                if self._ranks.group is not None:  # ranks that no longer do the same cannot go on
                     raise
                 self._reset(error)
 
     def _turn(self) -> bool:
         is_busy = bool(self._loading) or any(runner.is_busy for runner in self._runners.values())
-        commands = self._shared(self._engine.take(0 if is_busy else (IDLE_SECONDS if self._group else 3600)))
+        seconds = 0 if is_busy else IDLE_SECONDS if self._ranks.group is not None else 3600
+        commands = self._ranks.share(self._engine.take(seconds))
         items: list[tuple[int, Item]] = []
         for command in commands:
             if isinstance(command, Stop):
@@ -127,21 +118,11 @@ class Worker:
         for key, runner in list(self._runners.items()):
             if runner.is_busy:
                 self._step(key, runner, items)
-        self._held += items
-        if commands or any(map(self._is_urgent, items)) or (self._held and time.monotonic() >= self._post_at):
-            self._publish(self._held)
-            self._held = []
-            self._post_at = time.monotonic() + HOLD_SECONDS * len(self._owner)
+        self._outbox.add(items)
+        if commands or self._outbox.is_due:
+            self._publish(self._outbox.items)
+            self._outbox.sent(len(self._owner))
         return True
-
-    def _is_urgent(self, told: tuple[int, Item]) -> bool:
-        """Whether something must not wait: all but a token in the middle of an answer."""
-        id_, item = told
-        if not isinstance(item, Sampled) or item.finish is not None:
-            return True
-        is_first = id_ in self._new
-        self._new.discard(id_)
-        return is_first
 
     def _apply(self, command: Command, items: list[tuple[int, Item]]) -> None:
         if isinstance(command, Load):
@@ -161,26 +142,27 @@ class Worker:
             try:
                 runner.add(command)
                 self._owner[command.id] = command.key
-                self._new.add(command.id)
+                self._outbox.expect(command.id)
             except Exception as error:  # noqa: BLE001 - one request's trouble is not the others'
                 items.append((command.id, _failed(error)))
         elif isinstance(command, Cancel) and (key := self._owner.pop(command.id, None)) is not None:
-            self._new.discard(command.id)
+            self._outbox.forget([command.id])
             self._runners[key].cancel(command.id)
 
     def _load(self, command: Load) -> Iterator[Runner | None]:
-        from mlx_overlay_server.engine.runner import load
+        from mlx_overlay_server.engine.loading import load
 
-        return load(command, self._options, self._group, self._prefixes)
+        return load(command, self._options, self._ranks.group, self._prefixes)
 
     def _go_on_loading(self, key: str, steps: Iterator[Runner | None]) -> None:
-        """One slice of a load, so that sequences of other models go on meanwhile."""
+        """Load one slice of a model; sequences of other models go on between slices."""
         try:
             runner = next(steps)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - loading runs the model's code; some of mlx-lm's calls sys.exit
             self._loading.pop(key, None)
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            logger.warning("cannot load %s: %s", key.partition(":")[2], reason)
+            path = key.partition(":")[2]
+            logger.warning("cannot load %s: %s", path, str(error).strip() or type(error).__name__)
+            reason = load_failure(error, path)
             self._engine.settle(key, Unavailable(f"the model cannot be loaded: {reason}", code="model_load_failed"))
             self._clear_memory()
             return
@@ -203,51 +185,26 @@ class Worker:
         for id_, item in made:
             if isinstance(item, ServerError) or (isinstance(item, Sampled) and item.finish is not None):
                 self._owner.pop(id_, None)
-                if isinstance(item, ServerError):  # one that sampled nothing is still among the new
-                    self._new.discard(id_)
         items += made
 
     def _reset(self, error: Exception) -> None:
         self._failures += 1
         self._last_failure = f"{type(error).__name__} in the engine"
         logger.error("%s: %s", self._last_failure, _first_line(error))
-        items: list[tuple[int, Item]] = [*self._held, *((id_, _failed(error)) for id_ in self._owner)]
-        self._held = []
+        items: list[tuple[int, Item]] = [*self._outbox.items, *((id_, _failed(error)) for id_ in self._owner)]
+        self._outbox.reset()
         self._owner.clear()
-        self._new.clear()
         for runner in self._runners.values():
             runner.reset()
         self._publish(items)
 
     def _forget(self, key: str) -> list[int]:
+        """Forget the sequences of a model, and return their ids."""
         ids = [id_ for id_, owner in self._owner.items() if owner == key]
         for id_ in ids:
             del self._owner[id_]
-            self._new.discard(id_)
+        self._outbox.forget(ids)
         return ids
-
-    def _shared(self, commands: list[Command]) -> list[Command]:
-        """Rank 0's commands, on every rank."""
-        if self._group is None:
-            return commands
-        import mlx.core as mx
-
-        if self._group.rank() == 0:
-            if not commands:
-                mx.eval(mx.distributed.all_sum(mx.array(0), stream=mx.cpu))
-                return []
-            plain = [replace(each, matcher=None) if isinstance(each, Submit) else each for each in commands]
-            data = mx.array(list(pickle.dumps(plain)), dtype=mx.uint8)
-            mx.eval(mx.distributed.all_sum(mx.array(data.size), stream=mx.cpu))
-            mx.eval(mx.distributed.all_sum(data, stream=mx.cpu))
-            return plain
-        size: Any = mx.distributed.all_sum(mx.array(0), stream=mx.cpu).item()
-        if size == 0:
-            return []
-        data = mx.distributed.all_sum(mx.zeros(size, dtype=mx.uint8), stream=mx.cpu)
-        content: Any = data.tolist()
-        shared = pickle.loads(bytes(content))  # noqa: S301 - from rank 0, which started us
-        return list(shared)
 
     def _publish(self, items: list[tuple[int, Item]]) -> None:
         runners = self._runners.values()
@@ -279,3 +236,11 @@ def _failed(error: Exception) -> ServerError:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else ""
+
+
+def load_failure(error: BaseException, folder: str) -> str:
+    """Return in one line why a model cannot be loaded, for clients: without the paths of this machine."""
+    text = " ".join(str(error).replace(f"{folder}/", "").replace(folder, "its folder").split())
+    if not text or _PATH.search(text):  # of another place than its folder: the log has it
+        return f"{type(error).__name__}; the server's log says why"
+    return text if len(text) <= _REASON_CHARACTERS else f"{type(error).__name__}; the server's log says why"

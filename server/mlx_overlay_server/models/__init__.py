@@ -1,1 +1,1 @@
-"""Which models there are, how they are downloaded, and which are in memory."""
+"""The models of the overlay: finding them, downloading them, and keeping them in memory."""

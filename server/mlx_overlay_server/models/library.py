@@ -1,4 +1,4 @@
-"""Which models there are and where each is loaded from: the overlay, asked off the event loop."""
+"""Lists the models of the overlay and finds the folder that each is loaded from, outside the event loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger("mlx_overlay_server")
 
 
 class Listed(NamedTuple):
-    """A model that can be asked for."""
+    """A model that requests can name."""
 
     id: str
     created: int
@@ -23,7 +23,7 @@ class Listed(NamedTuple):
 
 
 class Located(NamedTuple):
-    """A folder to load, and what its weights take."""
+    """The folder of a model, and the bytes of its weights."""
 
     path: str
     nbytes: int
@@ -39,21 +39,21 @@ class _NotHere(UnknownModel):
 
 
 Download = Callable[[str, Callable[[str], None]], Awaitable[None]]
-"""Fetches a model into the Hugging Face cache, telling how far it is. Raises ServerError."""
+"""Downloads a model into the Hugging Face cache and reports its progress as text. Raises ServerError."""
 
 
 class Library:
     """The models of one overlay session."""
 
     def __init__(self, session: hf_overlay.Session, download: Download | None) -> None:
-        """`download` is for ids that are nowhere here; None: the server is offline."""
+        """`download` is used for ids that are not found locally; None: the server is offline."""
         self._session = session
         self._download = download
         self.progress: dict[str, str] = {}
-        """Of each model that is being downloaded: how far it is."""
+        """The progress of each model that is being downloaded, as text."""
 
     async def listed(self) -> list[Listed]:
-        """Every model that can be loaded, one an id, sorted by id; folders and cache are looked at now."""
+        """Look at the folders and the cache, and return every model that can be loaded, by id; ids are unique."""
         return await asyncio.to_thread(self._list)
 
     def _list(self) -> list[Listed]:
@@ -64,7 +64,7 @@ class Library:
         ]
 
     async def locate(self, model_id: str) -> Located:
-        """Where to load a model from, downloading it where it is nowhere else. Raises ServerError."""
+        """Return where to load a model from, after downloading it if it is not found locally. Raises ServerError."""
         try:
             return await asyncio.to_thread(self._locate, model_id)
         except _NotHere as error:
@@ -80,7 +80,7 @@ class Library:
         return await asyncio.to_thread(self._locate, model_id)
 
     async def is_known(self, model_id: str) -> bool:
-        """Whether the id can be answered without asking the Hub. Raises ServerError, but not UnknownModel."""
+        """Return whether a model is found locally. Raises ServerError, but not UnknownModel."""
         try:
             await asyncio.to_thread(self._locate, model_id)
         except UnknownModel:
@@ -100,7 +100,7 @@ class Library:
             message = f"{model_id} is here, but incomplete: {error.problem}"
             raise Unavailable(message, field="model", code="model_incomplete") from None
         except hf_overlay.ModelNotFound as error:
-            # It tells where was looked, which is not for every client to know; the id in it may hold anything.
+            # It names the folders that were searched, which clients need not know; the id in it may hold anything.
             logger.info("%.1000s", " ".join(str(error).split()))
             near = f"; did you mean {error.near}?" if error.near is not None else ""
             message = f"there is no model {model_id!r} here{near}; GET /v1/models lists what there is"

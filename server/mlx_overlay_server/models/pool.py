@@ -1,4 +1,7 @@
-"""Which models are resident: loads coalesced, a memory budget kept, idle models unloaded. All on the event loop."""
+"""Keeps models in memory: joins loads of one model, keeps to a memory budget, unloads idle models.
+
+Everything here runs on the event loop.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +22,20 @@ logger = logging.getLogger("mlx_overlay_server")
 
 
 class Source(Protocol):
-    """What the pool needs of the library."""
+    """The part of the library that the pool uses."""
 
     async def locate(self, model_id: str) -> Located: ...
 
 
 class Loader(Protocol):
-    """What the pool needs of the engine."""
+    """The part of the engine that the pool uses."""
 
     async def load(self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None) -> Loaded: ...
     def unload(self, model: Loaded) -> None: ...
 
 
 class Extras(NamedTuple):
-    """What is loaded together with a model."""
+    """What is loaded together with a model: LoRA weights and a draft model."""
 
     adapter_path: str | None = None
     draft: str | None = None
@@ -46,11 +49,11 @@ class Resident:
     id: str
     model: Loaded
     used: float
-    """Monotonic seconds."""
+    """When it was last used, in monotonic seconds."""
 
 
 class Pool:
-    """Hands out loaded models, and loads and unloads them as needed."""
+    """The models in memory: hands them out, and loads and unloads them as needed."""
 
     def __init__(
         self,
@@ -62,7 +65,10 @@ class Pool:
         pinned: tuple[str, ...] = (),
         extras: Mapping[str, Extras] | None = None,
     ) -> None:
-        """`budget`: bytes that weights may take; `idle_ttl`: seconds until an idle model goes, 0: never."""
+        """`budget`: bytes that weights may take; `idle_ttl`: seconds until an idle model is unloaded, 0: never.
+
+        `pinned`: ids that are never unloaded; `extras`: what is loaded together with an id.
+        """
         self._source = source
         self._loader = loader
         self._budget = budget
@@ -71,7 +77,7 @@ class Pool:
         self._extras = extras or {}
         self._resident: dict[str, Resident] = {}
         self._users: Counter[str] = Counter()
-        """Requests that use a model, or wait for it: it is not unloaded."""
+        """How many requests use a model or wait for it: while there are any, it is not unloaded."""
         self._loading: dict[str, asyncio.Task[Resident]] = {}
         self._reserved = 0
         self._room = asyncio.Lock()
@@ -89,16 +95,16 @@ class Pool:
 
     @property
     def nbytes(self) -> int:
-        """What the resident models' weights take."""
+        """Bytes that the weights of the resident models take."""
         return sum(each.model.nbytes for each in self._resident.values())
 
     def is_resident(self, model_id: str) -> bool:
-        """Whether a request for it can start at once."""
+        """Return whether a model is in memory, so that a request for it can start at once."""
         return model_id in self._resident
 
     @asynccontextmanager
     async def use(self, model_id: str) -> AsyncIterator[Loaded]:
-        """A loaded model, which stays for as long as the context is open. Raises ServerError."""
+        """Give a loaded model, which is not unloaded while the context is open. Raises ServerError."""
         self._users[model_id] += 1  # before anything is awaited: it must not be unloaded between load and use
         try:
             resident = self._resident.get(model_id) or await self._load(model_id)
@@ -112,7 +118,7 @@ class Pool:
             self._notify()
 
     async def sweep(self) -> None:
-        """Unload what was idle for too long, for as long as the server runs."""
+        """Unload models that were idle for too long, for as long as the server runs."""
         while self._idle_ttl:
             await asyncio.sleep(min(self._idle_ttl / 4, 10))
             now = time.monotonic()
@@ -121,17 +127,17 @@ class Pool:
                     self._unload(each, "idle")
 
     def abort(self) -> None:
-        """Give up loads that still run; whoever waits for them is told."""
+        """Cancel loads that still run; whoever waits for them gets Unavailable."""
         for task in self._loading.values():
             task.cancel()
 
     async def close(self) -> None:
-        """The same, and wait until they have ended."""
+        """Cancel loads that still run, and wait until they have ended."""
         self.abort()
         await asyncio.gather(*self._loading.values(), return_exceptions=True)
 
     async def _load(self, model_id: str) -> Resident:
-        """One load, however many wait for it; it goes on when they leave."""
+        """Load a model once, however many requests wait for it; the load continues when they leave."""
         task = self._loading.get(model_id)
         if task is None:
             task = asyncio.create_task(self._load_once(model_id))
@@ -147,7 +153,7 @@ class Pool:
     def _loaded(self, model_id: str) -> None:
         task = self._loading.pop(model_id)
         if not task.cancelled():
-            task.exception()  # it was told to whoever waited; nobody may be left
+            task.exception()  # whoever waited has got it; asyncio warns of errors that nobody has read
         self._notify()
 
     async def _load_once(self, model_id: str) -> Resident:
@@ -169,7 +175,7 @@ class Pool:
         return resident
 
     async def _make_room(self, model_id: str, nbytes: int) -> None:
-        """Reserve memory, unloading idle models, least recently used first. Raises Unavailable when it never fits."""
+        """Reserve memory by unloading idle models, least recently used first. Raises Unavailable if it never fits."""
         async with self._room:  # one at a time: two must not count the same bytes as free
             while self.nbytes + self._reserved + nbytes > self._budget:
                 pinned = sum(each.model.nbytes for each in self._resident.values() if each.id in self._pinned)
@@ -201,7 +207,7 @@ class Pool:
 
 
 async def preload(pool: Pool, model_ids: tuple[str, ...]) -> None:
-    """Load models before anybody asks; what fails is logged, and told to those who ask."""
+    """Load models before they are asked for. Failures are logged; a request for such a model tries again."""
     for model_id in model_ids:
         try:
             async with pool.use(model_id):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hf_overlay.catalog.kinds import ModelTypes, installed
 from hf_overlay.catalog.scan import Scanner
-from hf_overlay.models import Source
+from hf_overlay.models import Code, Source
 
 from tests.support import hfcache
 from tests.support.folders import lay_model, settle, weights
@@ -182,6 +182,7 @@ def test_weights_without_config_are_rejected_and_named(models: Path) -> None:
     lay_model(models / "pub/model-MLX")
     source = scan(models)
     assert ids(source) == ["pub/model-MLX"]
+    assert [each.reason.code for each in source.rejects if each.id == "pub/model-GGUF"] == [Code.GGUF]
     assert reasons(source)["pub/model-GGUF"] == "has no config.json (only .gguf files)"
 
 

@@ -297,7 +297,7 @@ def addressing(model: Loaded) -> Loaded:
     }
     tokenizer = copy.copy(model.tokenizer)
     tokenizer._response_format = {"initial_state": "header", "transitions": transitions}  # type: ignore[attr-defined]
-    return replace(model, tokenizer=tokenizer, machine=make_text_state_machine(tokenizer))
+    return replace(model, tokenizer=tokenizer, marks=make_text_state_machine(tokenizer))
 
 
 def test_whom_a_text_is_spoken_to_is_not_part_of_it(addressing: Loaded) -> None:

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from mlx_overlay_server.chat.grammar import Constraint
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import Params
 from mlx_overlay_server.engine import runner
-from mlx_overlay_server.engine.commands import Options, Prefilled, Sampled, Submit
+from mlx_overlay_server.engine.commands import Prefilled, Sampled, Submit
 from mlx_overlay_server.engine.handle import Engine, Mailbox
 from mlx_overlay_server.engine.worker import Worker
 from mlx_overlay_server.errors import Failed, ServerError, Unavailable
+from mlx_overlay_server.settings import EngineOptions
 
 from tests.support.models import make_model, make_random_model
+from tests.support.processes import PYTHON, environment, succeed
 
 SECONDS = 60
 
 
-def run(use: Callable[[Engine], Awaitable[None]], options: Options = Options()) -> None:  # noqa: B008 - frozen
+def run(use: Callable[[Engine], Awaitable[None]], options: EngineOptions = EngineOptions()) -> None:  # noqa: B008 - frozen
     """Use an engine, and stop it whatever comes of that."""
 
     async def main() -> None:
@@ -221,3 +225,70 @@ def test_a_request_whose_processors_fail_harms_no_row_beside_it(tmp_path: Path) 
         assert engine.stats.failures == 0, "the batch was lost"
 
     run(use)
+
+
+def test_kept_prefixes_hold_no_more_memory_than_is_counted(tmp_path: Path) -> None:
+    """By MLX's own count, after sequences of different lengths have shared a batch."""
+
+    def held() -> int:
+        gc.collect()
+        mx.synchronize()
+        return mx.get_active_memory()
+
+    async def use(engine: Engine) -> None:
+        model = await engine.load(str(make_random_model(tmp_path / "random", hidden=256)))
+        before = held()
+        sequences = []
+        for number in range(engine.options.batch_size):
+            prompt = tuple(1 + (number * 7 + place) % 200 for place in range(200 + 10 * number))
+            sequences.append(Submit(engine.new_id(), model.key, prompt, Params(temperature=0), 2 + number % 5))
+        mailbox = engine.submit(sequences)
+        ended = 0
+        while ended < len(sequences):
+            for _, item in await mailbox.take():
+                ended += isinstance(item, Sampled) and item.finish is not None
+        assert engine.stats.cache_entries == len(sequences)
+        assert held() - before <= 1.1 * engine.stats.cache_bytes
+
+    run(use)
+
+
+def test_a_budget_of_the_prefix_cache_bounds_what_it_holds(tmp_path: Path) -> None:
+    budget = 4 * 10**6
+
+    async def use(engine: Engine) -> None:
+        model = await engine.load(str(make_random_model(tmp_path / "random", hidden=256)))
+        gc.collect()
+        before = mx.get_active_memory()
+        for turn in range(12):
+            prompt = tuple(1 + (turn * 7 + place) % 200 for place in range(300))
+            mailbox = engine.submit([Submit(engine.new_id(), model.key, prompt, Params(temperature=0), 3)])
+            await text_of(model, mailbox)
+        assert 0 < engine.stats.cache_bytes <= budget
+        gc.collect()
+        assert mx.get_active_memory() - before <= 1.1 * budget
+
+    run(use, EngineOptions(cache_bytes=budget))
+
+
+_STARTED = """
+import asyncio, resource
+from mlx_overlay_server.engine.handle import Engine
+from mlx_overlay_server.settings import EngineOptions
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (1000, hard))
+
+async def main():
+    engine = Engine(EngineOptions())
+    engine.start()
+    while not engine.stats.is_alive:
+        await asyncio.sleep(0.01)
+    await engine.stop()
+
+asyncio.run(main())
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1000, hard)
+"""
+
+
+def test_an_engine_that_starts_leaves_the_limit_on_open_files_as_it_was(home: Path) -> None:
+    succeed([PYTHON, "-c", _STARTED], environment(home))

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_lm.models.cache import ArraysCache, KVCache
-from mlx_overlay_server.engine.prefix_cache import Cache, PrefixCache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    ChunkedKVCache,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+)
+from mlx_overlay_server.engine.mlx import Cache
+from mlx_overlay_server.engine.prefix_cache import PrefixCache
 
 _LAYERS = 2
 _BYTES = _LAYERS * 2 * 4
@@ -164,6 +174,62 @@ def test_a_system_prompt_that_another_sequence_begins_with_stays_one_when_its_ow
     _insert(prefixes, 1, 1, 8, 8, system=0)
     _insert(prefixes, 2, 2)
     assert _found(prefixes, [1, 1, 0]) == 2
+
+
+def _key_values(kind: Any) -> Any:
+    def layer(view: mx.array) -> Any:
+        made = kind()
+        made.update_and_fetch(view, view)
+        made.keys, made.values, made.offset = view, view + 0, view.shape[2]
+        return made
+
+    return layer
+
+
+def _arrays(view: mx.array) -> ArraysCache:
+    layer = ArraysCache(2)
+    layer[0], layer[1] = view, view + 0
+    return layer
+
+
+def _quantized(view: mx.array) -> QuantizedKVCache:
+    layer = QuantizedKVCache()
+    layer.update_and_fetch(view, view)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        _key_values(KVCache),
+        _key_values(lambda: RotatingKVCache(1000)),
+        _key_values(lambda: ChunkedKVCache(1000)),
+        lambda view: CacheList(_key_values(KVCache)(view), _arrays(view)),
+        _quantized,
+        _arrays,
+    ],
+    ids=["KVCache", "RotatingKVCache", "ChunkedKVCache", "CacheList", "QuantizedKVCache", "ArraysCache"],
+)
+def test_what_is_kept_holds_the_memory_that_is_counted_and_not_its_batch(layer: Any) -> None:
+    prefixes = PrefixCache(_PLENTY)
+    gc.collect()
+    before = mx.get_active_memory()
+    batch = mx.zeros((32, 4, 1024, 64))
+    mx.eval(batch)
+    prefixes.insert("m", range(300), [layer(batch[3:4, :, :300]) for _ in range(2)], system=0)
+    del batch
+    gc.collect()
+    assert prefixes.nbytes > 0
+    assert mx.get_active_memory() - before <= 1.1 * prefixes.nbytes
+
+
+def test_room_for_tokens_to_come_is_not_kept() -> None:
+    prefixes = PrefixCache(_PLENTY)
+    layer = KVCache()
+    layer.update_and_fetch(mx.zeros((1, 1, 3, 8)), mx.zeros((1, 1, 3, 8)))
+    assert layer.keys.shape[2] > 3
+    prefixes.insert("m", [1, 2, 3], [layer], system=0)
+    assert prefixes.nbytes == 2 * 3 * 8 * 4
 
 
 def test_what_is_larger_than_the_budget_is_not_kept() -> None:

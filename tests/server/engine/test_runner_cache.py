@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from mlx_lm.models.cache import KVCache
 from mlx_overlay_server.chat.requests import Params
-from mlx_overlay_server.engine.commands import Load, Options, Prefilled, Sampled, Submit
+from mlx_overlay_server.engine.commands import Load, Prefilled, Sampled, Submit
+from mlx_overlay_server.engine.loading import load
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
-from mlx_overlay_server.engine.runner import LONG_PROMPTS, Runner, load
+from mlx_overlay_server.engine.runner import LONG_PROMPTS, Runner
+from mlx_overlay_server.settings import EngineOptions
 
 from tests.support.models import make_random_model
 
@@ -33,7 +35,7 @@ class Running:
 
     def __init__(self, folder: Path) -> None:
         self.prefixes = PrefixCache(1 << 30)
-        options = Options(prefill_step=_STEP)
+        options = EngineOptions(prefill_step=_STEP)
         runners = list(load(Load("0:m", str(folder)), options, None, self.prefixes))
         assert runners[-1] is not None
         self.runner: Runner = runners[-1]

@@ -16,51 +16,53 @@ from mlx_overlay_server.chat import grammar
 from mlx_overlay_server.chat.grammar import Budget, Constraint
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import ChatRequest, Format, Params, Tool, ToolChoice
-from mlx_overlay_server.engine.sampling import Choice, Matcher, ReasoningBudget, choice, processors, sampler
+from mlx_overlay_server.engine.sampling import Matcher, ReasoningBudget, Sampling, effective, processors, sampler
 from mlx_overlay_server.errors import InvalidRequest
 
 from tests.support.loaded import loaded
 from tests.support.models import make_model
 
 _VOCAB = 8
-_GREEDY = Choice(0.0, 1.0, 0, 0.0, 1.0)
-_FREE = Choice(1.0, 1.0, 0, 0.0, 1.0)
+_GREEDY = Sampling(0.0, 1.0, 0, 0.0, 1.0)
+_FREE = Sampling(1.0, 1.0, 0, 0.0, 1.0)
 
 # Parameters -----------------------------------------------------------------------------------------------------
 
 
 def test_without_any_word_of_it_openai_s_defaults_hold() -> None:
-    assert choice(Params(), {}, 100) == Choice(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)
+    assert effective(Params(), {}, 100) == Sampling(
+        temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0
+    )
 
 
 def test_the_model_s_defaults_hold_where_the_request_says_nothing() -> None:
     defaults = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}
-    assert choice(Params(), defaults, 100) == Choice(0.6, 0.95, 20, 0.1, 1.1)
+    assert effective(Params(), defaults, 100) == Sampling(0.6, 0.95, 20, 0.1, 1.1)
 
 
 def test_the_request_outranks_the_model_even_with_zeros() -> None:
     defaults = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}
     given_params = Params(temperature=0.0, top_p=0.5, top_k=0, min_p=0.0, repetition_penalty=1.0)
-    assert choice(given_params, defaults, 100) == Choice(0.0, 0.5, 0, 0.0, 1.0)
+    assert effective(given_params, defaults, 100) == Sampling(0.0, 0.5, 0, 0.0, 1.0)
 
 
 def test_a_model_that_does_not_sample_is_greedy_unless_the_request_says_otherwise() -> None:
-    assert choice(Params(), {"do_sample": False}, 100).temperature == 0
-    assert choice(Params(temperature=0.5), {"do_sample": False}, 100).temperature == 0.5
+    assert effective(Params(), {"do_sample": False}, 100).temperature == 0
+    assert effective(Params(temperature=0.5), {"do_sample": False}, 100).temperature == 0.5
 
 
 def test_nulls_in_a_model_s_defaults_are_no_values() -> None:
-    assert choice(Params(), {"temperature": None, "top_k": None}, 100) == choice(Params(), {}, 100)
+    assert effective(Params(), {"temperature": None, "top_k": None}, 100) == effective(Params(), {}, 100)
 
 
 @pytest.mark.parametrize(
     "params", [Params(temperature=1, top_p=0), Params(temperature=1, top_k=1), Params(temperature=0)]
 )
 def test_one_candidate_is_greedy(params: Params) -> None:
-    chosen = choice(params, {}, 100)
-    assert chosen.temperature == 0
+    sampling = effective(params, {}, 100)
+    assert sampling.temperature == 0
     logits = mx.array([[0.0, 3.0, 2.9], [5.0, 3.0, 2.9]])
-    assert sampler(chosen, 1)(logits).tolist() == sampler(chosen, None)(logits).tolist() == [1, 0]
+    assert sampler(sampling, 1)(logits).tolist() == sampler(sampling, None)(logits).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("seed", [None, 3])
@@ -71,13 +73,13 @@ def test_one_candidate_is_greedy(params: Params) -> None:
     + [Params(temperature=1e-5, top_p=1e-5, min_p=5e-324)],
 )
 def test_the_least_numbers_that_a_request_can_hold_leave_the_likeliest_token(params: Params, seed: int | None) -> None:
-    chosen = choice(params, {}, 100)
-    assert set(_draw(chosen, seed, _logprobs(0.15, 0.2, 0.25, 0.4))) == {3}
+    sampling = effective(params, {}, 100)
+    assert set(_draw(sampling, seed, _logprobs(0.15, 0.2, 0.25, 0.4))) == {3}
 
 
 @pytest.mark.parametrize("top_k", [0, 100, 1000, 10**30])
 def test_as_many_candidates_as_there_are_tokens_is_no_limit(top_k: int) -> None:
-    assert choice(Params(top_k=top_k), {}, 100).top_k == 0
+    assert effective(Params(top_k=top_k), {}, 100).top_k == 0
 
 
 # Samplers -------------------------------------------------------------------------------------------------------
@@ -88,8 +90,8 @@ def _logprobs(*weights: float) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def _draw(chosen: Choice, seed: int | None, logprobs: mx.array, count: int = 200) -> list[int]:
-    draw = sampler(chosen, seed)
+def _draw(sampling: Sampling, seed: int | None, logprobs: mx.array, count: int = 200) -> list[int]:
+    draw = sampler(sampling, seed)
     return [_token(draw(logprobs)) for _ in range(count)]
 
 
@@ -119,23 +121,23 @@ def test_seeds_differ() -> None:
 
 
 def test_requests_that_ask_for_the_same_share_a_sampler_and_those_with_a_seed_do_not() -> None:
-    assert sampler(_FREE, None) is sampler(Choice(*_FREE), None)
+    assert sampler(_FREE, None) is sampler(Sampling(*_FREE), None)
     assert sampler(_FREE, 1) is not sampler(_FREE, 1)
 
 
 @pytest.mark.parametrize("seed", [None, 3])
 @pytest.mark.parametrize(
-    ("chosen", "allowed"),
+    ("sampling", "allowed"),
     [
-        (Choice(1.0, 1.0, 0, 0.0, 1.0), {0, 1, 2, 3}),
-        (Choice(1.0, 1.0, 2, 0.0, 1.0), {2, 3}),
-        (Choice(1.0, 0.6, 0, 0.0, 1.0), {2, 3}),
-        (Choice(1.0, 1.0, 0, 0.6, 1.0), {2, 3}),
-        (Choice(0.01, 1.0, 0, 0.0, 1.0), {3}),
+        (Sampling(1.0, 1.0, 0, 0.0, 1.0), {0, 1, 2, 3}),
+        (Sampling(1.0, 1.0, 2, 0.0, 1.0), {2, 3}),
+        (Sampling(1.0, 0.6, 0, 0.0, 1.0), {2, 3}),
+        (Sampling(1.0, 1.0, 0, 0.6, 1.0), {2, 3}),
+        (Sampling(0.01, 1.0, 0, 0.0, 1.0), {3}),
     ],
 )
-def test_only_candidates_are_drawn_and_each_of_them_is(chosen: Choice, allowed: set[int], seed: int | None) -> None:
-    assert set(_draw(chosen, seed, _logprobs(0.15, 0.2, 0.25, 0.4))) == allowed
+def test_only_candidates_are_drawn_and_each_of_them_is(sampling: Sampling, allowed: set[int], seed: int | None) -> None:
+    assert set(_draw(sampling, seed, _logprobs(0.15, 0.2, 0.25, 0.4))) == allowed
 
 
 # Penalties ------------------------------------------------------------------------------------------------------
@@ -145,7 +147,7 @@ def _processed(params: Params, prompt: Sequence[int], answer: Sequence[int], cac
     """Logits of all ones, after the answer so far; mlx-lm leaves out what is cached."""
     logits = mx.ones((1, _VOCAB))
     so_far = mx.array([*prompt[cached:], *answer], dtype=mx.int32)
-    for each in processors(params, choice(params, {}, _VOCAB), prompt, cached=cached):
+    for each in processors(params, effective(params, {}, _VOCAB), prompt, cached=cached):
         logits = each(so_far, logits)
     values: Any = logits[0].tolist()
     return [round(value, 4) for value in values]
@@ -378,4 +380,4 @@ def test_reasoning_that_ends_in_time_is_left_alone() -> None:
 def test_defaults_are_the_model_folder_s(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "m", "Hello.")
     defaults = json.loads((folder / "generation_config.json").read_text())
-    assert choice(Params(), defaults, _VOCAB).temperature == 0
+    assert effective(Params(), defaults, _VOCAB).temperature == 0

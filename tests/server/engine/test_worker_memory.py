@@ -20,7 +20,6 @@ from mlx_overlay_server.engine.commands import (
     Command,
     Item,
     Load,
-    Options,
     Prefilled,
     Sampled,
     Stats,
@@ -32,6 +31,7 @@ from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.worker import Worker
 from mlx_overlay_server.errors import Failed, ServerError, Unavailable
+from mlx_overlay_server.settings import EngineOptions
 
 from tests.support.models import make_model, make_random_model
 
@@ -44,7 +44,7 @@ _STEPS = 500
 class Script:
     """The other side of the worker: commands, each handed over when the one before has had its effect."""
 
-    def __init__(self, commands: Sequence[Command], options: Options, until: Callable[[Script], bool]) -> None:
+    def __init__(self, commands: Sequence[Command], options: EngineOptions, until: Callable[[Script], bool]) -> None:
         self.options = options
         self.items: list[Item] = []
         self.settled: Loaded | ServerError | None = None
@@ -96,7 +96,7 @@ def play(
     folder: Path,
     *commands: Command,
     monkeypatch: pytest.MonkeyPatch,
-    options: Options = Options(),  # noqa: B008 - frozen
+    options: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
     until: Callable[[Script], bool] = is_over,
 ) -> tuple[Script, Worker]:
     """Load a model, play commands, and stop: what was told, and the worker as it is just before it ends."""
@@ -181,7 +181,7 @@ def test_an_answer_cancelled_before_its_prompt_is_read_is_forgotten(
         return any(isinstance(item, Prefilled) for item in script.items)
 
     command = submit(range(97, 117), 10**6, **params)
-    options = Options(prefill_step=4)
+    options = EngineOptions(prefill_step=4)
     script, worker = play(endless, command, Cancel(ID), monkeypatch=monkeypatch, options=options, until=has_read)
     assert not has_begun(script), "the prompt was read in one piece: the test shows nothing"
     check_forgotten(worker)
@@ -239,7 +239,7 @@ def test_an_answer_that_fails_before_its_first_token_is_told_and_forgotten(
 # The event loop's side --------------------------------------------------------------------------------------------
 
 
-def _loop_test(folder: Path, use: Callable[[Engine, Loaded], Any], options: Options = Options()) -> None:  # noqa: B008
+def _loop_test(folder: Path, use: Callable[[Engine, Loaded], Any], options: EngineOptions = EngineOptions()) -> None:  # noqa: B008
     async def main() -> None:
         engine = Engine(options)
         engine.start()

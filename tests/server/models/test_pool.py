@@ -44,7 +44,7 @@ class Shelf:
         if self.failures:
             raise self.failures.pop()
         nbytes = self.sizes[path[1:]] + (self.sizes[draft_path[1:]] if draft_path else 0)
-        return Loaded(path[1:], path, _NO_TOKENIZER, None, nbytes, 0, None, {})
+        return Loaded(path[1:], path, _NOTHING, _NOTHING, _NOTHING, _NOTHING, nbytes, 0, None, {})
 
     def unload(self, model: Loaded) -> None:
         self.unloads.append(model.key)
@@ -54,7 +54,7 @@ class Shelf:
         return [name for name, _, _ in self.loads]
 
 
-_NO_TOKENIZER: Any = None
+_NOTHING: Any = None
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

@@ -37,4 +37,4 @@ def _is_hung() -> bool:
 
 for _name in ("access", "listdir", "lstat", "open", "readlink", "scandir", "stat", "statvfs"):
     setattr(os, _name, _hanging(getattr(os, _name)))
-builtins.open = io.open = _hanging(open)  # type: ignore[assignment]
+builtins.open = io.open = _hanging(open)

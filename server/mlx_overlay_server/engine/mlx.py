@@ -1,0 +1,192 @@
+"""Every use of mlx-lm that goes beyond its documented API: shapes of its classes, private attributes, side effects.
+
+Each function rests on assumptions about mlx-lm's source. `tests/server/test_mlx_contract.py` has a test for each of
+them, and runs with every release that `server/pyproject.toml` admits; a test that fails says what to mend here.
+
+Import this module before anything else that imports mlx-lm: it keeps that import from changing the process's limits.
+"""
+
+from __future__ import annotations
+
+import copy
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+
+@contextmanager
+def _file_limit_kept() -> Iterator[None]:
+    """Keep imports in this context from setting the limit on open files.
+
+    `mlx_lm.utils` lowers it to 2048 (soft) and 4096 (hard) when it is imported. Restoring it afterwards would not do:
+    only root may raise a hard limit again.
+    """
+    original = resource.setrlimit
+
+    def setrlimit(which: int, limits: tuple[int, int]) -> None:
+        if which != resource.RLIMIT_NOFILE:
+            original(which, limits)
+
+    resource.setrlimit = setrlimit
+    try:
+        yield
+    finally:
+        resource.setrlimit = original
+
+
+with _file_limit_kept():
+    from mlx_lm.generate import BatchGenerator
+    from mlx_lm.models.cache import CacheList, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+    from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer
+    from mlx_lm.tool_parsers import json_tools
+
+Cache = list[Any]
+"""mlx-lm's KV cache of one sequence: one cache object per layer."""
+
+# Batches ---------------------------------------------------------------------------------------------------------
+
+
+def can_batch(model: Any) -> bool:
+    """Return whether a model's sequences can share a continuous batch: each layer's cache must be able to merge."""
+    return all(hasattr(layer, "merge") for layer in make_prompt_cache(model))
+
+
+def set_prefill_step(batch: BatchGenerator, tokens: int) -> None:
+    """Set how many tokens of each unread prompt the next step of a batch reads."""
+    batch.prefill_step_size = tokens
+
+
+# Sequences that run alone ----------------------------------------------------------------------------------------
+
+
+def close_alone(drawn: Any, cache: Cache, size: int) -> int | None:
+    """End a generator of tokens, and cut its KV cache to what may be reused.
+
+    `size` is how many tokens the sequence has. Returns how many of them the cache holds afterwards; None when the
+    cache cannot be cut, and so must not be kept.
+    """
+    drawn.close()  # its `finally` takes rejected guesses of a draft model back out of the caches
+    if not cache or not all(hasattr(layer, "offset") and layer.is_trimmable() for layer in cache):
+        return None
+    kept = min(*(layer.offset for layer in cache), size)
+    for layer in cache:  # the last token was drawn but not read, and a draft model's caches may be a token ahead
+        layer.trim(layer.offset - kept)
+    return int(kept)
+
+
+# Caches that are kept --------------------------------------------------------------------------------------------
+
+
+def compact(cache: Cache) -> Cache:
+    """Return a copy of a KV cache that holds its tokens and nothing more, in buffers of its own, not evaluated yet.
+
+    A cache that leaves a batch may be a view on the buffers of the whole batch, and has room for tokens to come.
+    """
+    return [_compact(layer) for layer in cache]
+
+
+def _compact(layer: Any) -> Any:
+    if isinstance(layer, CacheList):
+        return CacheList(*map(_compact, layer.caches))
+    own = copy.copy(layer)
+    if hasattr(layer, "keys_and_values") and not layer.empty():
+        own.keys, own.values = tree_map(_contiguous, layer.keys_and_values())  # the tokens without the room behind
+    else:
+        own.state = tree_map(_contiguous, layer.state)
+    return own
+
+
+def _contiguous(value: Any) -> Any:
+    return mx.contiguous(value) if isinstance(value, mx.array) else value
+
+
+def head(cache: Cache, *, dropping: int) -> Cache | None:
+    """Return a compact copy of a KV cache without its last `dropping` tokens; None when its kind cannot be cut."""
+    if not can_trim_prompt_cache(cache):
+        return None
+    cut = copy.deepcopy(cache)  # lazy: arrays are shared until one is written to
+    trim_prompt_cache(cut, dropping)
+    return compact(cut)
+
+
+def evaluate(cache: Cache) -> None:
+    """Compute a KV cache's arrays now, so that it holds on to none of the arrays they are made from."""
+    mx.eval([layer.state for layer in cache])
+
+
+# Tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def prepare_tokenizer(tokenizer: Any) -> None:
+    """Make a tokenizer that mlx-lm has loaded ready for calls from several threads, and for tool calls."""
+    tokenizer.model_max_length = 1 << 60  # transformers would log a warning for long prompts; the server refuses them
+    tokenizer.encode("")  # the first call may change the tokenizer's settings
+    if not tokenizer.has_tool_calling:  # the server writes tools into the prompt itself then, and asks for this form
+        tokenizer._tool_parser = json_tools.parse_tool_call  # noqa: SLF001 - the wrapper takes them in __init__ alone
+        tokenizer._tool_call_start = json_tools.tool_call_start  # noqa: SLF001
+        tokenizer._tool_call_end = json_tools.tool_call_end  # noqa: SLF001
+
+
+def detokenizer(tokenizer: Any) -> Any:
+    """Return a new streaming detokenizer for one answer.
+
+    It is mlx-lm's own, except where mlx-lm has only its naive one, which decodes the whole line anew for each token:
+    then the tokenizers library's stream takes its place.
+    """
+    made = tokenizer.detokenizer
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    return _Detokenizer(inner) if isinstance(made, NaiveStreamingDetokenizer) and inner is not None else made
+
+
+def grammar_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
+    """Return llguidance's view of a tokenizer's vocabulary; takes up to a second. Raises ValueError."""
+    from llguidance.hf import from_tokenizer
+
+    inner = tokenizer._tokenizer  # noqa: SLF001 - llguidance takes transformers' classes, and the wrapper is none of them
+    return from_tokenizer(inner, n_vocab=vocab_size, eos_token=sorted(tokenizer.eos_token_ids))
+
+
+class _Detokenizer:
+    """The tokenizers library's stream of text, with the methods of mlx-lm's detokenizers that the server uses."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._text = ""
+        self._unfinished: list[int] = []
+        """Tokens of a character that is not complete."""
+
+    def add_token(self, token: int) -> None:
+        """Read one more token."""
+        self._unfinished.append(token)
+        if text := self._stream.step(self._tokenizer, token):
+            self._text += text
+            self._unfinished.clear()
+
+    def finalize(self) -> None:
+        """Turn the tokens of a character that stays incomplete into text: no token follows."""
+        if self._unfinished:
+            self._text += self._tokenizer.decode(self._unfinished, skip_special_tokens=False)
+            self._unfinished.clear()
+
+    @property
+    def last_segment(self) -> str:
+        """The text since this was last read."""
+        text, self._text = self._text, ""
+        return text
+
+
+# Images ----------------------------------------------------------------------------------------------------------
+
+
+def image_embeddings(model: Any, tokens: Sequence[int], images: Sequence[Any]) -> mx.array:
+    """Return the input embeddings of a prompt with images, evaluated; `images` are the processor's pixel values."""
+    embeddings: mx.array = model.embed_inputs(mx.array(list(tokens)), pixel_values=list(images))
+    mx.eval(embeddings)
+    return embeddings

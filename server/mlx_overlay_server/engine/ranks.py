@@ -1,0 +1,53 @@
+"""The processes of a `mlx.launch`: all of them run the engine's loop on the commands that rank 0 shares."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_overlay_server.engine.commands import Command, Submit
+
+
+class Ranks:
+    """This process's place among the ranks, and the way from rank 0's commands to the others."""
+
+    def __init__(self) -> None:
+        """Join the group, and give all ranks one random seed, so that they draw the same tokens."""
+        group = mx.distributed.init()
+        self.group: Any = group if group.size() > 1 else None
+        """MLX's group; None for a process on its own."""
+        if self.group is not None:
+            state: Any = mx.random.state
+            seed: Any = mx.distributed.all_sum(state[0]).view(mx.uint64).item()
+            mx.random.seed(seed)
+
+    def share(self, commands: Sequence[Command]) -> list[Command]:
+        """Return rank 0's commands, on every rank. Every rank calls it in each turn; only rank 0's argument counts."""
+        if self.group is None:
+            return list(commands)
+        return self._send(commands) if self.group.rank() == 0 else self._receive()
+
+    @staticmethod
+    def _send(commands: Sequence[Command]) -> list[Command]:
+        if not commands:
+            mx.eval(mx.distributed.all_sum(mx.array(0), stream=mx.cpu))
+            return []
+        # Matchers cannot be pickled: each rank makes its own from the constraint.
+        plain = [replace(each, matcher=None) if isinstance(each, Submit) else each for each in commands]
+        data = mx.array(list(pickle.dumps(plain)), dtype=mx.uint8)
+        mx.eval(mx.distributed.all_sum(mx.array(data.size), stream=mx.cpu))
+        mx.eval(mx.distributed.all_sum(data, stream=mx.cpu))
+        return plain
+
+    @staticmethod
+    def _receive() -> list[Command]:
+        size: Any = mx.distributed.all_sum(mx.array(0), stream=mx.cpu).item()
+        if size == 0:
+            return []
+        data = mx.distributed.all_sum(mx.zeros(size, dtype=mx.uint8), stream=mx.cpu)
+        content: Any = data.tolist()
+        return list(pickle.loads(bytes(content)))  # noqa: S301 - from rank 0, which started us
