@@ -23,17 +23,19 @@ from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models import download
 from mlx_overlay_server.models.library import Library
 from mlx_overlay_server.models.pool import Extras, Pool, preload
+from mlx_overlay_server.preparation import Preparation
+from mlx_overlay_server.preparation.process import Process
 from mlx_overlay_server.service import Service
 from mlx_overlay_server.settings import Settings
 
 
-def build(settings: Settings, session: hf_overlay.Session) -> tuple[ASGIApp, Service]:
-    """The application, and the service in it."""
-    service = _service(settings, session)
+def build(settings: Settings, session: hf_overlay.Session, process: Process | None = None) -> tuple[ASGIApp, Service]:
+    """The application, and the service in it; `process` is a preparation process that was started already."""
+    service = _service(settings, session, process)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.engine.start()
+        service.start()
         tasks = [
             asyncio.create_task(preload(service.pool, settings.models)),
             asyncio.create_task(service.pool.sweep()),
@@ -46,7 +48,7 @@ def build(settings: Settings, session: hf_overlay.Session) -> tuple[ASGIApp, Ser
             await asyncio.gather(*tasks, return_exceptions=True)
             await service.pool.close()
             await service.engine.stop()
-            service.stop()
+            await service.stop()
 
     app = FastAPI(
         title="MLX Omni Server",
@@ -72,7 +74,7 @@ def build(settings: Settings, session: hf_overlay.Session) -> tuple[ASGIApp, Ser
     return guarded, service
 
 
-def _service(settings: Settings, session: hf_overlay.Session) -> Service:
+def _service(settings: Settings, session: hf_overlay.Session, process: Process | None) -> Service:
     engine = Engine(settings.engine)
     library = Library(session, None if session.is_offline else download.Downloader(session).fetch)
     first = settings.models[:1]
@@ -105,6 +107,7 @@ def _service(settings: Settings, session: hf_overlay.Session) -> Service:
         engine,
         Metrics(numbers, frozenset({"engine_steps", "engine_failures"})),
         settings.limits,
+        Preparation(engine, settings.limits, process),
         aliases=settings.aliases,
         default_model=settings.default_model,
     )
