@@ -129,7 +129,7 @@ def _read(pipe: int, size: int) -> bytes:
 
 def main() -> None:
     """In the process: work on functions until there are no more."""
-    from hf_overlay.patience import reporting
+    from hf_overlay.progress import reporting
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a key press is for the program that asks
     last = 0.0

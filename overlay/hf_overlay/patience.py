@@ -11,12 +11,11 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from hf_overlay.mounts import may_hang
+from hf_overlay.progress import alive, reporting
 
 if TYPE_CHECKING:
     from hf_overlay.helper import Helper
@@ -32,25 +31,6 @@ class NoAnswer(OSError):
 
     def __init__(self, root: str) -> None:
         super().__init__(errno.ETIMEDOUT, "does not answer", root)
-
-
-_report: ContextVar[Callable[[], None]] = ContextVar("report", default=lambda: None)
-"""Reports progress of the question that this thread works on."""
-
-
-def alive() -> None:
-    """Report that the disk has just answered a part of the question. Outside of a question it does nothing."""
-    _report.get()()
-
-
-@contextmanager
-def reporting(report: Callable[[], None]) -> Iterator[None]:
-    """Have `alive` call `report` in this thread."""
-    token = _report.set(report)
-    try:
-        yield
-    finally:
-        _report.reset(token)
 
 
 class _Question(Generic[Answer]):

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from hf_overlay.helper import Helper
 from hf_overlay.mounts import may_hang
-from hf_overlay.patience import NoAnswer, Patience, alive
+from hf_overlay.patience import NoAnswer, Patience
+from hf_overlay.progress import alive
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from hf_overlay.catalog.reading import Found
 from hf_overlay.catalog.weights import Problems
 from hf_overlay.config import OWNER_FILE
 from hf_overlay.models import Code, Model, Reason, Reject, Source
-from hf_overlay.patience import Patience, alive
+from hf_overlay.patience import Patience
+from hf_overlay.progress import alive
 
 _CACHE = ""
 """The real cache among the model paths, of which none is empty. It may be one of them as well."""
