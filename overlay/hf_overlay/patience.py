@@ -2,7 +2,8 @@
 
 A system call on such a mount does not return, and nothing can interrupt it. So each question runs in a thread of its
 own, which is given up on when it makes no progress for `STALL_SECONDS`. A slow disk is not given up on: what takes long
-reports progress with `alive`. The threads are daemons, for which a program that ends does not wait.
+reports progress with `alive`. The threads are daemons, for which a program that ends does not wait. Where a mount may
+hold even a process that is killed, the thread has a helper process ask.
 """
 
 from __future__ import annotations
@@ -11,12 +12,17 @@ import errno
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from hf_overlay.mounts import may_hang
+from hf_overlay.progress import alive, reporting
+
+if TYPE_CHECKING:
+    from hf_overlay.helper import Helper
 
 Answer = TypeVar("Answer")
 
-STALL_SECONDS = 1.5
+STALL_SECONDS = 1.2
 """A disk that gives no sign of life for so long does not answer. It may yet: one that spins up takes a few seconds."""
 
 
@@ -25,15 +31,6 @@ class NoAnswer(OSError):
 
     def __init__(self, root: str) -> None:
         super().__init__(errno.ETIMEDOUT, "does not answer", root)
-
-
-_report: ContextVar[Callable[[], None]] = ContextVar("report", default=lambda: None)
-"""Reports progress of the question that this thread works on."""
-
-
-def alive() -> None:
-    """Report that the disk has just answered a part of the question. Outside of a question it does nothing."""
-    _report.get()()
 
 
 class _Question(Generic[Answer]):
@@ -62,9 +59,9 @@ class _Question(Generic[Answer]):
         return self._answer  # type: ignore[return-value]  # which may be None itself
 
     def _work(self) -> None:
-        _report.set(self._has_progressed)
         try:
-            self._answer = self._function()
+            with reporting(self._has_progressed):
+                self._answer = self._function()
         except BaseException as error:  # noqa: BLE001 - handed to the thread that asks
             self._error = error
         self._ended.set()
@@ -80,6 +77,8 @@ class Patience:
         self._seconds = seconds
         self._open: dict[str, _Question[object]] = {}
         """By root, a question that was given up on and has not ended."""
+        self._helpers: dict[str, Helper] = {}
+        self._lock = threading.Lock()
 
     def is_waiting_for(self, root: str) -> bool:
         """Whether an earlier question about this root is still without an answer."""
@@ -90,7 +89,7 @@ class Patience:
         return question is not None
 
     def ask(self, root: str, function: Callable[[], Answer]) -> Answer:
-        """What the function returns or raises, which looks at nothing but the disk of `root`.
+        """What the function returns or raises, which looks at nothing but the disk of `root`, and can be pickled.
 
         Raises NoAnswer when it makes no progress, and at once while an earlier question about that root is open: so
         threads do not pile up.
@@ -116,7 +115,19 @@ class Patience:
     def _begin(self, root: str, function: Callable[[], Answer]) -> _Question[Answer]:
         if self.is_waiting_for(root):
             raise NoAnswer(root)
-        return _Question(root, function)
+        return _Question(root, lambda: self._look(root, function))
+
+    def _look(self, root: str, function: Callable[[], Answer]) -> Answer:
+        if not may_hang(root):
+            return function()
+        answer: Answer = self._helper(root).call(function, alive)
+        return answer
+
+    def _helper(self, root: str) -> Helper:
+        from hf_overlay.helper import Helper  # few machines need any
+
+        with self._lock:
+            return self._helpers.setdefault(root, Helper())
 
     def _answer(self, question: _Question[Answer]) -> Answer:
         try:

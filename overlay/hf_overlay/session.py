@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -241,21 +242,9 @@ class Session:
     def has_copy(self, folder: str) -> bool:
         """Whether a client finds main of a repo, by its folder name, without the Hub: of a model, with weights."""
         try:
-            return self._catalog.patience.ask(self.settings.hub_cache, lambda: self._has_copy(folder))
+            return self._catalog.patience.ask(self.settings.hub_cache, partial(_has_copy, f"{self._tree.hub}/{folder}"))
         except OSError:
             return False
-
-    def _has_copy(self, folder: str) -> bool:
-        repo = f"{self._tree.hub}/{folder}"
-        try:
-            snapshot = hfcache.snapshot(repo, hfcache.main_commit(repo, any_single=True))
-        except hfcache.NoSnapshot:
-            return False
-        return hfcache.is_other_repo(folder) or any(
-            name.endswith(weights.SUFFIXES) and os.path.isfile(f"{inside}/{name}")
-            for inside, _, names in os.walk(snapshot)
-            for name in names
-        )
 
     def expect_download(self, folder: str) -> None:
         """Let what a client is about to write to a repo folder land in the real cache."""
@@ -291,6 +280,18 @@ class Session:
         if self.settings.holds_downloads:
             return f"downloads are held in {self._owner.path} until it takes them"
         return "nothing is downloaded meanwhile (to download all the same, and hold it here: --hold-downloads)"
+
+
+def _has_copy(repo: str) -> bool:
+    try:
+        snapshot = hfcache.snapshot(repo, hfcache.main_commit(repo, any_single=True))
+    except hfcache.NoSnapshot:
+        return False
+    return hfcache.is_other_repo(os.path.basename(repo)) or any(
+        name.endswith(weights.SUFFIXES) and os.path.isfile(f"{inside}/{name}")
+        for inside, _, names in os.walk(snapshot)
+        for name in names
+    )
 
 
 @contextmanager

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
+from tests.support import fuse_disk
 from tests.support.folders import weights
 from tests.support.hfcache import add_repo, listing, repo_folder
 from tests.support.loopback_hub import LoopbackHub
 from tests.support.models import make_model
-from tests.support.processes import PYTHON, environment, finish
+from tests.support.processes import PYTHON, SECONDS, environment, eventually, finish
 from tests.support.server import Server, serving
 
 MINE, CACHED, HUBS = "From the folder.", "From the cache.", "From the Hub."
@@ -280,3 +283,33 @@ def test_code_that_comes_with_a_model_is_run_by_a_flag_only(home: Path, drive: P
     with serving(home, drive, options=["--trust-remote-code"]) as server:
         assert said(server, "acme/tricky") == MINE
     assert ran.exists()
+
+
+@pytest.mark.slow
+def test_a_disk_that_hangs_hides_its_own_models_and_signals_still_end_the_server(home: Path, tmp_path: Path) -> None:
+    """P7: local models are listed and loaded, `/health` answers, and the disk's models are back by themselves."""
+    if (reason := fuse_disk.why_not()) is not None:
+        pytest.skip(reason)
+    make_model(tmp_path / "behind" / "acme" / "slow", "From the network.")
+    make_model(tmp_path / "local" / "acme" / "mine", MINE)
+    with fuse_disk.mounted(tmp_path / "behind", tmp_path / "nas") as disk:  # noqa: SIM117 - in this order
+        with serving(home, tmp_path / "nas", tmp_path / "local") as server:
+            assert ids(server) == ["acme/mine", "acme/slow"]
+            disk.hang()
+            began = time.monotonic()
+            assert ids(server) == ["acme/mine"]
+            assert time.monotonic() - began < 5, "the list waits for the disk"
+            assert said(server, "acme/mine") == MINE, "a model that was not in memory"
+            status, error = refused(server, "acme/slow")
+            assert (status, error["code"]) == (503, "model_away")
+            assert "does not answer" in error["message"]
+            assert server.http.get("/health").status_code == 200
+            disk.answer()
+            eventually(lambda: "acme/slow" in ids(server), "the disk's models are listed again")
+            assert said(server, "acme/slow") == "From the network."
+            disk.hang()
+            assert ids(server) == ["acme/mine"]
+            began = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            server.process.wait(SECONDS)
+            assert time.monotonic() - began < 5, "the server waits for the disk"

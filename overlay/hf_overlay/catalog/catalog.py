@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from hf_overlay import hfcache, keeping
@@ -118,14 +119,14 @@ class Catalog:
     def is_folder(self, path: str, root: str) -> bool:
         """Whether there is a folder at `path`, which is in the model path or cache `root`; False without an answer."""
         try:
-            return self.patience.ask(root, lambda: os.path.isdir(path))
+            return self.patience.ask(root, partial(os.path.isdir, path))
         except NoAnswer:
             return False
 
     def answers(self, root: str) -> bool:
         """Whether the disk of a model path, or of the cache, answers, be it that nothing is there."""
         try:
-            self.patience.ask(root, lambda: os.path.isdir(root))
+            self.patience.ask(root, partial(os.path.isdir, root))
         except NoAnswer:
             return False
         return True
@@ -151,12 +152,10 @@ class Catalog:
         hub, memo = self.settings.hub_cache, self._examined.next_round()
         problem = None
         try:
-            entries, examined = self.patience.ask(hub, lambda: _examine_all(hub, memo, self._held))
+            entries, examined, self._examined = self.patience.ask(hub, partial(_examine_all, hub, memo, self._held))
         except OSError as error:
             problem = _cache_problem(error)
             entries, examined = dict(self._held), {}
-        else:
-            self._examined = memo
         self._judge_cache(problem)
         if self._not_kept is not None:
             entries.pop(hfcache.LOCKS, None)  # clients cannot write there; they make one of their own
@@ -171,7 +170,7 @@ class Catalog:
         """Why the real cache keeps no download now; None when it does."""
         hub = self.settings.hub_cache
         try:
-            return self.patience.ask(hub, lambda: keeping.problem(hub))
+            return self.patience.ask(hub, partial(keeping.problem, hub))
         except NoAnswer:
             return keeping.Problem("unusable", "does not answer", "check its drive or server, or unmount it")
 
@@ -324,10 +323,13 @@ def _cache_problem(error: OSError) -> str:
 
 def _examine_all(
     hub: str, memo: Memo[hfcache.Examined], held: Mapping[str, str]
-) -> tuple[dict[str, str], dict[str, hfcache.Examined]]:
-    """The entries of a hub folder and those held for it, and what is known of each repo, by path. Raises OSError."""
+) -> tuple[dict[str, str], dict[str, hfcache.Examined], Memo[hfcache.Examined]]:
+    """The entries of a hub folder and those held for it, what is known of each repo, by path, and the memo of that.
+
+    Raises OSError.
+    """
     entries = {**held, **hfcache.entries(hub)}
-    return entries, {path: _examine(path, memo) for name, path in entries.items() if "--" in name}
+    return entries, {path: _examine(path, memo) for name, path in entries.items() if "--" in name}, memo
 
 
 def _examine(repo: str, memo: Memo[hfcache.Examined]) -> hfcache.Examined:

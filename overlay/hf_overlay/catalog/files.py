@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from hf_overlay import hfcache
 from hf_overlay.models import Code, File, Reason
-from hf_overlay.patience import NoAnswer, alive
+from hf_overlay.patience import NoAnswer
+from hf_overlay.progress import alive
 
 MAX_JSON_BYTES = 64 * 2**20
 """No real config.json or shard index comes near; a larger one is something else under that name."""

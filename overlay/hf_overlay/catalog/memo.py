@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
-from hf_overlay.patience import alive
+from hf_overlay.progress import alive
 
 Value = TypeVar("Value")
 

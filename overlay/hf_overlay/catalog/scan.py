@@ -21,7 +21,8 @@ from hf_overlay.catalog.reading import Found
 from hf_overlay.catalog.weights import Problems
 from hf_overlay.config import OWNER_FILE
 from hf_overlay.models import Code, Model, Reason, Reject, Source
-from hf_overlay.patience import Patience, alive
+from hf_overlay.patience import Patience
+from hf_overlay.progress import alive
 
 _CACHE = ""
 """The real cache among the model paths, of which none is empty. It may be one of them as well."""
@@ -76,12 +77,9 @@ class Scanner:
         """The model in one folder below a model path, else why there is none; also for folders that scans pass over."""
         problems = self._remembered(root).problems
 
-        def look() -> Model:
-            return reading.read_folder(path, model_id, list_folder(path), root, self._types, problems).model
-
         try:
-            return self._patience.ask(root, look)
-        except (Unfit, OSError) as error:
+            return self._patience.ask(root, partial(_read, path, model_id, root, self._types, problems))
+        except OSError as error:
             return Reject(path, model_id, reason_of(error), root)
 
     def read_cached(self, model_id: str) -> Model | Reject:
@@ -90,17 +88,12 @@ class Scanner:
         name = hfcache.repo_folder(model_id)
         problems = self._remembered(_CACHE).problems
 
-        def look() -> Model:
-            repo = f"{hub}/{name}"
-            if name in self._held and not os.path.isdir(repo):
-                repo = self._held[name]
-            os.stat(repo)
-            return reading.read_cached_repo(repo, model_id, hub, self._types, problems).model
-
+        repo = f"{hub}/{name}"
+        look = partial(_read_cached, repo, self._held.get(name), model_id, hub, self._types, problems)
         try:
             return self._patience.ask(hub, look)
-        except (Unfit, hfcache.NoSnapshot, OSError) as error:
-            return Reject(f"{hub}/{name}", model_id, reason_of(error), hub)
+        except OSError as error:
+            return Reject(repo, model_id, reason_of(error), hub)
 
     def _remembered(self, key: str) -> _Seen:
         """What the last scan remembers, for a round of its own."""
@@ -119,6 +112,26 @@ class _Seen(NamedTuple):
 
     found: Memo[Found]
     problems: Problems
+
+
+def _read(path: str, model_id: str, root: str, types: ModelTypes | None, problems: Problems) -> Model | Reject:
+    try:
+        return reading.read_folder(path, model_id, list_folder(path), root, types, problems).model
+    except (Unfit, OSError) as error:
+        return Reject(path, model_id, reason_of(error), root)
+
+
+def _read_cached(
+    repo: str, held: str | None, model_id: str, hub: str, types: ModelTypes | None, problems: Problems
+) -> Model | Reject:
+    """The model in a cached repo, or, where there is none, in the one that a dead session holds for the cache."""
+    try:
+        if held is not None and not os.path.isdir(repo):
+            repo = held
+        os.stat(repo)
+        return reading.read_cached_repo(repo, model_id, hub, types, problems).model
+    except (Unfit, hfcache.NoSnapshot, OSError) as error:
+        return Reject(repo, model_id, reason_of(error), hub)
 
 
 def _scan_root(

@@ -186,7 +186,7 @@ def _sessions_volume(sessions: str) -> Iterator[Finding]:
 def _cache(catalog: Catalog) -> Iterator[Finding]:
     hub = catalog.settings.hub_cache
     try:
-        findings = catalog.patience.ask(hub, lambda: list(_cache_volume(hub)))
+        findings = catalog.patience.ask(hub, partial(_cache_volume, hub))
     except NoAnswer:
         yield Finding("cache", hub, "the Hugging Face cache does not answer", ADVICE[Code.NO_ANSWER])
         return
@@ -203,7 +203,11 @@ def _cache(catalog: Catalog) -> Iterator[Finding]:
         yield _rejected(reject)
 
 
-def _cache_volume(hub: str) -> Iterator[Finding]:
+def _cache_volume(hub: str) -> list[Finding]:
+    return list(_volume_findings(hub))
+
+
+def _volume_findings(hub: str) -> Iterator[Finding]:
     problem = keeping.problem(hub)
     if problem is not None and (problem.kind == "away" or not os.path.exists(hub)):
         advice = f"{_sentence(problem.advice)} Until then it shows no models, and nothing is downloaded."
