@@ -20,7 +20,7 @@ from mlx_overlay_server.api.refusals import add_error_handlers, refuse
 from mlx_overlay_server.api.responses import routes as responses
 from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.metrics import Metrics
-from mlx_overlay_server.models import download
+from mlx_overlay_server.models.download import Downloader
 from mlx_overlay_server.models.library import Library
 from mlx_overlay_server.models.pool import Extras, Pool, preload
 from mlx_overlay_server.service import Service
@@ -29,7 +29,8 @@ from mlx_overlay_server.settings import Settings
 
 def build(settings: Settings, session: hf_overlay.Session) -> tuple[ASGIApp, Service]:
     """The application, and the service in it."""
-    service = _service(settings, session)
+    downloader = None if session.is_offline else Downloader(session)
+    service = _service(settings, session, downloader)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -45,6 +46,8 @@ def build(settings: Settings, session: hf_overlay.Session) -> tuple[ASGIApp, Ser
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await service.pool.close()
+            if downloader is not None:
+                await downloader.close()
             await service.engine.stop()
             service.stop()
 
@@ -72,9 +75,9 @@ def build(settings: Settings, session: hf_overlay.Session) -> tuple[ASGIApp, Ser
     return guarded, service
 
 
-def _service(settings: Settings, session: hf_overlay.Session) -> Service:
+def _service(settings: Settings, session: hf_overlay.Session, downloader: Downloader | None) -> Service:
     engine = Engine(settings.engine)
-    library = Library(session, None if session.is_offline else download.Downloader(session).fetch)
+    library = Library(session, downloader.fetch if downloader is not None else None)
     first = settings.models[:1]
     pool = Pool(
         library,
