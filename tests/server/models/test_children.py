@@ -1,4 +1,4 @@
-"""Programs that the server starts: not by a fork, which a library's threads may block for ever, and never left behind."""
+"""Programs that the server starts: never by a fork, which a library may block for ever, and never left behind."""
 
 from __future__ import annotations
 
