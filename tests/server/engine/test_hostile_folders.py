@@ -17,7 +17,7 @@ import pytest
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.engine import folder, loading
 from mlx_overlay_server.engine.handle import Engine
-from mlx_overlay_server.errors import Unavailable
+from mlx_overlay_server.errors import ServerError, Unavailable
 from mlx_overlay_server.settings import EngineOptions
 
 from tests.server.engine.test_engine import say
@@ -229,7 +229,12 @@ def test_a_load_that_is_cancelled_leaves_nothing_and_costs_nobody(
     hang = Hang(monkeypatch, loading, "load_tokenizer", model)
     settled: list[str] = []
     settle = Engine.settle
-    monkeypatch.setattr(Engine, "settle", lambda self, key, result: (settled.append(key), settle(self, key, result)))
+
+    def noted(self: Engine, key: str, result: Loaded | ServerError) -> None:
+        settled.append(key)
+        settle(self, key, result)
+
+    monkeypatch.setattr(Engine, "settle", noted)
 
     async def use(engine: Engine) -> None:
         stuck = asyncio.create_task(engine.load(str(model)))
