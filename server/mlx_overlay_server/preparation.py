@@ -87,6 +87,7 @@ class Preparation:
                 tools=request.tools if request.choice.mode != "none" else (),
                 is_parallel=request.choice.parallel,
                 is_call=grammar.is_forced(request),
+                continues_text=prompt.continues_text,
             )
             answers.append(Answer(submit, reader))
         return answers
@@ -105,7 +106,8 @@ class Preparation:
             for _ in range(request.n):
                 params = _seeded(request.params, len(answers))
                 submit = Submit(self._engine.new_id(), model.key, tokens, params, max_tokens)
-                answers.append(Answer(submit, Reader(model, stop=request.stop, has_marks=False), echo))
+                reader = Reader(model, stop=request.stop, has_marks=False, continues_text=True)
+                answers.append(Answer(submit, reader, echo))
         return answers
 
     def _prompt_limit(self, model: Loaded) -> int | None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import hf_overlay
+from hf_overlay.text import printable
 
 from mlx_overlay_server.settings import Settings, rank
 
@@ -33,6 +34,7 @@ def serve(settings: Settings) -> int:
             kind="mlx",
             exclude=settings.exclude,
             trusts_code=settings.engine.trust_remote_code,
+            hold_downloads=settings.hold_downloads,
             environ=environ,
         ) as session:
             # huggingface_hub reads its environment once, when it is imported, and we are the program that imports it.
@@ -76,11 +78,13 @@ def _serve_http(settings: Settings, session: hf_overlay.Session) -> int:
         return 1
     import uvicorn
 
+    from mlx_overlay_server.api.connection import Connection
     from mlx_overlay_server.app import build
 
     app, service = build(settings, session)
     config = uvicorn.Config(
         app,
+        http=Connection,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -148,9 +152,16 @@ def _server_class() -> Any:
     return Server
 
 
+class _Printable(logging.Formatter):
+    """A formatter whose lines cannot steer a terminal: ids and paths in them may hold anything."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _log_to_stderr(level: str) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     for name in ("mlx_overlay_server", "hf_overlay", "uvicorn"):
         logging.getLogger(name).addHandler(handler)
         logging.getLogger(name).setLevel(level.upper() if name != "uvicorn" else "WARNING")

@@ -67,6 +67,7 @@ def load(
             yield None
         yield from _turns(reading, options.load_seconds)
         tokenizer = _result(reading, options)
+    has_own_calls = tokenizer.has_tool_calling
     mlx.prepare_tokenizer(tokenizer)
     vocab_size = _vocab_size(config, tokenizer)
     loaded = Loaded(
@@ -81,6 +82,7 @@ def load(
         vocab_size=vocab_size,
         context=_context(config),
         defaults=folder.sampling_defaults(path),
+        has_own_calls=has_own_calls,
         processor=load_processor(model, config) if group is None else None,
     )
     yield Runner(loaded, model, draft, options, prefixes)

@@ -9,6 +9,7 @@ import ast
 import asyncio
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -64,6 +65,8 @@ class Downloader:
 
         Raises UnknownModel when the Hub has none, Forbidden for one that is gated, Unavailable when it does not answer.
         """
+        if (why := self._session.why_no_downloads) is not None:
+            raise Unavailable(f"{model_id} is not downloaded: {why}", code="download_refused")
         if self._is_unknown(model_id):
             raise _no_model(model_id, "asked a moment ago")
         progress(f"downloading {model_id}")
@@ -94,7 +97,13 @@ class Downloader:
         async with AsyncExitStack() as held:
             async with self._look_ups:
                 child = await held.enter_async_context(
-                    children.running(__name__, model_id, environ=self._session.environment)
+                    children.running(
+                        __name__,
+                        model_id,
+                        environ=self._session.environment,
+                        # If this process is killed, the download goes on, and needs its tree.
+                        inherit=(self._session.owner_fd,),
+                    )
                 )
                 reports = _reports(child)
                 first: dict[str, Any] = await anext(reports, {})
@@ -185,7 +194,10 @@ def main() -> int:
     from huggingface_hub.utils import tqdm  # noqa: TID251
 
     def report(**values: Any) -> None:
-        print(json.dumps(values), flush=True)
+        try:
+            print(json.dumps(values), flush=True)
+        except BrokenPipeError:  # the server was killed: what is under way is still wanted in the cache
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end, when Python flushes it
 
     class Progress(tqdm):  # type: ignore[misc]
         """Reports bytes, not files."""

@@ -83,7 +83,7 @@ def test_links_to_model_data_stay(models: Path, other: Path, private: Path, sess
         "model-more.safetensors": weights,
         "tokenizer_config.json": other / "tokenizer_config.json",
         "merges.txt": private / ("a" * 64),
-        "model.gguf": private / f"sha256-{'b' * 64}",
+        "params.txt": private / f"sha256-{'b' * 64}",
         "inside.md": folder / "config.json",
         "folder": other,
     }
