@@ -23,18 +23,20 @@ from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.download import Downloader
 from mlx_overlay_server.models.library import Library
 from mlx_overlay_server.models.pool import Extras, Pool, preload
+from mlx_overlay_server.preparation import Preparation
+from mlx_overlay_server.preparation.process import Process
 from mlx_overlay_server.service import Service
 from mlx_overlay_server.settings import Settings
 
 
-def build(settings: Settings, session: hf_overlay.Session) -> tuple[ASGIApp, Service]:
-    """The application, and the service in it."""
+def build(settings: Settings, session: hf_overlay.Session, process: Process | None = None) -> tuple[ASGIApp, Service]:
+    """The application, and the service in it; `process` is a preparation process that was started already."""
     downloader = None if session.is_offline else Downloader(session)
-    service = _service(settings, session, downloader)
+    service = _service(settings, session, downloader, process)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.engine.start()
+        service.start()
         tasks = [
             asyncio.create_task(preload(service.pool, settings.models)),
             asyncio.create_task(service.pool.sweep()),
@@ -49,7 +51,7 @@ def build(settings: Settings, session: hf_overlay.Session) -> tuple[ASGIApp, Ser
             if downloader is not None:
                 await downloader.close()
             await service.engine.stop()
-            service.stop()
+            await service.stop()
 
     app = FastAPI(
         title="MLX Omni Server",
@@ -75,7 +77,9 @@ def build(settings: Settings, session: hf_overlay.Session) -> tuple[ASGIApp, Ser
     return guarded, service
 
 
-def _service(settings: Settings, session: hf_overlay.Session, downloader: Downloader | None) -> Service:
+def _service(
+    settings: Settings, session: hf_overlay.Session, downloader: Downloader | None, process: Process | None
+) -> Service:
     engine = Engine(settings.engine)
     library = Library(session, downloader.fetch if downloader is not None else None)
     first = settings.models[:1]
@@ -108,6 +112,7 @@ def _service(settings: Settings, session: hf_overlay.Session, downloader: Downlo
         engine,
         Metrics(numbers, frozenset({"engine_steps", "engine_failures"})),
         settings.limits,
+        Preparation(engine, settings.limits, process),
         aliases=settings.aliases,
         default_model=settings.default_model,
     )

@@ -197,6 +197,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="TOKENS",
     )
     add(
+        "preparation_seconds",
+        "--preparation-seconds",
+        "longest preparation of a request: template, images, tokens, grammar; more is refused",
+        type=_seconds,
+        metavar="SECONDS",
+    )
+    add(
         "answer_tokens",
         "--max-tokens",
         "longest answer when a request sets no limit; default: to the end of the context",

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mlx_overlay_server")
 
+GRACE_SECONDS = 4.5
+"""After `--shutdown-seconds`: how long the server may take to free what it holds before it ends itself."""
+
 
 def serve(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM, and return the exit code."""
@@ -76,12 +79,15 @@ def _serve_http(settings: Settings, session: hf_overlay.Session) -> int:
         reason = error.strerror or error
         print(f"error: cannot listen on {settings.host}:{settings.port}: {reason}; try --port 0", file=sys.stderr)
         return 1
+    from mlx_overlay_server.preparation.process import Process
+
+    first = Process()  # imports what it needs beside us, so that the first answer does not wait for it
     import uvicorn
 
     from mlx_overlay_server.api.connection import Connection
     from mlx_overlay_server.app import build
 
-    app, service = build(settings, session)
+    app, service = build(settings, session, first)
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -90,7 +96,7 @@ def _serve_http(settings: Settings, session: hf_overlay.Session) -> int:
         server_header=False,
         backlog=2048,
         timeout_keep_alive=75,  # longer than clients keep idle connections, so that they never meet a closed one
-        timeout_graceful_shutdown=int(settings.shutdown_seconds) + 10,
+        timeout_graceful_shutdown=int(settings.shutdown_seconds) + 1,
     )
     host, port = listening.getsockname()[:2]
     _server_class()(
@@ -140,6 +146,9 @@ def _server_class() -> Any:
                 self._service.abort()
                 return
             logger.info("stopping")
+            last = threading.Timer(self._seconds + GRACE_SECONDS, _end)
+            last.daemon = True
+            last.start()
             self.should_exit = True
             self._service.close()
             loop.call_later(self._seconds, self._service.abort)
@@ -150,6 +159,12 @@ def _server_class() -> Any:
                 logger.info("listening on %s (OpenAI clients: %s/v1)", self._url, self._url)
 
     return Server
+
+
+def _end() -> None:
+    """End the process, whatever hangs: a step of the engine, a disk. The next start tidies up what is left."""
+    logger.error("the server did not stop in time and ends now")
+    os._exit(1)
 
 
 class _Printable(logging.Formatter):

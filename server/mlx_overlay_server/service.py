@@ -46,6 +46,7 @@ class Service:
         engine: Engine,
         metrics: Metrics,
         limits: Limits,
+        preparation: Preparation,
         *,
         aliases: Mapping[str, str] | None = None,
         default_model: str | None = None,
@@ -58,7 +59,7 @@ class Service:
         self.limits = limits
         self.aliases = aliases or {}
         self._default = default_model
-        self._preparation = Preparation(engine, limits)
+        self._preparation = preparation
         self._open = 0
         self._is_closing = False
 
@@ -97,14 +98,20 @@ class Service:
         """Refuse new requests from now on. Those that run go on."""
         self._is_closing = True
 
+    def start(self) -> None:
+        """Start the engine and the preparation, which get ready while the caller goes on."""
+        self.engine.start()
+        self._preparation.start()
+
     def abort(self) -> None:
         """End every request that still runs or waits, with an error to its client."""
+        self._preparation.abort()
         self.pool.abort()
         self.engine.abort()
 
-    def stop(self) -> None:
-        """Free what the service holds."""
-        self._preparation.stop()
+    async def stop(self) -> None:
+        """End the preparation's processes."""
+        await self._preparation.stop()
 
     @contextmanager
     def _admitted(self, request: AnyRequest) -> Iterator[None]:

@@ -76,6 +76,8 @@ class Limits:
     """Messages of a conversation."""
     prompt_tokens: int | None = None
     """Tokens of a prompt; None: the model's context."""
+    preparation_seconds: float = 20
+    """Seconds that the rendering, decoding, tokenizing and compiling for one request may take."""
     answer_tokens: int | None = None
     """Tokens of an answer whose request names no limit; None: what is left of the model's context."""
 

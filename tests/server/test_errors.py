@@ -101,8 +101,8 @@ def test_a_field_that_the_dialect_named_itself_keeps_its_name() -> None:
 def _shared_modules() -> Iterator[Path]:
     """The modules that know nothing of dialects."""
     top = Path(mlx_overlay_server.__file__).parent
-    yield from (top / "service.py", top / "preparation.py")
-    for folder in ("chat", "models", "engine"):
+    yield top / "service.py"
+    for folder in ("chat", "models", "engine", "preparation"):
         yield from sorted((top / folder).glob("*.py"))
 
 

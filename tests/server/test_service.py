@@ -81,16 +81,14 @@ class FakePreparation:
 
 
 def _service(engine: FakeEngine, ids: Sequence[int]) -> Service:
-    service = Service(
+    return Service(
         cast("Library", None),
         cast("Pool", FakePool()),
         cast("Engine", engine),
         Metrics(dict),
         Limits(waiting_requests=0, messages=1),
+        cast("Preparation", FakePreparation(ids)),
     )
-    service.stop()
-    service._preparation = cast("Preparation", FakePreparation(ids))
-    return service
 
 
 def _sampled(token: int, finish: str | None = None) -> Sampled:

@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mlx_overlay_server.api.values import MAX_VALUES, ValueCount
 from mlx_overlay_server.errors import Forbidden, InvalidRequest, ServerError, TooLarge, Unauthorized
 
 _OPEN = frozenset({"/health", "/v1/health"})
@@ -51,19 +52,25 @@ class Guard:
             await self._app(scope, receive, send)
             return
         size = 0
+        values = ValueCount()
         has_begun = is_refusing = False
 
         async def bounded() -> Message:
             nonlocal size
             message = await receive()
-            size += len(message.get("body", b""))
-            if size > self._max_body:
+            body = message.get("body", b"")
+            size += len(body)
+            values.feed(body)
+            if is_too_much():
                 raise self._too_large()
             return message
 
+        def is_too_much() -> bool:
+            return size > self._max_body or values.is_too_many
+
         async def sent(message: Message) -> None:
             nonlocal has_begun
-            if size > self._max_body and not has_begun and not is_refusing:
+            if is_too_much() and not has_begun and not is_refusing:
                 return  # what the application makes of a body that was cut off
             if message["type"] == "http.response.start":
                 has_begun = True
@@ -79,7 +86,7 @@ class Guard:
             refused = error
         except Exception:  # noqa: BLE001 - answered and logged by now; uvicorn would log it again, and close the connection
             return
-        if size > self._max_body:
+        if is_too_much():
             refused = self._too_large()
         if refused is not None and not has_begun:
             is_refusing = True
@@ -125,7 +132,7 @@ class Guard:
         return True
 
     def _too_large(self) -> TooLarge:
-        return TooLarge(f"the body is larger than {self._max_body} bytes")
+        return TooLarge(f"the body is larger than {self._max_body} bytes, or has more than {MAX_VALUES} values")
 
 
 def _split(url: str) -> SplitResult:

@@ -61,7 +61,6 @@ def constraint(model: Loaded, request: ChatRequest, *, is_reasoning: bool) -> Co
         grammar = _json(request.format.schema, _call_opening(model, request))
     else:
         return None
-    _check(model, grammar, field)
     tokenizer = model.tokenizer
     ends = tuple(tokenizer.think_end_tokens or ())
     if is_reasoning:
@@ -114,12 +113,22 @@ def _with_options(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {"x-guidance": _OPTIONS, **{key: value for key, value in schema.items() if key != "$schema"}}
 
 
-def _check(model: Loaded, grammar: str, field: Field) -> None:
+def compiled(constraint: Constraint, model: Loaded) -> Any:
+    """Compile a grammar: return an llguidance.LLMatcher at its start, to be copied for each answer.
+
+    Takes seconds for the largest schemas, for most of which other threads can run. Raises InvalidRequest for what
+    cannot be enforced, and for a grammar that no text matches, as that of a schema which only refers to itself.
+    """
     from llguidance import LLMatcher
+    from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
     try:
         tokenizer = model.grammar_tokenizer
     except ValueError as error:
-        raise InvalidRequest(f"answers of this model cannot be constrained: {error}", field=field) from None
-    if problem := LLMatcher.validate_grammar(grammar, tokenizer):
-        raise InvalidRequest(f"this schema cannot be enforced: {problem.splitlines()[0]}", field=field)
+        raise InvalidRequest(f"answers of this model cannot be constrained: {error}", field=constraint.field) from None
+    matcher = LLMatcher(tokenizer, constraint.grammar, log_level=0)
+    fill_next_token_bitmask(matcher, allocate_token_bitmask(1, tokenizer.vocab_size), 0)  # shows more errors
+    if matcher.is_error():
+        problem = matcher.get_error().splitlines()[0]
+        raise InvalidRequest(f"this schema cannot be enforced: {problem}", field=constraint.field)
+    return matcher

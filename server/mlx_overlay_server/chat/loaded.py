@@ -93,6 +93,14 @@ class Loaded:
         with self._lock:
             return self._grammar_tokenizer
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy in another process is made of: all but the lock, and what is made at first use."""
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_grammar_tokenizer")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become the copy."""
+        vars(self).update(state, _lock=threading.Lock())
+
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes that a token stands for, which may end inside a character."""
         text = self.tokenizer.convert_ids_to_tokens([token])[0]

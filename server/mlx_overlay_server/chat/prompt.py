@@ -18,6 +18,13 @@ _OURS = frozenset({"messages", "conversation", "tools", "documents", "chat_templ
 _FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 """What the dialects know. Pillow reads more, some by starting other programs."""
 
+MAX_PIXELS = 100_000_000
+"""Pixels of all images of a request together, checked before any of them is decoded.
+
+A file of a few kilobytes can hold so many that decoding takes gigabytes of memory. This many take 300 MB. They are
+twelve screenshots at 4K, or one image of 10,000 x 10,000, of which models look at a few million pixels anyway.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -54,7 +61,7 @@ def render(model: Loaded, request: ChatRequest, limit: int | None = None) -> Pro
     pixels: tuple[Any, ...] = ()
     if images:
         try:
-            text, pixels = model.processor(text, images=[_pixels(image) for image in images])
+            text, pixels = _placed(model, text, images)
         except ValueError as error:  # its template leaves one out, or a text holds the mark of one
             raise InvalidRequest(f"the model cannot place the images: {error}", field="messages") from None
         system = ""
@@ -275,14 +282,53 @@ def _common(tokens: Sequence[int], others: Sequence[int]) -> int:
     return next((at for at, (a, b) in enumerate(zip(tokens, others, strict=False)) if a != b), len(tokens))
 
 
-def _pixels(image: Image) -> Any:
-    """Return an image as an RGB array of height x width x 3 bytes. Raises InvalidRequest."""
-    import io
+def _placed(model: Loaded, text: str, images: Sequence[Image]) -> tuple[str, tuple[Any, ...]]:
+    """Return a prompt's text with room for its images, and their pixel values as NumPy arrays.
 
+    Raises InvalidRequest, and ValueError where the text and the images do not go together.
+    """
     import numpy as np
-    from PIL import Image as Pillow  # only models that take images need it
+
+    opened = []
+    total = 0
+    for image in images:
+        opened.append(_opened(image))
+        width, height = opened[-1].size
+        total += width * height
+        if total > MAX_PIXELS:
+            raise _too_many(image)
+    text, pixels = model.processor(text, images=[_pixels(*each) for each in zip(opened, images, strict=True)])
+    return text, tuple(np.asarray(each) for each in pixels)
+
+
+def _too_many(image: Image) -> InvalidRequest:
+    return InvalidRequest(
+        f"the images have more than {MAX_PIXELS} pixels together; send smaller ones", param=image.where
+    )
+
+
+def _opened(image: Image) -> Any:
+    """Return a Pillow image that is not decoded yet. Raises InvalidRequest."""
+    import io
+    import warnings
+
+    from PIL import Image as Pillow  # only models that see need it
 
     try:
-        return np.asarray(Pillow.open(io.BytesIO(image.data), formats=_FORMATS).convert("RGB"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Pillow.DecompressionBombWarning)  # our own limit is lower
+            return Pillow.open(io.BytesIO(image.data), formats=_FORMATS)
+    except Pillow.DecompressionBombError:
+        raise _too_many(image) from None
     except Exception:  # noqa: BLE001 - decoders meet whatever is sent
+        raise InvalidRequest("cannot decode the image", param=image.where) from None
+
+
+def _pixels(opened: Any, image: Image) -> Any:
+    """Return an RGB array of height x width x 3 bytes. Raises InvalidRequest."""
+    import numpy as np
+
+    try:
+        return np.asarray(opened.convert("RGB"))
+    except Exception:  # noqa: BLE001 - as above
         raise InvalidRequest("cannot decode the image", param=image.where) from None

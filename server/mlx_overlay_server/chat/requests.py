@@ -142,6 +142,11 @@ class ChatRequest(Request):
     is_effort_optional: bool = False
     """Whether to ignore `effort` where the template has no such setting, instead of refusing."""
 
+    @property
+    def has_images(self) -> bool:
+        """Whether any message holds an image."""
+        return any(isinstance(part, Image) for message in self.messages for part in message.content)
+
 
 @dataclass(frozen=True, slots=True)
 class TextRequest(Request):

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_overlay_server.chat import grammar
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.engine.commands import Item, Sampled, Submit
 from mlx_overlay_server.engine.sampling import Guarded, Matcher, Sampling, processors
@@ -61,6 +62,7 @@ class Generation:
 def matcher_of(submit: Submit, loaded: Loaded) -> Matcher | None:
     """Return what holds an answer to its grammar: the submitted matcher, or one made here on ranks without it."""
     if submit.matcher is None and submit.constraint is not None:
-        return Matcher(submit.constraint, loaded.grammar_tokenizer)
+        compiled = grammar.compiled(submit.constraint, loaded)
+        return Matcher(submit.constraint, compiled, loaded.grammar_tokenizer.vocab_size)
     matcher: Matcher | None = submit.matcher
     return matcher

@@ -27,7 +27,7 @@ from mlx_overlay_server.engine.worker import Worker
 from mlx_overlay_server.errors import Failed, ServerError, Unavailable
 from mlx_overlay_server.settings import EngineOptions
 
-STOP_SECONDS = 10
+STOP_SECONDS = 3
 """Seconds that the engine's last step may take once the server stops."""
 
 
@@ -122,14 +122,14 @@ class Engine:
         return mailbox
 
     @staticmethod
-    def matcher(constraint: Constraint, model: Loaded) -> Any:
-        """The matcher that masks tokens which a constraint forbids. Takes up to a second for a large schema.
+    def matchers(constraint: Constraint, model: Loaded, compiled: Any, count: int) -> list[Any]:
+        """Return what holds each of some answers to a constraint; `compiled` is from `chat.grammar.compiled`.
 
-        Any thread may call this once a model is loaded. Raises InvalidRequest for a grammar that nothing follows.
+        Any thread may call this once a model is loaded.
         """
         from mlx_overlay_server.engine.sampling import Matcher
 
-        return Matcher(constraint, model.grammar_tokenizer)
+        return [Matcher(constraint, compiled.deep_copy(), model.grammar_tokenizer.vocab_size) for _ in range(count)]
 
     def abort(self) -> None:
         """End every sequence and load, and take no more; whoever waits gets Unavailable."""

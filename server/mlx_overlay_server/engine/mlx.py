@@ -186,7 +186,8 @@ class _Detokenizer:
 
 
 def image_embeddings(model: Any, tokens: Sequence[int], images: Sequence[Any]) -> mx.array:
-    """Return the input embeddings of a prompt with images, evaluated; `images` are the processor's pixel values."""
-    embeddings: mx.array = model.embed_inputs(mx.array(list(tokens)), pixel_values=list(images))
+    """Return the input embeddings of a prompt with images, evaluated; `images` are NumPy arrays of pixel values."""
+    pixels = [mx.array(image) for image in images]
+    embeddings: mx.array = model.embed_inputs(mx.array(list(tokens)), pixel_values=pixels)
     mx.eval(embeddings)
     return embeddings

@@ -21,7 +21,6 @@ from mlx_lm.sample_utils import (
 
 from mlx_overlay_server.chat.grammar import Budget, Constraint
 from mlx_overlay_server.chat.requests import Params
-from mlx_overlay_server.errors import InvalidRequest
 
 Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]
@@ -191,23 +190,15 @@ class ReasoningBudget:
 class Matcher:
     """A logits processor that masks every token which the grammar does not allow next."""
 
-    def __init__(self, constraint: Constraint, tokenizer: Any) -> None:
-        """`tokenizer` is llguidance's. The constructor may take a second for a large schema; any thread may call it.
+    def __init__(self, constraint: Constraint, matcher: Any, vocab_size: int) -> None:
+        """`matcher` is a copy of its own of what `chat.grammar.compiled` made of the constraint's grammar."""
+        from llguidance.numpy import allocate_token_bitmask
 
-        Raises InvalidRequest for a grammar that no text matches, as that of a schema which only refers to itself.
-        """
-        from llguidance import LLMatcher
-        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
-
-        self._matcher = LLMatcher(tokenizer, constraint.grammar, log_level=0)
+        self._matcher = matcher
         self._unless = constraint.unless
         self._ends = constraint.after or constraint.ends
         self._is_free = bool(constraint.after)
-        self._mask = allocate_token_bitmask(1, tokenizer.vocab_size)
-        fill_next_token_bitmask(self._matcher, self._mask, 0)  # only this shows such an error
-        if self._matcher.is_error():
-            problem = self._matcher.get_error().splitlines()[0]
-            raise InvalidRequest(f"this schema cannot be enforced: {problem}", field=constraint.field)
+        self._mask = allocate_token_bitmask(1, vocab_size)
         self._steps = 0
         self._last: tuple[int, ...] = ()
         self.problem: str | None = None

@@ -229,7 +229,11 @@ def _allowed(matcher: Callable[[mx.array, mx.array], mx.array], vocab: int) -> A
 
 def _matcher(model: Loaded, rule: Constraint | None) -> Allowed:
     assert rule is not None
-    return _allowed(Matcher(rule, model.grammar_tokenizer), model.vocab_size)
+    return _allowed(_made(model, rule), model.vocab_size)
+
+
+def _made(model: Loaded, rule: Constraint) -> Matcher:
+    return Matcher(rule, grammar.compiled(rule, model), model.grammar_tokenizer.vocab_size)
 
 
 def _rule(model: Loaded, request: ChatRequest, *, is_reasoning: bool = False) -> Constraint:
@@ -316,7 +320,7 @@ def test_reasoning_may_open_at_the_beginning_alone(thinker: Loaded) -> None:
 
 
 def test_rows_that_no_token_has_never_pass(thinker: Loaded) -> None:
-    matcher = Matcher(_rule(thinker, _REQUEST), thinker.grammar_tokenizer)
+    matcher = _made(thinker, _rule(thinker, _REQUEST))
     assert max(_allowed(matcher, thinker.vocab_size + 100)([])) < thinker.vocab_size
 
 
@@ -324,7 +328,7 @@ def test_rows_that_no_token_has_never_pass(thinker: Loaded) -> None:
 def test_a_schema_that_nothing_fits_is_refused_with_its_field(schema: dict[str, Any], thinker: Loaded) -> None:
     rule = _rule(thinker, replace(_REQUEST, format=Format(schema)))
     with pytest.raises(InvalidRequest, match="cannot be enforced") as caught:
-        Matcher(rule, thinker.grammar_tokenizer)
+        grammar.compiled(rule, thinker)
     assert caught.value.field == "format"
 
 
@@ -333,7 +337,7 @@ def test_what_a_grammar_demands_no_bias_forbids(thinker: Loaded) -> None:
     params = Params(logit_bias={opens: -100.0})
     rule = _rule(thinker, replace(_REQUEST, thinking=False))
     logits = mx.zeros((1, thinker.vocab_size))
-    for each in processors(params, _FREE, [1], matcher=Matcher(rule, thinker.grammar_tokenizer)):
+    for each in processors(params, _FREE, [1], matcher=_made(thinker, rule)):
         logits = each(mx.array([1]), logits)
     allowed = _matcher(thinker, rule)([])
     assert opens in allowed
@@ -342,7 +346,7 @@ def test_what_a_grammar_demands_no_bias_forbids(thinker: Loaded) -> None:
 
 
 def test_a_token_against_the_grammar_is_a_problem_that_is_told(thinker: Loaded) -> None:
-    matcher = Matcher(_rule(thinker, replace(_REQUEST, thinking=False)), thinker.grammar_tokenizer)
+    matcher = _made(thinker, _rule(thinker, replace(_REQUEST, thinking=False)))
     allowed = _allowed(matcher, thinker.vocab_size)
     allowed([])
     allowed(_ids(thinker, "x"))

@@ -1,0 +1,34 @@
+"""Counts the values in a JSON body while it comes: decoding too many of them would keep the event loop busy."""
+
+from __future__ import annotations
+
+MAX_VALUES = 200_000
+"""Values in a body. A prompt of so many token ids, and a conversation of 10,000 messages, have fewer."""
+MAX_CONTAINERS = 50_000
+"""Objects and arrays in a body; each costs many times what a plain value does."""
+
+
+class ValueCount:
+    """The number of values in the part of a JSON body that has come so far. Text is not looked into."""
+
+    def __init__(self) -> None:
+        self._containers = 0
+        self._commas = 0
+        self._is_in_string = False
+        self._rest = b""
+
+    @property
+    def is_too_many(self) -> bool:
+        """Whether there are more than the server decodes."""
+        return self._containers > MAX_CONTAINERS or self._containers + self._commas > MAX_VALUES
+
+    def feed(self, chunk: bytes) -> None:
+        """Count what is in the next chunk of the body."""
+        data = self._rest + chunk
+        self._rest = b"\\" * ((len(data) - len(data.rstrip(b"\\"))) % 2)  # what it escapes is in the next chunk
+        data = data.removesuffix(self._rest) if self._rest else data
+        parts = data.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
+        for part in parts[self._is_in_string :: 2]:
+            self._commas += part.count(b",")
+            self._containers += part.count(b"{") + part.count(b"[")
+        self._is_in_string ^= len(parts) % 2 == 0

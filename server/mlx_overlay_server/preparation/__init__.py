@@ -1,0 +1,181 @@
+"""From a request to the sequences that answer it: prompt, grammar and limits, prepared in processes of their own.
+
+Templates, tokenizers, image decoders and grammars cannot be interrupted, and a request can make each of them run for
+minutes. A process can be killed: when its client leaves, when its time is over, and when the server stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pickle
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from mlx_overlay_server.chat import grammar
+from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.chat.reader import Reader
+from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, Params
+from mlx_overlay_server.engine.commands import Submit
+from mlx_overlay_server.engine.handle import Engine
+from mlx_overlay_server.errors import Failed, Field, InvalidRequest, ServerError
+from mlx_overlay_server.preparation.grammars import Grammars
+from mlx_overlay_server.preparation.lanes import Lanes, Work
+from mlx_overlay_server.preparation.process import Process
+from mlx_overlay_server.preparation.work import Prepared
+from mlx_overlay_server.settings import Limits
+
+logger = logging.getLogger("mlx_overlay_server")
+
+HEAVY_BYTES = 1 << 18
+"""A request of this size, text and schemas together, is expected to be slow; so is each with an image."""
+HEAVY_GRAMMAR = 1 << 14
+"""Characters of a grammar from which on it is expected to be slow; a schema with 500 properties has so many."""
+
+
+@dataclass(slots=True)
+class Answer:
+    """One answer of a request on its way: what the engine generates, and how its tokens become events."""
+
+    submit: Submit
+    reader: Reader
+    echo: str = ""
+    """Text that the answer begins with."""
+    cached: int = 0
+    """Tokens of the prompt that came from the KV cache; known once the prompt is read."""
+
+
+class Preparation:
+    """Renders templates, decodes images, tokenizes and compiles grammars. All methods are the event loop's to call."""
+
+    def __init__(self, engine: Engine, limits: Limits, first: Process | None = None) -> None:
+        """`first` is a process that was started already."""
+        self._engine = engine
+        self._limits = limits
+        self._lanes = Lanes(limits.preparation_seconds, first)
+        self._grammars = Grammars()
+        self._known: dict[str, weakref.finalize[[], Loaded]] = {}
+        """By the key of each model that the lanes know: what lets them forget it once it was unloaded."""
+
+    def start(self) -> None:
+        """Start the processes, while the caller goes on."""
+        self._lanes.start()
+
+    def abort(self) -> None:
+        """End all preparation with an error to its client."""
+        self._lanes.abort()
+
+    async def stop(self) -> None:
+        """Do the same, and end the processes."""
+        for each in self._known.values():
+            each.detach()
+        await self._lanes.stop()
+
+    async def answers(self, model: Loaded, request: AnyRequest) -> list[Answer]:
+        """Prepare every answer of a request, in the order of their indexes.
+
+        Raises InvalidRequest, also when that takes longer than it may, and Failed.
+        """
+        field: Field = "messages" if isinstance(request, ChatRequest) else "prompts"
+        prepared: list[Prepared] = await self._run("prepare", model, request, field)
+        answers: list[Answer] = []
+        for each in prepared:
+            matchers = await self._matchers(model, each, request.n)
+            for number in range(request.n):
+                submit = Submit(
+                    self._engine.new_id(),
+                    model.key,
+                    each.prompt.tokens,
+                    _seeded(request.params, len(answers)),
+                    each.max_tokens,
+                    system=each.prompt.system,
+                    constraint=each.constraint,
+                    budget=each.budget,
+                    images=each.prompt.images,
+                    matcher=matchers[number],
+                )
+                answers.append(Answer(submit, _reader(model, request, each), each.echo))
+        return answers
+
+    async def count_tokens(self, model: Loaded, request: ChatRequest) -> int:
+        """Count the tokens of a conversation's prompt. Raises as `answers` does."""
+        count: int = await self._run("count_tokens", model, request, "messages")
+        return count
+
+    async def _matchers(self, model: Loaded, prepared: Prepared, count: int) -> Sequence[Any]:
+        constraint = prepared.constraint
+        if constraint is None:
+            return [None] * count
+        grammar_ = await self._grammars.get(
+            (model.key, constraint.grammar),
+            check=lambda: self._run("check_grammar", model, constraint, constraint.field or "format"),
+            make=lambda: grammar.compiled(constraint, model),
+        )
+        return await asyncio.to_thread(self._engine.matchers, constraint, model, grammar_, count)
+
+    async def _run(self, name: str, model: Loaded, subject: Any, field: Field) -> Any:
+        """Run one of the functions of `work.WORK` in a process."""
+        await self._teach(model)
+        arguments = pickle.dumps((subject, self._limits), pickle.HIGHEST_PROTOCOL)
+        heavy = HEAVY_GRAMMAR if name == "check_grammar" else HEAVY_BYTES
+        is_slow = len(arguments) > heavy or (isinstance(subject, ChatRequest) and subject.has_images)
+        work = Work(name, model.key, arguments, lambda: self._too_slow(field), is_slow)
+        result = await self._lanes.run(work)
+        if result.refusal is not None:
+            raise result.refusal
+        if result.unexpected is not None:
+            logger.error("unexpected %s in preparation", result.unexpected)
+            raise Failed(
+                f"unexpected {result.unexpected.partition(' ')[0]}; the server's log says where", code="internal_error"
+            )
+        return result.value
+
+    async def _teach(self, model: Loaded) -> None:
+        """Let the processes get to know a model; they forget it after it was unloaded."""
+        if model.key in self._known:
+            return
+        try:
+            data = await asyncio.to_thread(pickle.dumps, model, pickle.HIGHEST_PROTOCOL)
+        except Exception as error:  # noqa: BLE001 - tokenizers are code that may come with the model
+            raise Failed(f"the model's tokenizer cannot be copied to another process: {type(error).__name__}") from None
+        if model.key not in self._known:
+            forget = partial(asyncio.get_running_loop().call_soon_threadsafe, self._forget, model.key)
+            self._known[model.key] = weakref.finalize(model, forget)
+            self._known[model.key].atexit = False
+            self._lanes.learn(model.key, data)
+
+    def _forget(self, key: str) -> None:
+        self._known.pop(key, None)
+        self._lanes.forget(key)
+        self._grammars.forget(key)
+
+    def _too_slow(self, field: Field) -> ServerError:
+        what = "this schema is" if field in ("format", "tools") else "this request is"
+        return InvalidRequest(
+            f"{what} too expensive: preparing it takes more than {self._limits.preparation_seconds:g} seconds, the "
+            "limit of this server; send a smaller one",
+            field=field,
+            code="too_expensive",
+        )
+
+
+def _reader(model: Loaded, request: AnyRequest, prepared: Prepared) -> Reader:
+    if not isinstance(request, ChatRequest):
+        return Reader(model, stop=request.stop, has_marks=False, continues_text=True)
+    return Reader(
+        model,
+        stop=request.stop,
+        is_reasoning=prepared.prompt.is_reasoning,
+        tools=request.tools if request.choice.mode != "none" else (),
+        is_parallel=request.choice.parallel,
+        is_call=grammar.is_forced(request),
+        continues_text=prepared.prompt.continues_text,
+    )
+
+
+def _seeded(params: Params, number: int) -> Params:
+    """Give each answer of a seeded request a seed of its own."""
+    return params if params.seed is None else replace(params, seed=params.seed + number)

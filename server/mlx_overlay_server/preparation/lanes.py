@@ -1,0 +1,277 @@
+"""Which preparation process does what when: work that is quick never waits for work that is slow."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+
+from mlx_overlay_server.errors import Failed, ServerError, Unavailable
+from mlx_overlay_server.preparation.frames import Result
+from mlx_overlay_server.preparation.process import Ended, Process
+
+logger = logging.getLogger("mlx_overlay_server")
+
+QUICK_SECONDS = 0.2
+"""Work that takes longer is slow: what is quick gets another process then."""
+AT_REST = 2
+"""Processes that wait for work: one that does it, and a spare one for when that work turns out to be slow."""
+AT_MOST = 4
+"""Processes while there is slow work."""
+SLOW = AT_MOST - AT_REST
+"""Pieces of slow work that run at once. Others wait for them."""
+REMEMBERED = 1024
+"""Pieces of work that were slow and are remembered, for when a client tries again."""
+SHRINK_SECONDS = 60.0
+"""How long more processes than `AT_REST` stay when there is no slow work any more."""
+
+
+@dataclass(eq=False, slots=True)
+class Work:
+    """A piece of work, from when it comes until its result is there."""
+
+    name: str
+    """The function's, in `work.WORK`."""
+    key: str
+    """The model's, which `Lanes.learn` was called with."""
+    arguments: bytes
+    """The function's other arguments: a pickled tuple."""
+    refused: Callable[[], ServerError]
+    """Makes the error for a client whose work takes longer than it may."""
+    is_slow: bool
+    """Whether it is expected to be slow, or was found to be."""
+    result: asyncio.Future[Result] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    process: Process | None = None
+    """Where it runs; None while it waits."""
+
+    @property
+    def identity(self) -> int:
+        """A number that is the same for the same work."""
+        return hash((self.name, self.key, self.arguments))
+
+
+class Lanes:
+    """The preparation processes, and the queues before them. All on the event loop."""
+
+    def __init__(self, seconds: float, first: Process | None = None) -> None:
+        """`seconds`: how long one piece of work may take; `first`: a process that was started already."""
+        self._first = first
+        self._seconds = seconds
+        self._models: dict[str, bytes] = {}
+        self._quick: deque[Work] = deque()
+        self._slow: deque[Work] = deque()
+        self._running: set[Work] = set()
+        self._known_slow: OrderedDict[int, None] = OrderedDict()
+        """Identities of work that was slow."""
+        self._processes: set[Process] = set()
+        """All of them, those that are starting included."""
+        self._idle: list[Process] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._at_rest = 1
+        """The spare process starts after the first work: until then, it would take time from what that waits for."""
+        self._is_stopped = False
+
+    @property
+    def pids(self) -> list[int]:
+        """The ids of the processes."""
+        return [process.pid for process in self._processes]
+
+    def start(self) -> None:
+        """Start the first process, which imports what it needs for a second or two while the caller goes on."""
+        self._grow(self._at_rest)
+
+    def abort(self) -> None:
+        """End all work with an error to its client, and take no more."""
+        self._is_stopped = True
+        for work in (*self._quick, *self._slow, *self._running):
+            if not work.result.done():
+                work.result.set_exception(Unavailable("the server is shutting down"))
+            if work.process is not None:
+                work.process.kill()
+        self._quick.clear()
+        self._slow.clear()
+
+    async def stop(self) -> None:
+        """Do the same, and end the processes."""
+        self.abort()
+        await asyncio.gather(*(process.close() for process in self._processes))
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def learn(self, key: str, model: bytes) -> None:
+        """Get to know a model, which is pickled: work may name it from now on."""
+        self._models[key] = model
+
+    def forget(self, key: str) -> None:
+        """Drop a model that no work names any more."""
+        self._models.pop(key, None)
+        for process in self._processes:
+            process.forget(key)
+
+    async def run(self, work: Work) -> Result:
+        """Wait for a result. Work that nobody waits for any more is stopped. Raises ServerError."""
+        if self._is_stopped:
+            raise Unavailable("the server is shutting down")
+        work.is_slow = work.is_slow or work.identity in self._known_slow
+        (self._slow if work.is_slow else self._quick).append(work)
+        self._dispatch()
+        try:
+            return await work.result
+        finally:
+            if work.process is None:
+                for queue in (self._quick, self._slow):
+                    if work in queue:
+                        queue.remove(work)
+            elif work.result.cancelled() and work.is_slow and work in self._running:
+                work.process.kill()  # work that is still quick may end by itself, which costs no process
+
+    # Who gets an idle process.
+
+    def _dispatch(self) -> None:
+        """Give work to idle processes."""
+        if self._is_stopped:
+            return
+        self._grow(AT_MOST if self._slow or self._slow_running else self._at_rest)
+        while self._quick and self._idle and (len(self._idle) > 1 or len(self._running) == self._slow_running):
+            self._begin(self._quick.popleft())
+        while self._slow and len(self._idle) > 1 and self._slow_running < SLOW:
+            self._begin(self._slow.popleft())
+        if len(self._idle) > 1:  # there is time to teach one, for when it is needed
+            for process in self._idle:
+                for key in self._models.keys() - process.models:
+                    self._idle.remove(process)
+                    self._spawn(self._teach(process, key))
+                    return
+
+    @property
+    def _slow_running(self) -> int:
+        return sum(work.is_slow for work in self._running)
+
+    def _begin(self, work: Work) -> None:
+        process = next((each for each in self._idle if work.key in each.models), self._idle[0])
+        self._idle.remove(process)
+        work.process = process
+        self._running.add(work)
+        self._spawn(self._run(process, work))
+
+    # What happens in a process.
+
+    async def _run(self, process: Process, work: Work) -> None:
+        loop = asyncio.get_running_loop()
+        timers: list[asyncio.TimerHandle] = []
+        try:
+            if work.key in process.models or (result := await self._taught(process, work.key)).unexpected is None:
+                timers = [
+                    loop.call_later(QUICK_SECONDS, self._is_late, process, work),
+                    loop.call_later(self._seconds, self._is_over, process, work),
+                ]
+                result = await process.work(work.name, work.key, work.arguments)
+                self._at_rest = AT_REST
+            if not work.result.done():
+                work.result.set_result(result)
+            self._idle.append(process)
+        except Ended:
+            await self._ended(process, work)
+        finally:
+            for timer in timers:
+                timer.cancel()
+            if work.process is process:
+                self._running.discard(work)
+            self._dispatch()
+
+    async def _taught(self, process: Process, key: str) -> Result:
+        return await process.teach(key, self._models[key])
+
+    async def _teach(self, process: Process, key: str) -> None:
+        try:
+            await self._taught(process, key)
+            self._idle.append(process)
+        except Ended:
+            await self._ended(process, None)
+        self._dispatch()
+
+    def _is_late(self, process: Process, work: Work) -> None:
+        """Move work out of the way of what is quick."""
+        if work.result.done():  # nobody waits for it any more
+            process.kill()
+        elif not work.is_slow:
+            work.is_slow = True
+            self._remember(work.identity)
+            if self._slow_running > SLOW:  # it begins anew when it is its turn
+                process.kill()
+                work.process = None
+                self._running.discard(work)
+                self._slow.append(work)
+            self._dispatch()
+
+    def _remember(self, identity: int) -> None:
+        """Keep the same work out of the way of what is quick, also that which waits already."""
+        self._known_slow[identity] = None
+        while len(self._known_slow) > REMEMBERED:
+            self._known_slow.popitem(last=False)
+        for same in [each for each in self._quick if each.identity == identity]:
+            self._quick.remove(same)
+            same.is_slow = True
+            self._slow.append(same)
+
+    def _is_over(self, process: Process, work: Work) -> None:
+        process.kill()
+        if not work.result.done():
+            work.result.set_exception(work.refused())
+
+    async def _ended(self, process: Process, work: Work | None) -> None:
+        """Replace a process that was killed, or that some work has ended."""
+        self._processes.discard(process)
+        was_killed = process.is_killed
+        self._dispatch()
+        status = await process.close()
+        if not was_killed:
+            logger.error("a preparation process ended with status %d", status)
+            if work is not None and not work.result.done():
+                work.result.set_exception(Failed("the request could not be prepared", code="internal_error"))
+
+    # How many processes there are.
+
+    def _grow(self, count: int) -> None:
+        while len(self._processes) < count and not self._is_stopped:
+            process, self._first = self._first or Process(), None
+            self._processes.add(process)
+            self._spawn(self._start(process))
+            if len(self._processes) > AT_REST:
+                asyncio.get_running_loop().call_later(SHRINK_SECONDS, self._shrink)
+
+    def _shrink(self) -> None:
+        if self._slow or self._slow_running:
+            asyncio.get_running_loop().call_later(SHRINK_SECONDS, self._shrink)
+        elif len(self._processes) > AT_REST and self._idle and not self._is_stopped:
+            process = self._idle.pop()
+            self._processes.discard(process)
+            self._spawn(self._close(process))
+
+    async def _close(self, process: Process) -> None:
+        await process.close()
+
+    async def _start(self, process: Process) -> None:
+        try:
+            await process.ready()
+            self._idle.append(process)
+        except Ended:
+            self._processes.discard(process)
+            status = await process.close()
+            if self._is_stopped:
+                return
+            logger.error("a preparation process did not start: status %d; --log-level debug tells more", status)
+            if not self._processes:
+                for work in (*self._quick, *self._slow):
+                    if not work.result.done():
+                        work.result.set_exception(Failed("the server cannot prepare requests", code="internal_error"))
+                self._quick.clear()
+                self._slow.clear()
+                return
+        self._dispatch()
+
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

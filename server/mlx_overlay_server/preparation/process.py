@@ -1,0 +1,107 @@
+"""A preparation process as the event loop sees it: started without fork, asked one thing at a time, and killed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any
+
+from mlx_overlay_server.preparation.frames import LENGTH, Result, packed
+
+logger = logging.getLogger("mlx_overlay_server")
+
+
+class Ended(Exception):
+    """The process has ended, by itself or because it was killed."""
+
+
+class Process:
+    """One preparation process."""
+
+    def __init__(self) -> None:
+        self.models: set[str] = set()
+        """Keys of the models that it has got."""
+        self.is_killed = False
+        self._socket, theirs = socket.socketpair()
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        # What a tokenizer in trouble writes may hold the prompt.
+        stderr = None if logger.isEnabledFor(logging.DEBUG) else subprocess.DEVNULL
+        # Ctrl-C reaches all processes of a terminal. These end when the server closes the socket, not before.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            with theirs:
+                # With close_fds=False, Python takes posix_spawn. A fork can hang in a process with BLAS threads.
+                self._popen: subprocess.Popen[bytes] = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "mlx_overlay_server.preparation.program"],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
+                    close_fds=False,
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._popen.pid
+
+    async def ready(self) -> None:
+        """Wait until it has imported all that it needs. Raises Ended."""
+        self._reader, self._writer = await asyncio.open_connection(sock=self._socket)
+        await self._answer()
+
+    async def teach(self, key: str, data: bytes) -> Result:
+        """Give it a model, which is pickled. Raises Ended."""
+        result = await self._ask(("model", key, data))
+        if result.unexpected is None:
+            self.models.add(key)
+        return result
+
+    def forget(self, key: str) -> None:
+        """Let it drop a model."""
+        if key in self.models and self._writer is not None:
+            self.models.discard(key)
+            self._writer.write(packed(("forget", key)))
+
+    async def work(self, name: str, key: str, arguments: bytes) -> Result:
+        """Run one of the functions of `work.WORK` on a model; `arguments` is a pickled tuple. Raises Ended."""
+        return await self._ask(("work", name, key, arguments))
+
+    def kill(self) -> None:
+        """End it now, whatever it does."""
+        self.is_killed = True
+        self._popen.kill()
+
+    async def close(self) -> int:
+        """End it, wait until it has ended and return its exit status."""
+        self.kill()
+        if self._writer is not None:
+            self._writer.close()
+        while self._popen.poll() is None:
+            await asyncio.sleep(0.01)
+        return self._popen.returncode
+
+    async def _ask(self, question: object) -> Result:
+        assert self._writer is not None  # noqa: S101 - it is ready
+        try:
+            self._writer.write(packed(question))
+            await self._writer.drain()
+        except OSError:
+            raise Ended from None
+        result: Result = await self._answer()
+        return result
+
+    async def _answer(self) -> Any:
+        assert self._reader is not None  # noqa: S101
+        try:
+            size = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))[0]
+            return pickle.loads(await self._reader.readexactly(size))  # noqa: S301 - our own program
+        except (OSError, asyncio.IncompleteReadError):
+            raise Ended from None

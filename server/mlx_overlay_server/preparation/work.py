@@ -1,0 +1,98 @@
+"""What is done to prepare a request: plain functions of plain values, which run in the preparation processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_overlay_server.chat import grammar
+from mlx_overlay_server.chat import prompt as chat
+from mlx_overlay_server.chat.grammar import Budget, Constraint
+from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.chat.prompt import Prompt
+from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, TextRequest
+from mlx_overlay_server.errors import Field, InvalidRequest, PromptTooLong
+from mlx_overlay_server.settings import Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One prompt of a request, ready for the engine: each of the request's `n` answers continues it."""
+
+    prompt: Prompt
+    max_tokens: int
+    """Tokens that an answer may have."""
+    echo: str = ""
+    """Text that the answers begin with."""
+    constraint: Constraint | None = None
+    """Its grammar is not checked yet."""
+    budget: Budget | None = None
+
+
+def prepare(model: Loaded, request: AnyRequest, limits: Limits) -> list[Prepared]:
+    """Turn a request into prompts: one for a conversation, one for each plain prompt. Raises InvalidRequest."""
+    return [_chat(model, request, limits)] if isinstance(request, ChatRequest) else _text(model, request, limits)
+
+
+def count_tokens(model: Loaded, request: ChatRequest, limits: Limits) -> int:
+    """Count the tokens of a conversation's prompt. Raises InvalidRequest."""
+    return len(chat.render(model, request, _prompt_limit(model, limits)).tokens)
+
+
+def check_grammar(model: Loaded, constraint: Constraint, limits: Limits) -> None:  # noqa: ARG001 - as all of these
+    """Raise InvalidRequest for a grammar that cannot be enforced. Takes as long as to compile it."""
+    grammar.compiled(constraint, model)
+
+
+WORK: dict[str, Callable[[Loaded, Any, Limits], Any]] = {
+    each.__name__: each for each in (prepare, count_tokens, check_grammar)
+}
+"""The functions that a preparation process runs, by their names."""
+
+
+def _chat(model: Loaded, request: ChatRequest, limits: Limits) -> Prepared:
+    prompt = chat.render(model, request, _prompt_limit(model, limits))
+    return Prepared(
+        prompt,
+        _answer_limit(model, request, prompt.tokens, limits, "messages"),
+        constraint=grammar.constraint(model, request, is_reasoning=prompt.is_reasoning),
+        budget=grammar.budget(model, request, is_reasoning=prompt.is_reasoning),
+    )
+
+
+def _text(model: Loaded, request: TextRequest, limits: Limits) -> list[Prepared]:
+    made: list[Prepared] = []
+    for prompt in request.prompts:
+        if isinstance(prompt, str):
+            chat.check_unicode(prompt, "prompts")
+            chat.check_length(model, prompt, _prompt_limit(model, limits), "prompts")
+        tokens = tuple(model.tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
+        if any(not 0 <= token < model.vocab_size for token in tokens):
+            raise InvalidRequest(f"tokens are numbers from 0 to {model.vocab_size - 1}", field="prompts")
+        echo = (prompt if isinstance(prompt, str) else model.tokenizer.decode(list(tokens))) if request.echo else ""
+        made.append(Prepared(Prompt(tokens), _answer_limit(model, request, tokens, limits, "prompts"), echo))
+    return made
+
+
+def _prompt_limit(model: Loaded, limits: Limits) -> int | None:
+    """Return how many tokens a prompt may have; None: any number."""
+    known = [limits.prompt_tokens, model.context and model.context - 1]
+    return min((limit for limit in known if limit is not None), default=None)
+
+
+def _answer_limit(model: Loaded, request: AnyRequest, prompt: Sequence[int], limits: Limits, field: Field) -> int:
+    """Return how many tokens an answer to a prompt may have. Raises InvalidRequest if the prompt leaves none."""
+    size = len(prompt)
+    if not size:
+        raise InvalidRequest("the prompt is empty", field=field)
+    limit = _prompt_limit(model, limits)
+    if limit is not None and size > limit:
+        raise PromptTooLong(f"prompt is too long: {size} tokens > {limit} maximum", field=field)
+    if outside := [token for token in request.params.logit_bias if not 0 <= token < model.vocab_size]:
+        raise InvalidRequest(
+            f"{outside[0]} is not a token of {request.model}; they go from 0 to {model.vocab_size - 1}",
+            field="logit_bias",
+        )
+    room = model.context - size if model.context is not None else 1 << 30
+    return min(request.params.max_tokens or limits.answer_tokens or room, room)

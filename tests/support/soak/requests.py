@@ -1,0 +1,143 @@
+"""Hostile requests, each of which would keep a server busy for a long time, beside a client who measures its wait."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx2
+
+from tests.support.models import make_random_model
+from tests.support.server import Server
+
+MODEL = "acme/patient"
+"""Its template runs for hours on a conversation that holds `LOOP`; any other it renders at once."""
+LOOP = "run for ever"
+_ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+Body = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """What one kind of hostile request did to the others."""
+
+    name: str
+    tried: int
+    """Requests of the client who measures."""
+    lost: int
+    """Those without an answer."""
+    waited: float
+    """The longest time to a first token, in seconds."""
+    held: int
+    """Hostile requests that were still held when the row ended, of those whose clients had left."""
+
+
+def make_patient_model(models: Path) -> Path:
+    """Write the model that hostile requests are sent to; return its folder."""
+    folder = make_random_model(models / MODEL, context=1 << 20)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    loop = "{% if messages[0]['content'] == '" + LOOP + "' %}" + _ENDLESS + "{% endif %}"
+    config["chat_template"] = loop + config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def chat(text: str, **more: Any) -> Body:
+    """The body of a chat completion."""
+    return {"model": MODEL, "messages": [{"role": "user", "content": text}], "max_tokens": 4, **more}
+
+
+def schema(properties: int) -> Body:
+    """A response format whose grammar takes long to compile."""
+    names = [f"property_{number}" for number in range(properties)]
+    member = {"type": "string", "pattern": "^[a-z]{1,40}(-[a-z0-9]{1,40}){0,9}$"}
+    described = {"type": "object", "properties": dict.fromkeys(names, member), "required": names}
+    return {"type": "json_schema", "json_schema": {"name": "large", "schema": described}}
+
+
+def bomb(side: int) -> str:
+    """The data URL of a grey PNG of side x side pixels, which is a thousand times smaller than they are."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    packer = zlib.compressobj(9)
+    row = bytes(side + 1)
+    rows = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    head = side.to_bytes(4, "big") * 2 + bytes((8, 0, 0, 0, 0))
+    image = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
+
+
+HOSTILE: Mapping[str, Callable[[], Body]] = {
+    "template without end": lambda: chat(LOOP),
+    "8 MB of blanks": lambda: chat(" " * 8_000_000),
+    "schema of 3,000 properties, 128 answers": lambda: chat("Go", n=128, response_format=schema(3000)),
+    "schemas that differ": lambda: chat("Go", n=8, response_format=schema(900 + time.monotonic_ns() % 100)),
+    "a million small values": lambda: chat("Go", tools=[{"x": [0] * 1_000_000}]),
+}
+"""Bodies of chat completions, by what is hostile in them."""
+
+
+def first_token(server: Server) -> float:
+    """Ask for a short answer, and return the seconds to its first token. Raises what httpx2 and the server raise."""
+    begun = time.monotonic()
+    with server.http.stream("POST", "/v1/chat/completions", json=chat("Hi", stream=True)) as answer:
+        assert answer.status_code == 200, answer.status_code
+        for line in answer.iter_lines():
+            if '"content":"' in line and '"content":""' not in line:
+                return time.monotonic() - begun
+    raise AssertionError("the answer has no token")
+
+
+@contextmanager
+def besieged(server: Server, body: Body, clients: int) -> Iterator[None]:
+    """Some clients send a request, and leave at the end without having read anything."""
+    data = json.dumps(body).encode()
+    host = httpx2.URL(server.url)
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host.host}:{host.port}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    with ExitStack() as connections:
+        for _ in range(clients):
+            connection = connections.enter_context(socket.create_connection((host.host, host.port), timeout=60))
+            connection.sendall(head.encode() + data)
+        yield
+
+
+def campaign(server: Server, seconds: float, clients: int = 4) -> list[Row]:
+    """Send each kind of hostile request from some clients at once, while another one asks and measures.
+
+    `server` serves the model of `make_patient_model`. Takes `seconds`, shared among the kinds.
+    """
+    first_token(server)
+    rows = []
+    for name, body in HOSTILE.items():
+        waits: list[float] = []
+        lost = 0
+        with besieged(server, body(), clients):
+            until = time.monotonic() + seconds / len(HOSTILE)
+            while time.monotonic() < until:
+                try:
+                    waits.append(first_token(server))
+                except (AssertionError, httpx2.HTTPError):
+                    lost += 1
+        rows.append(Row(name, len(waits) + lost, lost, max(waits, default=0.0), _held(server)))
+    return rows
+
+
+def _held(server: Server) -> int:
+    """How many sequences are pending two seconds after everybody has left."""
+    time.sleep(2)
+    for line in server.http.get("/metrics").text.splitlines():
+        if line.startswith("mlx_omni_pending_sequences "):
+            return int(float(line.split()[1]))
+    return -1
