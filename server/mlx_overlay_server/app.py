@@ -20,7 +20,7 @@ from mlx_overlay_server.api.refusals import add_error_handlers, refuse
 from mlx_overlay_server.api.responses import routes as responses
 from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.metrics import Metrics
-from mlx_overlay_server.models import download
+from mlx_overlay_server.models.download import Downloader
 from mlx_overlay_server.models.library import Library
 from mlx_overlay_server.models.pool import Extras, Pool, preload
 from mlx_overlay_server.preparation import Preparation
@@ -31,7 +31,8 @@ from mlx_overlay_server.settings import Settings
 
 def build(settings: Settings, session: hf_overlay.Session, process: Process | None = None) -> tuple[ASGIApp, Service]:
     """The application, and the service in it; `process` is a preparation process that was started already."""
-    service = _service(settings, session, process)
+    downloader = None if session.is_offline else Downloader(session)
+    service = _service(settings, session, downloader, process)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -47,6 +48,8 @@ def build(settings: Settings, session: hf_overlay.Session, process: Process | No
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await service.pool.close()
+            if downloader is not None:
+                await downloader.close()
             await service.engine.stop()
             await service.stop()
 
@@ -74,9 +77,11 @@ def build(settings: Settings, session: hf_overlay.Session, process: Process | No
     return guarded, service
 
 
-def _service(settings: Settings, session: hf_overlay.Session, process: Process | None) -> Service:
+def _service(
+    settings: Settings, session: hf_overlay.Session, downloader: Downloader | None, process: Process | None
+) -> Service:
     engine = Engine(settings.engine)
-    library = Library(session, None if session.is_offline else download.Downloader(session).fetch)
+    library = Library(session, downloader.fetch if downloader is not None else None)
     first = settings.models[:1]
     pool = Pool(
         library,

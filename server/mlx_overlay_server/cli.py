@@ -171,6 +171,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     add = _Adder(parser.add_argument_group("limits"), EngineOptions)
+    add(
+        "load_seconds",
+        "--load-seconds",
+        "give up loading a model after so long without progress",
+        type=_seconds,
+        metavar="SECONDS",
+    )
     add("batch_size", "--max-batch", "sequences of a model that generate at once", type=_positive, metavar="N")
     add = add.of(Limits)
     add(

@@ -58,6 +58,8 @@ class EngineOptions:
     """Run Python files that come with models."""
     num_draft_tokens: int = 3
     """Tokens that the draft model proposes in each step."""
+    load_seconds: float = 120
+    """Seconds that a load may take without any progress."""
     is_pipeline: bool = False
     """Under mlx.launch: distribute layers instead of splitting tensors."""
 

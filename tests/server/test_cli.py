@@ -44,6 +44,7 @@ FLAGS: list[tuple[str, str, str, Any]] = [
     ("--max-tokens", "100", "limits.answer_tokens", 100),
     ("--prefill-step", "64", "engine.prefill_step", 64),
     ("--shutdown-seconds", "0", "shutdown_seconds", 0.0),
+    ("--load-seconds", "30", "engine.load_seconds", 30.0),
     ("--draft-model", "org/d", "draft_model", "org/d"),
     ("--num-draft-tokens", "5", "engine.num_draft_tokens", 5),
     ("--adapter-path", "/lora", "adapter_path", "/lora"),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from hf_overlay import hfcache
+from hf_overlay.catalog import links
 from hf_overlay.models import Code, File, Reason
 from hf_overlay.patience import NoAnswer
 from hf_overlay.progress import alive
@@ -94,7 +95,11 @@ def list_folder(path: str) -> Listing:
 
 
 def contents(path: str, top: Listing) -> Contents:
-    """Everything in the model's folder `path`, whose listing is `top`. Raises Unfit or OSError."""
+    """Everything in the model's folder `path`, whose listing is `top`. Raises Unfit or OSError.
+
+    Left out are files that links lead away to, by the rule of `links`. A config.json among them is Unfit.
+    """
+    home = links.home_of(path)
     files: list[File] = []
     folders: list[str] = []
     junk = 0
@@ -104,6 +109,11 @@ def contents(path: str, top: Listing) -> Contents:
         junk += folder.junk
         has_links = has_links or folder.has_links
         for name in folder.files:
+            # Below a linked folder, whose own files are none, all of them may lie elsewhere.
+            if has_links and links.leads_away(f"{path}/{prefix}{name}", home):
+                if not prefix and name == "config.json":
+                    raise Unfit(Code.BAD_CONFIG, "config.json is a link to a file that is not a model's")
+                continue
             if is_utf8(name):
                 status = os.stat(f"{path}/{prefix}{name}")
                 alive()

@@ -6,12 +6,12 @@ import re
 import struct
 from collections.abc import Collection
 
+from hf_overlay.catalog import links
 from hf_overlay.catalog.files import Unfit, read_json
 from hf_overlay.catalog.memo import Memo, stamps
 from hf_overlay.models import Code, File
 
-SUFFIXES = (".safetensors", ".gguf", ".bin", ".npz", ".pt", ".pth", ".onnx", ".mlpackage")
-"""Ends of the names of weight files, of whatever kind of model."""
+SUFFIXES = links.WEIGHTS
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _DATA_END = re.compile(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d+)\s*\]')

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import parse_qs, quote, unquote
 
 from hf_overlay import hfcache
+from hf_overlay.catalog import links
 from hf_overlay.models import File, Model
 
 if TYPE_CHECKING:
@@ -217,7 +218,8 @@ def _file(model: Model, commit: str, name: str) -> Response:
 
     file = next((file for file in model.files if file.name == name), None)
     path = f"{model.path}/{name}"
-    if file is None or not os.path.isfile(path):
+    # Looked at again: since the scan, a link may have taken the file's place.
+    if file is None or not os.path.isfile(path) or links.leads_away(path, links.home_of(model.path)):
         return error(404, "EntryNotFound", f"{model.path} has no {name}", {"X-Repo-Commit": commit})
     headers = {
         "ETag": f'"{hfcache.etag(model, file)}"',

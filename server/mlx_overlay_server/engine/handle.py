@@ -87,7 +87,7 @@ class Engine:
             await asyncio.to_thread(self._thread.join, STOP_SECONDS)
 
     async def load(self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None) -> Loaded:
-        """Make the model in a folder resident. Raises ServerError."""
+        """Make the model in a folder resident. Raises ServerError. Cancelled, it is given up after the next slice."""
         self._check()
         key = f"{next(self._keys)}:{path}"
         future: Future[Loaded] = Future()
@@ -95,6 +95,9 @@ class Engine:
         self._send(Load(key, path, adapter_path, draft_path))
         try:
             return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            self._send(Unload(key))
+            raise
         finally:
             self._loads.pop(key, None)
 

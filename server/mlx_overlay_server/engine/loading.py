@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -16,22 +17,32 @@ from mlx_lm.processors import load_processor
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer, sharded_load
 
 from mlx_overlay_server.chat.loaded import Loaded
-from mlx_overlay_server.engine import mlx
+from mlx_overlay_server.engine import folder, mlx
 from mlx_overlay_server.engine.commands import Load
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.runner import Runner
 from mlx_overlay_server.settings import EngineOptions
 
+T = TypeVar("T")
+
 SLICE_BYTES = 1 << 28
 """Bytes of weights that are read between two steps of other models."""
 
 
-def load(command: Load, options: EngineOptions, group: Any, prefixes: PrefixCache) -> Iterator[Runner | None]:
-    """Load a model: yield None after each slice, and the runner at the end. Raises what mlx-lm raises."""
+def load(
+    command: Load, options: EngineOptions, group: Any, prefixes: PrefixCache
+) -> Generator[Runner | None, None, None]:
+    """Load a model: yield None after each slice, and the runner at the end.
+
+    Raises what mlx-lm raises, Unsuitable for a folder that must not be loaded, TimeoutError when a part does not end.
+    """
     path = Path(command.path)
     config_extra = {"trust_remote_code": options.trust_remote_code}
     draft = None
-    if group is not None:
+    checking = _apart(partial(_check, command))
+    if group is not None:  # all ranks take as many turns: none
+        wait([checking], options.load_seconds)
+        _result(checking, options)
         model, tokenizer, config = sharded_load(
             command.path,
             pipeline_group=group if options.is_pipeline else None,
@@ -41,20 +52,21 @@ def load(command: Load, options: EngineOptions, group: Any, prefixes: PrefixCach
             trust_remote_code=options.trust_remote_code,
         )
     else:
+        yield from _turns(checking, options.load_seconds)
+        _result(checking, options)
         model, config = load_model(path, lazy=True, trust_remote_code=options.trust_remote_code)
         if command.adapter_path is not None:
             model = load_adapters(model, command.adapter_path)
             model.eval()
         if command.draft_path is not None:
             draft, _ = load_model(Path(command.draft_path), lazy=True, trust_remote_code=options.trust_remote_code)
-        with ThreadPoolExecutor(1, "tokenizer") as executor:
-            loading = executor.submit(load_tokenizer, path, config_extra, config.get("eos_token_id"))
-            for part in _slices([model, *([draft] if draft is not None else [])]):
-                mx.eval(part)
-                yield None
-            while not wait([loading], timeout=0.005).done:
-                yield None
-            tokenizer = loading.result()
+        end_tokens = folder.end_tokens(config.get("eos_token_id"), path)
+        reading = _apart(partial(load_tokenizer, path, config_extra, end_tokens))
+        for part in _slices([model, *([draft] if draft is not None else [])]):
+            mx.eval(part)
+            yield None
+        yield from _turns(reading, options.load_seconds)
+        tokenizer = _result(reading, options)
     has_own_calls = tokenizer.has_tool_calling
     mlx.prepare_tokenizer(tokenizer)
     vocab_size = _vocab_size(config, tokenizer)
@@ -69,11 +81,46 @@ def load(command: Load, options: EngineOptions, group: Any, prefixes: PrefixCach
         nbytes=sum(part.nbytes for each in (model, draft) if each is not None for part in _parameters(each)),
         vocab_size=vocab_size,
         context=_context(config),
-        defaults=_generation_config(path),
+        defaults=folder.sampling_defaults(path),
         has_own_calls=has_own_calls,
         processor=load_processor(model, config) if group is None else None,
     )
     yield Runner(loaded, model, draft, options, prefixes)
+
+
+def _check(command: Load) -> None:
+    for path in (command.path, command.adapter_path, command.draft_path):
+        if path is not None:
+            folder.check(path)
+
+
+def _apart(work: Callable[[], T]) -> Future[T]:
+    """Run something that may never end in a thread that nothing waits for, not even the end of the process."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it; some of it calls sys.exit
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="loading", daemon=True).start()
+    return future
+
+
+def _turns(future: Future[Any], seconds: float) -> Iterator[None]:
+    """Let others take turns until something that runs apart has ended, or for some seconds."""
+    deadline = time.monotonic() + seconds
+    while not wait([future], timeout=0.005).done and time.monotonic() < deadline:
+        yield None
+
+
+def _result(future: Future[T], options: EngineOptions) -> T:
+    """Return what something that ran apart has returned. Raises what it raised, TimeoutError if it has not ended."""
+    if not future.done():
+        seconds = f"{options.load_seconds:g} s"
+        raise TimeoutError(f"its files could not be read within {seconds}; look at the disk, or raise --load-seconds")
+    return future.result()
 
 
 def _parameters(model: Any) -> list[mx.array]:
@@ -106,12 +153,3 @@ def _context(config: dict[str, Any]) -> int | None:
             if isinstance(part.get(name), int):
                 return int(part[name])
     return None
-
-
-def _generation_config(path: Path) -> dict[str, Any]:
-    """Return a model's own sampling defaults; {} when its file is missing or unreadable."""
-    try:
-        found = json.loads((path / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -128,7 +128,8 @@ class Worker:
         if isinstance(command, Load):
             self._loading[command.key] = self._load(command)
         elif isinstance(command, Unload):
-            self._loading.pop(command.key, None)
+            if self._loading.pop(command.key, None) is not None:  # nobody waits for it any more
+                self._clear_memory()
             if (runner := self._runners.pop(command.key, None)) is not None:
                 items += [(id_, Unavailable("the model was unloaded")) for id_ in self._forget(command.key)]
                 runner.close()

@@ -11,24 +11,54 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NoReturn
 
 import hf_overlay
 
+from mlx_overlay_server import children
+from mlx_overlay_server.children import Child
 from mlx_overlay_server.errors import Forbidden, Unavailable, UnknownModel
 
 logger = logging.getLogger("mlx_overlay_server")
 
+LOOK_UPS = 4
+"""Processes that ask the Hub whether it has a model, at once; further ids wait."""
+DOWNLOADS = 4
+"""Models that are downloaded at once; further ones wait."""
+UNKNOWN_SECONDS = 30.0
+"""Seconds for which the Hub is not asked again for a model that it does not have."""
+_MAX_UNKNOWN = 10_000
 _NOT_FOUND = frozenset({"RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError"})
 
 
+@dataclass(slots=True)
+class _Download:
+    """A download, or the look-up before it, for all who wait for one model."""
+
+    progress: Callable[[str], None]
+    waiting: int = 0
+    """How many wait for it."""
+    is_found: bool = False
+    """Whether the Hub has the model. From then on it goes on when nobody waits: the next request finds it there."""
+    task: asyncio.Task[None] | None = None
+
+
 class Downloader:
-    """Downloads for one overlay session."""
+    """Downloads for one overlay session, a few at a time."""
 
     def __init__(self, session: hf_overlay.Session) -> None:
         self._session = session
+        self._running: dict[str, _Download] = {}
+        self._look_ups = asyncio.Semaphore(LOOK_UPS)
+        self._downloads = asyncio.Semaphore(DOWNLOADS)
+        self._unknown: dict[str, float] = {}
+        """Ids that the Hub does not have -> when it said so, in monotonic seconds; oldest first."""
 
     async def fetch(self, model_id: str, progress: Callable[[str], None]) -> None:
         """Download a model.
@@ -37,43 +67,68 @@ class Downloader:
         """
         if (why := self._session.why_no_downloads) is not None:
             raise Unavailable(f"{model_id} is not downloaded: {why}", code="download_refused")
+        if self._is_unknown(model_id):
+            raise _no_model(model_id, "asked a moment ago")
         progress(f"downloading {model_id}")
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "mlx_overlay_server.models.download",
-            model_id,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=self._session.environment,
-            pass_fds=(self._session.owner_fd,),  # if this process is killed, the download goes on, and needs its tree
-        )
-        assert process.stdin is not None  # noqa: S101 - asked for below, as the next
-        assert process.stdout is not None  # noqa: S101
-        problem: tuple[str, str] | None = None
-        logged = -1  # percent
+        download = self._running.get(model_id)
+        if download is None:
+            download = self._running[model_id] = _Download(progress)
+            download.task = asyncio.create_task(self._run(model_id, download))
+            download.task.add_done_callback(lambda task: self._ended(model_id, download, task))
+        assert download.task is not None  # noqa: S101 - set above
+        download.progress = progress
+        download.waiting += 1
         try:
-            async for line in process.stdout:
-                report = json.loads(line)
+            await asyncio.shield(download.task)
+        finally:
+            download.waiting -= 1
+            if not download.waiting and not download.is_found:  # nobody need know any more
+                self._forget(model_id, download)
+                download.task.cancel()
+
+    async def close(self) -> None:
+        """End all downloads. What they have fetched stays for the next ones."""
+        tasks = [each.task for each in self._running.values() if each.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, model_id: str, download: _Download) -> None:
+        async with AsyncExitStack() as held:
+            async with self._look_ups:
+                child = await held.enter_async_context(
+                    children.running(
+                        __name__,
+                        model_id,
+                        environ=self._session.environment,
+                        # If this process is killed, the download goes on, and needs its tree.
+                        inherit=(self._session.owner_fd,),
+                    )
+                )
+                reports = _reports(child)
+                first: dict[str, Any] = await anext(reports, {})
+                if "found" not in first:
+                    await self._fail(model_id, child, first)
+                await held.enter_async_context(self._downloads)  # the process waits for a line
+            download.is_found = True
+            self._session.expect_model(model_id)  # only now: ids are what clients send, and must leave no folders
+            child.write(b"\n")
+            logged = -1  # percent
+            async for report in reports:
                 if "error" in report:
-                    problem = (report["error"], report["message"])
-                    continue
-                if "found" in report:  # only now: ids are what clients send, and must not leave folders in a cache
-                    self._session.expect_model(model_id)
-                    process.stdin.write(b"\n")
-                    continue
-                progress(f"downloading {model_id}: {report['done'] / 1e6:.0f} of {report['total'] / 1e6:.0f} MB")
+                    await self._fail(model_id, child, report)
+                download.progress(
+                    f"downloading {model_id}: {report['done'] / 1e6:.0f} of {report['total'] / 1e6:.0f} MB"
+                )
                 if (percent := report["done"] * 10 // max(report["total"], 1) * 10) != logged:
                     logged = percent
                     logger.info("downloading %s: %d %% of %.1f MB", model_id, percent, report["total"] / 1e6)
-            await process.wait()
-        finally:
-            if process.returncode is None:
-                process.terminate()
-                await process.wait()
-        if problem is None and process.returncode == 0:
-            return
-        kind, message = problem or ("", f"it ended with status {process.returncode}")
+            if await child.wait():
+                await self._fail(model_id, child, {})
+
+    async def _fail(self, model_id: str, child: Child, report: Mapping[str, Any]) -> NoReturn:
+        """Raise the ServerError for what a process reported, or for its end without a report."""
+        kind = report.get("error", "")
         if kind == "GatedRepoError":
             raise Forbidden(
                 f"{model_id} is gated: ask for access on its page on the Hub, then `hf auth login` on the server",
@@ -81,10 +136,41 @@ class Downloader:
                 code="model_gated",
             )
         if kind in _NOT_FOUND:
-            raise UnknownModel(
-                f"no model {model_id} in the model paths, the cache or on the Hub ({kind})", field="model"
-            )
+            self._remember_unknown(model_id)
+            raise _no_model(model_id, kind)
+        message = report["message"] if kind else f"it ended with status {await child.wait()}"
         raise Unavailable(f"{model_id} cannot be downloaded: {message}", code="download_failed")
+
+    def _ended(self, model_id: str, download: _Download, task: asyncio.Task[None]) -> None:
+        self._forget(model_id, download)
+        if not task.cancelled() and (error := task.exception()) is not None and not download.waiting:
+            logger.warning("%s", " ".join(str(error).split()))
+
+    def _forget(self, model_id: str, download: _Download) -> None:
+        if self._running.get(model_id) is download:
+            del self._running[model_id]
+
+    def _is_unknown(self, model_id: str) -> bool:
+        """Return whether the Hub said a moment ago that it has no such model."""
+        now = time.monotonic()
+        while self._unknown and now - (oldest := next(iter(self._unknown.items())))[1] >= UNKNOWN_SECONDS:
+            del self._unknown[oldest[0]]
+        return model_id in self._unknown
+
+    def _remember_unknown(self, model_id: str) -> None:
+        self._unknown.pop(model_id, None)
+        if len(self._unknown) >= _MAX_UNKNOWN:
+            del self._unknown[next(iter(self._unknown))]
+        self._unknown[model_id] = time.monotonic()
+
+
+def _no_model(model_id: str, kind: str) -> UnknownModel:
+    return UnknownModel(f"no model {model_id} in the model paths, the cache or on the Hub ({kind})", field="model")
+
+
+async def _reports(child: Child) -> AsyncIterator[dict[str, Any]]:
+    async for line in child.lines():
+        yield json.loads(line)
 
 
 def patterns() -> list[str]:
@@ -104,8 +190,6 @@ def patterns() -> list[str]:
 
 def main() -> int:
     """Download the model named by the first argument, and report progress as JSON lines; runs in the process."""
-    from typing import Any
-
     from huggingface_hub import HfApi, snapshot_download  # noqa: TID251 - the environment is the overlay's by now
     from huggingface_hub.utils import tqdm  # noqa: TID251
 

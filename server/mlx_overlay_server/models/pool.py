@@ -1,21 +1,24 @@
 """Keeps models in memory: joins loads of one model, keeps to a memory budget, unloads idle models.
 
+`room` has the rules for who comes next and who leaves; here they are carried out.
 Everything here runs on the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.errors import ServerError, Unavailable
+from mlx_overlay_server.models import room
 from mlx_overlay_server.models.library import Located
 
 logger = logging.getLogger("mlx_overlay_server")
@@ -48,8 +51,50 @@ class Resident:
 
     id: str
     model: Loaded
+    number: int
+    """The number of its load."""
     used: float
     """When it was last used, in monotonic seconds."""
+
+
+@dataclass(slots=True, eq=False)
+class _Load:
+    """A load of one model, which all requests for it share.
+
+    It looks for the model, which may download it, then waits for room, then loads.
+    """
+
+    id: str
+    number: int = 0
+    nbytes: int = 0
+    since: float = 0
+    """When it began to wait for room, in monotonic seconds."""
+    has_room: bool = False
+    """Whether it has begun to read weights, and takes memory."""
+    task: asyncio.Task[Resident] | None = None
+    _room: asyncio.Future[None] | None = None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it waits for room."""
+        return self._room is not None and not self._room.done()
+
+    def wait(self, number: int) -> asyncio.Future[None]:
+        """Begin to wait for room, and return what to await."""
+        self.number, self.since = number, time.monotonic()
+        self._room = asyncio.get_running_loop().create_future()
+        return self._room
+
+    def begin(self) -> None:
+        """End the wait for room: there is some."""
+        self.has_room = True
+        if self._room is not None:
+            self._room.set_result(None)
+
+    def refuse(self, error: ServerError) -> None:
+        """End the wait for room with an error."""
+        if self._room is not None:
+            self._room.set_exception(error)
 
 
 class Pool:
@@ -78,10 +123,11 @@ class Pool:
         self._resident: dict[str, Resident] = {}
         self._users: Counter[str] = Counter()
         """How many requests use a model or wait for it: while there are any, it is not unloaded."""
-        self._loading: dict[str, asyncio.Task[Resident]] = {}
-        self._reserved = 0
-        self._room = asyncio.Lock()
-        self._changed = asyncio.Event()
+        self._loads: dict[str, _Load] = {}
+        """The loads that requests can join, by the model's id."""
+        self._tasks: dict[asyncio.Task[Resident], _Load] = {}
+        """All loads that have not ended, those that were cancelled included."""
+        self._numbers = itertools.count()
 
     @property
     def resident(self) -> list[str]:
@@ -91,7 +137,7 @@ class Pool:
     @property
     def loading(self) -> list[str]:
         """Ids of models on their way into memory, sorted."""
-        return sorted(self._loading)
+        return sorted(self._loads)
 
     @property
     def nbytes(self) -> int:
@@ -115,7 +161,7 @@ class Pool:
                 del self._users[model_id]  # ids are what clients send: they must not pile up
             if (left := self._resident.get(model_id)) is not None:
                 left.used = time.monotonic()
-            self._notify()
+            self._leave(model_id)
 
     async def sweep(self) -> None:
         """Unload models that were idle for too long, for as long as the server runs."""
@@ -128,71 +174,137 @@ class Pool:
 
     def abort(self) -> None:
         """Cancel loads that still run; whoever waits for them gets Unavailable."""
-        for task in self._loading.values():
+        for task in self._tasks:
             task.cancel()
 
     async def close(self) -> None:
         """Cancel loads that still run, and wait until they have ended."""
         self.abort()
-        await asyncio.gather(*self._loading.values(), return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _load(self, model_id: str) -> Resident:
-        """Load a model once, however many requests wait for it; the load continues when they leave."""
-        task = self._loading.get(model_id)
-        if task is None:
-            task = asyncio.create_task(self._load_once(model_id))
-            self._loading[model_id] = task
-            task.add_done_callback(lambda _: self._loaded(model_id))
+        """Load a model once, however many requests wait for it."""
+        load = self._loads.get(model_id)
+        if load is None:
+            load = self._loads[model_id] = _Load(model_id)
+            load.task = asyncio.create_task(self._run(load))
+            self._tasks[load.task] = load
+            load.task.add_done_callback(self._ended)
+        assert load.task is not None  # noqa: S101 - set above
         try:
-            return await asyncio.shield(task)
+            return await asyncio.shield(load.task)
         except asyncio.CancelledError:
-            if task.cancelled():
+            if load.task.cancelled():
                 raise Unavailable("the server is shutting down") from None
             raise
 
-    def _loaded(self, model_id: str) -> None:
-        task = self._loading.pop(model_id)
+    def _leave(self, model_id: str) -> None:
+        """Drop a load that has not begun and that nobody waits for any more.
+
+        One that has begun goes on while nobody else needs its room.
+        """
+        load = self._loads.get(model_id)
+        if load is not None and not load.has_room and not self._users[model_id]:
+            self._cancel(load)
+        self._admit()
+
+    def _cancel(self, load: _Load) -> None:
+        """End a load. A request for its model that comes from now on begins another one."""
+        if self._loads.get(load.id) is load:
+            del self._loads[load.id]
+        if load.task is not None:
+            load.task.cancel()
+
+    def _ended(self, task: asyncio.Task[Resident]) -> None:
+        load = self._tasks.pop(task)
+        if self._loads.get(load.id) is load:
+            del self._loads[load.id]
         if not task.cancelled():
             task.exception()  # whoever waited has got it; asyncio warns of errors that nobody has read
-        self._notify()
+        self._admit()
 
-    async def _load_once(self, model_id: str) -> Resident:
-        extras = self._extras.get(model_id, Extras())
-        located = await self._source.locate(model_id)
+    async def _run(self, load: _Load) -> Resident:
+        extras = self._extras.get(load.id, Extras())
+        located = await self._source.locate(load.id)
         draft = await self._source.locate(extras.draft) if extras.draft is not None else None
-        nbytes = located.nbytes + (draft.nbytes if draft is not None else 0)
-        started = time.monotonic()
-        await self._make_room(model_id, nbytes)
-        try:
-            model = await self._loader.load(
-                located.path, adapter_path=extras.adapter_path, draft_path=draft.path if draft is not None else None
-            )
-        finally:
-            self._reserved -= nbytes
-        resident = Resident(model_id, model, time.monotonic())
-        self._resident[model_id] = resident
-        logger.info("loaded %s from %s in %.1f s", model_id, located.path, time.monotonic() - started)
+        load.nbytes = located.nbytes + (draft.nbytes if draft is not None else 0)
+        has_room = load.wait(next(self._numbers))
+        self._admit()
+        await has_room
+        model = await self._loader.load(
+            located.path, adapter_path=extras.adapter_path, draft_path=draft.path if draft is not None else None
+        )
+        load.has_room = False  # from here on the resident model counts
+        resident = Resident(load.id, model, load.number, time.monotonic())
+        self._resident[load.id] = resident
+        logger.info("loaded %s from %s in %.1f s", load.id, located.path, time.monotonic() - load.since)
         return resident
 
-    async def _make_room(self, model_id: str, nbytes: int) -> None:
-        """Reserve memory by unloading idle models, least recently used first. Raises Unavailable if it never fits."""
-        async with self._room:  # one at a time: two must not count the same bytes as free
-            while self.nbytes + self._reserved + nbytes > self._budget:
-                pinned = sum(each.model.nbytes for each in self._resident.values() if each.id in self._pinned)
-                if pinned + nbytes > self._budget:
-                    held = f", of which pinned models hold {_gb(pinned)}" if pinned else ""
-                    raise Unavailable(
-                        f"{model_id} needs {_gb(nbytes)} and the memory budget is {_gb(self._budget)}{held}; "
+    def _admit(self) -> None:
+        """Let loads begin for which there is room, or can be made, by the rules of `room`."""
+        while True:
+            held = self._held()
+            self._refuse(room.pinned_bytes(held))
+            waiting = {load.number: load for load in self._loads.values() if load.is_waiting}
+            queue = [room.Waiting(load.id, load.nbytes, load.number, load.since) for load in waiting.values()]
+            plan = room.plan(sorted(queue, key=lambda each: each.number), held, self._budget, time.monotonic())
+            if plan is None:
+                return
+            if given_up := [each.number for each in plan.leaving if each.is_loading]:
+                self._give_up(given_up, plan.load.id)
+                return  # their ends come here again
+            for each in plan.leaving:
+                self._unload(self._resident[each.id], f"room for {plan.load.id}")
+            waiting[plan.load.number].begin()
+
+    def _refuse(self, pinned: int) -> None:
+        """End waiting loads that can never fit beside the pinned models, with Unavailable."""
+        for load in self._loads.values():
+            if load.is_waiting and pinned + load.nbytes > self._budget:
+                held = f", of which pinned models hold {_gb(pinned)}" if pinned else ""
+                load.refuse(
+                    Unavailable(
+                        f"{load.id} needs {_gb(load.nbytes)} and the memory budget is {_gb(self._budget)}{held}; "
                         "raise --memory-budget",
                         code="model_too_large",
                     )
-                idle = self._idle()
-                if idle:
-                    self._unload(min(idle, key=lambda each: each.used), f"room for {model_id}")
-                else:
-                    self._changed.clear()
-                    await self._changed.wait()
-            self._reserved += nbytes
+                )
+
+    def _held(self) -> list[room.Held]:
+        """Return all that takes room: resident models, and loads that have begun."""
+        resident = [
+            room.Held(
+                each.id,
+                each.model.nbytes,
+                each.number,
+                each.used,
+                is_busy=bool(self._users[each.id]),
+                is_pinned=each.id in self._pinned,
+                is_loading=False,
+            )
+            for each in self._resident.values()
+        ]
+        loading = [
+            room.Held(
+                load.id,
+                load.nbytes,
+                load.number,
+                load.since,
+                is_busy=bool(self._users[load.id]) and self._loads.get(load.id) is load,
+                is_pinned=load.id in self._pinned,
+                is_loading=True,
+            )
+            for load in self._tasks.values()
+            if load.has_room
+        ]
+        return resident + loading
+
+    def _give_up(self, numbers: Collection[int], other: str) -> None:
+        """End loads under way that nobody waits for."""
+        for load in list(self._loads.values()):
+            if load.has_room and load.number in numbers:
+                logger.info("gave up loading %s, which nobody waits for (room for %s)", load.id, other)
+                self._cancel(load)
 
     def _idle(self) -> list[Resident]:
         return [each for each in self._resident.values() if not self._users[each.id] and each.id not in self._pinned]
@@ -201,9 +313,6 @@ class Pool:
         del self._resident[resident.id]
         self._loader.unload(resident.model)
         logger.info("unloaded %s (%s)", resident.id, why)
-
-    def _notify(self) -> None:
-        self._changed.set()
 
 
 async def preload(pool: Pool, model_ids: tuple[str, ...]) -> None:

@@ -1,0 +1,102 @@
+"""Starts programs without forking the server, and ends them.
+
+The server is a process with many threads, some of which belong to libraries. A fork copies one thread, and whatever the
+others held at that moment stays held: OpenBLAS's own handler for forks waits for its threads, for ever when they are
+gone. `posix_spawn` runs no such handlers. `subprocess.Popen` uses it as long as it need not close descriptors in the
+child, which Python opens as not inheritable anyway; asyncio and uvloop always fork.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+
+TERMINATE_SECONDS = 5.0
+"""Seconds that a program has for ending itself before it is killed."""
+_POLL_SECONDS = 0.02
+
+
+class Child:
+    """A running program, as the event loop sees it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], out: asyncio.StreamReader) -> None:
+        self._process = process
+        self._out = out
+
+    async def lines(self) -> AsyncIterator[bytes]:
+        """Yield the lines that the program writes to its output, until it closes that."""
+        while line := await self._out.readline():
+            yield line
+
+    def write(self, data: bytes) -> None:
+        """Write a few bytes to the program's input, which has room for them; nothing when the program has ended."""
+        if self._process.stdin is not None:
+            with suppress(BrokenPipeError):
+                self._process.stdin.write(data)
+
+    async def wait(self) -> int:
+        """Wait for the program's end, and return its exit status."""
+        while (status := self._process.poll()) is None:
+            await asyncio.sleep(_POLL_SECONDS)
+        return status
+
+    async def end(self) -> None:
+        """End the program if it still runs."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                async with asyncio.timeout(TERMINATE_SECONDS):
+                    await self.wait()
+            except TimeoutError:
+                self._process.kill()
+                await self.wait()
+
+
+@asynccontextmanager
+async def running(
+    module: str, *arguments: str, environ: Mapping[str, str], inherit: Iterable[int] = ()
+) -> AsyncIterator[Child]:
+    """Run a Python module as a program; it is ended with the context.
+
+    `inherit` are descriptors that the program holds open as long as it runs; it does not learn their numbers.
+    """
+    # -P: the working folder may hold a file of the same name as a module.
+    process = _spawn([sys.executable, "-P", "-m", module, *arguments], environ, inherit)
+    assert process.stdout is not None  # noqa: S101 - asked for in _spawn
+    assert process.stdin is not None  # noqa: S101
+    out = asyncio.StreamReader()
+    transport = None
+    try:
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(out), process.stdout
+        )
+        child = Child(process, out)
+        try:
+            yield child
+        finally:
+            await child.end()
+    finally:
+        process.stdin.close()
+        (transport or process.stdout).close()
+
+
+def _spawn(command: Sequence[str], environ: Mapping[str, str], inherit: Iterable[int]) -> subprocess.Popen[bytes]:
+    copies = [os.dup(each) for each in inherit]
+    try:
+        for each in copies:
+            os.set_inheritable(each, True)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=dict(environ),
+            bufsize=0,
+            close_fds=False,  # what lets Popen use posix_spawn
+        )
+    finally:
+        for each in copies:
+            os.close(each)

@@ -1,0 +1,115 @@
+"""Looks at a model's folder before mlx-lm does, since folders come from anywhere.
+
+mlx-lm and transformers open whatever has the right name. A named pipe would be waited on for ever, and a link to a
+device read without end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("mlx_overlay_server")
+
+MAX_CONFIG_BYTES = 128 * 2**20
+"""Bytes of any file that is not weights. The largest tokenizers known have about 40 MB."""
+_WEIGHTS = ".safetensors"
+_CONFIGS = (".json", ".jsonl", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+_TEMPLATES = "additional_chat_templates"
+
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "top_k": (-1, 1 << 31),
+    "min_p": (0, 1),
+    "repetition_penalty": (1e-3, 100),
+}
+"""The values of generation_config.json that are used, and what they may be."""
+
+
+class Unsuitable(Exception):
+    """A folder holds a file that must not be opened; the text says which and why, without the folder's path."""
+
+
+def check(path: str) -> None:
+    """Make sure that all files which loading opens are regular, bounded in size and can be read.
+
+    Takes as long as the disk does: call it where that may be given up on. Raises Unsuitable or OSError.
+    """
+    for folder, prefix in ((path, ""), (os.path.join(path, _TEMPLATES), f"{_TEMPLATES}/")):
+        for name in _names(folder):
+            if name.endswith((_WEIGHTS, *_CONFIGS)):
+                _check_file(os.path.join(folder, name), prefix + name)
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _check_file(path: str, name: str) -> None:
+    try:
+        if stat.S_ISDIR(_regular(os.stat(path), name).st_mode):
+            return
+        # Not to wait for the other end of a pipe, which may have taken the file's place.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:  # a link to nowhere: it counts as not there
+        return
+    with os.fdopen(descriptor, "rb") as file:
+        size = _regular(os.fstat(descriptor), name).st_size
+        if name.endswith(_WEIGHTS):
+            file.read(8)  # a disk that is gone is noticed here, where that can be given up on
+        elif size > MAX_CONFIG_BYTES:
+            raise Unsuitable(
+                f"{name} has {size / 2**20:.0f} MiB; more than {MAX_CONFIG_BYTES >> 20} is no configuration"
+            )
+
+
+def _regular(status: os.stat_result, name: str) -> os.stat_result:
+    """Return the status of a file or folder. Raises Unsuitable for anything else."""
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise Unsuitable(f"{name} is not a regular file")
+    return status
+
+
+def sampling_defaults(path: Path) -> dict[str, Any]:
+    """Return a model's own sampling parameters, from its generation_config.json.
+
+    {} when the file is missing or unreadable. Values that cannot be meant are left out, with a line in the log.
+    """
+    try:
+        found = json.loads((path / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return dict(_usable(found, path)) if isinstance(found, dict) else {}
+
+
+def _usable(found: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
+    if isinstance(found.get("do_sample"), bool):
+        yield "do_sample", found["do_sample"]
+    for name, (least, most) in _RANGES.items():
+        value = found.get(name)
+        if value is None:
+            continue
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most:
+            yield name, value
+        else:
+            logger.warning(
+                "%s/generation_config.json: %s is ignored: not a number from %g to %g", path, name, least, most
+            )
+
+
+def end_tokens(value: Any, path: Path) -> int | list[int] | None:
+    """Return the `eos_token_id` of a configuration; None, with a line in the log, for what is not token ids."""
+    ids = value if isinstance(value, list) else [value]
+    if value is None or all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in ids):
+        return value  # type: ignore[no-any-return]
+    logger.warning("%s: eos_token_id is ignored: not token ids", path)
+    return None
