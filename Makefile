@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Where `make dist` leaves the wheels and sdists.
 DIST := dist
 
-.PHONY: help demo serve test agents check format bench dist mutants clean
+.PHONY: help demo serve test agents check format bench dist mutants soak clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -54,8 +54,11 @@ dist: $(VENV)/.ready  ## build the wheels and sdists of both distributions into 
 	$(BIN)/python -m build --outdir $(DIST) overlay
 	$(BIN)/python -m build --outdir $(DIST) server
 
-mutants: $(VENV)/.mutants  ## put small faults in and see which no test notices: make mutants [ARGS="pool guard"]
+mutants: $(VENV)/.mutants  ## put small faults in and see which no test notices: make mutants [ARGS="--sample 20 pool guard"]
 	nice -n 19 $(BIN)/python -m tests.support.mutants $(ARGS)
+
+soak: $(VENV)/.hubs  ## kill, cut and ask at random for minutes: make soak [ARGS="--seconds 20 --seed 1 kills"]
+	$(BIN)/python -m tests.support.soak $(ARGS)
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(DIST) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -13,7 +13,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hf_overlay.errors import InvalidModelId, ModelNotFound, OverlayError, SessionError, SourceAway, UsageError
+from hf_overlay.errors import (
+    IncompleteModel,
+    InvalidModelId,
+    ModelNotFound,
+    OverlayError,
+    SessionError,
+    SourceAway,
+    UsageError,
+)
 from hf_overlay.models import File, Model
 
 if TYPE_CHECKING:
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Changes",
     "File",
+    "IncompleteModel",
     "InvalidModelId",
     "Model",
     "ModelNotFound",

@@ -18,6 +18,23 @@ MODEL_PATH_VARIABLE = "MLX_OMNI_MODEL_PATH"
 OWNER_FILE = ".hf-overlay-session"
 """Names the living owner in every session's folder; a scan that meets one knows the folder for ours."""
 
+OLDER_CACHE_VARIABLES = ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE", "PYTORCH_PRETRAINED_BERT_CACHE")
+"""Variables that older transformers read before HF_HUB_CACHE."""
+PROXY_VARIABLES = ("no_proxy", "NO_PROXY")
+CHANGED_VARIABLES = frozenset(
+    {
+        *OLDER_CACHE_VARIABLES,
+        *PROXY_VARIABLES,
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HUGGINGFACE_HUB_CACHE",
+        "HF_HUB_DISABLE_SHARED_BLOBS",
+        "HF_HUB_OFFLINE",
+        "HF_ENDPOINT",
+    }
+)
+"""All environment variables that an overlay may change for a program."""
+
 Kind = Literal["mlx", "any"]
 """`mlx`: models that the installed mlx-lm can load; `any`: also those of transformers, diffusers, …"""
 
@@ -25,7 +42,7 @@ _OVERLAY = re.compile(r"/session-\d+-[0-9a-f]+/home/hub$")
 
 
 class Settings(NamedTuple):
-    """Everything a scan depends on. All paths are absolute; none of them need exist."""
+    """Everything an overlay depends on. All paths are absolute; none of them need exist."""
 
     roots: tuple[str, ...]
     """The user's model folders, most important first; empty: the Hugging Face cache only."""
@@ -39,6 +56,8 @@ class Settings(NamedTuple):
     """Ids for which the user's folders do not count: the cache, and the Hub, answer."""
     trusts_code: bool = False
     """Also take models whose architecture is in a Python file of their own."""
+    holds_downloads: bool = False
+    """Download also while the real cache is away or read-only; what comes is held in the session's folder."""
 
 
 def load(
@@ -49,10 +68,11 @@ def load(
     kind: Kind | None = None,
     exclude: Sequence[str] = (),
     trusts_code: bool = False,
+    holds_downloads: bool = False,
 ) -> Settings:
     """Settings from the command line's model paths and an environment; the former win.
 
-    Raises UsageError for an empty path, for one that is a file, and in the shell of an overlay that has ended.
+    Raises UsageError for an empty path, and in the shell of an overlay that has ended. Model paths are not looked at.
     """
     if not model_paths:
         model_paths = [part for part in environ.get(MODEL_PATH_VARIABLE, "").split(os.pathsep) if part]
@@ -61,8 +81,6 @@ def load(
         if not given or "\0" in given:
             raise UsageError(f"a model path is empty or malformed: {given!r}; give a folder of models")
         root = _absolute(expand_user(given, environ), cwd)
-        if os.path.isfile(root):
-            raise UsageError(f"model path {root} is a file; give the folder that holds your models")
         roots[root] = None
     cache = _absolute(hub_cache(environ), cwd)
     if _OVERLAY.search(cache) and not os.path.isdir(cache):
@@ -74,6 +92,7 @@ def load(
         kind=kind,
         exclude=tuple(exclude),
         trusts_code=trusts_code,
+        holds_downloads=holds_downloads,
     )
 
 
@@ -125,13 +144,15 @@ def past_proxies(environ: Mapping[str, str]) -> dict[str, str]:
     if not names & {"http_proxy", "all_proxy"}:
         return {}
     before = environ.get("no_proxy") or environ.get("NO_PROXY")
-    return dict.fromkeys(("no_proxy", "NO_PROXY"), f"{before},127.0.0.1" if before else "127.0.0.1")
+    return dict.fromkeys(PROXY_VARIABLES, f"{before},127.0.0.1" if before else "127.0.0.1")
 
 
 def _absolute(path: str, cwd: str) -> str:
     path = os.path.join(cwd, path)
-    # Behind a link `..` is not the textual parent; without one the user's own spelling is what they recognise.
-    return os.path.realpath(path) if ".." in path.split("/") else os.path.normpath(path)
+    # Behind a link `..` is not the textual parent; without one the user's own spelling is what they recognise. What
+    # comes after it is not looked at: it may be on a disk that does not answer.
+    above, dots, below = f"{path}/".rpartition("/../")
+    return os.path.normpath(f"{os.path.realpath(above + dots)}/{below}" if dots else path)
 
 
 def expand(path: str, environ: Mapping[str, str]) -> str:

@@ -4,7 +4,8 @@ OverlayError            an expected failure (the command exits with 1)
 ├── UsageError          the call itself is wrong (the command exits with 2)
 │   └── InvalidModelId  an id that could lead out of the folder it is looked up in
 ├── ModelNotFound       no folder and no cached snapshot has this id
-│   └── SourceAway      the model's folder is on a drive that is not there now
+│   ├── SourceAway      the model's folder is on a drive that is not there now
+│   └── IncompleteModel the user's folder of this id lacks a part of its weights
 └── SessionError        the tree could not be built or switched
 """
 
@@ -27,9 +28,23 @@ class InvalidModelId(UsageError):
 class ModelNotFound(OverlayError):
     """No model that can be loaded has this id; the text names each place that was looked at, and why it has none."""
 
+    def __init__(self, text: str, *, near: str | None = None) -> None:
+        super().__init__(text)
+        self.near = near
+        """The id that is spelled most like it, where one is close."""
+
 
 class SourceAway(ModelNotFound):
     """The model was in a user's folder that has gone away since, as with a drive that was unplugged."""
+
+
+class IncompleteModel(ModelNotFound):
+    """The user's folder of this id lacks a part of its weights, and no other place has the model whole."""
+
+    def __init__(self, text: str, *, problem: str) -> None:
+        super().__init__(text)
+        self.problem = problem
+        """What is wrong with the folder, without its path."""
 
 
 class SessionError(OverlayError):

@@ -27,6 +27,8 @@ SHARED_BLOBS = "blobs"
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_PARTIAL = re.compile(r"(\.[0-9a-f]{8})?\.incomplete$")
+_KINDS = frozenset({"models", "datasets", "spaces", "kernels"})
 _OTHER_REPO = re.compile(r"(datasets|spaces|kernels)--.+")
 _HUB_ID = re.compile(r"(\b[\w\-.]{1,96}\b/)?\b[\w\-.]{1,96}\b", re.ASCII)
 _OS_HELPERS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
@@ -87,6 +89,21 @@ def why_not_hub_id(model_id: str) -> str | None:
     if not _HUB_ID.fullmatch(model_id):
         return "has other characters than letters, digits, `-`, `_`, `.`, or a part of over 96, or odd ends"
     return None
+
+
+def is_hub_repo(folder: str) -> bool:
+    """Whether a folder name is that of a repo whose id Hub clients accept."""
+    kind, _, rest = folder.partition("--")
+    return kind in _KINDS and why_not_hub_id(rest.replace("--", "/")) is None
+
+
+def lock_name(blob: str) -> str:
+    """The name of the lock that clients hold while they write a blob, given its name or that of its partial file.
+
+    A partial file is called `<etag>.incomplete`, to which any process appends, in huggingface_hub 0.36, and
+    `<etag>.<8 hex digits>.incomplete` in those that give each process its own (1.31 to 2.4). All hold `<etag>.lock`.
+    """
+    return f"{_PARTIAL.sub('', blob)}.lock"
 
 
 # Reading -------------------------------------------------------------------------------------------------------

@@ -10,13 +10,14 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from hf_overlay import config, hfcache
-from hf_overlay.catalog.catalog import Catalog
+from hf_overlay.catalog import weights
+from hf_overlay.catalog.catalog import Catalog, incomplete_text
 from hf_overlay.catalog.plan import resolve
 from hf_overlay.config import Settings
 from hf_overlay.errors import SessionError, UsageError
@@ -24,14 +25,16 @@ from hf_overlay.gateway.hub import Hub
 from hf_overlay.gateway.server import DEFAULT_UPSTREAM, Gateway
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.models import Model
-from hf_overlay.tree import lease, writeback
+from hf_overlay.tree import held, lease, usage, writeback
 from hf_overlay.tree.clear import remove_tree
 from hf_overlay.tree.lease import Lease
 from hf_overlay.tree.publish import Tree
 
 logger = logging.getLogger("hf_overlay")
 
-_OLDER_CACHE_VARIABLES = ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE", "PYTORCH_PRETRAINED_BERT_CACHE")
+LINGER_SECONDS = 1.0
+"""Longer than what a program started for itself takes to end after it, and another process to look at a lock."""
+_STILL_USED = "a program still uses the overlay at %s; it is cleared at a later start"
 
 
 class Changes(NamedTuple):
@@ -53,10 +56,12 @@ class Cleared(NamedTuple):
 class Session:
     """An open overlay. Made by `open_session`; safe to use from several threads."""
 
-    def __init__(self, settings: Settings, environ: Mapping[str, str], owner: Lease) -> None:
+    def __init__(
+        self, settings: Settings, environ: Mapping[str, str], owner: Lease, held: Mapping[str, str] | None = None
+    ) -> None:
         self._environ = dict(environ)
         self._owner = owner
-        self._catalog = Catalog(settings)
+        self._catalog = Catalog(settings, held)
         self._lock = threading.Lock()
         self._changed: dict[str, float] = {}
         self._gateway: Gateway | None = None
@@ -91,14 +96,15 @@ class Session:
         The user's HF_HOME stays where it is, so that the login, the Xet cache and datasets are the real ones; only
         the hub cache is ours. Programs read these variables once, when they import huggingface_hub.
         """
-        variables: dict[str, str | None] = dict.fromkeys(_OLDER_CACHE_VARIABLES)
+        variables: dict[str, str | None] = dict.fromkeys(config.OLDER_CACHE_VARIABLES)
         variables["HF_HOME"] = self.settings.hf_home
         variables["HF_HUB_CACHE"] = variables["HUGGINGFACE_HUB_CACHE"] = self._tree.hub
         # Paths in the shared blob store are computed lexically, which links break (see hfcache.entries).
         variables["HF_HUB_DISABLE_SHARED_BLOBS"] = "1"
         if self._gateway is not None:
             variables["HF_ENDPOINT"] = self._gateway.endpoint
-        if self.is_offline:  # also for programs started elsewhere, which nothing keeps from the Hub
+        # Also for programs started elsewhere; without a gateway, nothing else keeps programs from the Hub.
+        if self.is_offline or (self._gateway is None and self.why_no_downloads is not None):
             variables["HF_HUB_OFFLINE"] = "1"
         return variables
 
@@ -113,6 +119,22 @@ class Session:
         return config.is_offline(self._environ)
 
     @property
+    def why_no_downloads(self) -> str | None:
+        """Why nothing is downloaded at the moment: the real cache could not keep it. None when downloads are welcome.
+
+        Looked at now, since a drive comes back. Always None in a session that holds downloads.
+        """
+        if self.settings.holds_downloads:
+            return None
+        problem = self._catalog.why_not_kept()
+        if problem is None:
+            return None
+        return (
+            f"the Hugging Face cache {self.settings.hub_cache} {problem.text}, so it cannot keep a download; "
+            f"{problem.advice}, or use --hold-downloads"
+        )
+
+    @property
     def owner_fd(self) -> int:
         """File descriptor to hand to a child (`pass_fds`) for which the overlay must stay if this process is killed."""
         return self._owner.fd
@@ -125,14 +147,19 @@ class Session:
     def resolve(self, model_id: str) -> Path:
         """The folder to load for an id: the user's own, else the real cache's snapshot.
 
-        Raises InvalidModelId, ModelNotFound, or SourceAway when the drive that held the model is gone.
+        Raises InvalidModelId, ModelNotFound, SourceAway when the drive that held the model is gone, or IncompleteModel
+        when a part of the user's folder is missing.
         """
+        return Path(self.find(model_id).path)
+
+    def find(self, model_id: str) -> Model:
+        """The model that answers to an id: its folder is there. Raises as `resolve`."""
         model = self._catalog.find(model_id)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s comes from the %s: %s", model_id, _origin(model), model.path)
             for candidate in self._catalog.explain(model_id)[1:]:
                 logger.debug("%s: %s %s", model_id, candidate.path, candidate.reason.text)
-        return Path(model.path)
+        return model
 
     def refresh(self, *, only_settled: bool = False) -> Changes:
         """Make the tree show what is in the folders and the cache now.
@@ -174,9 +201,17 @@ class Session:
         self._owner.record(self.settings, self.variables)
 
     def stop(self) -> None:
-        """Stop the gateway. The tree is cleared separately, since other programs may still use it."""
+        """Stop the gateway once it has sent the answers that are under way, or `cut` is called.
+
+        The tree is cleared separately, since other programs may still use it.
+        """
         if self._gateway is not None:
             self._gateway.stop()
+
+    def cut(self) -> None:
+        """Let `stop` wait for nothing: the gateway's answers are cut. May be called by a signal handler."""
+        if self._gateway is not None:
+            self._gateway.cut()
 
     def linked_repo(self, model_id: str) -> LinkedRepo | None:
         """The linked repo of the user's model with this id; None when the tree holds none."""
@@ -190,12 +225,44 @@ class Session:
         """The model path that held a model of this id and has gone away since; None when there is none."""
         return self._catalog.away(model_id)
 
+    def incomplete(self, model_id: str) -> str | None:
+        """A sentence about the user's folder of this id that lacks a part of its weights; None when there is none."""
+        reject = self._catalog.incomplete(model_id)
+        return None if reject is None else incomplete_text(reject)
+
     def is_cached(self, model_id: str) -> bool:
         """Whether the real cache holds a loadable copy now."""
         return self._catalog.is_cached(model_id)
 
+    def is_folder(self, path: str, root: str) -> bool:
+        """Whether there is a folder at `path`, in the model path `root`; False while its disk does not answer."""
+        return self._catalog.is_folder(path, root)
+
+    def has_copy(self, folder: str) -> bool:
+        """Whether a client finds main of a repo, by its folder name, without the Hub: of a model, with weights."""
+        try:
+            return self._catalog.patience.ask(self.settings.hub_cache, lambda: self._has_copy(folder))
+        except OSError:
+            return False
+
+    def _has_copy(self, folder: str) -> bool:
+        repo = f"{self._tree.hub}/{folder}"
+        try:
+            snapshot = hfcache.snapshot(repo, hfcache.main_commit(repo, any_single=True))
+        except hfcache.NoSnapshot:
+            return False
+        return hfcache.is_other_repo(folder) or any(
+            name.endswith(weights.SUFFIXES) and os.path.isfile(f"{inside}/{name}")
+            for inside, _, names in os.walk(snapshot)
+            for name in names
+        )
+
     def expect_download(self, folder: str) -> None:
         """Let what a client is about to write to a repo folder land in the real cache."""
+        if not hfcache.is_hub_repo(folder):  # ids are what clients send, and must neither be made nor noted
+            return
+        if self._catalog.why_not_kept() is not None:
+            return
         if all(os.path.isdir(f"{self._tree.hub}/{each}") for each in (hfcache.LOCKS, folder)):
             return
         try:
@@ -210,12 +277,20 @@ class Session:
 
     def _publish(self) -> None:
         plan = self._catalog.plan(case_insensitive=self._tree.is_case_insensitive)
-        for warning in self._catalog.warnings():
+        for warning in self._catalog.warnings(self._fate_of_downloads()):
             logger.warning("%s", warning)
         try:
-            self._tree.publish(plan)
+            self._tree.publish(plan, is_there=lambda model: self.is_folder(model.path, model.root))
         except OSError as error:
             raise _session_error(self._owner.path, error) from error
+
+    def _fate_of_downloads(self) -> str | None:
+        """What becomes of downloads while the real cache keeps none; None when programs will not download."""
+        if self.is_offline:
+            return None
+        if self.settings.holds_downloads:
+            return f"downloads are held in {self._owner.path} until it takes them"
+        return "nothing is downloaded meanwhile (to download all the same, and hold it here: --hold-downloads)"
 
 
 @contextmanager
@@ -226,6 +301,7 @@ def open_session(
     exclude: Sequence[str] = (),
     gateway: bool = False,
     trusts_code: bool = False,
+    hold_downloads: bool = False,
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[Session]:
     """Open an overlay; it is removed when the context ends.
@@ -236,11 +312,16 @@ def open_session(
     the user has. `kind` is `mlx` for models that mlx-lm can load, or `any`; None: `mlx` if mlx-lm is installed, else
     `any`. `trusts_code` also takes models that bring their architecture as a Python file, which mlx-lm runs only
     when its caller allows it.
+
+    While the real cache is away or read-only, nothing is downloaded: the gateway refuses, and without one programs are
+    put offline. With `hold_downloads` they download all the same; it is held in the session's folder, shown by later
+    sessions, and moved to the real cache by the first start that can.
     Raises UsageError for a model path that is a file, SessionError when the tree cannot be made, OverlayError for `mlx`
     without mlx-lm.
 
         with hf_overlay.open_session(["/Volumes/LLMS/models"]) as session:
-            subprocess.run(["mlx_lm.generate", "--model", "org/name"], env=session.environment)
+            command = ["mlx_lm.generate", "--model", "org/name"]
+            subprocess.run(command, env=session.environment, pass_fds=[session.owner_fd])
     """
     environ = os.environ if environ is None else environ
     settings = config.load(
@@ -250,6 +331,7 @@ def open_session(
         kind=kind,
         exclude=exclude,
         trusts_code=trusts_code,
+        holds_downloads=hold_downloads,
     )
     if settings.roots:
         logger.info("model paths: %s", ", ".join(settings.roots))
@@ -259,50 +341,77 @@ def open_session(
     for folder in (sessions, settings.hf_home):
         if config.expand(folder, environ) != folder:
             raise UsageError(f"programs would expand the $NAME in {folder}; set HF_OVERLAY_DIR, or HF_HOME, to another")
-    clear_dead(sessions)
     try:
+        clear_dead(sessions)
+        others = lease.sessions_in(sessions, warn=False)
         owner = Lease.acquire(sessions, settings)
     except OSError as error:
         raise _session_error(sessions, error) from error
     session: Session | None = None
     try:
-        try:
-            session = Session(settings, environ, owner)
-        except OSError as error:
-            raise _session_error(owner.path, error) from error
-        if gateway:
-            session.start_gateway()
-        yield session
+        with held.shown(sessions, settings.hub_cache) as repos:
+            try:
+                session = Session(settings, environ, owner, repos)
+            except OSError as error:
+                raise _session_error(owner.path, error) from error
+            if gateway:
+                session.start_gateway()
+            yield session
     finally:
         if session is not None:
             session.stop()
         owner.release()
-        if clear(sessions, owner.path) is None:
-            logger.info("a program still uses the overlay at %s; it is cleared at a later start", owner.path)
+        _end(sessions, owner.path, others)
 
 
 def clear_dead(sessions: str) -> list[Cleared]:
-    """Clear every session whose owner is known to be dead."""
-    return [cleared for path in lease.sessions_in(sessions) if (cleared := clear(sessions, path)) is not None]
+    """Clear every session that is over: its owner is known to be dead, and no program uses its tree."""
+    return [each for each in _clear_over(sessions) if each.path not in each.kept]
 
 
-def clear(sessions: str, path: str) -> Cleared | None:
-    """Clear one session; None when its owner may be alive, or when it cannot be removed."""
-    with lease.dead(sessions, path) as is_dead:
-        if not is_dead:
-            return None
-        try:
-            owner = lease.read_owner(path)
-            stuck = writeback.bring_home(path, owner.hub_cache) if owner is not None else {}
-            kept = remove_tree(path, stuck)
-            for kept_path in kept:
-                reason = stuck.get(kept_path, "the cache holds, or a program is downloading, other bytes for it")
-                logger.warning("a download stays in %s and is tried again at the next start: %s", kept_path, reason)
-            if not kept:
-                lease.remove(path)
-        except OSError as error:
+def _end(sessions: str, path: str, others: Collection[str]) -> None:
+    """Clear a session that this process has let go of, and those that are over since; `others` were there before it."""
+    deadline = time.monotonic() + LINGER_SECONDS
+    while path not in {each.path for each in _clear_over(sessions, quiet={*others, path})} and os.path.lexists(path):
+        if time.monotonic() > deadline:
+            logger.info(_STILL_USED, path)
+            return
+        time.sleep(0.02)
+
+
+def _clear_over(sessions: str, quiet: Collection[str] = ()) -> list[Cleared]:
+    """As `clear_dead`, with those that could not be cleared: what is kept of each is all of it.
+
+    Of one that is still used, a message says so, unless it is in `quiet`.
+    """
+    with ExitStack() as locks:
+        # All are held before any is looked at, so that one look at the processes of this machine counts for all.
+        dead = [
+            path
+            for path in lease.sessions_in(sessions, warn=not quiet)
+            if locks.enter_context(lease.dead(sessions, path))
+        ]
+        used = usage.in_use(dead)
+        for path in sorted(used - set(quiet)):
+            logger.info(_STILL_USED, path)
+        return [_clear(path) for path in dead if path not in used]
+
+
+def _clear(path: str) -> Cleared:
+    """Clear one session that is over, and that nobody else clears."""
+    try:
+        owner = lease.read_owner(path)
+        stuck = writeback.bring_home(path, owner.hub_cache) if owner is not None else {}
+        kept = remove_tree(path, stuck)
+        for kept_path in kept:
+            reason = stuck.get(kept_path, "the cache holds, or a program is downloading, other bytes for it")
+            logger.warning("a download stays in %s and is tried again at the next start: %s", kept_path, reason)
+        if not kept:
+            lease.remove(path)
+    except OSError as error:
+        if os.path.lexists(path):
             logger.warning("cannot clear the session at %s: %s; remove it by hand", path, error.strerror)
-            return None
+        return Cleared(path, (path,))
     return Cleared(path, tuple(kept))
 
 

@@ -98,6 +98,11 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="ID",
     )
     add("is_offline", "--offline", "download nothing")
+    add(
+        "hold_downloads",
+        "--hold-downloads",
+        "download even while the Hugging Face cache is away or read-only, and hold it until a later start can move it",
+    )
     add("models", "--model", "load this model at the start and keep it; may be repeated", many=True, metavar="ID")
     add(
         "aliases",

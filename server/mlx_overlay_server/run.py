@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import hf_overlay
+from hf_overlay.text import printable
 
 from mlx_overlay_server.settings import Settings, rank
 
@@ -36,6 +37,7 @@ def serve(settings: Settings) -> int:
             kind="mlx",
             exclude=settings.exclude,
             trusts_code=settings.engine.trust_remote_code,
+            hold_downloads=settings.hold_downloads,
             environ=environ,
         ) as session:
             # huggingface_hub reads its environment once, when it is imported, and we are the program that imports it.
@@ -82,11 +84,13 @@ def _serve_http(settings: Settings, session: hf_overlay.Session) -> int:
     first = Process()  # imports what it needs beside us, so that the first answer does not wait for it
     import uvicorn
 
+    from mlx_overlay_server.api.connection import Connection
     from mlx_overlay_server.app import build
 
     app, service = build(settings, session, first)
     config = uvicorn.Config(
         app,
+        http=Connection,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -163,9 +167,16 @@ def _end() -> None:
     os._exit(1)
 
 
+class _Printable(logging.Formatter):
+    """A formatter whose lines cannot steer a terminal: ids and paths in them may hold anything."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _log_to_stderr(level: str) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     for name in ("mlx_overlay_server", "hf_overlay", "uvicorn"):
         logging.getLogger(name).addHandler(handler)
         logging.getLogger(name).setLevel(level.upper() if name != "uvicorn" else "WARNING")

@@ -90,6 +90,8 @@ class Settings:
     """Ids that are taken from the Hugging Face cache and the Hub, and not from the folders."""
     is_offline: bool = False
     """Download nothing."""
+    hold_downloads: bool = False
+    """Download also while the Hugging Face cache is away or read-only."""
 
     host: str = "127.0.0.1"
     port: int = 10240

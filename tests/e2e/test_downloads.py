@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from tests.support import hubs
 from tests.support.alone import Contents, check_stands_alone, contents
 from tests.support.client import Clients, open_clients
-from tests.support.folders import lay_model
+from tests.support.folders import lay_model, weights
 from tests.support.hfcache import etag, repo_folder
 from tests.support.loopback_hub import TOKEN, LoopbackHub
 from tests.support.processes import OVERLAY, PYTHON, SECONDS, eventually, read_line, start, succeed
@@ -39,7 +39,7 @@ from tests.support.processes import OVERLAY, PYTHON, SECONDS, eventually, read_l
 RELEASES = ("0.36.2", "1.33.0", hubs.INSTALLED)
 MAIN = {
     "config.json": b'{"model_type": "llama"}',
-    "model.safetensors": b"weights in LFS",
+    "model.safetensors": weights(b"weights in LFS"),
     "nested/deep/notes.txt": b"notes",
     "empty": b"",
 }
@@ -142,7 +142,7 @@ def fill(hub: LoopbackHub) -> str:
     first = hub.add_repo("org/model", {**MAIN, "old.txt": b"gone later"})
     hub.add_repo("org/model", MAIN)
     hub.add_repo("org/model", {"config.json": b"{}", "dev.txt": b"development"}, branch="dev")
-    hub.add_repo("flat", {"config.json": b'{"flat": true}', "model.safetensors": b"flat weights"})
+    hub.add_repo("flat", {"config.json": b'{"flat": true}', "model.safetensors": weights(b"flat weights")})
     hub.add_repo("org/data", {"train.csv": b"1,2\n", "config.json": b"{}"}, repo_type="dataset")
     hub.add_repo("org/private", MAIN, private=True)
     hub.rename("org/renamed", "org/model")

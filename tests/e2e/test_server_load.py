@@ -21,6 +21,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
+from tests.support.folders import weights
 from tests.support.models import make_model, make_random_model, split
 from tests.support.processes import SECONDS, eventually
 from tests.support.server import Server, serving
@@ -308,8 +309,7 @@ def test_a_schema_that_nothing_fits_harms_no_other_answer_of_the_same_model(serv
 
 def test_a_model_that_cannot_be_loaded_harms_no_other(server: Server, models: Path) -> None:
     broken = make_model(models / "acme" / "cut", "Hello.")
-    weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
+    (broken / "model.safetensors").write_bytes(weights(b"of another model"))
     with _stream(server) as running:
         for _ in range(2):
             with pytest.raises(openai.InternalServerError) as caught:

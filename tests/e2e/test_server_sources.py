@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.folders import weights
 from tests.support.hfcache import add_repo, listing, repo_folder
 from tests.support.loopback_hub import LoopbackHub
 from tests.support.models import make_model
@@ -233,11 +234,36 @@ def test_a_hub_that_is_down_is_a_503_and_an_unknown_model_offline_a_404(home: Pa
 
 def test_a_model_that_cannot_be_loaded_is_an_error_and_no_other_suffers(home: Path, drive: Path) -> None:
     broken = make_model(drive / "acme" / "broken", MINE)
-    (broken / "model.safetensors").write_bytes(b"no weights")
+    (broken / "model.safetensors").write_bytes(weights(b"of another model"))
     with serving(home, drive) as server:
         status, error = refused(server, "acme/broken")
         assert (status, error["code"]) == (503, "model_load_failed")
         assert said(server, "acme/mine") == MINE
+
+
+def test_an_incomplete_model_is_refused_with_the_reason_and_not_downloaded(
+    home: Path, drive: Path, tmp_path: Path
+) -> None:
+    cut = drive / "acme/mine/model.safetensors"
+    os.truncate(cut, cut.stat().st_size // 4)
+    with LoopbackHub() as hub:
+        hub.add_repo("acme/mine", files_of(tmp_path / "made", HUBS))
+        with serving(home, drive, environ=hub.environment(home) | {"HF_HUB_OFFLINE": "0"}) as server:
+            status, error = refused(server, "acme/mine")
+            assert (status, error["code"]) == (503, "model_incomplete")
+            assert "acme/mine is here, but incomplete: model.safetensors holds " in error["message"]
+            assert str(drive) not in error["message"], "a client is told of the server's folders"
+            assert ids(server) == ["acme/both"]
+        assert not hub.requests, "the Hub's answers for a folder that is half there"
+        assert "--exclude acme/mine" in server.log(), "whoever runs the server is not told what to do"
+
+
+def test_the_nearest_id_is_suggested(home: Path, drive: Path) -> None:
+    with LoopbackHub() as hub:
+        online = hub.environment(home) | {"HF_HUB_OFFLINE": "0"}
+        for environ in (online, {}):
+            with serving(home, drive, environ=environ) as server:
+                assert "did you mean acme/mine?" in refused(server, "acme/mime")[1]["message"]
 
 
 def test_code_that_comes_with_a_model_is_run_by_a_flag_only(home: Path, drive: Path) -> None:

@@ -64,6 +64,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     make_model(models / "one-call", CALL, calls_tools=True)
     make_model(models / "unclosed", '<tool_call>{"name": "weather", "argu', calls_tools=True)
     make_model(models / "broken", '<tool_call>{"name": "weather", "argu</tool_call>', calls_tools=True)
+    make_model(models / "no-place", f"Let me see. {CALL}")
     make_random_model(models / "random")
     with serving(top / "home", models.parent) as server:
         yield server
@@ -181,6 +182,45 @@ def test_a_tools_answer_may_be_text_parts(server: Server, content: Any) -> None:
         {"role": "tool", "tool_call_id": "call_1", "content": content},
     ]
     assert server.chat_answer("acme/calls", messages, stream=False) == ChatAnswer(SUNNY, finish="stop")
+
+
+# A model whose template has no place for tools ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_whose_template_takes_no_tools_calls_them_all_the_same(server: Server, stream: bool) -> None:
+    messages: list[Any] = [{"role": "user", "content": "hi"}]
+    answer = server.chat_answer("acme/no-place", messages, stream=stream, tools=[WEATHER])
+    assert answer == ChatAnswer("Let me see. ", calls=[OSLO], finish="tool_calls")
+
+
+def test_tools_calls_and_results_are_never_the_same_prompt_as_none(server: Server) -> None:
+    def size(*more: dict[str, Any], **options: Any) -> int:
+        usage = server.chat("acme/no-place", [{"role": "user", "content": "hi"}, *more], **options).usage
+        assert usage is not None
+        return usage.prompt_tokens
+
+    def calls(city: str) -> dict[str, Any]:
+        function = {"name": "weather", "arguments": json.dumps({"city": city})}
+        return {"role": "assistant", "tool_calls": [{"id": "call_1", "type": "function", "function": function}]}
+
+    def result(text: str) -> dict[str, Any]:
+        return {"role": "tool", "tool_call_id": "call_1", "content": text}
+
+    assert size() < size(tools=[WEATHER]) < size(tools=[WEATHER, CLOCK])
+    assert size(calls("Oslo")) + len("Trondheim") - len("Oslo") == size(calls("Trondheim"))
+    assert size(calls("Oslo"), result("21")) + 1 == size(calls("Oslo"), result("121"))
+
+
+def test_arguments_in_the_history_may_be_an_object(server: Server) -> None:
+    def size(arguments: Any) -> int:
+        call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call]}]
+        answer = server.http.post("/v1/chat/completions", json={"model": "acme/calls", "messages": messages})
+        assert answer.status_code == 200, answer.text
+        return int(answer.json()["usage"]["prompt_tokens"])
+
+    assert size({"city": "Oslo"}) == size('{"city": "Oslo"}')
 
 
 # Calls that a request demands ----------------------------------------------------------------------------------

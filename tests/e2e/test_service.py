@@ -17,13 +17,13 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.support import hubs
-from tests.support.folders import lay_model
+from tests.support.folders import lay_model, weights
 from tests.support.hfcache import add_repo, listing, repo_folder
 from tests.support.online import Person, at_a_shell, cached, contents
 from tests.support.processes import OVERLAY, PYTHON, SECONDS, Finished, eventually, finish, start, succeed
 
 MINE, NEW = "acme/mine", "org/new"
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": bytes(range(256)) * 100}
+FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(bytes(range(256)) * 100)}
 NONE_RUNNING = "hf-overlay: error: no overlay is being served; start one: hf-overlay serve --model-path DIR\n"
 ENV = 'eval "$(hf-overlay env)"'
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import hf_overlay
 import pytest
 from hf_overlay import config
+from hf_overlay.catalog.catalog import Catalog
 from hf_overlay.tree.lease import sessions_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -219,5 +220,5 @@ def test_a_file_as_model_path_is_a_usage_error_that_names_it(tmp_path: Path) -> 
     (tmp_path / "link").symlink_to("file")
     for name in ("file", "link"):
         with pytest.raises(hf_overlay.UsageError, match=f"{tmp_path / name} is a file"):
-            config.load([name], {}, str(tmp_path))
+            Catalog(config.load([name], {}, str(tmp_path)))
     assert roots(["later"], {}, str(tmp_path)) == (f"{tmp_path}/later",), "a missing one may come back"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from hf_overlay.gateway.hub import SETTLE_SECONDS, Hub, Unavailable
 from hf_overlay.hfcache import LinkedRepo
 
 from tests.support import hfcache
-from tests.support.folders import lay_model
+from tests.support.folders import lay_model, weights
 
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"from the cache"}
+FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"from the cache")}
 
 
 class Clock:
@@ -98,3 +99,37 @@ def test_a_model_on_a_drive_that_is_away_is_not_the_real_hubs_to_answer(
     assert isinstance(found, Unavailable)
     assert found.has_copy == is_cached
     assert str(models) in found.message
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_an_incomplete_folder_is_not_the_real_hubs_to_answer_unless_it_is_excluded(
+    models: Path, sessions: Path, hub: Path, is_cached: bool
+) -> None:
+    if is_cached:
+        hfcache.add_repo(hub, "org/name", FILES)
+    os.truncate(lay_model(models / "org/name") / "model.safetensors", 40)
+    lay_model(models / "org/no-model", {"config.json": b"{}"})
+    with hf_overlay.open_session([models]) as session:
+        found = Hub(session).refresh_and_find("org/name")
+        assert isinstance(found, Unavailable)
+        assert found.has_copy == is_cached
+        assert f"org/name in {models}/org/name is incomplete (model.safetensors holds 40 of" in found.message
+        assert "--exclude org/name lets the Hub answer" in found.message
+        assert Hub(session).refresh_and_find("org/no-model") is None, "what is not a model at all is the Hub's"
+    with hf_overlay.open_session([models], exclude=["org/name"]) as session:
+        assert Hub(session).refresh_and_find("org/name") is None
+
+
+def test_what_answers_for_an_incomplete_folder_is_said_once(
+    models: Path, sessions: Path, hub: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cached = hfcache.add_repo(hub, "org/name", FILES)
+    folder = lay_model(models / "org/name")
+    os.truncate(folder / "model.safetensors", 40)
+    with hf_overlay.open_session([models]) as session:
+        for size in (40, 41, 42):  # as a copy goes on
+            os.truncate(folder / "model.safetensors", size)
+            session.refresh()
+        assert session.resolve("org/name") == cached
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == [f"{folder} is incomplete; until it is whole, org/name comes from {cached}"]

@@ -15,9 +15,9 @@ from hf_overlay.session import clear_dead
 from huggingface_hub import scan_cache_dir, snapshot_download
 
 from tests.support import hfcache
-from tests.support.folders import lay_model
+from tests.support.folders import lay_model, weights
 
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"from the cache"}
+FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"from the cache")}
 
 
 def load(session: hf_overlay.Session, model_id: str) -> str:
@@ -42,7 +42,7 @@ def test_the_folder_stands_in_front_of_the_cache_and_the_rest_is_there(models: P
             Path(load(session, "org/both"), "model.safetensors").read_bytes()
             == (mine / "model.safetensors").read_bytes()
         )
-        assert Path(load(session, "org/cached"), "model.safetensors").read_bytes() == b"from the cache"
+        assert Path(load(session, "org/cached"), "model.safetensors").read_bytes() == FILES["model.safetensors"]
         assert [(model.id, model.source) for model in session.models] == [
             ("org/both", "custom"),
             ("org/cached", "cache"),

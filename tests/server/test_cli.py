@@ -21,6 +21,7 @@ FLAGS: list[tuple[str, str, str, Any]] = [
     ("--model-path", "/a", "model_paths", ("/a",)),
     ("--exclude", "org/m", "exclude", ("org/m",)),
     ("--offline", "", "is_offline", True),
+    ("--hold-downloads", "", "hold_downloads", True),
     ("--model", "org/m", "models", ("org/m",)),
     ("--alias", "gpt-5=org/m", "aliases", {"gpt-5": "org/m"}),
     ("--default-model", "org/m", "default_model", "org/m"),

@@ -21,6 +21,8 @@ def loaded(folder: Path, *, template: str | None = None, defaults: Mapping[str, 
     if template is not None:
         tokenizer.chat_template = template
         tokenizer.has_chat_template = True
+    has_own_calls = tokenizer.has_tool_calling
+    mlx.prepare_tokenizer(tokenizer)
     return Loaded(
         key=f"0:{folder}",
         path=str(folder),
@@ -29,6 +31,7 @@ def loaded(folder: Path, *, template: str | None = None, defaults: Mapping[str, 
         detokenizer=partial(mlx.detokenizer, tokenizer),
         make_grammar_tokenizer=partial(mlx.grammar_tokenizer, tokenizer, config["vocab_size"]),
         nbytes=0,
+        has_own_calls=has_own_calls,
         vocab_size=config["vocab_size"],
         context=config["max_position_embeddings"],
         defaults=defaults or {},

@@ -75,6 +75,21 @@ def a_tokenizer_says_what_a_model_s_marks_are(folder: Path) -> None:
     assert segments == [("normal", "a"), ("reasoning", "b"), ("normal", "c"), ("tool", "d"), ("normal", "e")]
 
 
+def a_tokenizer_without_marks_for_calls_takes_those_of_json(folder: Path) -> None:
+    from mlx_lm.generate import make_text_state_machine
+    from mlx_overlay_server.engine import mlx
+
+    tokenizer = _tokenizer(folder)
+    assert not tokenizer.has_tool_calling
+    mlx.prepare_tokenizer(tokenizer)
+    assert tokenizer.has_tool_calling
+    call = tokenizer.tool_parser('\n{"name": "f", "arguments": {"x": 1}}\n', None)
+    assert call == {"name": "f", "arguments": {"x": 1}}
+    machine = make_text_state_machine(tokenizer)
+    _, segments = machine.split(machine.make_state("normal"), "a<tool_call>b</tool_call>c")
+    assert segments == [("normal", "a"), ("tool", "b"), ("normal", "c")]
+
+
 def each_detokenizer_is_a_new_one_with_the_methods_that_are_used(folder: Path) -> None:
     tokenizer = _tokenizer(folder)
     first, second = tokenizer.detokenizer, tokenizer.detokenizer

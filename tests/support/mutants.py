@@ -1,39 +1,48 @@
 """`make mutants`: small faults put into the pure modules one at a time, to see whether a test notices each.
 
 Cosmic Ray makes the faults and runs the tests, in a copy of the repository: stopping it leaves no fault behind.
-Run as `python -m tests.support.mutants [WORD…]`, from the top; words choose the modules whose paths hold one.
+Run as `python -m tests.support.mutants [--sample N] [WORD…]`, from the top; words choose the modules whose paths hold
+one. With a sample, at most N of a module's faults are tried, always the same ones.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
 MODULES = {
-    "overlay/hf_overlay/catalog/plan.py": ["tests/overlay/**/test_plan*.py"],
-    "overlay/hf_overlay/hfcache.py": ["tests/overlay/**/test_hfcache*.py", "tests/overlay/**/test_discovery.py"],
-    "overlay/hf_overlay/tree/lease.py": ["tests/overlay/**/test_dead_or_alive.py", "tests/overlay/**/test_lease*.py"],
+    "overlay/hf_overlay/catalog/plan.py": ["tests/overlay/catalog/test_plan.py"],
+    "overlay/hf_overlay/hfcache.py": ["tests/overlay/test_hfcache*.py", "tests/overlay/catalog/test_discovery.py"],
+    "overlay/hf_overlay/tree/lease.py": [
+        "tests/overlay/tree/test_dead_or_alive.py",
+        "tests/overlay/tree/test_lease*.py",
+    ],
     "overlay/hf_overlay/tree/writeback.py": [
-        "tests/overlay/**/test_links_stay_inside.py",
-        "tests/overlay/**/test_writeback*.py",
+        "tests/overlay/tree/test_links_stay_inside.py",
+        "tests/overlay/tree/test_payloads_outlive_refreshes.py",
+        "tests/overlay/tree/test_writeback*.py",
     ],
-    "server/mlx_overlay_server/api/guard.py": ["tests/server/**/test_guard*.py"],
-    "server/mlx_overlay_server/chat/prompt.py": ["tests/server/**/test_chat.py", "tests/server/chat/test_prompt*.py"],
-    "server/mlx_overlay_server/chat/reader.py": ["tests/server/**/test_chat.py", "tests/server/chat/test_reader*.py"],
-    "server/mlx_overlay_server/engine/prefix_cache.py": ["tests/server/**/test_prefix*.py"],
+    "server/mlx_overlay_server/api/guard.py": ["tests/server/api/test_guard*.py"],
+    "server/mlx_overlay_server/chat/prompt.py": ["tests/server/chat/test_prompt*.py"],
+    "server/mlx_overlay_server/chat/reader.py": ["tests/server/chat/test_reader*.py"],
+    "server/mlx_overlay_server/engine/prefix_cache.py": ["tests/server/engine/test_prefix*.py"],
     "server/mlx_overlay_server/engine/sampling.py": [
-        "tests/server/**/test_sampling*.py",
-        "tests/server/**/test_reasoning_budget.py",
+        "tests/server/engine/test_sampling*.py",
+        "tests/server/engine/test_reasoning_budget.py",
     ],
-    "server/mlx_overlay_server/models/pool.py": ["tests/server/**/test_pool*.py"],
+    "server/mlx_overlay_server/models/pool.py": ["tests/server/models/test_pool*.py"],
 }
 """Module -> patterns of the fast tests that guard it. A module that moves is renamed here and nowhere else."""
 
@@ -49,17 +58,23 @@ LEFT_OUT = [
 COPIED = ("overlay", "server", "tests", "pyproject.toml")
 
 
-def main(words: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Try every chosen module; the score and each fault that no test noticed go to standard output."""
+    parser = argparse.ArgumentParser(prog="python -m tests.support.mutants")
+    parser.add_argument("--sample", type=int, metavar="N")
+    parser.add_argument("words", nargs="*", metavar="WORD")
+    options = parser.parse_args(arguments)
+    words = options.words
     chosen = [path for path in MODULES if not words or any(word in path for word in words)]
     total = killed = 0
     with TemporaryDirectory(prefix="mutants-") as folder:
         tree = Path(folder)
         for name in COPIED:
             _copy(Path(name), tree / name)
+        _announce(tree / "tests.dist-info")
         for path in chosen:
             started = time.monotonic()
-            faults = list(_try(tree, path))
+            faults = list(_try(tree, path, options.sample))
             survivors = [fault for fault in faults if fault]
             total, killed = total + len(faults), killed + len(faults) - len(survivors)
             print(f"{path}: {_score(len(faults) - len(survivors), len(faults))} in {time.monotonic() - started:.0f} s")
@@ -74,13 +89,22 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _try(tree: Path, path: str) -> Iterator[str]:
+def _announce(folder: Path) -> None:
+    """Make an installed distribution of the copy, as far as Cosmic Ray looks: where more operators are."""
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: tests\nVersion: 0\n")
+    (folder / "entry_points.txt").write_text(
+        "[cosmic_ray.operator_providers]\ndeletions = tests.support.deletions:Provider\n"
+    )
+
+
+def _try(tree: Path, path: str, sample: int | None) -> Iterator[str]:
     """One entry for each fault in a module: empty where a test noticed it, else the fault as a diff."""
     tests = sorted({str(found) for pattern in MODULES[path] for found in Path().glob(pattern)})
     if not tests or not Path(path).is_file():
         sys.exit(f"{path}: the module or its tests are gone; mend MODULES in {__file__}")
     command = f"{sys.executable} -m pytest -x -q -n 0 -p no:cacheprovider {' '.join(tests)}"
-    environ = {**os.environ, "PYTHONPATH": f"{tree}/overlay:{tree}/server", "PYTHONDONTWRITEBYTECODE": "1"}
+    environ = {**os.environ, "PYTHONPATH": f"{tree}:{tree}/overlay:{tree}/server", "PYTHONDONTWRITEBYTECODE": "1"}
     started = time.monotonic()
     if subprocess.run(command.split(), cwd=tree, env=environ, stdout=subprocess.DEVNULL).returncode != 0:
         sys.exit(f"{path}: its tests fail without any fault: {command}")
@@ -91,18 +115,34 @@ def _try(tree: Path, path: str) -> Iterator[str]:
     (tree / "settings.toml").write_text("\n".join([*lines, f"exclude-operators = {json.dumps(LEFT_OUT)}"]))
     bin_ = Path(sys.executable).parent
     session = f"{Path(path).stem}.sqlite"
-    for step in (
-        ("cosmic-ray", "init", "settings.toml", session),
-        ("cr-filter-operators", session, "settings.toml"),
-        ("cosmic-ray", "exec", "settings.toml", session),
-    ):
-        subprocess.run([bin_ / step[0], *step[1:]], cwd=tree, env=environ, check=True)
+
+    def do(command: str, *arguments: str) -> None:
+        subprocess.run([bin_ / command, *arguments], cwd=tree, env=environ, check=True)
+
+    do("cosmic-ray", "init", "settings.toml", session)
+    do("cr-filter-operators", session, "settings.toml")
+    if sample is not None:
+        _leave_out_all_but(sample, tree / session)
+    do("cosmic-ray", "exec", "settings.toml", session)
     dump = subprocess.run([bin_ / "cosmic-ray", "dump", session], cwd=tree, check=True, capture_output=True, text=True)
     for line in dump.stdout.splitlines():
         item, result = json.loads(line)
         if result is None or result["worker_outcome"] == "skipped":
             continue
         yield "" if result["test_outcome"] == "killed" else _described(item, result)
+
+
+def _leave_out_all_but(sample: int, session: Path) -> None:
+    """Take faults out of Cosmic Ray's list until so many are left to be tried, by lot with a fixed seed."""
+    with closing(sqlite3.connect(session)) as base, base:
+        query = (
+            "SELECT job_id FROM mutation_specs WHERE job_id NOT IN (SELECT job_id FROM work_results) "
+            "ORDER BY operator_name, occurrence"
+        )
+        left = [job for (job,) in base.execute(query)]
+        gone = Random(0).sample(left, max(0, len(left) - sample))
+        for table in ("mutation_specs", "work_items"):
+            base.executemany(f"DELETE FROM {table} WHERE job_id = ?", [(job,) for job in gone])
 
 
 def _described(item: dict[str, Any], result: dict[str, Any]) -> str:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from hf_overlay import hfcache
+from hf_overlay import hfcache, keeping
 from hf_overlay.catalog import kinds
+from hf_overlay.catalog.files import reason_of
 from hf_overlay.catalog.memo import Memo, stamps
 from hf_overlay.catalog.plan import Entry, Plan, Resolution, plan, resolve
 from hf_overlay.catalog.scan import Scanner
 from hf_overlay.config import Settings
-from hf_overlay.errors import InvalidModelId, ModelNotFound, SourceAway
+from hf_overlay.errors import IncompleteModel, InvalidModelId, ModelNotFound, SourceAway, UsageError
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.models import Code, Model, Reason, Reject, Source
+from hf_overlay.patience import NoAnswer, Patience
 
 
 class Candidate(NamedTuple):
@@ -31,13 +33,24 @@ class Candidate(NamedTuple):
 class Catalog:
     """The models of one configuration, as of the last `scan()`."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Scan the user's folders. Raises OverlayError when mlx-lm's model types are needed and cannot be read."""
+    def __init__(self, settings: Settings, held: Mapping[str, str] | None = None) -> None:
+        """Scan the user's folders.
+
+        `held` are repos that count as the real cache's, where it has none of that name: name -> path.
+        Raises UsageError for a model path that is a file, OverlayError where mlx-lm's model types are needed and cannot
+        be read.
+        """
         self.settings = settings
         self.types = kinds.restriction(settings.kind, trusts_code=settings.trusts_code)
-        self._scanner = Scanner(settings.roots, settings.hub_cache, self.types)
+        self.patience = Patience()
+        """What asks the disks of the model paths and of the real cache."""
+        self._scanner = Scanner(settings.roots, settings.hub_cache, self.types, self.patience, held)
+        self._held = dict(held or {})
         self._warned: set[str] = set()
         self._cache_problem: str | None = None
+        """Why nothing in the real cache can be seen."""
+        self._not_kept: str | None = None
+        """Why the real cache keeps no download."""
         self._examined: Memo[hfcache.Examined] = Memo()
         self._linked: dict[str, LinkedRepo] = {}
         """Linked repos of the last plan, by entry name."""
@@ -48,6 +61,12 @@ class Catalog:
         self._last: dict[str, Model] = {}
         self.sources: tuple[Source, ...] = ()
         self.scan()
+        self._refuse_files()
+
+    def _refuse_files(self) -> None:
+        for source in self.sources:
+            if source.problem is not None and source.problem.code is Code.NOT_A_FOLDER:
+                raise UsageError(f"model path {source.root} is a file; give the folder that holds your models")
 
     def scan(self, *, only_settled: bool = False) -> None:
         """Look at the user's folders again.
@@ -64,7 +83,9 @@ class Catalog:
         away = dict(self._away)
         for old, new in zip(before, self.sources, strict=False):
             device, ids = away.get(old.root, (old.device, frozenset()))
-            if old.models and (new.problem is not None or new.device != old.device or not os.path.isdir(new.root)):
+            if old.models and (
+                new.problem is not None or new.device != old.device or not self.is_folder(new.root, new.root)
+            ):
                 away[old.root] = (old.device, ids.union(model.id for model in old.models))
             elif old.root in away and (new.models or new.device == device):
                 del away[old.root]
@@ -83,14 +104,36 @@ class Catalog:
         """The model path that held a model of this id and has gone away since; None when there is none."""
         return next((root for root, (_, ids) in self._away.items() if model_id in ids), None)
 
+    def incomplete(self, model_id: str) -> Reject | None:
+        """The user's folder of this id that was left out because a part of it is missing; None when there is none."""
+        if model_id in self.settings.exclude:
+            return None
+        rejects = (reject for source in self.sources for reject in source.rejects if reject.id == model_id)
+        return next((reject for reject in rejects if reject.reason.code is Code.INCOMPLETE), None)
+
     def is_cached(self, model_id: str) -> bool:
         """Whether the real cache holds a loadable copy now."""
         return isinstance(self._scanner.read_cached(model_id), Model)
 
+    def is_folder(self, path: str, root: str) -> bool:
+        """Whether there is a folder at `path`, which is in the model path or cache `root`; False without an answer."""
+        try:
+            return self.patience.ask(root, lambda: os.path.isdir(path))
+        except NoAnswer:
+            return False
+
+    def answers(self, root: str) -> bool:
+        """Whether the disk of a model path, or of the cache, answers, be it that nothing is there."""
+        try:
+            self.patience.ask(root, lambda: os.path.isdir(root))
+        except NoAnswer:
+            return False
+        return True
+
     def cache(self) -> Source:
         """The real cache's models, from a scan made now."""
         cache = self._scanner.scan_cache()
-        self._cache_problem = cache.problem.text if cache.problem is not None else None
+        self._judge_cache(cache.problem.text if cache.problem is not None else None)
         return cache
 
     def resolutions(self) -> dict[str, Resolution]:
@@ -105,13 +148,18 @@ class Catalog:
 
     def examine_cache(self) -> list[Entry]:
         """The entries of the real cache that an overlay can show. The rest is in `unscannable` afterwards."""
-        entries = self._cache_entries()
-        memo = self._examined.next_round()
-        examined: dict[str, hfcache.Examined] = {}
-        for name, path in entries.items():
-            if "--" in name:  # what scans take for a repo
-                examined[path] = _examine(path, memo)
-        self._examined = memo
+        hub, memo = self.settings.hub_cache, self._examined.next_round()
+        problem = None
+        try:
+            entries, examined = self.patience.ask(hub, lambda: _examine_all(hub, memo, self._held))
+        except OSError as error:
+            problem = _cache_problem(error)
+            entries, examined = dict(self._held), {}
+        else:
+            self._examined = memo
+        self._judge_cache(problem)
+        if self._not_kept is not None:
+            entries.pop(hfcache.LOCKS, None)  # clients cannot write there; they make one of their own
         self.unscannable = {path: repo.problem for path, repo in examined.items() if repo.problem is not None}
         return [
             Entry(name, path, examined[path].commits if path in examined else ())
@@ -119,31 +167,42 @@ class Catalog:
             if path not in self.unscannable
         ]
 
-    def _cache_entries(self) -> dict[str, str]:
-        self._cache_problem = None
+    def why_not_kept(self) -> keeping.Problem | None:
+        """Why the real cache keeps no download now; None when it does."""
+        hub = self.settings.hub_cache
         try:
-            return hfcache.entries(self.settings.hub_cache)
-        except OSError as error:
-            self._cache_problem = f"cannot be read: {error.strerror}"
-            return {}
+            return self.patience.ask(hub, lambda: keeping.problem(hub))
+        except NoAnswer:
+            return keeping.Problem("unusable", "does not answer", "check its drive or server, or unmount it")
+
+    def _judge_cache(self, problem: str | None) -> None:
+        """Note what warnings say about the real cache, which could not be read for the reason `problem`."""
+        found = self.why_not_kept()
+        if found is not None and found.kind == "away":
+            problem = f"is away: it {found.text}; {found.advice}"
+        self._cache_problem = problem
+        self._not_kept = found.text if found is not None else None
 
     def find(self, model_id: str) -> Model:
         """The model that answers to an id, which may be any string.
 
-        Raises InvalidModelId, SourceAway or ModelNotFound; the text of each says what to do.
+        Raises InvalidModelId, SourceAway, IncompleteModel or ModelNotFound; the text of each says what to do.
         """
         model_id = self._as_spelled(model_id)
         found = [model for source in self.sources for model in source.models if model.id == model_id]
         for model in found:
-            if os.path.isdir(model.path):
+            if self.is_folder(model.path, model.root):
                 return model
         cached = self._scanner.read_cached(model_id)
         if isinstance(cached, Model):
             return cached
-        unplugged = next((model.root for model in found if not os.path.isdir(model.root)), None)
+        unplugged = next((model.root for model in found if not self.is_folder(model.root, model.root)), None)
         if away := unplugged or self.away(model_id):
-            raise SourceAway(f"{model_id} is in {away}, which is not there now; connect that drive and try again")
-        raise ModelNotFound(self._not_found(model_id))
+            state = "does not answer" if self.patience.is_waiting_for(away) else "is not there now"
+            raise SourceAway(f"{model_id} is in {away}, which {state}; connect that drive and try again")
+        if (reject := self.incomplete(model_id)) is not None:
+            raise IncompleteModel(incomplete_text(reject), problem=reject.reason.text)
+        raise self._not_found(model_id)
 
     def explain(self, model_id: str) -> list[Candidate]:
         """Every place looked at for an id, the winner first; when none answers, no candidate has Code.WINS.
@@ -175,8 +234,11 @@ class Catalog:
             candidates.append(Candidate(cached.path, "cache", cached.reason))
         return candidates
 
-    def warnings(self) -> list[str]:
-        """Warnings about paths and folders that cannot be used, without those that the call before has returned."""
+    def warnings(self, downloads: str | None = None) -> list[str]:
+        """Warnings about paths and folders that cannot be used, without those that the call before has returned.
+
+        `downloads` says what becomes of downloads while the real cache keeps none; None where there will be none.
+        """
         now: dict[str, None] = {}
         for source in self.sources:
             if source.problem is not None:
@@ -189,8 +251,13 @@ class Catalog:
             for reject in source.rejects:
                 if reject.id is None or reject.reason.code in (Code.NO_PERMISSION, Code.UNREADABLE):
                     now[f"{reject.path} {reject.reason.text}; it is left out"] = None
+        for reject, path in self._substituted():
+            now[f"{reject.path} is incomplete; until it is whole, {reject.id} comes from {path}"] = None
+        end = f"; {downloads}" if downloads is not None else ""
         if self._cache_problem is not None:
-            now[f"Hugging Face cache {self.settings.hub_cache} {self._cache_problem}; going on without it"] = None
+            now[f"Hugging Face cache {self.settings.hub_cache} {self._cache_problem}; going on without it{end}"] = None
+        elif self._not_kept is not None and downloads is not None:
+            now[f"Hugging Face cache {self.settings.hub_cache} {self._not_kept}{end}"] = None
         for path, reason in self.unscannable.items():
             now[f"{path} would make every scan of the cache fail ({reason}); it is left out"] = None
         for root in self._away:
@@ -199,6 +266,23 @@ class Catalog:
         fresh = [warning for warning in now if warning not in self._warned]
         self._warned = set(now)
         return fresh
+
+    def _substituted(self) -> Iterator[tuple[Reject, str]]:
+        """The user's folders that lack a part of their weights, each with the folder that answers to its id instead."""
+        broken = {
+            reject.id: reject
+            for source in reversed(self.sources)
+            for reject in reversed(source.rejects)
+            if reject.reason.code is Code.INCOMPLETE and reject.id is not None
+        }
+        if not broken:
+            return
+        order = {source.root: number for number, source in enumerate(self.sources)}
+        winners = {model_id: resolution.winner for model_id, resolution in resolve(self.sources).items()}
+        for model_id, reject in broken.items():
+            winner = winners.get(model_id) or self._scanner.read_cached(model_id)
+            if isinstance(winner, Model) and order[reject.root] <= order.get(winner.root, len(order)):
+                yield reject, winner.path
 
     def _as_spelled(self, model_id: str) -> str:
         """The id as the disk spells it: macOS may store either Unicode form, and people type the composed one."""
@@ -211,13 +295,13 @@ class Catalog:
         typed = unicodedata.normalize("NFC", model_id)
         return next((spelled for spelled in on_disk if unicodedata.normalize("NFC", spelled) == typed), model_id)
 
-    def _not_found(self, model_id: str) -> str:
+    def _not_found(self, model_id: str) -> ModelNotFound:
         lost = [f"{candidate.path} {candidate.reason.text}" for candidate in self.explain(model_id)]
         import difflib  # only for this message
 
-        near = difflib.get_close_matches(model_id, self.resolutions(), n=1, cutoff=0.8)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"no model {model_id}: {'; '.join(lost)}{hint}"
+        near = next(iter(difflib.get_close_matches(model_id, self.resolutions(), n=1, cutoff=0.8)), None)
+        hint = f"; did you mean {near}?" if near else ""
+        return ModelNotFound(f"no model {model_id}: {'; '.join(lost)}{hint}", near=near)
 
 
 def _settled(source: Source, last: Mapping[str, Model], taken: Mapping[str, Model]) -> Source:
@@ -233,6 +317,19 @@ def _settled(source: Source, last: Mapping[str, Model], taken: Mapping[str, Mode
     )
 
 
+def _cache_problem(error: OSError) -> str:
+    reason = reason_of(error)
+    return reason.text if reason.code is Code.NO_ANSWER else f"cannot be read: {error.strerror}"
+
+
+def _examine_all(
+    hub: str, memo: Memo[hfcache.Examined], held: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, hfcache.Examined]]:
+    """The entries of a hub folder and those held for it, and what is known of each repo, by path. Raises OSError."""
+    entries = {**held, **hfcache.entries(hub)}
+    return entries, {path: _examine(path, memo) for name, path in entries.items() if "--" in name}
+
+
 def _examine(repo: str, memo: Memo[hfcache.Examined]) -> hfcache.Examined:
     examined = memo.recall(repo)
     if examined is None:
@@ -240,6 +337,14 @@ def _examine(repo: str, memo: Memo[hfcache.Examined]) -> hfcache.Examined:
         examined = hfcache.examine(repo)
         memo.remember(repo, examined, looked)
     return examined
+
+
+def incomplete_text(reject: Reject) -> str:
+    """The sentence for a person whose folder lacks a part of its weights."""
+    return (
+        f"{reject.id} in {reject.path} is incomplete ({reject.reason.text}); copy it again, "
+        f"or --exclude {reject.id} lets the Hub answer"
+    )
 
 
 def check_id(model_id: str) -> None:

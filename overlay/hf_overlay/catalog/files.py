@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from hf_overlay import hfcache
 from hf_overlay.models import Code, File, Reason
+from hf_overlay.patience import NoAnswer, alive
 
 MAX_JSON_BYTES = 64 * 2**20
 """No real config.json or shard index comes near; a larger one is something else under that name."""
@@ -32,6 +33,8 @@ def reason_of(error: Unfit | hfcache.NoSnapshot | OSError) -> Reason:
         return error.reason
     if isinstance(error, hfcache.NoSnapshot):
         return Reason(Code.NO_SNAPSHOT, str(error))
+    if isinstance(error, NoAnswer):
+        return Reason(Code.NO_ANSWER, "does not answer")
     if isinstance(error, FileNotFoundError):
         return Reason(Code.MISSING, "does not exist")
     if isinstance(error, PermissionError):
@@ -69,6 +72,7 @@ def list_folder(path: str) -> Listing:
     files, folders, broken, junk, has_links = [], [], [], 0, False
     with os.scandir(path) as entries:
         for entry in entries:
+            alive()
             name = entry.name
             if name.startswith("._"):
                 junk += 1
@@ -101,6 +105,7 @@ def contents(path: str, top: Listing) -> Contents:
         for name in folder.files:
             if is_utf8(name):
                 status = os.stat(f"{path}/{prefix}{name}")
+                alive()
                 files.append(File(prefix + name, status.st_size, status.st_mtime_ns))
     return Contents(tuple(sorted(files)), tuple(folders), junk, has_links)
 

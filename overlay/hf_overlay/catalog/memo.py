@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
+from hf_overlay.patience import alive
+
 Value = TypeVar("Value")
 
 Stamps = tuple[tuple[str, tuple[int, ...]], ...]
@@ -57,6 +59,7 @@ class Memo(Generic[Value]):
 
 
 def _stamp(path: str) -> tuple[int, ...]:
+    alive()
     try:
         status = os.stat(path)
     except OSError as error:

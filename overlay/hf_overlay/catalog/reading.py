@@ -9,6 +9,7 @@ from hf_overlay import hfcache
 from hf_overlay.catalog import weights
 from hf_overlay.catalog.files import Contents, Listing, Unfit, contents, list_folder, read_json
 from hf_overlay.catalog.kinds import ModelTypes
+from hf_overlay.catalog.weights import Problems
 from hf_overlay.models import Code, File, Model
 
 SETTLED_SECONDS = 600
@@ -38,9 +39,11 @@ def has_marker(folder: Listing, types: ModelTypes | None) -> bool:
     return any(marker in folder.files for marker in markers)
 
 
-def read_folder(path: str, model_id: str, listing: Listing, root: str, types: ModelTypes | None) -> Found:
+def read_folder(
+    path: str, model_id: str, listing: Listing, root: str, types: ModelTypes | None, problems: Problems
+) -> Found:
     """The model in a folder of the user's. Raises Unfit or OSError."""
-    model, inside = _read(path, model_id, "custom", listing, root, types, None)
+    model, inside = _read(path, model_id, "custom", listing, root, types, None, problems)
     if inside.has_links or not _is_settled(model):
         return Found(model, inside.junk, None)
     watched = [*inside.folders, *(f"{path}/{name}" for name in _MARKERS if name in listing.files)]
@@ -48,19 +51,19 @@ def read_folder(path: str, model_id: str, listing: Listing, root: str, types: Mo
     return Found(model, inside.junk, tuple(watched))
 
 
-def read_users_repo(repo: str, model_id: str, root: str, types: ModelTypes | None) -> Found:
+def read_users_repo(repo: str, model_id: str, root: str, types: ModelTypes | None, problems: Problems) -> Found:
     """The main revision, else the only one, of a user's repo in cache layout. Raises Unfit, NoSnapshot or OSError."""
     commit = hfcache.main_commit(repo, any_single=True)
     path = hfcache.snapshot(repo, commit)
-    model, inside = _read(path, model_id, "custom", list_folder(path), root, types, commit)
+    model, inside = _read(path, model_id, "custom", list_folder(path), root, types, commit, problems)
     return Found(model, inside.junk, None)
 
 
-def read_cached_repo(repo: str, model_id: str, root: str, types: ModelTypes | None) -> Found:
+def read_cached_repo(repo: str, model_id: str, root: str, types: ModelTypes | None, problems: Problems) -> Found:
     """The main revision of a repo in the real cache. Raises Unfit, NoSnapshot or OSError."""
     commit = hfcache.main_commit(repo, any_single=False)
     path = hfcache.snapshot(repo, commit)
-    model, inside = _read(path, model_id, "cache", list_folder(path), root, types, commit)
+    model, inside = _read(path, model_id, "cache", list_folder(path), root, types, commit, problems)
     watched = (*hfcache.watched(repo), f"{path}/config.json", *inside.folders) if _is_settled(model) else None
     return Found(model, inside.junk, watched)
 
@@ -73,10 +76,11 @@ def _read(
     root: str,
     types: ModelTypes | None,
     commit: str | None,
+    problems: Problems,
 ) -> tuple[Model, Contents]:
     config = _checked_config(path, listing, types)
     inside = contents(path, listing)
-    weights.check(path, inside.files, listing.broken, required=types is not None)
+    weights.check(path, inside.files, listing.broken, required=types is not None, problems=problems)
     files = inside.files
     if source == "custom":
         files, commit = _identified(path, files, commit)
@@ -99,7 +103,7 @@ def _checked_config(path: str, folder: Listing, types: ModelTypes | None) -> dic
     if not has_marker(folder, types):
         formats = {name.rsplit(".", 1)[1] for name in folder.files if name.endswith(weights.SUFFIXES)}
         only = f" (only .{', .'.join(sorted(formats))} files)" if formats else ""
-        raise Unfit(Code.NO_CONFIG, f"has no config.json{only}")
+        raise Unfit(Code.GGUF if formats == {"gguf"} else Code.NO_CONFIG, f"has no config.json{only}")
     config = read_json(f"{path}/config.json") if "config.json" in folder.files else {}
     if types is not None:
         if "config.json" not in folder.files:

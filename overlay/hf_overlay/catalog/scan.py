@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
 
 from hf_overlay import hfcache
 from hf_overlay.catalog import reading, weights
@@ -16,76 +18,149 @@ from hf_overlay.catalog.files import Listing, Unfit, holds, is_utf8, list_folder
 from hf_overlay.catalog.kinds import ModelTypes
 from hf_overlay.catalog.memo import Memo, stamps
 from hf_overlay.catalog.reading import Found
+from hf_overlay.catalog.weights import Problems
 from hf_overlay.config import OWNER_FILE
 from hf_overlay.models import Code, Model, Reason, Reject, Source
+from hf_overlay.patience import Patience, alive
+
+_CACHE = ""
+"""The real cache among the model paths, of which none is empty. It may be one of them as well."""
 
 
 class Scanner:
     """Scans model paths, again and again, at a cost that follows the changes."""
 
-    def __init__(self, roots: tuple[str, ...], hub_cache: str, types: ModelTypes | None) -> None:
-        """`types` None takes every kind of model. `hub_cache` found inside a root stays the cache's."""
+    def __init__(
+        self,
+        roots: tuple[str, ...],
+        hub_cache: str,
+        types: ModelTypes | None,
+        patience: Patience | None = None,
+        held: Mapping[str, str] | None = None,
+    ) -> None:
+        """`types` None takes every kind of model. `hub_cache` found inside a root stays the cache's.
+
+        `held` are repos that count as the cache's, where it has none of that name: name -> path.
+        """
         self._roots = roots
+        self._held = dict(held or {})
         self._hub_cache = hub_cache
         self._types = types
-        self._memo: Memo[Found] = Memo()
-        self._cache_memo: Memo[Found] = Memo()
+        self._patience = patience or Patience()
+        self._seen: dict[str, _Seen] = {}
+        """By root, or under `_CACHE`, what its last scan remembers."""
 
     def scan(self) -> tuple[Source, ...]:
-        """Each root in order; never raises for what lies on the disk."""
-        self._memo = self._memo.next_round()
-        return tuple(_RootScan(root, self._hub_cache, self._types, self._memo).source() for root in self._roots)
+        """Each root in order; never raises for what lies on the disk, nor waits for a disk that does not answer."""
+        # Asked at once, so that several that do not answer take no longer than one; the scans need the first's answer.
+        known = self._patience.ask_each(
+            {self._hub_cache: partial(_identity, self._hub_cache)}
+            | {root: partial(_identity, root) for root in self._roots if root != self._hub_cache}
+        )
+        identity = known[self._hub_cache]
+        hub_identity = None if isinstance(identity, OSError) else identity
+        found = self._patience.ask_each(
+            {root: partial(_scan_root, root, hub_identity, self._types, self._remembered(root)) for root in self._roots}
+        )
+        return tuple(self._taken(root, root, found[root]) for root in self._roots)
 
     def scan_cache(self) -> Source:
         """The real cache's models, as `mlx_lm.load(id)` would find them with the network down."""
-        root, memo = self._hub_cache, self._cache_memo.next_round()
-        found = _Collected(root, memo)
-        try:
-            status = os.stat(root)
-            names = sorted(os.listdir(root))
-        except FileNotFoundError:
-            return Source(root, None)
-        except OSError as error:
-            return Source(root, reason_of(error))
-        for name in names:
-            model_id = hfcache.model_id(name)
-            if model_id is not None and not found.recall(f"{root}/{name}"):
-                found.read(f"{root}/{name}", model_id, reading.read_cached_repo, self._types)
-        self._cache_memo = memo  # once it is complete: other threads may begin a round of their own
-        return found.source(status.st_dev)
+        hub = self._hub_cache
+        found = self._patience.ask_each(
+            {hub: partial(_scan_cache, hub, self._types, self._remembered(_CACHE), self._held)}
+        )
+        return self._taken(_CACHE, hub, found[hub])
 
     def read(self, path: str, model_id: str, root: str) -> Model | Reject:
         """The model in one folder below a model path, else why there is none; also for folders that scans pass over."""
+        problems = self._remembered(root).problems
+
+        def look() -> Model:
+            return reading.read_folder(path, model_id, list_folder(path), root, self._types, problems).model
+
         try:
-            return reading.read_folder(path, model_id, list_folder(path), root, self._types).model
+            return self._patience.ask(root, look)
         except (Unfit, OSError) as error:
             return Reject(path, model_id, reason_of(error), root)
 
     def read_cached(self, model_id: str) -> Model | Reject:
         """The model that the real cache holds under an id, else why there is none."""
-        repo = f"{self._hub_cache}/{hfcache.repo_folder(model_id)}"
-        if not os.path.isdir(repo):
-            return Reject(repo, model_id, Reason(Code.MISSING, "does not exist"), self._hub_cache)
+        hub = self._hub_cache
+        name = hfcache.repo_folder(model_id)
+        problems = self._remembered(_CACHE).problems
+
+        def look() -> Model:
+            repo = f"{hub}/{name}"
+            if name in self._held and not os.path.isdir(repo):
+                repo = self._held[name]
+            os.stat(repo)
+            return reading.read_cached_repo(repo, model_id, hub, self._types, problems).model
+
         try:
-            return reading.read_cached_repo(repo, model_id, self._hub_cache, self._types).model
+            return self._patience.ask(hub, look)
         except (Unfit, hfcache.NoSnapshot, OSError) as error:
-            return Reject(repo, model_id, reason_of(error), self._hub_cache)
+            return Reject(f"{hub}/{name}", model_id, reason_of(error), hub)
+
+    def _remembered(self, key: str) -> _Seen:
+        """What the last scan remembers, for a round of its own."""
+        seen = self._seen.get(key)
+        return _Seen(Memo(), Memo()) if seen is None else _Seen(seen.found.next_round(), seen.problems.next_round())
+
+    def _taken(self, key: str, root: str, found: tuple[Source, _Seen] | OSError) -> Source:
+        if isinstance(found, OSError):
+            return Source(root, reason_of(found))
+        source, self._seen[key] = found
+        return source
+
+
+class _Seen(NamedTuple):
+    """What a scan remembers for the next one."""
+
+    found: Memo[Found]
+    problems: Problems
+
+
+def _scan_root(
+    root: str, hub_identity: tuple[int, int] | None, types: ModelTypes | None, seen: _Seen
+) -> tuple[Source, _Seen]:
+    return _RootScan(root, hub_identity, types, seen).source(), seen
+
+
+def _scan_cache(root: str, types: ModelTypes | None, seen: _Seen, held: Mapping[str, str]) -> tuple[Source, _Seen]:
+    found = _Collected(root, seen)
+    repos = dict(held)
+    device, problem = None, None
+    try:
+        device = os.stat(root).st_dev
+        repos |= {name: f"{root}/{name}" for name in os.listdir(root)}
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        problem = reason_of(error)
+    for name, path in sorted(repos.items()):
+        alive()
+        model_id = hfcache.model_id(name)
+        if model_id is not None and not found.recall(path):
+            found.read(path, model_id, reading.read_cached_repo, types)
+    return found.source(device, problem), seen
 
 
 class _Collected:
     """What one scan of one root has found so far."""
 
-    def __init__(self, root: str, memo: Memo[Found]) -> None:
+    def __init__(self, root: str, seen: _Seen) -> None:
         self._root = root
-        self._memo = memo
+        self._memo = seen.found
+        self.problems = seen.problems
         self._models: list[Model] = []
         self._rejects: list[Reject] = []
         self.junk = 0
 
-    def source(self, device: int) -> Source:
+    def source(self, device: int | None, problem: Reason | None = None) -> Source:
         return Source(
             self._root,
-            None,
+            problem,
             models=tuple(sorted(self._models, key=self._precedence)),
             rejects=tuple(sorted(self._rejects, key=lambda reject: reject.path)),
             junk=self.junk,
@@ -114,12 +189,12 @@ class _Collected:
         self,
         repo: str,
         model_id: str,
-        read: Callable[[str, str, str, ModelTypes | None], Found],
+        read: Callable[[str, str, str, ModelTypes | None, Problems], Found],
         types: ModelTypes | None,
     ) -> None:
         """Add the model in a repo in cache layout, or why there is none."""
         try:
-            self.take(repo, read(repo, model_id, self._root, types))
+            self.take(repo, read(repo, model_id, self._root, types, self.problems))
         except (Unfit, hfcache.NoSnapshot, OSError) as error:
             self.reject(repo, model_id, reason_of(error))
 
@@ -135,11 +210,11 @@ class _Collected:
 class _RootScan:
     """One scan of one of the user's model paths."""
 
-    def __init__(self, root: str, hub_cache: str, types: ModelTypes | None, memo: Memo[Found]) -> None:
+    def __init__(self, root: str, hub_identity: tuple[int, int] | None, types: ModelTypes | None, seen: _Seen) -> None:
         self._root = root
         self._types = types
-        self._found = _Collected(root, memo)
-        self._hub_identity = _identity(hub_cache)
+        self._found = _Collected(root, seen)
+        self._hub_identity = hub_identity
         self._real_root = os.path.realpath(root)
         self._linked: set[tuple[int, int]] = set()
         """Folders without a model of their own that a link has led to."""
@@ -169,6 +244,10 @@ class _RootScan:
         while pending:
             group, folder, chain = pending.pop()
             self._found.junk += folder.junk
+            for name in filter(is_utf8, folder.broken):
+                model_id = f"{group}/{name}" if group else name
+                reason = Reason(Code.BROKEN_LINK, "is a link to what is not there")
+                self._found.reject(f"{self._root}/{model_id}", model_id, reason)
             for name in sorted(folder.folders, reverse=True):
                 model_id = f"{group}/{name}" if group else name
                 path = f"{self._root}/{model_id}"
@@ -212,7 +291,8 @@ class _RootScan:
         if not is_pipeline and not has_weights and not reading.has_marker(folder, self._types):
             return False
         try:
-            self._found.take(path, reading.read_folder(path, model_id, folder, self._root, self._types))
+            found = reading.read_folder(path, model_id, folder, self._root, self._types, self._found.problems)
+            self._found.take(path, found)
         except (Unfit, OSError) as error:
             self._found.reject(path, model_id, reason_of(error))
             # A stray config.json in a folder of models must not hide them; a model's own subfolders stay its own.

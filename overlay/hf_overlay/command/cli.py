@@ -118,6 +118,12 @@ def make_parser(*, folders: object = None) -> argparse.ArgumentParser:
 
     network = argparse.ArgumentParser(add_help=False)
     network.add_argument("--offline", action="store_true", help="keep programs off the network: HF_HUB_OFFLINE=1")
+    network.add_argument(
+        "--hold-downloads",
+        action="store_true",
+        help="download even while the Hugging Face cache is away or read-only, and hold it until a later start "
+        "can move it there",
+    )
     run = add(
         "run", _run, "run a program that sees your folders and the Hugging Face cache as one cache", common, network
     )
@@ -160,6 +166,7 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
         kind=options.kind,
         exclude=options.exclude,
         offline=options.offline,
+        hold_downloads=options.hold_downloads,
         verbosity=_verbosity(options),
     )
 
@@ -174,6 +181,7 @@ def _serve(options: argparse.Namespace) -> int:
         kind=options.kind,
         exclude=options.exclude,
         offline=options.offline,
+        hold_downloads=options.hold_downloads,
         interval_seconds=options.interval,
     )
 
@@ -214,6 +222,9 @@ def _ls(options: argparse.Namespace) -> int:
     if options.json:
         return _print_json(rows)
     models = [resolution.winner for resolution in resolutions.values()]
+    if not models and not options.quiet:
+        looked = ", ".join([*catalog.settings.roots, catalog.settings.hub_cache])
+        _say(f"no models in {looked}; hf-overlay doctor says what was left out there, and why")
     return _print_table(
         ("ID", "SOURCE", "KIND", "SIZE", "TYPE", "PATH"),
         [

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib import metadata
 from typing import NamedTuple
 
-from hf_overlay import hfcache
+from hf_overlay import hfcache, keeping
 from hf_overlay.catalog.catalog import Catalog
 from hf_overlay.catalog.plan import fold, resolve
+from hf_overlay.errors import SessionError
 from hf_overlay.models import Code, Reject
-from hf_overlay.tree import lease
+from hf_overlay.patience import NoAnswer
+from hf_overlay.tree import files, held, lease
 
 FULL_BYTES = 2**30
 """With less room than this in the real cache, the next download of a model fails."""
@@ -24,12 +28,14 @@ _COPY = "Wait for the copy to end, or copy the files named again."
 _PERMISSION = "Give yourself read permission (macOS: System Settings, Privacy & Security, Files and Folders)."
 _KIND = "Update mlx-lm if it is new; for other programs use --kind any."
 _CONFIG = "Copy or download config.json and the weights again."
+_GGUF = "GGUF is for llama.cpp and Ollama. For mlx-lm and transformers, download the model's safetensors version."
 _OTHER = "Correct it if this should be a model; otherwise nothing to do."
 ADVICE: Mapping[Code, str] = {
     Code.EXCLUDED: _OTHER,
     Code.MISSING: _OTHER,
     Code.NO_PERMISSION: _PERMISSION,
     Code.UNREADABLE: "Check the drive, or the link that leads there, and try again.",
+    Code.NO_ANSWER: "Check the drive or its server, or unmount it; its models are back as soon as it answers.",
     Code.NOT_A_FOLDER: _OTHER,
     Code.IS_A_MODEL: "Give the folder above it as model path.",
     Code.IS_THE_CACHE: "Leave out this model path.",
@@ -38,6 +44,7 @@ ADVICE: Mapping[Code, str] = {
     Code.LINKED_TWICE: _OTHER,
     Code.TOO_DEEP: _OTHER,
     Code.NO_CONFIG: _CONFIG,
+    Code.GGUF: _GGUF,
     Code.BAD_CONFIG: _CONFIG,
     Code.OTHER_KIND: _KIND,
     Code.NO_WEIGHTS: _OTHER,
@@ -79,7 +86,9 @@ def _folders(catalog: Catalog) -> Iterator[Finding]:
                 "source",
                 source.root,
                 source.problem.text,
-                "Connect the drive or correct the path; it is used once it is there.",
+                ADVICE[source.problem.code]
+                if source.problem.code is Code.NO_ANSWER
+                else "Connect the drive or correct the path; it is used once it is there.",
             )
         for reject in source.rejects:
             yield _rejected(reject)
@@ -88,8 +97,34 @@ def _folders(catalog: Catalog) -> Iterator[Finding]:
                 "appledouble",
                 source.root,
                 f"{source.junk} AppleDouble files (._name), which macOS writes on exFAT and network volumes",
-                f"They are left out here; other programs may trip over them. Remove them: dot_clean -m {source.root}",
+                f"They are left out here; other programs may trip over them. Remove them: dot_clean -m "
+                f"{shlex.quote(source.root)}",
             )
+        try:
+            yield from catalog.patience.ask(source.root, partial(_ollama, source.root))
+        except NoAnswer:
+            pass  # that has been found above
+
+
+def _ollama(root: str) -> list[Finding]:
+    """Ollama's stores at or directly in a model path, whose files have digests for names."""
+    return [
+        Finding("ollama", folder, "holds models of Ollama, as blobs that no other program loads", _GGUF)
+        for folder in (root, *_subfolders(root))
+        if os.path.isdir(f"{folder}/manifests")
+        and any(name.startswith("sha256-") for name in _names(f"{folder}/blobs"))
+    ]
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
+def _subfolders(folder: str) -> list[str]:
+    return [path for name in _names(folder) if os.path.isdir(path := f"{folder}/{name}")]
 
 
 def _rejected(reject: Reject) -> Finding:
@@ -133,7 +168,7 @@ def _ids(catalog: Catalog) -> Iterator[Finding]:
 
 
 def _by_path(model_id: str, start: str) -> str:
-    return f'{start} by path: --model "$(hf-overlay path {model_id})"'
+    return f'{start} by path: --model "$(hf-overlay path {shlex.quote(model_id)})"'
 
 
 def _sessions_volume(sessions: str) -> Iterator[Finding]:
@@ -150,25 +185,12 @@ def _sessions_volume(sessions: str) -> Iterator[Finding]:
 
 def _cache(catalog: Catalog) -> Iterator[Finding]:
     hub = catalog.settings.hub_cache
-    if os.path.exists(hub):
-        if not os.path.isdir(hub):
-            yield Finding("cache", hub, "the Hugging Face cache is not a folder", "Correct HF_HUB_CACHE or HF_HOME.")
-            return
-        if not os.access(hub, os.W_OK | os.X_OK) or os.statvfs(hub).f_flag & os.ST_RDONLY:
-            yield Finding(
-                "cache",
-                hub,
-                "the Hugging Face cache is read-only",
-                "Models load; downloads will fail. Make it writable.",
-            )
-        space = os.statvfs(hub)
-        if space.f_bavail * space.f_frsize < FULL_BYTES:
-            yield Finding(
-                "cache",
-                hub,
-                f"only {space.f_bavail * space.f_frsize // 10**6} MB are free for downloads",
-                "Make room (hf cache ls --sort size), or move it with HF_HOME.",
-            )
+    try:
+        findings = catalog.patience.ask(hub, lambda: list(_cache_volume(hub)))
+    except NoAnswer:
+        yield Finding("cache", hub, "the Hugging Face cache does not answer", ADVICE[Code.NO_ANSWER])
+        return
+    yield from findings
     catalog.examine_cache()
     for path, reason in catalog.unscannable.items():
         yield Finding(
@@ -179,6 +201,29 @@ def _cache(catalog: Catalog) -> Iterator[Finding]:
         )
     for reject in catalog.cache().rejects:
         yield _rejected(reject)
+
+
+def _cache_volume(hub: str) -> Iterator[Finding]:
+    problem = keeping.problem(hub)
+    if problem is not None and (problem.kind == "away" or not os.path.exists(hub)):
+        advice = f"{_sentence(problem.advice)} Until then it shows no models, and nothing is downloaded."
+        yield Finding("cache", hub, f"the Hugging Face cache {problem.text}", advice)
+    if not os.path.exists(hub):
+        return
+    if not os.path.isdir(hub):
+        yield Finding("cache", hub, "the Hugging Face cache is not a folder", "Correct HF_HUB_CACHE or HF_HOME.")
+        return
+    if problem is not None:
+        advice = f"{_sentence(problem.advice)} Until then models load, and nothing is downloaded."
+        yield Finding("cache", hub, f"the Hugging Face cache {problem.text}", advice)
+    space = os.statvfs(hub)
+    if space.f_bavail * space.f_frsize < FULL_BYTES:
+        yield Finding(
+            "cache",
+            hub,
+            f"only {space.f_bavail * space.f_frsize // 10**6} MB are free for downloads",
+            "Make room (hf cache ls --sort size), or move it with HF_HOME.",
+        )
 
 
 def _deletions() -> Iterator[Finding]:
@@ -197,7 +242,32 @@ def _deletions() -> Iterator[Finding]:
 
 
 def _stale(sessions: str) -> Iterator[Finding]:
-    for path in lease.sessions_in(sessions):
+    try:
+        paths = lease.sessions_in(sessions)
+    except SessionError as error:
+        yield Finding("sessions", sessions, str(error), f"Set {lease.DIRECTORY_VARIABLE} to a folder of your own.")
+        return
+    for path in paths:
+        if payloads := _held(sessions, path):
+            names = ", ".join(f"{name} ({size / 1e6:.1f} MB)" for name, size in payloads)
+            advice = "It moves to the cache at the next start that can; to try now: hf-overlay clean."
+            yield Finding("held", path, f"holds downloads that the cache could not take: {names}", advice)
+            continue
         with lease.dead(sessions, path) as is_dead:
             if is_dead:
                 yield Finding("session", path, "left behind by a program that was killed", "Clear it: hf-overlay clean")
+
+
+def _held(sessions: str, path: str) -> list[tuple[str, int]]:
+    """The repos that a dead session holds back, each with its bytes; empty for a living session."""
+    fd = lease.share(sessions, path)
+    if fd is None:
+        return []
+    try:
+        return [(os.path.basename(repo), files.size(repo)) for repo in held.payloads(path)]
+    finally:
+        os.close(fd)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from hf_overlay.config import Kind, is_offline
-from hf_overlay.session import open_session
+from hf_overlay.session import Session, open_session
 from hf_overlay.text import printable
 
 _FROM_KEYBOARD = (signal.SIGINT, signal.SIGQUIT)
@@ -38,6 +38,7 @@ def run(
     kind: Kind | None,
     exclude: Sequence[str],
     offline: bool,
+    hold_downloads: bool,
     verbosity: int,
 ) -> int:
     """Run `command` in a session of its own; returns its exit status, 128 + N when signal N ended it.
@@ -47,10 +48,15 @@ def run(
     log_to_stderr(verbosity)
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"} if offline else dict(os.environ)
     child: int | None = None
+    ended: Session | None = None
+    """The session, once its program has ended."""
     early: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
-        if child is None:
+        if ended is not None:  # what the program left running may be getting an answer from the gateway
+            if number not in _HARMLESS:
+                ended.cut()
+        elif child is None:
             early.append(number)
         elif not (number in _FROM_KEYBOARD and _is_in_foreground()):  # else the terminal sent it to the child itself
             _send(child, number)
@@ -63,7 +69,12 @@ def run(
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED_FOR)
     try:
         with open_session(
-            model_paths, kind=kind, exclude=exclude, gateway=not is_offline(environ), environ=environ
+            model_paths,
+            kind=kind,
+            exclude=exclude,
+            gateway=not is_offline(environ),
+            hold_downloads=hold_downloads,
+            environ=environ,
         ) as session:
             os.set_inheritable(session.owner_fd, True)
             # A key press between this and the next call is lost: nothing tells it from one that the child has had, too.
@@ -84,6 +95,9 @@ def run(
             for number in early:  # came after the check above, and before there was a child to send it to
                 _send(child, number)
             status = _wait(child)
+            _taken(set(_FROM_KEYBOARD))  # the program has had these, too
+            ended = session
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             return 128 - status if status < 0 else status
     finally:
         for number, handler in before.items():

@@ -8,22 +8,39 @@ import shlex
 import signal
 import threading
 from collections.abc import Mapping, Sequence
+from types import FrameType
 
 from hf_overlay import config
 from hf_overlay.config import Kind
 from hf_overlay.errors import OverlayError
-from hf_overlay.session import open_session
+from hf_overlay.session import Session, open_session
 from hf_overlay.tree import lease
 
 logger = logging.getLogger("hf_overlay")
 
 
 def serve(
-    model_paths: Sequence[str], *, kind: Kind | None, exclude: Sequence[str], offline: bool, interval_seconds: float
+    model_paths: Sequence[str],
+    *,
+    kind: Kind | None,
+    exclude: Sequence[str],
+    offline: bool,
+    hold_downloads: bool,
+    interval_seconds: float,
 ) -> int:
-    """Keep an overlay up, following the folders, until a signal ends it; returns 0. Raises OverlayError."""
+    """Keep an overlay up, following the folders, until a signal ends it; returns 0. Raises OverlayError.
+
+    Programs get what the gateway has begun to send them, unless a second signal comes.
+    """
     stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    session: Session | None = None
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        if stop.is_set() and session is not None:
+            session.cut()
+        stop.set()
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"} if offline else dict(os.environ)
     try:
         with open_session(
@@ -31,6 +48,7 @@ def serve(
             kind=kind,
             exclude=exclude,
             gateway=not config.is_offline(environ),
+            hold_downloads=hold_downloads,
             environ=environ,
         ) as session:
             session.offer()
@@ -64,11 +82,21 @@ def offered(environ: Mapping[str, str]) -> dict[str, str | None]:
             continue
         with lease.dead(sessions, path) as is_dead:
             if not is_dead:
+                _check(owner.service, path)
                 services.append((owner.started, owner.service))
     if not services:
         raise OverlayError("no overlay is being served; start one: hf-overlay serve --model-path DIR")
     variables = max(services, key=lambda service: service[0])[1]
     return {**variables, **(config.past_proxies(environ) if "HF_ENDPOINT" in variables else {})}
+
+
+def _check(variables: Mapping[str, object], path: str) -> None:
+    """Raise OverlayError for what no overlay offers: a shell would evaluate it, names as well as values."""
+    for name, value in variables.items():
+        if name not in config.CHANGED_VARIABLES or not (value is None or isinstance(value, str)):
+            raise OverlayError(
+                f"the overlay at {path} offers {name!r}, which no overlay sets; end its hf-overlay serve"
+            )
 
 
 def as_shell(variables: Mapping[str, str | None], shell: str) -> str:

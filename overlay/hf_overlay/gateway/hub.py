@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import NamedTuple, Protocol
 
 from hf_overlay.catalog.catalog import check_id
@@ -44,11 +43,24 @@ class Overlay(Protocol):
     def path_away(self, model_id: str) -> str | None:
         """The model path that held a model of this id and has gone away since; None when there is none."""
 
+    def incomplete(self, model_id: str) -> str | None:
+        """A sentence about the user's folder of this id that lacks a part of its weights; None when there is none."""
+
     def is_cached(self, model_id: str) -> bool:
         """Whether the real cache holds a loadable copy now."""
 
+    def is_folder(self, path: str, root: str) -> bool:
+        """Whether there is a folder at `path`, in the model path `root`; False while its disk does not answer."""
+
     def expect_download(self, folder: str) -> None:
         """Let what a client is about to write to a repo folder land in the real cache."""
+
+    @property
+    def why_no_downloads(self) -> str | None:
+        """Why nothing is downloaded at the moment; None when downloads are welcome."""
+
+    def has_copy(self, folder: str) -> bool:
+        """Whether a client finds main of a repo, by its folder name, without the Hub."""
 
 
 class Hub:
@@ -81,22 +93,34 @@ class Hub:
             # learned of the other's commit, it would download that. Sent to its cache, each finds its own.
             return Unavailable(f"{model_id} has just changed on disk; try again in {SETTLE_SECONDS} seconds", True)
         root = self._overlay.path_away(model_id)
-        if root is None:
+        if root is not None:
+            message = (
+                f"{model_id} is in {root}, which is not there now; connect that drive, or use --exclude {model_id}"
+            )
+        elif (incomplete := self._overlay.incomplete(model_id)) is not None:
+            message = incomplete
+        else:
             return None
-        message = f"{model_id} is in {root}, which is not there now; connect that drive, or use --exclude {model_id}"
         return Unavailable(message, self._overlay.is_cached(model_id))
 
     def expect_download(self, folder: str) -> None:
         """Let what a client is about to write to a repo folder land in the real cache."""
         self._overlay.expect_download(folder)
 
+    def refuse_download(self, repo_id: str, folder: str) -> Unavailable | None:
+        """Why a repo may not be downloaded now; None when it may be."""
+        why = self._overlay.why_no_downloads
+        return Unavailable(f"{repo_id} is not downloaded: {why}", self._overlay.has_copy(folder)) if why else None
+
     def _is_behind(self, model_id: str) -> bool:
         """Whether the model's folder is there and the tree lacks it, or the other way round."""
         found = self._overlay.linked_repo(model_id)
         if found is not None:
-            return not os.path.isdir(found.model.path)
+            return not self._overlay.is_folder(found.model.path, found.model.root)
         settings = self._overlay.settings
-        return model_id not in settings.exclude and any(os.path.isdir(f"{root}/{model_id}") for root in settings.roots)
+        return model_id not in settings.exclude and any(
+            self._overlay.is_folder(f"{root}/{model_id}", root) for root in settings.roots
+        )
 
 
 def _is_id(model_id: str) -> bool:

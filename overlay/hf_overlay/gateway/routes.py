@@ -122,6 +122,18 @@ def error(status: int, code: str, message: str, headers: Mapping[str, str] | Non
     return JSONResponse({"error": message}, status, {**shape, **(headers or {})})
 
 
+def not_now(target: Target, message: str, *, has_copy: bool) -> Response:
+    """The answer about a repo that may not be downloaded now: at once, and so that the client shows `message`.
+
+    403 sends clients to their cache, and unlike 504, which old releases repeat for 20 seconds, at once. Without a copy
+    there (`has_copy`), what they raise must carry the message: of errors about a file, they pass on only "no such
+    repo"; of those about a repo, the command `hf` hides that one.
+    """
+    if target.part == "resolve" and not has_copy:
+        return error(404, "RepoNotFound", message)
+    return error(403, "", message)
+
+
 def _info(model: Model, commit: str) -> dict[str, object]:
     return {
         "_id": commit[:24],
@@ -144,7 +156,8 @@ def _tree_answer(request: Request, target: Target, model: Model) -> Response:
     from starlette.responses import JSONResponse
 
     if _verifies(request) and any(file.etag is None for file in model.files):
-        return error(501, "", f"{model.path} was not made by hf download, so it has no checksums to compare with")
+        message = f"{model.path} was not made by hf download, so there are no checksums to verify its files with"
+        return error(400, "", message)  # of all kinds, the one of which `hf` shows the message alone
     entries = _tree(model, target.path, is_recursive="recursive" in request.query_params)
     return JSONResponse(entries) if entries else error(404, "EntryNotFound", f"{model.path} has no {target.path}")
 

@@ -16,6 +16,7 @@ import hmac
 import os
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -34,6 +35,9 @@ CONNECT_SECONDS = 3.0
 """An upstream that accepts no connection in this time is unreachable; the client falls back to its cache."""
 ANSWER_SECONDS = 60.0
 """The longest pause within an answer; clients give up earlier by themselves."""
+STOP_SECONDS = 10.0
+"""The longest that answers under way may take when the gateway is stopped. They are short, since large files come from
+a CDN; and launchd kills a service that takes 20 seconds to stop, systemd one that takes 90."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -64,6 +68,7 @@ class Gateway:
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._client: httpx2.AsyncClient | None = None
         self._stop = threading.Event()
+        self._cut = threading.Event()
         self._server: Any = None
         self._thread = threading.Thread(target=self._serve, name="hub-gateway", daemon=True)
 
@@ -79,13 +84,21 @@ class Gateway:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop listening; requests in progress are cut."""
+        """Take no more requests, and wait for the answers under way: `STOP_SECONDS` at most, or until `cut`."""
         self._stop.set()
         if self._server is not None:
             self._server.should_exit = True
+            deadline = time.monotonic() + STOP_SECONDS
+            # The server closes the connections that have nothing to answer, and clients that have gone close theirs.
+            while self._server.server_state.connections and time.monotonic() < deadline and not self._cut.is_set():
+                self._thread.join(timeout=0.02)
             self._server.force_exit = True
             self._thread.join(timeout=5)
         self._socket.close()
+
+    def cut(self) -> None:
+        """Let `stop` wait no longer; what is under way is cut. May be called by a signal handler."""
+        self._cut.set()
 
     def _serve(self) -> None:
         # Imported in this thread, since it takes a fifth of a second, in which the program is starting as well.
@@ -134,12 +147,12 @@ class Gateway:
             return routes.error(404, "EntryNotFound", "no such page")
         target = routes.parse(path, lambda model_id: self._hub.refresh_and_find(model_id) is not None)
         found = self._hub.refresh_and_find(target.repo_id) if target is not None and target.kind == "models" else None
+        if found is None and target is not None and target.precedes_download(request.method):
+            found = self._hub.refuse_download(target.repo_id, target.folder)
         if target is None or found is None:
             return await self._pass_on(request, path, target)
         if isinstance(found, Unavailable):
-            # 504 sends clients to their cache; without a copy there, what they raise must carry the message.
-            status, code = (504, "") if found.has_copy else (404, "RepoNotFound")
-            return routes.error(status, code, found.message)
+            return routes.not_now(target, found.message, has_copy=found.has_copy)
         return await routes.answer(request, target, found.model, found.commit)
 
     async def _pass_on(self, request: Request, path: str, target: Target | None) -> Response:

@@ -6,12 +6,13 @@ session's end those that are still empty are removed.
 
 from __future__ import annotations
 
+import json
 import os
 
 from hf_overlay.tree import files
 
 _RECORD = "made"
-"""File in a session's folder: the folders that were made, a path a line."""
+"""File in a session's folder: the folders that were made, each an absolute path as a line of JSON."""
 
 
 def make(session: str, folder: str) -> None:
@@ -21,18 +22,31 @@ def make(session: str, folder: str) -> None:
         missing.append(folder)
         folder = os.path.dirname(folder)
     for path in reversed(missing):
-        with open(f"{session}/{_RECORD}", "a", encoding="utf-8", errors="surrogateescape") as record:
-            record.write(f"{path}\n")
+        with open(f"{session}/{_RECORD}", "a", encoding="ascii") as record:
+            record.write(f"{json.dumps(path)}\n")
         os.makedirs(path, exist_ok=True)
+
+
+def folders(session: str) -> list[str]:
+    """The folders that were made, parents first. What cannot be read in the record is left out."""
+    try:
+        lines = files.read(f"{session}/{_RECORD}").decode("utf-8", "surrogateescape").splitlines()
+    except OSError:
+        return []
+    return [path for path in map(_path, lines) if os.path.isabs(path) and "\0" not in path]
 
 
 def remove_unused(session: str) -> None:
     """Remove the folders that are still empty, and the record of them. Raises OSError."""
-    try:
-        with open(f"{session}/{_RECORD}", encoding="utf-8", errors="surrogateescape") as record:
-            paths = record.read().splitlines()
-    except FileNotFoundError:
-        return
-    for path in reversed(paths):
+    for path in reversed(folders(session)):
         files.remove_if_empty(path)
-    os.unlink(f"{session}/{_RECORD}")
+    if os.path.lexists(f"{session}/{_RECORD}"):
+        files.remove(f"{session}/{_RECORD}")
+
+
+def _path(line: str) -> str:
+    try:
+        path = json.loads(line)
+    except ValueError:
+        return line  # as earlier versions wrote it
+    return path if isinstance(path, str) else ""

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import os
+import stat
 
 from hf_overlay import hfcache
 
 
 def entries(folder: str) -> list[os.DirEntry[str]]:
-    """What is in a folder; nothing when there is none. Raises OSError."""
+    """What is in a folder; nothing when there is none, or it is a file. Raises OSError."""
     try:
         with os.scandir(folder) as found:
             return list(found)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def read(path: str) -> bytes:
+    """The content of a regular file, to which a link may lead. Raises OSError, and for anything else FileNotFoundError.
+
+    A pipe in its place, for instance, would never end.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise FileNotFoundError(f"{path} is not a file")
+        return file.read()
 
 
 def has_payload(repo: str) -> bool:
@@ -34,6 +46,12 @@ def has_bytes(path: str) -> bool:
         elif entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_size > 0:
             return True
     return False
+
+
+def size(folder: str) -> int:
+    """The bytes of the files below a folder; links do not count."""
+    paths = (os.path.join(inside, name) for inside, _, names in os.walk(folder) for name in names)
+    return sum(os.lstat(path).st_size for path in paths if not os.path.islink(path))
 
 
 def remove(path: str) -> None:

@@ -10,13 +10,21 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
+import re
+import shlex
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from hf_overlay.config import OWNER_FILE, Settings, cache_folder
+from hf_overlay.errors import SessionError
+from hf_overlay.tree import files
+
+logger = logging.getLogger("hf_overlay")
 
 DIRECTORY_VARIABLE = "HF_OVERLAY_DIR"
 _PREFIX = "session-"
@@ -46,10 +54,11 @@ class Owner(NamedTuple):
 def read_owner(path: str) -> Owner | None:
     """The record of a session's owner, living or dead; None when it died before it wrote one."""
     try:
-        with open(os.path.join(path, OWNER_FILE), encoding="utf-8") as file:
-            return Owner(**json.load(file))
-    except (OSError, ValueError, TypeError):
+        owner = Owner(**json.loads(files.read(os.path.join(path, OWNER_FILE))))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
+    is_usable = isinstance(owner.hub_cache, str) and os.path.isabs(owner.hub_cache) and "\0" not in owner.hub_cache
+    return owner if is_usable and isinstance(owner.started, int | float) and isinstance(owner.service, dict) else None
 
 
 class Lease:
@@ -62,8 +71,9 @@ class Lease:
 
     @classmethod
     def acquire(cls, sessions: str, settings: Settings) -> Lease:
-        """Make a new session folder (0700) and own it. Raises OSError."""
+        """Make a new session folder (0700) and own it. Raises OSError, or SessionError for an untrusted folder."""
         os.makedirs(sessions, mode=0o700, exist_ok=True)
+        check_trusted(sessions)
         with _exclusive(sessions):  # so that nobody takes the folder for dead before it is locked
             path = os.path.join(sessions, f"{_PREFIX}{os.getpid()}-{time.time_ns():x}")
             os.mkdir(path, 0o700)
@@ -106,12 +116,15 @@ def dead(sessions: str, path: str) -> Iterator[bool]:
             fd = os.open(owner, os.O_RDWR)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                if not os.path.samestat(os.fstat(fd), os.stat(owner)):
+                    raise BlockingIOError  # cleared by somebody else since it was opened
+            except OSError as error:
                 os.close(fd)
-                raise
+                raise BlockingIOError from error
     except FileNotFoundError:
-        # Killed between making the folder and the lock, both under the sessions' lock: nothing is in it.
-        yield os.path.isdir(path) and not os.listdir(path)
+        # Killed between making the folder and the lock, both under the sessions' lock: nothing is in it. Nothing is
+        # in it, either, where somebody else has cleared it and is about to remove it.
+        yield _is_empty(path)
         return
     except OSError:  # held, or a file system that cannot say: no proof
         yield False
@@ -122,12 +135,85 @@ def dead(sessions: str, path: str) -> Iterator[bool]:
         os.close(fd)
 
 
-def sessions_in(sessions: str) -> list[str]:
-    """The paths of all session folders, living or dead. Raises OSError."""
+def opener(path: str) -> int | None:
+    """The id of the process that opened the session at `path`, which is in its name; None for other names."""
+    match = re.fullmatch(rf"{_PREFIX}(\d+)-\w+", os.path.basename(path), re.ASCII)
+    return int(match[1]) if match else None
+
+
+def share(sessions: str, path: str) -> int | None:
+    """Keep a dead session from being cleared, together with others who do: the file descriptor to close at the end.
+
+    None when its owner may be alive, or when it is being cleared. Programs that are started inherit the descriptor.
+    """
     try:
-        return sorted(entry.path for entry in os.scandir(sessions) if entry.name.startswith(_PREFIX))
+        with _exclusive(sessions):
+            fd = os.open(os.path.join(path, OWNER_FILE), os.O_RDWR)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                os.close(fd)
+                raise
+    except OSError:
+        return None
+    os.set_inheritable(fd, True)
+    return fd
+
+
+def sessions_in(sessions: str, *, warn: bool = True) -> list[str]:
+    """The paths of all session folders, living or dead, without those that another user may have put there.
+
+    `warn` names each of the latter in a warning. Raises OSError, or SessionError when other users may write to
+    `sessions` itself.
+    """
+    try:
+        paths = sorted(entry.path for entry in os.scandir(sessions) if entry.name.startswith(_PREFIX))
     except FileNotFoundError:
         return []
+    check_trusted(sessions)
+    trusted = []
+    for path in paths:
+        if (why := _why_untrusted(path)) is None:
+            trusted.append(path)
+        elif warn:
+            logger.warning("the session at %s %s; it is ignored: look at it, and remove it", path, why)
+    return trusted
+
+
+def check_trusted(sessions: str) -> None:
+    """Raise SessionError when the folder of all sessions belongs to another user, or other users may write there.
+
+    Its sessions hold what is moved, removed, and evaluated by shells.
+    """
+    if (why := _why_untrusted(os.path.realpath(sessions))) is not None:
+        raise SessionError(
+            f"{sessions} {why}, so sessions in it cannot be trusted; set {DIRECTORY_VARIABLE} to a folder of your own"
+        )
+
+
+def _why_untrusted(path: str) -> str | None:
+    """Why others may have written what is in a folder; None when only this user can have, or when it is gone.
+
+    The sticky bit does not help: it keeps others from removing entries, not from adding some.
+    """
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISDIR(status.st_mode):
+        return "is not a folder"
+    if status.st_uid != os.geteuid():
+        return f"belongs to another user (uid {status.st_uid})"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"can be written to by other users (to end that: chmod go-w {shlex.quote(path)})"
+    return None
+
+
+def _is_empty(folder: str) -> bool:
+    try:
+        return not os.listdir(folder)
+    except OSError:
+        return False
 
 
 def remove(path: str) -> None:

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 from hf_overlay import hfcache
 from hf_overlay.catalog.plan import Plan
 from hf_overlay.hfcache import LinkedRepo
+from hf_overlay.models import Model
 from hf_overlay.tree import announced, files, store
 from hf_overlay.tree.store import Placed
 
@@ -60,8 +62,11 @@ class Tree:
         """The folder to use as HF_HOME, for programs that know no other variable."""
         return f"{self._session}/home"
 
-    def publish(self, plan: Plan) -> None:
-        """Make the tree hold what the plan says; do nothing if it does. Raises OSError, the old tree intact."""
+    def publish(self, plan: Plan, *, is_there: Callable[[Model], bool]) -> None:
+        """Make the tree hold what the plan says; do nothing if it does. Raises OSError, the old tree intact.
+
+        `is_there` says whether the folder of a user's model is there.
+        """
         placed: dict[str, Placed] = {}
         entries: dict[str, str] = {}
         for name, entry in plan.entries.items():
@@ -75,7 +80,7 @@ class Tree:
             entries[name] = there.link
         entries |= {name: path for name, path in self._written().items() if name not in placed}
         if self._generation == 0 or entries != self._entries or not self._is_whole():
-            gone = {name for name, each in self._placed.items() if not os.path.isdir(each.repo.model.path)}
+            gone = {name for name, each in self._placed.items() if not is_there(each.repo.model)}
             self._switch(entries)
             self._placed = placed
             try:
@@ -102,14 +107,19 @@ class Tree:
             folder = f"{real_hub}/{entry}"
             announced.make(self._session, folder if entry == hfcache.LOCKS else f"{folder}/snapshots")
             self._entries[entry] = folder
-            for hub in files.entries(f"{self._session}/hubs"):
+            for hub in self._hubs():
                 if not os.path.lexists(f"{hub.path}/{entry}"):
                     os.symlink(folder, f"{hub.path}/{entry}")
+
+    def _hubs(self) -> list[os.DirEntry[str]]:
+        """The hub folders, without what others may put beside them, such as `.DS_Store`."""
+        found = files.entries(f"{self._session}/hubs")
+        return [entry for entry in found if entry.name.isdecimal() and entry.is_dir(follow_symlinks=False)]
 
     def _written(self) -> dict[str, str]:
         """Folders that clients made in the hub folders: they stay where they are and stay visible."""
         written = {}
-        for hub in sorted(os.scandir(f"{self._session}/hubs"), key=lambda entry: int(entry.name)):
+        for hub in sorted(self._hubs(), key=lambda entry: int(entry.name)):
             for entry in os.scandir(hub.path):
                 if not entry.is_symlink() and entry.is_dir():
                     written[entry.name] = f"../{hub.name}/{entry.name}"
@@ -145,7 +155,7 @@ class Tree:
 
         That is what is new, and, for models whose folder is gone, what stands there now: the cache's copy, or nothing.
         """
-        for hub in files.entries(f"{self._session}/hubs"):
+        for hub in self._hubs():
             if hub.name == str(self._generation):
                 continue
             there = set(os.listdir(hub.path))
@@ -160,7 +170,7 @@ class Tree:
         """Remove hub folders, and linked repos that only they led to, once no load can still be going on in them."""
         needed = set(self._entries.values())
         oldest = time.time() - KEEP_SECONDS
-        for hub in files.entries(f"{self._session}/hubs"):
+        for hub in self._hubs():
             if hub.name == str(self._generation):
                 continue
             if hub.stat().st_mtime > oldest:

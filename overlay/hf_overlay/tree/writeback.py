@@ -2,7 +2,8 @@
 
 It is done when a session has ended, however it ended. Every step leaves the real cache valid and can be repeated: blobs
 come before the snapshots that link to them, refs last; each file appears under its name complete or not at all. A
-download that cannot be moved (no room, no permission) stays where it is and is tried again at the next start.
+download that cannot be moved (no room, no permission, its lock held by a client) stays where it is and is tried again
+at the next start.
 """
 
 from __future__ import annotations
@@ -13,10 +14,31 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-from hf_overlay import hfcache
-from hf_overlay.tree import store
+from hf_overlay import hfcache, keeping
+from hf_overlay.tree import files, store, usage
 from hf_overlay.tree.files import has_payload
+
+
+@dataclass
+class _Place:
+    """The place of a repo in the real cache."""
+
+    path: str
+    locks: tuple[str, ...]
+    """The folders with the locks that clients hold: in the real cache, and in the tree for those that go by it."""
+    aside: str
+    """The path of a file until it is complete, where no program looks for one."""
+    is_busy: bool = False
+    """Whether something was left in the tree because a client is writing it."""
+
+    def is_free(self, blob: str) -> bool:
+        """Whether no client is writing a blob, given the name of the blob or of its partial file."""
+        is_held = any(usage.is_held(f"{folder}/{hfcache.lock_name(blob)}") for folder in self.locks)
+        self.is_busy |= is_held
+        return not is_held
 
 
 def bring_home(session: str, hub: str) -> dict[str, str]:
@@ -26,17 +48,26 @@ def bring_home(session: str, hub: str) -> dict[str, str]:
     """
     stuck: dict[str, str] = {}
     for repo, name in _written_repos(session):
+        # One name a session, so that what a kill leaves of it is overwritten when it is done again.
+        place = _Place(
+            f"{hub}/{name}",
+            tuple(f"{each}/{hfcache.LOCKS}/{name}" for each in (hub, *_hubs(session))),
+            f"{hub}/{name}/{os.path.basename(session)}.incomplete",
+        )
         try:
+            problem = keeping.problem(hub)
+            if problem is not None and problem.kind == "away":  # a folder made in its place would hide the drive
+                raise OSError(errno.ENODEV, f"the Hugging Face cache {problem.text}")
             os.makedirs(hub, exist_ok=True)
-            if not _move_whole(repo, f"{hub}/{name}"):
-                # One name a session, so that what a kill leaves of it is overwritten when it is done again.
-                aside = f"{hub}/{name}/{os.path.basename(session)}.incomplete"
-                _merge(repo, f"{hub}/{name}", f"{hub}/{hfcache.LOCKS}/{name}", aside)
+            if not _move_whole(repo, place):
+                _merge(repo, place)
+            if place.is_busy:
+                stuck[repo] = "a program is downloading the same"
         except OSError as error:
             if _is_worth_keeping(repo):
                 stuck[repo] = f"{error.strerror or error}: {error.filename2 or error.filename or hub}"
-    for number in _names(f"{session}/hubs"):
-        tag = f"{session}/hubs/{number}/{hfcache.CACHEDIR_TAG}"
+    for each in _hubs(session):
+        tag = f"{each}/{hfcache.CACHEDIR_TAG}"
         if os.path.isfile(tag) and os.path.isdir(hub) and not os.path.lexists(f"{hub}/{hfcache.CACHEDIR_TAG}"):
             try:
                 os.rename(tag, f"{hub}/{hfcache.CACHEDIR_TAG}")
@@ -47,18 +78,24 @@ def bring_home(session: str, hub: str) -> dict[str, str]:
 
 def _written_repos(session: str) -> Iterator[tuple[str, str]]:
     """The repo folders that clients wrote into, their own and linked repos, each with the name it has in a cache."""
-    for hub in _names(f"{session}/hubs"):
-        for name in _names(f"{session}/hubs/{hub}"):
-            path = f"{session}/hubs/{hub}/{name}"
+    for hub in _hubs(session):
+        for name in _names(hub):
+            path = f"{hub}/{name}"
             if hfcache.is_repo(name) and not os.path.islink(path) and os.path.isdir(path):
                 yield path, name
     for folder in store.FOLDERS:
         for linked_repo in _names(f"{session}/{folder}"):
             path = f"{session}/{folder}/{linked_repo}"
+            if os.path.islink(path):
+                continue
             if has_payload(path):
                 _drop_copies(path)
             if _is_worth_keeping(path):
                 yield path, store.repo_folder(linked_repo)
+
+
+def _hubs(session: str) -> list[str]:
+    return [f"{session}/hubs/{name}" for name in _names(f"{session}/hubs")]
 
 
 def _is_worth_keeping(repo: str) -> bool:
@@ -68,9 +105,11 @@ def _is_worth_keeping(repo: str) -> bool:
     return has_payload(repo) or any(_files(revision) for revision in revisions)
 
 
-def _move_whole(repo: str, target: str) -> bool:
+def _move_whole(repo: str, place: _Place) -> bool:
     """Move a repo that is new to the cache, and on the same volume, in one rename. False when it must be merged."""
-    if os.path.lexists(target) or os.path.exists(f"{repo}/{hfcache.ORIGIN}"):
+    if os.path.lexists(place.path) or os.path.exists(f"{repo}/{hfcache.ORIGIN}"):
+        return False
+    if any(map(usage.holds_lock, place.locks)):
         return False
     home = os.path.realpath(repo) + os.sep
     for folder, folders, names in os.walk(repo):
@@ -79,40 +118,36 @@ def _move_whole(repo: str, target: str) -> bool:
             if os.path.islink(path) and not os.path.realpath(path).startswith(home):
                 return False
     try:
-        os.rename(repo, target)
+        os.rename(repo, place.path)
     except OSError:  # another volume, or somebody was faster: merging tells what is really wrong
         return False
     return True
 
 
-def _merge(repo: str, target: str, locks: str, aside: str) -> None:
-    """Add a repo's downloads to the same repo in the cache, revision by revision. Raises OSError; can be repeated.
-
-    `aside` is the path of a file until it is complete, where no program looks for one.
-    """
+def _merge(repo: str, place: _Place) -> None:
+    """Add a repo's downloads to the same repo in the cache, revision by revision. Raises OSError; can be repeated."""
+    target, aside = place.path, place.aside
     own = _own_commit(repo)
     if has_payload(repo):
         os.makedirs(f"{target}/snapshots", exist_ok=True)  # a repo without it is a corrupt one to scans
     for name in _names(f"{repo}/blobs"):
         path = f"{repo}/blobs/{name}"
-        if os.path.islink(path) or not os.path.isfile(path):
+        if os.path.islink(path) or not os.path.isfile(path) or not place.is_free(name):
             continue
         if name.endswith(".incomplete"):
-            lock = f"{locks}/{name.removesuffix('.incomplete')}.lock"
-            _move_incomplete(path, f"{target}/blobs/{name}", lock, aside)
+            _move_incomplete(path, f"{target}/blobs/{name}", f"{place.locks[0]}/{hfcache.lock_name(name)}", aside)
         elif not os.path.exists(f"{target}/blobs/{name}"):
             _move(path, f"{target}/blobs/{name}", aside)
         elif os.path.getsize(f"{target}/blobs/{name}") == os.path.getsize(path):
             os.unlink(path)  # named by its content: the cache has it already
     complete: set[str] = set()
     for commit in _names(f"{repo}/snapshots"):
-        if commit != own and _merge_snapshot(f"{repo}/snapshots/{commit}", f"{target}/snapshots/{commit}", aside):
+        if commit != own and _merge_snapshot(f"{repo}/snapshots/{commit}", commit, place):
             complete.add(commit)
     for folder in ("trees", ".no_exist", "refs"):
         for relative in _files(f"{repo}/{folder}"):
             path = f"{repo}/{folder}/{relative}"
-            with open(path, "rb") as file:
-                content = file.read()
+            content = files.read(path)
             commit = content.decode("ascii", "replace") if folder == "refs" else relative.split("/")[0].split(".")[0]
             wanted = f"{target}/{folder}/{relative}"
             if commit in complete and not _is_newer(wanted, path):
@@ -124,11 +159,12 @@ def _is_newer(path: str, other: str) -> bool:
     return os.path.exists(path) and os.path.getmtime(path) > os.path.getmtime(other)
 
 
-def _merge_snapshot(snapshot: str, target: str, aside: str) -> bool:
+def _merge_snapshot(snapshot: str, commit: str, place: _Place) -> bool:
     """Add one revision's links to the cache's repo; False when nothing or only a part of it may be in the cache.
 
     No folder is made before there is something to put into it, because clients take an empty one for a revision.
     """
+    target = f"{place.path}/snapshots/{commit}"
     is_complete = True
     for relative in _files(snapshot):
         path, wanted = f"{snapshot}/{relative}", f"{target}/{relative}"
@@ -138,30 +174,59 @@ def _merge_snapshot(snapshot: str, target: str, aside: str) -> bool:
                 os.unlink(path)  # one commit's file is one file
             continue
         if not is_link:  # clients copy where they cannot link
-            _move(path, wanted, aside)
+            _move(path, wanted, place.aside)
             continue
         link = os.readlink(path)
         blob = os.path.normpath(os.path.join(os.path.dirname(wanted), link))
-        if os.path.dirname(blob) == os.path.normpath(f"{target}/../../blobs") and os.path.isfile(blob):
+        is_blob = os.path.dirname(blob) == os.path.normpath(f"{place.path}/blobs") and os.path.isfile(blob)
+        if is_blob and place.is_free(os.path.basename(blob)):
             os.makedirs(os.path.dirname(wanted), exist_ok=True)
             os.symlink(link, wanted)
-        else:  # it leads to a user's folder
+        else:  # it leads to a user's folder, or a client is writing that blob
             is_complete = False
     return is_complete and os.path.isdir(target)
 
 
 def _move_incomplete(path: str, target: str, lock: str, aside: str) -> None:
     """Move a partial download, to which older clients append under a lock, unless the cache's is longer."""
-    os.makedirs(os.path.dirname(lock), exist_ok=True)
-    fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.link(path, target)  # takes no lock: a client that begins now finds it, or was faster, and this fails
+    except OSError:
+        pass
+    else:
+        os.unlink(path)
+        return
+    with _locked(lock) as is_ours:
+        if not is_ours:
+            return
         if not os.path.exists(target) or os.path.getsize(target) < os.path.getsize(path):
             _move(path, target, aside)
         else:
             os.unlink(path)
-    except BlockingIOError:
-        return
+
+
+@contextmanager
+def _locked(lock: str) -> Iterator[bool]:
+    """A context that holds a client's lock, True, or False while a client does. Raises OSError.
+
+    A lock file that was made for it is removed again while it is held: a client that opened it meanwhile finds it
+    without a name, and makes another one. Those of clients stay, as they leave them.
+    """
+    is_new = not os.path.lexists(lock)
+    os.makedirs(os.path.dirname(lock), exist_ok=True)
+    fd = os.open(lock, os.O_RDWR | (os.O_CREAT | os.O_EXCL if is_new else 0), 0o664)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            if is_new:
+                os.unlink(lock)
     finally:
         os.close(fd)
 
@@ -219,24 +284,24 @@ def _own_commit(repo: str) -> str | None:
 
 def _origin(repo: str) -> dict[str, str] | None:
     try:
-        with open(f"{repo}/{hfcache.ORIGIN}", encoding="utf-8") as file:
-            origin = json.load(file)
-    except (OSError, ValueError):
+        origin = json.loads(files.read(f"{repo}/{hfcache.ORIGIN}"))
+    except (OSError, ValueError, RecursionError):
         return None
-    return origin if isinstance(origin, dict) else None
+    is_ours = isinstance(origin, dict) and all(isinstance(origin.get(name), str) for name in ("folder", "commit"))
+    return origin if is_ours else None
 
 
 def _files(folder: str) -> list[str]:
-    """The paths of files and links below a folder, relative to it; links are not followed."""
-    return sorted(
-        os.path.relpath(os.path.join(path, name), folder)
-        for path, folders, names in os.walk(folder)
-        for name in (*names, *(each for each in folders if os.path.islink(os.path.join(path, each))))
-    )
+    """The paths of regular files and links below a folder, relative to it; no link is followed."""
+    if os.path.islink(folder):
+        return []
+    found = (os.path.join(path, name) for path, folders, names in os.walk(folder) for name in (*names, *folders))
+    return sorted(os.path.relpath(path, folder) for path in found if os.path.islink(path) or os.path.isfile(path))
 
 
 def _names(folder: str) -> list[str]:
+    """What is in a folder, which is not a link; nothing where there is none. Raises OSError."""
     try:
-        return sorted(os.listdir(folder))
+        return [] if os.path.islink(folder) else sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return []

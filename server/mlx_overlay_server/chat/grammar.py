@@ -78,8 +78,8 @@ def is_forced(request: ChatRequest) -> bool:
 def _call_opening(model: Loaded, request: ChatRequest) -> list[str]:
     """Return the openings of a tool call that may replace the answer, as terms of a grammar: text, and a token."""
     mark = model.tokenizer.tool_call_start
-    if not mark or not request.tools or request.choice.mode == "none":
-        return []
+    if not mark or not request.tools or request.choice.mode == "none" or not model.has_own_calls:
+        return []  # a model that was not trained on the mark would use it to escape from the grammar
     tokens = model.tokenizer.encode(mark, add_special_tokens=False)
     return [json.dumps(mark), *(f"<[{token}]>" for token in tokens if len(tokens) == 1)]
 

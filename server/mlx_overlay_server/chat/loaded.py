@@ -77,6 +77,8 @@ class Loaded:
     """Its generation_config.json."""
     longest_token: int = 1 << 20
     """Characters of the longest token: a text has at least its own length divided by this many tokens."""
+    has_own_calls: bool = True
+    """Whether mlx-lm knows the model's own form of tool calls; the server's form (`tool_text`) is read otherwise."""
     processor: Any = None
     """mlx_lm's image processor; None: the model takes no images."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -106,10 +108,20 @@ class Loaded:
             return b""
         if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):  # byte fallback, as in Llama 2
             return bytes([int(text[3:5], 16)])
-        whole = self.tokenizer.decode([token])
+        whole = self._decoded_after_text(token)
         if "\ufffd" in whole and all(char in _BYTE_OF for char in text):  # a part of a character, in byte-level BPE
             return bytes(_BYTE_OF[char] for char in text)
         return whole.encode()
+
+    @functools.cached_property
+    def letter(self) -> tuple[int, ...]:
+        """The tokens of one letter: as a context, they show decoders that the next token does not begin a text."""
+        return tuple(self.tokenizer.encode("a", add_special_tokens=False))
+
+    def _decoded_after_text(self, token: int) -> str:
+        """Return a token's text where other text precedes it: at the start of a text, decoders drop a space."""
+        before, whole = self.tokenizer.decode([*self.letter]), self.tokenizer.decode([*self.letter, token])
+        return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode([token])
 
 
 def _byte_of() -> dict[str, int]:

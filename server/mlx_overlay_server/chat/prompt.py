@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mlx_overlay_server.chat import tool_text
 from mlx_overlay_server.chat.loaded import Loaded, Tokenizer
 from mlx_overlay_server.chat.requests import ChatRequest, Image, Message, Tool, described
 from mlx_overlay_server.errors import Field, InvalidRequest, PromptTooLong
@@ -34,6 +35,8 @@ class Prompt:
     """Whether the template has opened a reasoning block already."""
     system: int = 0
     """Tokens at its start that come from system messages and tools, which other conversations share."""
+    continues_text: bool = False
+    """Whether it ends in the text of an assistant message that the answer goes on with."""
     images: tuple[Any, ...] = ()
     """Pixel values, one array for each image."""
 
@@ -69,6 +72,7 @@ def render(model: Loaded, request: ChatRequest, limit: int | None = None) -> Pro
         tuple(tokens),
         is_reasoning=_opens_reasoning(tokenizer, text),
         system=_common(tokenizer.encode(system, add_special_tokens=False), tokens) if system else 0,
+        continues_text=continues and bool(request.messages[-1].text),
         images=tuple(pixels),
     )
 
@@ -98,32 +102,96 @@ def _apply(
 ) -> tuple[str, str]:
     """Return a conversation's text, and the text of its system messages and tools alone ('' when it is not known).
 
-    Templates differ in what they take (one system message, at the start; turns that alternate). A conversation that
-    a template refuses is tried again in plainer forms with the same content.
+    Tools, calls and results that the template would drop without a word become text of the conversation.
     """
-    given = [described(tool) for tool in tools] or None
+    template = _Template(tokenizer, kwargs, {"continue_final_message" if continues else "add_generation_prompt": True})
+    if not (tools or any(turn.calls or turn.role == "tool" for turn in messages)):
+        return template.written(messages, ())
+    can_write = tool_text.can_write(tokenizer)
+    try:
+        native = template.written(messages, tools)
+    except InvalidRequest:
+        if not can_write:
+            raise
+    else:
+        dropped = template.dropped(messages, tools, native[0])
+        if dropped is None:
+            return native
+        if not can_write:
+            field: Field = "tools" if dropped == "tools" else "messages"
+            raise InvalidRequest(f"the model's chat template has no place for {dropped}; leave them out", field=field)
+    return template.written(tool_text.written(messages, tools, tokenizer), ())
 
-    ending = {"continue_final_message": True} if continues else {"add_generation_prompt": True}
 
-    def text(turns: Sequence[Message], **ending: bool) -> str:
-        plain = [_as_dict(turn) for turn in turns]
-        return tokenizer.apply_chat_template(plain, tools=given, tokenize=False, **ending, **kwargs)
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """A model's chat template with the arguments of one request."""
 
-    problem: Exception | None = None
-    for form in (_merged_system(messages), _alternating(messages), _without_system(messages)):
-        try:
-            whole = text(form, **ending)
-        except Exception as error:  # noqa: BLE001 - templates are programs that come with the model
-            problem = problem or error
-            continue
+    tokenizer: Tokenizer
+    kwargs: Mapping[str, Any]
+    ending: Mapping[str, bool]
+    """How the prompt ends: with the opening of a new answer, or inside the last message."""
+
+    def written(self, messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[str, str]:
+        """Return a conversation's text, and the text of its system messages and tools alone ('' when not known).
+
+        Raises InvalidRequest when the template refuses every form of the messages.
+        """
+        form, whole = self._first_form(messages, tools)
         systems = [turn for turn in form if turn.role == "system"][:1]
-        if not (systems or given) or form[: len(systems)] != systems:
+        if not (systems or tools) or form[: len(systems)] != systems:
             return whole, ""
         try:
-            return whole, text([*systems, Message("user", ("",))], add_generation_prompt=False)
-        except Exception:  # noqa: BLE001 - as above; only the reuse of its KV cache needs it
+            return whole, self._text([*systems, Message("user", ("",))], tools, {"add_generation_prompt": False})
+        except Exception:  # noqa: BLE001 - templates are programs; only the reuse of the KV cache needs this text
             return whole, ""
-    raise InvalidRequest(f"the model's chat template refuses these messages: {problem}", field="messages")
+
+    def dropped(self, messages: Sequence[Message], tools: Sequence[Tool], whole: str) -> str | None:
+        """Return the name of what is missing from a conversation's text; None when nothing is.
+
+        It is missing when another one in its place makes no difference to the text.
+        """
+        others: dict[str, tuple[Sequence[Message], Sequence[Tool]]] = {}
+        if tools:
+            others["tools"] = messages, ()
+        if any(turn.calls for turn in messages):
+            others["tool calls"] = [_with_other_calls(turn) for turn in messages], tools
+        if any(turn.role == "tool" and turn.content for turn in messages):
+            others["tool results"] = [_with_other_result(turn) for turn in messages], tools
+        for name, other in others.items():
+            try:
+                if self._first_form(*other)[1] == whole:
+                    return name
+            except InvalidRequest:  # it makes a difference
+                continue
+        return None
+
+    def _first_form(self, messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[list[Message], str]:
+        """Return the first form of a conversation that the template takes, and its text. Raises InvalidRequest.
+
+        Templates differ in what they take (one system message, at the start; turns that alternate). A conversation that
+        a template refuses is tried again in plainer forms with the same content.
+        """
+        problem: Exception | None = None
+        for form in (_merged_system(messages), _alternating(messages), _without_system(messages)):
+            try:
+                return form, self._text(form, tools, self.ending)
+            except Exception as error:  # noqa: BLE001 - templates are programs that come with the model
+                problem = problem or error
+        raise InvalidRequest(f"the model's chat template refuses these messages: {problem}", field="messages")
+
+    def _text(self, turns: Sequence[Message], tools: Sequence[Tool], ending: Mapping[str, bool]) -> str:
+        given = [described(tool) for tool in tools] or None
+        plain = [_as_dict(turn) for turn in turns]
+        return self.tokenizer.apply_chat_template(plain, tools=given, tokenize=False, **ending, **self.kwargs)
+
+
+def _with_other_calls(turn: Message) -> Message:
+    return replace(turn, calls=tuple(replace(call, name=f"other_{call.name}") for call in turn.calls))
+
+
+def _with_other_result(turn: Message) -> Message:
+    return replace(turn, content=("other ", *turn.content)) if turn.role == "tool" else turn
 
 
 def _merged_system(messages: Sequence[Message]) -> list[Message]:

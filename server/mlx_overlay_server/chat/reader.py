@@ -72,10 +72,18 @@ class Reader:
         tools: Sequence[Tool] = (),
         is_parallel: bool = True,
         is_call: bool = False,
+        continues_text: bool = False,
     ) -> None:
-        """`has_marks`: False for plain completions. `is_call`: the whole answer is a tool call in JSON, by grammar."""
+        """`has_marks`: False for plain completions. `is_call`: the whole answer is a tool call in JSON, by grammar.
+
+        `continues_text`: the prompt ends in text that the answer goes on with, so a space at its start belongs to it.
+        """
         self._model = model
         self._detokenizer = model.detokenizer()
+        if continues_text:  # detokenizers drop a space at the start of a text
+            for letter in model.letter:
+                self._detokenizer.add_token(letter)
+            _ = self._detokenizer.last_segment
         self._stops = StopStrings(stop)
         self._name = "normal" if is_call or not has_marks else model.tokenizer.response_initial_state or "normal"
         """The part that the last text belongs to: normal, reasoning, tool, or one that names the addressee."""

@@ -55,6 +55,7 @@ def load(command: Load, options: EngineOptions, group: Any, prefixes: PrefixCach
             while not wait([loading], timeout=0.005).done:
                 yield None
             tokenizer = loading.result()
+    has_own_calls = tokenizer.has_tool_calling
     mlx.prepare_tokenizer(tokenizer)
     vocab_size = _vocab_size(config, tokenizer)
     loaded = Loaded(
@@ -69,6 +70,7 @@ def load(command: Load, options: EngineOptions, group: Any, prefixes: PrefixCach
         vocab_size=vocab_size,
         context=_context(config),
         defaults=_generation_config(path),
+        has_own_calls=has_own_calls,
         processor=load_processor(model, config) if group is None else None,
     )
     yield Runner(loaded, model, draft, options, prefixes)

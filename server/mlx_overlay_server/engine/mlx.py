@@ -42,6 +42,7 @@ with _file_limit_kept():
     from mlx_lm.generate import BatchGenerator
     from mlx_lm.models.cache import CacheList, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
     from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer
+    from mlx_lm.tool_parsers import json_tools
 
 Cache = list[Any]
 """mlx-lm's KV cache of one sequence: one cache object per layer."""
@@ -121,9 +122,13 @@ def evaluate(cache: Cache) -> None:
 
 
 def prepare_tokenizer(tokenizer: Any) -> None:
-    """Make a tokenizer that mlx-lm has loaded ready for calls from several threads."""
+    """Make a tokenizer that mlx-lm has loaded ready for calls from several threads, and for tool calls."""
     tokenizer.model_max_length = 1 << 60  # transformers would log a warning for long prompts; the server refuses them
     tokenizer.encode("")  # the first call may change the tokenizer's settings
+    if not tokenizer.has_tool_calling:  # the server writes tools into the prompt itself then, and asks for this form
+        tokenizer._tool_parser = json_tools.parse_tool_call  # noqa: SLF001 - the wrapper takes them in __init__ alone
+        tokenizer._tool_call_start = json_tools.tool_call_start  # noqa: SLF001
+        tokenizer._tool_call_end = json_tools.tool_call_end  # noqa: SLF001
 
 
 def detokenizer(tokenizer: Any) -> Any:

@@ -7,6 +7,7 @@ commands and by what the model says alone.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from mlx_overlay_server.engine.runner import Runner
 
 logger = logging.getLogger("mlx_overlay_server")
+
+_PATH = re.compile(r"(?<![\w/.])~?/[\w.-]+/")
+_REASON_CHARACTERS = 400
 
 IDLE_SECONDS = 0.1
 """Seconds that other ranks wait at most for rank 0 when nothing happens."""
@@ -156,8 +160,9 @@ class Worker:
             runner = next(steps)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - loading runs the model's code; some of mlx-lm's calls sys.exit
             self._loading.pop(key, None)
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            logger.warning("cannot load %s: %s", key.partition(":")[2], reason)
+            path = key.partition(":")[2]
+            logger.warning("cannot load %s: %s", path, str(error).strip() or type(error).__name__)
+            reason = load_failure(error, path)
             self._engine.settle(key, Unavailable(f"the model cannot be loaded: {reason}", code="model_load_failed"))
             self._clear_memory()
             return
@@ -231,3 +236,11 @@ def _failed(error: Exception) -> ServerError:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else ""
+
+
+def load_failure(error: BaseException, folder: str) -> str:
+    """Return in one line why a model cannot be loaded, for clients: without the paths of this machine."""
+    text = " ".join(str(error).replace(f"{folder}/", "").replace(folder, "its folder").split())
+    if not text or _PATH.search(text):  # of another place than its folder: the log has it
+        return f"{type(error).__name__}; the server's log says why"
+    return text if len(text) <= _REASON_CHARACTERS else f"{type(error).__name__}; the server's log says why"

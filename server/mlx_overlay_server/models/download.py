@@ -9,6 +9,7 @@ import ast
 import asyncio
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -34,6 +35,8 @@ class Downloader:
 
         Raises UnknownModel when the Hub has none, Forbidden for one that is gated, Unavailable when it does not answer.
         """
+        if (why := self._session.why_no_downloads) is not None:
+            raise Unavailable(f"{model_id} is not downloaded: {why}", code="download_refused")
         progress(f"downloading {model_id}")
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -43,6 +46,7 @@ class Downloader:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env=self._session.environment,
+            pass_fds=(self._session.owner_fd,),  # if this process is killed, the download goes on, and needs its tree
         )
         assert process.stdin is not None  # noqa: S101 - asked for below, as the next
         assert process.stdout is not None  # noqa: S101
@@ -106,7 +110,10 @@ def main() -> int:
     from huggingface_hub.utils import tqdm  # noqa: TID251
 
     def report(**values: Any) -> None:
-        print(json.dumps(values), flush=True)
+        try:
+            print(json.dumps(values), flush=True)
+        except BrokenPipeError:  # the server was killed: what is under way is still wanted in the cache
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end, when Python flushes it
 
     class Progress(tqdm):  # type: ignore[misc]
         """Reports bytes, not files."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
@@ -28,6 +27,15 @@ class Located(NamedTuple):
 
     path: str
     nbytes: int
+
+
+class _NotHere(UnknownModel):
+    """No folder and no cached snapshot has the id; the Hub may."""
+
+    def __init__(self, message: str, near: str) -> None:
+        super().__init__(message, field="model")
+        self.near = near
+        """The end of a sentence, which suggests another id; empty where none is close."""
 
 
 Download = Callable[[str, Callable[[str], None]], Awaitable[None]]
@@ -59,11 +67,14 @@ class Library:
         """Return where to load a model from, after downloading it if it is not found locally. Raises ServerError."""
         try:
             return await asyncio.to_thread(self._locate, model_id)
-        except UnknownModel:
+        except _NotHere as error:
             if self._download is None:
                 raise
+            near = error.near
         try:
             await self._download(model_id, lambda text: self.progress.update({model_id: text}))
+        except UnknownModel as error:
+            raise UnknownModel(f"{error.message}{near}", field="model") from None
         finally:
             self.progress.pop(model_id, None)
         return await asyncio.to_thread(self._locate, model_id)
@@ -79,23 +90,23 @@ class Library:
     def _locate(self, model_id: str) -> Located:
         self._refresh()
         try:
-            path = os.fspath(self._session.resolve(model_id))
+            model = self._session.find(model_id)
         except hf_overlay.InvalidModelId as error:
             raise InvalidRequest(str(error), field="model") from None
         except hf_overlay.SourceAway as error:
             raise Unavailable(str(error), field="model", code="model_away") from None
+        except hf_overlay.IncompleteModel as error:
+            logger.warning("%s", error)
+            message = f"{model_id} is here, but incomplete: {error.problem}"
+            raise Unavailable(message, field="model", code="model_incomplete") from None
         except hf_overlay.ModelNotFound as error:
             # It names the folders that were searched, which clients need not know; the id in it may hold anything.
             logger.info("%.1000s", " ".join(str(error).split()))
-            raise UnknownModel(
-                f"there is no model {model_id!r} here; GET /v1/models lists what there is", field="model"
-            ) from None
-        try:
-            with os.scandir(path) as entries:
-                sizes = [entry.stat().st_size for entry in entries if entry.name.endswith(".safetensors")]
-        except OSError as error:
-            raise Unavailable(f"{model_id} cannot be read: {error.strerror}", field="model") from None
-        return Located(path, sum(sizes))
+            near = f"; did you mean {error.near}?" if error.near is not None else ""
+            message = f"there is no model {model_id!r} here{near}; GET /v1/models lists what there is"
+            raise _NotHere(message, near) from None
+        weights = (file for file in model.files if file.name.endswith(".safetensors") and "/" not in file.name)
+        return Located(model.path, sum(file.size for file in weights))
 
     def _refresh(self) -> None:
         try:

@@ -163,7 +163,7 @@ class Preparation:
 
 def _reader(model: Loaded, request: AnyRequest, prepared: Prepared) -> Reader:
     if not isinstance(request, ChatRequest):
-        return Reader(model, stop=request.stop, has_marks=False)
+        return Reader(model, stop=request.stop, has_marks=False, continues_text=True)
     return Reader(
         model,
         stop=request.stop,
@@ -171,6 +171,7 @@ def _reader(model: Loaded, request: AnyRequest, prepared: Prepared) -> Reader:
         tools=request.tools if request.choice.mode != "none" else (),
         is_parallel=request.choice.parallel,
         is_call=grammar.is_forced(request),
+        continues_text=prepared.prompt.continues_text,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tests.support import hubs
-from tests.support.folders import lay_model
+from tests.support.folders import lay_model, weights
 from tests.support.online import Person, contents
 from tests.support.processes import SECONDS
 
@@ -21,7 +21,7 @@ MINE_SAYS = "the folder speaks."
 NEW_SAYS = "the Hub alone has this."
 FILES = {
     "config.json": b'{"model_type": "llama"}',
-    "model.safetensors": bytes(range(256)) * 500,
+    "model.safetensors": weights(bytes(range(256)) * 500),
     "sub/note é.txt": b"a note",
 }
 RELEASES = ("0.36.2", "1.31.0", "1.33.0", hubs.INSTALLED)

@@ -52,6 +52,9 @@ def test_hf_cache_verify_raises_no_false_alarm_about_the_users_model(person: Per
     """P12: the folder's files are what they are."""
     done = person.finish("hf", "cache", "verify", MINE)
     assert "verification failed" not in (done.out + done.err).lower()
+    assert f"{person.models / MINE} was not made by hf download, so there are no checksums" in done.err
+    assert "501" not in done.err
+    assert "http" not in done.err, "a message, and not a request's address"
     assert person.asked_about(MINE) == []
 
 

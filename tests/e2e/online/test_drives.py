@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,4 +94,23 @@ def test_a_file_that_was_edited_meanwhile_is_served_as_it_is(person: Person, rel
         (person.models / MINE / "config.json").write_bytes(edited)
         for how in ({}, {"force_download": True}, {"local_dir": str(person.home / "here")}):
             assert Path(client.get("hf_hub_download", MINE, "config.json", **how)).read_bytes() == edited, how
+    assert person.asked_about(MINE) == []
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_an_incomplete_model_is_not_downloaded_instead(person: Person, is_cached: bool) -> None:
+    """P12: the answer says what is missing and what to do; where the cache has the model, that one loads."""
+    if is_cached:
+        with person.plain_client() as plain:
+            plain.get("snapshot_download", MINE)
+        person.hub.reset_counts()
+    weights = person.models / MINE / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 4)
+    with person.client() as client:
+        if is_cached:
+            assert contents(client.get("snapshot_download", MINE)) == {**FILES, "only-theirs.txt": b"theirs"}
+        else:
+            message = client.failure("snapshot_download", MINE).message
+            assert f"{person.models / MINE} is incomplete (model.safetensors holds " in message
+            assert f"--exclude {MINE}" in message
     assert person.asked_about(MINE) == []

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from hf_overlay.catalog.kinds import ModelTypes, installed
 from hf_overlay.catalog.scan import Scanner
-from hf_overlay.models import Source
+from hf_overlay.models import Code, Source
 
 from tests.support import hfcache
-from tests.support.folders import lay_model, settle
+from tests.support.folders import lay_model, settle, weights
 
 TYPES = installed()
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"w"}
+FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"w")}
 
 
 def scan(root: Path, *, types: ModelTypes | None = TYPES, hub: Path = Path("/nonexistent")) -> Source:
@@ -95,14 +95,14 @@ def test_a_config_that_mlx_lm_cannot_load_is_rejected_with_its_reason(models: Pa
     [
         ({"model.safetensors": None}, "no weights"),
         ({"model.safetensors": b""}, "model.safetensors is empty"),
-        ({"model.safetensors": None, "weights.safetensors": b"w"}, "no weights"),
+        ({"model.safetensors": None, "weights.safetensors": weights(b"w")}, "no weights"),
         ({"model.safetensors.index.json": index("model-1.safetensors")}, "model-1.safetensors is missing"),
         ({"model.safetensors.index.json": b'{"weight_map'}, "not valid JSON"),
         ({"model.safetensors.index.json": b"{}"}, "no weight_map"),
         ({"model.safetensors.index.json": index("../other/model.safetensors")}, "is missing"),
-        ({"model-00001-of-00002.safetensors": b"w", "model.safetensors": None}, "1 of 2 shards not there"),
+        ({"model-00001-of-00002.safetensors": weights(b"w"), "model.safetensors": None}, "1 of 2 shards not there"),
         (
-            {"model-00001-of-00002.safetensors": b"w", "model-00002-of-00002.safetensors": b""},
+            {"model-00001-of-00002.safetensors": weights(b"w"), "model-00002-of-00002.safetensors": b""},
             "model-00002-of-00002.safetensors is empty",
         ),
     ],
@@ -120,7 +120,7 @@ def test_a_copy_that_completes_is_picked_up_by_the_same_scanner(models: Path) ->
     folder = lay_model(models / "org/name", {"model.safetensors.index.json": index("model-1.safetensors")})
     scanner = Scanner((str(models),), "/nonexistent", TYPES)
     assert not scanner.scan()[0].models
-    (folder / "model-1.safetensors").write_bytes(b"w")
+    (folder / "model-1.safetensors").write_bytes(weights(b"w"))
     assert ids(scanner.scan()[0]) == ["org/name"]
 
 
@@ -182,6 +182,7 @@ def test_weights_without_config_are_rejected_and_named(models: Path) -> None:
     lay_model(models / "pub/model-MLX")
     source = scan(models)
     assert ids(source) == ["pub/model-MLX"]
+    assert [each.reason.code for each in source.rejects if each.id == "pub/model-GGUF"] == [Code.GGUF]
     assert reasons(source)["pub/model-GGUF"] == "has no config.json (only .gguf files)"
 
 
@@ -192,7 +193,7 @@ def test_all_kinds_drops_the_rule_of_model_types_only(models: Path) -> None:
     (models / "org/pipe/unet/config.json").write_text("{}")
     (models / "org/sentence").mkdir()
     (models / "org/sentence/modules.json").write_text("[]")
-    lay_model(models / "org/half", {"model-00001-of-00002.safetensors": b"w"}, model_type="bert")
+    lay_model(models / "org/half", {"model-00001-of-00002.safetensors": weights(b"w")}, model_type="bert")
     assert ids(scan(models)) == []
     every = scan(models, types=None)
     assert ids(every) == ["org/bert", "org/pipe", "org/sentence"]
@@ -231,7 +232,7 @@ def test_what_hf_download_recorded_gives_the_true_commit_while_it_is_true(models
         record.write_text(f"{commit}\n{'e' * 40}\n{(folder / name).stat().st_mtime + 1}\n")
     [model] = scan(models).models
     assert model.commit == commit
-    (folder / "model.safetensors").write_bytes(b"changed since")
+    (folder / "model.safetensors").write_bytes(weights(b"changed since"))
     [model] = scan(models).models
     assert model.commit is None, "a file newer than its record proves nothing"
     settle(folder)
@@ -271,7 +272,7 @@ def test_links_to_models_are_followed_and_loops_end(models: Path, tmp_path: Path
 
 def test_links_inside_a_model_are_followed_unless_they_lead_to_what_holds_it(models: Path, tmp_path: Path) -> None:
     big = tmp_path / "elsewhere.safetensors"
-    big.write_bytes(b"weights")
+    big.write_bytes(weights(b"weights"))
     folder = lay_model(models / "org/name")
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(big)
@@ -309,7 +310,7 @@ def test_scanning_the_cache_again_sees_every_change_of_a_repo(hub: Path, settled
         return [model.path for model in scanner.scan_cache().models]
 
     assert look() == look() == [str(first), str(other)]
-    second = hfcache.add_repo(hub, "org/name", {**FILES, "model.safetensors": b"newer"})
+    second = hfcache.add_repo(hub, "org/name", {**FILES, "model.safetensors": weights(b"newer")})
     assert [model.path for model in scanner.scan_cache().models] == [str(second), str(other)]
     look()
     (second / "model.safetensors").resolve().unlink()

@@ -18,9 +18,9 @@ from hf_overlay import open_session
 from hf_overlay.command import cli
 
 from tests.support import hfcache, processes
-from tests.support.folders import lay_model
+from tests.support.folders import lay_model, weights
 
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"from the cache"}
+FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"from the cache")}
 
 
 class Result(NamedTuple):
@@ -81,6 +81,28 @@ def test_ls_lists_one_row_an_id_sorted_with_what_it_stands_in_front_of(
         *("Aorg/cached", "cache", "mlx"),
     ]
     assert table.err == "", "success is quiet"
+
+
+def test_ls_with_nothing_to_list_says_where_it_looked(
+    hf_overlay: Callable[..., Result], models: Path, hub: Path
+) -> None:
+    done = hf_overlay("ls", "--model-path", models)
+    assert done.status == 0
+    assert done.err.count("\n") == 1
+    for part in (str(models), str(hub), "hf-overlay doctor"):
+        assert part in done.err
+    assert hf_overlay("ls", "--json", "--model-path", models) == (0, "[]\n", "")
+    assert hf_overlay("ls", "-q", "--model-path", models).err == ""
+
+
+def test_ls_says_that_the_cache_is_away(hf_overlay: Callable[..., Result], models: Path, hub: Path) -> None:
+    lay_model(models / "org/name")
+    hub.parent.mkdir(parents=True)
+    hub.symlink_to("/nowhere/hub")
+    done = hf_overlay("ls", "--json", "--model-path", models)
+    assert [row["id"] for row in done.json] == ["org/name"]
+    assert done.err.count("\n") == 1
+    assert f"{hub} is away: it is a link to /nowhere/hub, which is not there; connect that drive" in done.err
 
 
 def test_path_prints_the_folder_alone_or_exits_1_with_every_reason(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +18,9 @@ from hf_overlay.command.doctor import Finding
 from hf_overlay.models import Code
 
 from tests.support import hfcache
-from tests.support.folders import lay_model
+from tests.support.folders import lay_model, weights
 
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"w"}
+FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"w")}
 
 
 def examine(*roots: Path) -> list[Finding]:
@@ -67,7 +70,7 @@ def test_ids_that_no_hub_client_accepts(models: Path, name: str, why: str) -> No
     lay_model(models / name)
     finding = found("id", models)
     assert why in finding.what
-    assert f"hf-overlay path {name}" in finding.advice
+    assert f"hf-overlay path {shlex.quote(name)}" in finding.advice
 
 
 def test_duplicates_across_paths_and_names_that_differ_in_case(models: Path, tmp_path: Path) -> None:
@@ -114,3 +117,67 @@ def test_a_hub_library_whose_deletions_follow_links(
 ) -> None:
     monkeypatch.setattr(metadata, "version", lambda _name: version)
     assert len([each for each in examine(models) if each.kind == "deletions"]) == count
+
+
+def test_a_cache_on_a_drive_that_is_away_is_named_with_what_to_do(models: Path, hub: Path) -> None:
+    hub.parent.mkdir(parents=True)
+    hub.symlink_to("/nowhere/hub")
+    finding = found("cache", models)
+    assert finding.where == str(hub)
+    assert "/nowhere/hub, which is not there" in finding.what
+    assert "Connect that drive" in finding.advice
+    assert "nothing is downloaded" in finding.advice
+
+
+def test_downloads_that_dead_sessions_hold_are_named_with_their_sizes(models: Path, sessions: Path) -> None:
+    dead = sessions / "session-1-1"
+    hfcache.add_repo(dead / "hubs/1", "org/name", {"model.safetensors": bytes(2_500_000)})
+    (dead / ".hf-overlay-session").write_text("{}")
+    finding = found("held", models)
+    assert finding.where == str(dead)
+    assert "models--org--name (2.5 MB)" in finding.what
+    assert "hf-overlay clean" in finding.advice
+    shutil.rmtree(dead)
+
+
+def test_commands_in_advice_can_be_pasted_whatever_a_path_holds(tmp_path: Path) -> None:
+    root = tmp_path / "my $models; touch pwned"
+    lay_model(root / "a--b's", {"._config.json": b""})
+    advice = found("appledouble", root).advice
+    assert shlex.split(advice.partition("Remove them: ")[2]) == ["dot_clean", "-m", str(root)]
+    command = found("id", root).advice.partition("--model ")[2]
+    said = subprocess.run(
+        ["/bin/sh", "-c", f"printf %s {command.replace('hf-overlay', 'echo')}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout == "path a--b's"
+
+
+def test_gguf_is_not_to_be_copied_again(models: Path) -> None:
+    (models / "org/name").mkdir(parents=True)
+    (models / "org/name/model.Q4.gguf").write_bytes(b"GGUF")
+    advice = found("rejected", models).advice
+    assert "llama.cpp" in advice
+    assert "again" not in advice
+
+
+def test_links_that_lead_nowhere_are_named_wherever_a_model_might_be(models: Path) -> None:
+    (models / "org").mkdir()
+    for name in ("top", "org/inner"):
+        (models / name).symlink_to("/nowhere/model")
+    findings = [each for each in examine(models) if each.kind == "rejected"]
+    assert [each.where for each in findings] == [str(models / "org/inner"), str(models / "top")]
+    assert all("not there" in each.what and "Connect" in each.advice for each in findings)
+
+
+@pytest.mark.parametrize("inner", ["", "ollama", "models"])
+def test_a_store_of_ollama_is_named(models: Path, inner: str) -> None:
+    store = models / inner
+    (store / "manifests/registry").mkdir(parents=True)
+    (store / "blobs").mkdir()
+    (store / "blobs" / f"sha256-{'0' * 64}").write_bytes(b"GGUF")
+    finding = found("ollama", models)
+    assert finding.where == os.path.normpath(store)
+    assert "llama.cpp" in finding.advice

@@ -13,8 +13,10 @@ import hf_overlay
 import pytest
 from huggingface_hub import scan_cache_dir, snapshot_download
 
+from tests.support.folders import weights
+
 CONFIG = b'{"model_type": "llama"}'
-CACHED = {"config.json": CONFIG, "model.safetensors": b"from the cache"}
+CACHED = {"config.json": CONFIG, "model.safetensors": weights(b"from the cache")}
 WEIGHTS = "model.safetensors"
 
 

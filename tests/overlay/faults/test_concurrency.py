@@ -58,11 +58,13 @@ def test_sessions_building_at_once_do_not_meet(models: Path, hub: Path, home: Pa
 WRITE_THE_CACHE = """
 import os, shutil, sys
 from pathlib import Path
+from tests.support.folders import weights
 from tests.support.hfcache import add_repo
 hub = Path(sys.argv[1])
 for number in range(300):
     name = f"org/model-{number % 4}"
-    snapshot = add_repo(hub, name, {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"%d" % number})
+    files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"%d" % number)}
+    snapshot = add_repo(hub, name, files)
     if number % 3 == 0:
         shutil.rmtree(snapshot.parents[1])
     if number % 5 == 0:

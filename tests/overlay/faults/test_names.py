@@ -15,7 +15,7 @@ import pytest
 
 from tests.overlay.faults.seen import CACHED, CONFIG, WEIGHTS, assert_as_new, ids, left, loaded, said, scanned
 from tests.support import hubs, processes
-from tests.support.folders import lay_model
+from tests.support.folders import lay_model, weights
 from tests.support.hfcache import add_repo
 
 COMPOSED, DECOMPOSED = unicodedata.normalize("NFC", "org/modèle"), unicodedata.normalize("NFD", "org/modèle")
@@ -195,11 +195,11 @@ def test_two_thousand_folders_are_listed_shown_refreshed_and_cleared(models: Pat
         folder = models / f"org-{number % 40}" / f"model-{number}"
         folder.mkdir(parents=True)
         (folder / "config.json").write_bytes(CONFIG if number % 100 else b"{")
-        (folder / WEIGHTS).write_bytes(b"%d" % number)
+        (folder / WEIGHTS).write_bytes(weights(b"%d" % number))
     with hf_overlay.open_session([models]) as session:
         assert len(ids(session)) == 1980
         assert scanned(session) == ids(session)
-        assert loaded(session, "org-1/model-1001") == b"1001"
+        assert loaded(session, "org-1/model-1001") == weights(b"1001")
         shutil.rmtree(models / "org-1")
         assert len(session.refresh().removed) == 50
         assert len(ids(session)) == 1930

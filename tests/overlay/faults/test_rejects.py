@@ -26,6 +26,13 @@ def put(name: str, content: bytes) -> Callable[[Path], None]:
     return lay
 
 
+def cut(size: int) -> Callable[[Path], None]:
+    def lay(folder: Path) -> None:
+        put(WEIGHTS, (folder / WEIGHTS).read_bytes()[:size])(folder)
+
+    return lay
+
+
 def huge(name: str) -> Callable[[Path], None]:
     def lay(folder: Path) -> None:
         with (folder / name).open("wb") as file:
@@ -87,6 +94,14 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "no weights"),
     "weights still under another name": (copy_under_other_name, "no weights"),
     "empty weights": (put(WEIGHTS, b""), "is empty: still being copied"),
+    "weights cut off": (cut(100), "holds 100 of .* bytes: still being copied"),
+    "weights cut in their header": (cut(20), "holds 20 of .* bytes"),
+    "weights cut at once": (cut(5), "less than a header"),
+    "weights not written yet": (put(WEIGHTS, bytes(4096)), "is not a safetensors file"),
+    "weights are a pointer of git's": (
+        put(WEIGHTS, b"version https://git-lfs.github.com/spec/v1"),
+        "not a safetensors",
+    ),
     "dangling weights": (link(WEIGHTS, "nowhere"), "broken link"),
     "weights are a device": (link(WEIGHTS, "/dev/zero"), "no weights|broken link"),
     "shard missing": (lambda folder: sharded(folder, sizes={1: 5, 3: 5}), "1 of 3 shards not there.*00002"),
@@ -141,8 +156,8 @@ def test_a_broken_model_hides_itself_alone_gives_its_reason_and_is_back_when_rep
         add_repo(hub, "org/broken", CACHED)
         session.refresh()
         assert loaded(session, "org/broken") == CACHED[WEIGHTS], "the cache's copy answers for a broken folder"
+        assert len(set(warnings := said(caplog))) == len(warnings), "said once, not at each refresh"
         assert_as_new(session)
-    assert len(set(warnings := said(caplog))) == len(warnings), "said once, not at each refresh"
 
 
 def test_every_broken_model_at_once_hides_no_other(models: Path, hub: Path, sessions: Path) -> None:

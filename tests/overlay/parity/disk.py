@@ -19,7 +19,7 @@ from tests.overlay.parity.drawn import (
     Custom,
     World,
 )
-from tests.support.folders import settle
+from tests.support.folders import settle, weights
 from tests.support.hfcache import add_repo, etag, repo_folder
 
 
@@ -93,7 +93,7 @@ def lay_cached(hub: Path, cached: Cached) -> None:
             cached.id,
             {
                 "config.json": b'{"model_type": "llama"}',
-                "model.safetensors": f"{cached.id} {revision} {cached.salt}".encode(),
+                "model.safetensors": weights(f"{cached.id} {revision} {cached.salt}".encode()),
                 "nested/deep/file.txt": b"nested",
             },
             repo_type=cached.type,

@@ -13,6 +13,7 @@ from typing import Literal
 from hypothesis import strategies as st
 
 from tests.support import hubs
+from tests.support.folders import weights
 from tests.support.hfcache import add_repo
 
 Kind = Literal["llama", "sharded", "pipeline", "other type", "no weights", "no json", "half copied"]
@@ -74,7 +75,8 @@ class Custom:
             ).encode()
             names[self.kind] = shards if self.kind == "sharded" else shards[:1]
         for name in [*names.get(self.kind, []), *self.extras]:
-            files[name] = f"{name} of {self.id} in {root}, {self.salt}".encode()
+            content = f"{name} of {self.id} in {root}, {self.salt}".encode()
+            files[name] = weights(content) if name.endswith(".safetensors") else content
         return files | (dict.fromkeys(TWINS, b"twins") if self.is_identified else {})
 
 

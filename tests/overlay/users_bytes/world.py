@@ -19,7 +19,7 @@ from pathlib import Path
 import hf_overlay
 from hf_overlay.session import clear_dead
 
-from tests.support.folders import lay_model, settle
+from tests.support.folders import lay_model, settle, weights
 from tests.support.hfcache import Entry, add_repo, etag, listing, repo_folder
 from tests.support.hubs import Answer, HubProcess
 
@@ -221,7 +221,7 @@ def _lay_local_dir(folder: Path, files: Mapping[str, bytes], commit: str) -> Non
 
 
 def model_files(name: str) -> dict[str, bytes]:
-    return {"config.json": CONFIG, "model.safetensors": f"weights of {name}".encode(), "sub/vocab.json": b"{}"}
+    return {"config.json": CONFIG, "model.safetensors": weights(f"weights of {name}".encode()), "sub/vocab.json": b"{}"}
 
 
 def _changes(before: Mapping[str, Entry], after: Mapping[str, Entry]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -255,6 +256,8 @@ class TextLogprobEncoder:
 
     def __init__(self) -> None:
         self._offset = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        """Tokens may end inside a character, which counts once."""
 
     def encode(self, tokens: Iterable[TokenLogprob]) -> TextLogprobs:
         """Return the next tokens."""
@@ -264,7 +267,7 @@ class TextLogprobEncoder:
             shape["token_logprobs"].append(_finite(each.logprob))
             shape["top_logprobs"].append({token: _finite(logprob) for token, _, logprob in each.top})
             shape["text_offset"].append(self._offset)
-            self._offset += len(each.token)
+            self._offset += len(self._decoder.decode(each.data))
         return shape
 
 

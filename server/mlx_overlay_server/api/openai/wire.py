@@ -108,10 +108,10 @@ Content = str | list[ContentPart]
 
 
 class CallFunction(Part):
-    """The function that an earlier answer called; `arguments` is a JSON object as text."""
+    """The function that an earlier answer called; `arguments` is a JSON object, as text or as it is."""
 
     name: str
-    arguments: str
+    arguments: str | Json
 
 
 class HistoryCall(Part):
@@ -322,10 +322,12 @@ def _content(content: Content | None, where: str) -> tuple[str | requests.Image,
     return tuple(parts)
 
 
-def arguments(text: str, where: str) -> Json:
-    """Parse the arguments of an earlier call, whose place is `where`. Raises InvalidRequest."""
+def arguments(given: str | Json, where: str) -> Json:
+    """Return the arguments of an earlier call, whose place is `where`. Raises InvalidRequest."""
+    if not isinstance(given, str):
+        return given
     try:
-        parsed = json.loads(text or "{}")
+        parsed = json.loads(given or "{}")
     except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):

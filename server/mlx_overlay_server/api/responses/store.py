@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import NamedTuple
 
 from mlx_overlay_server import errors
@@ -12,6 +15,10 @@ from mlx_overlay_server.errors import InvalidRequest
 
 STORED = 1000
 """The number of responses kept in memory for `previous_response_id`."""
+
+
+STORED_BYTES = 256 * 10**6
+"""The bytes that they may have as JSON, all together."""
 
 
 class Stored(NamedTuple):
@@ -25,16 +32,21 @@ class Stored(NamedTuple):
 class Store:
     """The newest responses, by their ids."""
 
-    def __init__(self, size: int) -> None:
-        """Keep up to `size` responses."""
+    def __init__(self, size: int, nbytes: int = STORED_BYTES) -> None:
+        """Keep up to `size` responses, which have up to `nbytes` bytes as JSON all together."""
         self._size = size
+        self._nbytes = nbytes
+        self._held = 0
         self._kept: OrderedDict[str, Stored] = OrderedDict()
+        self._sizes: dict[str, int] = {}
 
     def put(self, stored: Stored) -> None:
-        """Keep a response; the oldest goes when there are too many."""
-        self._kept[stored.response["id"]] = stored
-        while len(self._kept) > self._size:
-            self._kept.popitem(last=False)
+        """Keep a response. The oldest go when there are too many; one that is larger than all may be is not kept."""
+        id_ = stored.response["id"]
+        self._kept[id_], self._sizes[id_] = stored, _size_of(stored)
+        self._held += self._sizes[id_]
+        while len(self._kept) > self._size or self._held > self._nbytes:
+            self._forget(next(iter(self._kept)))
 
     def get(self, response_id: str) -> Stored:
         """Find a response. Raises NotFound."""
@@ -46,7 +58,11 @@ class Store:
     def delete(self, response_id: str) -> None:
         """Forget a response. Raises NotFound."""
         self.get(response_id)
+        self._forget(response_id)
+
+    def _forget(self, response_id: str) -> None:
         del self._kept[response_id]
+        self._held -= self._sizes.pop(response_id)
 
     def turns_of(self, response_id: str | None) -> tuple[requests.Message, ...]:
         """Return the conversation that a request continues; None: nothing. Raises InvalidRequest."""
@@ -58,3 +74,17 @@ class Store:
             raise InvalidRequest(
                 error.message, param="previous_response_id", code="previous_response_not_found"
             ) from None
+
+
+def _size_of(stored: Stored) -> int:
+    """Return how many bytes a response and its conversation have as JSON; an image counts with its own bytes."""
+    images: list[int] = []
+
+    def plain(value: object) -> object:
+        if isinstance(value, bytes):
+            images.append(len(value))
+            return None
+        return dict(value) if isinstance(value, Mapping) else str(value)
+
+    written = json.dumps([stored.response, [asdict(turn) for turn in stored.turns]], default=plain, ensure_ascii=False)
+    return len(written.encode("utf-8", "replace")) + sum(images)

@@ -1,0 +1,32 @@
+"""The log holds no terminal escapes; clients get neither paths nor half sentences."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from mlx_overlay_server.engine.worker import load_failure
+from mlx_overlay_server.run import _Printable
+
+_FOLDER = "/Volumes/LLMS/org/name"
+
+
+def test_the_log_escapes_what_steers_a_terminal() -> None:
+    record = logging.LogRecord("mlx_overlay_server", logging.INFO, "", 0, "loading %s", ("org/\x1b[2J\x9bm",), None)
+    assert _Printable("%(message)s").format(record) == r"loading org/\x1b[2J\x9bm"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("Model type foo not supported."), "Model type foo not supported."),
+        (FileNotFoundError(f"No safetensors found in {_FOLDER}"), "No safetensors found in its folder"),
+        (OSError(f"cannot open {_FOLDER}/model.safetensors"), "cannot open model.safetensors"),
+        (ValueError("Received 2 parameters not in model:\na,\nb."), "Received 2 parameters not in model: a, b."),
+        (OSError("cannot open '/Users/me/other/file'"), "OSError; the server's log says why"),
+        (SystemExit(), "SystemExit; the server's log says why"),
+        (ValueError("x" * 10_000), "ValueError; the server's log says why"),
+    ],
+)
+def test_a_client_gets_a_whole_sentence_without_paths(error: BaseException, told: str) -> None:
+    assert load_failure(error, _FOLDER) == told
