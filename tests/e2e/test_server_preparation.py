@@ -71,6 +71,7 @@ def test_many_answers_share_one_large_grammar(server: Server) -> None:
     assert len(second.json()["choices"]) == 32
 
 
+@pytest.mark.slow
 def test_preparation_that_takes_too_long_is_refused_in_each_dialect(models: Path, tmp_path: Path) -> None:
     with serving(tmp_path / "home", models, options=["--preparation-seconds", "0.5"]) as server:
         first_token(server)
@@ -87,6 +88,7 @@ def test_preparation_that_takes_too_long_is_refused_in_each_dialect(models: Path
         first_token(server)
 
 
+@pytest.mark.slow
 def test_a_server_that_prepares_something_endless_stops_in_time(models: Path, tmp_path: Path) -> None:
     with serving(tmp_path / "home", models, options=["--shutdown-seconds", "1"]) as server:
         first_token(server)
@@ -100,6 +102,7 @@ def test_a_server_that_prepares_something_endless_stops_in_time(models: Path, tm
         eventually(lambda: not _lives(server.process.pid), "no process of the server is left")
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_leaves_no_process_behind(models: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="the server exited -9"):
         _killed_in_the_middle(models, tmp_path)
