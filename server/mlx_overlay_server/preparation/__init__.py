@@ -12,6 +12,7 @@ import pickle
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from mlx_overlay_server.chat import grammar
@@ -141,8 +142,8 @@ class Preparation:
         except Exception as error:  # noqa: BLE001 - tokenizers are code that may come with the model
             raise Failed(f"the model's tokenizer cannot be copied to another process: {type(error).__name__}") from None
         if model.key not in self._known:
-            forget = asyncio.get_running_loop().call_soon_threadsafe
-            self._known[model.key] = weakref.finalize(model, forget, self._forget, model.key)
+            forget = partial(asyncio.get_running_loop().call_soon_threadsafe, self._forget, model.key)
+            self._known[model.key] = weakref.finalize(model, forget)
             self._known[model.key].atexit = False
             self._lanes.learn(model.key, data)
 

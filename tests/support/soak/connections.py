@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx2
@@ -43,7 +43,23 @@ PATHS = (
     "/health",
     "/nowhere",
 )
-VALUES = (None, True, -1, 0, 1e308, 2**70, "", "x" * 5000, "\x00", "\ud800", [], {}, [[]], {"type": "text"}, [{}])
+VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    1e308,
+    2**70,
+    "",
+    "x" * 5000,
+    "\x00",
+    "\ud800",
+    [],
+    {},
+    [[]],
+    {"type": "text"},
+    [{}],
+)
 FIELDS = (
     *("messages", "prompt", "input", "max_tokens", "stop", "tools", "tool_choice", "response_format", "n", "stream"),
     *("temperature", "top_p", "seed", "logit_bias", "logprobs", "system", "stream_options", "thinking"),

@@ -202,7 +202,7 @@ def _odd(folder: Path, random: Random) -> None:
     for place in (folder, folder.parent):
         path = os.fsencode(place) + b"/" + name
         os.mkdir(path)
-        shutil.copy2(folder / "config.json", path + b"/config.json")
+        shutil.copy2(os.fsencode(folder / "config.json"), path + b"/config.json")
 
 
 def _loop(folder: Path, random: Random) -> None:
