@@ -40,6 +40,7 @@ FLAGS: list[tuple[str, str, str, Any]] = [
     ("--max-queue", "0", "limits.waiting_requests", 0),
     ("--max-body", "1M", "limits.body", 10**6),
     ("--max-messages", "5", "limits.messages", 5),
+    ("--preparation-seconds", "2.5", "limits.preparation_seconds", 2.5),
     ("--max-prompt", "100", "limits.prompt_tokens", 100),
     ("--max-tokens", "100", "limits.answer_tokens", 100),
     ("--prefill-step", "64", "engine.prefill_step", 64),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
+import os
 import pickle
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.errors import Failed, InvalidRequest
 from mlx_overlay_server.preparation import Preparation, grammars
 from mlx_overlay_server.preparation.grammars import Grammars
+from mlx_overlay_server.preparation.process import Process
 from mlx_overlay_server.preparation.program import _result
 from mlx_overlay_server.settings import EngineOptions, Limits
 from PIL import ImageFile
@@ -163,5 +165,25 @@ def test_a_model_that_was_unloaded_is_forgotten(tmp_path: Path) -> None:
             assert not preparation._lanes._models
         finally:
             await preparation.stop()
+
+    asyncio.run(main())
+
+
+def test_processes_are_started_without_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork waits for ever in a process that has threads of a BLAS library."""
+    started: list[int] = []
+    original = os.posix_spawn
+
+    def posix_spawn(*arguments: Any, **options: Any) -> int:
+        started.append(original(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(os, "posix_spawn", posix_spawn)
+
+    async def main() -> None:
+        process = Process()
+        assert started == [process.pid]
+        await process.ready()
+        await process.close()
 
     asyncio.run(main())

@@ -57,7 +57,7 @@ class Preparation:
         self._limits = limits
         self._lanes = Lanes(limits.preparation_seconds, first)
         self._grammars = Grammars()
-        self._known: dict[str, weakref.finalize[[], Loaded]] = {}
+        self._known: dict[str, weakref.finalize[..., Loaded]] = {}
         """By the key of each model that the lanes know: what lets them forget it once it was unloaded."""
 
     def start(self) -> None:

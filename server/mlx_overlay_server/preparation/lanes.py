@@ -16,6 +16,8 @@ logger = logging.getLogger("mlx_overlay_server")
 
 QUICK_SECONDS = 0.2
 """Work that takes longer is slow: what is quick gets another process then."""
+LONG_SECONDS = 1.0
+"""Work that takes longer is remembered as slow. A busy machine makes much of what is quick late, but not so late."""
 AT_REST = 2
 """Processes that wait for work: one that does it, and a spare one for when that work turns out to be slow."""
 AT_MOST = 4
@@ -46,10 +48,12 @@ class Work:
     process: Process | None = None
     """Where it runs; None while it waits."""
 
-    @property
-    def identity(self) -> int:
-        """A number that is the same for the same work."""
-        return hash((self.name, self.key, self.arguments))
+    identity: int = 0
+    """A number that is the same for the same work."""
+
+    def __post_init__(self) -> None:
+        """Compute the identity."""
+        self.identity = hash((self.name, self.key, self.arguments))
 
 
 class Lanes:
@@ -133,8 +137,11 @@ class Lanes:
         if self._is_stopped:
             return
         self._grow(AT_MOST if self._slow or self._slow_running else self._at_rest)
-        while self._quick and self._idle and (len(self._idle) > 1 or len(self._running) == self._slow_running):
-            self._begin(self._quick.popleft())
+        late = {work.identity for work in self._running if work.is_slow}
+        for work in [each for each in self._quick if each.identity not in late]:  # the same would be as late
+            if self._idle and (len(self._idle) > 1 or len(self._running) == self._slow_running):
+                self._quick.remove(work)
+                self._begin(work)
         while self._slow and len(self._idle) > 1 and self._slow_running < SLOW:
             self._begin(self._slow.popleft())
         if len(self._idle) > 1:  # there is time to teach one, for when it is needed
@@ -164,6 +171,7 @@ class Lanes:
             if work.key in process.models or (result := await self._taught(process, work.key)).unexpected is None:
                 timers = [
                     loop.call_later(QUICK_SECONDS, self._is_late, process, work),
+                    loop.call_later(LONG_SECONDS, self._is_long, process, work),
                     loop.call_later(self._seconds, self._is_over, process, work),
                 ]
                 result = await process.work(work.name, work.key, work.arguments)
@@ -192,18 +200,22 @@ class Lanes:
         self._dispatch()
 
     def _is_late(self, process: Process, work: Work) -> None:
-        """Move work out of the way of what is quick."""
+        """Let what is quick have another process."""
         if work.result.done():  # nobody waits for it any more
             process.kill()
-        elif not work.is_slow:
+        else:
             work.is_slow = True
-            self._remember(work.identity)
-            if self._slow_running > SLOW:  # it begins anew when it is its turn
-                process.kill()
-                work.process = None
-                self._running.discard(work)
-                self._slow.append(work)
             self._dispatch()
+
+    def _is_long(self, process: Process, work: Work) -> None:
+        """Remember slow work, and let it begin anew in its turn where too much of it runs."""
+        self._remember(work.identity)
+        if self._slow_running > SLOW and not work.result.done():
+            process.kill()
+            work.process = None
+            self._running.discard(work)
+            self._slow.append(work)
+        self._dispatch()
 
     def _remember(self, identity: int) -> None:
         """Keep the same work out of the way of what is quick, also that which waits already."""
