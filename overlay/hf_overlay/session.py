@@ -57,16 +57,14 @@ class Cleared(NamedTuple):
 class Session:
     """An open overlay. Made by `open_session`; safe to use from several threads."""
 
-    def __init__(
-        self, settings: Settings, environ: Mapping[str, str], owner: Lease, held: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, catalog: Catalog, environ: Mapping[str, str], owner: Lease) -> None:
         self._environ = dict(environ)
         self._owner = owner
-        self._catalog = Catalog(settings, held)
+        self._catalog = catalog
         self._lock = threading.Lock()
         self._changed: dict[str, float] = {}
         self._gateway: Gateway | None = None
-        self._tree = Tree(owner.path, settings.hf_home)
+        self._tree = Tree(owner.path, catalog.settings.hf_home)
         self._publish()
         self._published = _custom(self._catalog)
 
@@ -334,6 +332,7 @@ def open_session(
         trusts_code=trusts_code,
         holds_downloads=hold_downloads,
     )
+    catalog = Catalog(settings)
     if settings.roots:
         logger.info("model paths: %s", ", ".join(settings.roots))
     else:
@@ -352,7 +351,8 @@ def open_session(
     try:
         with held.shown(sessions, settings.hub_cache) as repos:
             try:
-                session = Session(settings, environ, owner, repos)
+                catalog.hold(repos)
+                session = Session(catalog, environ, owner)
             except OSError as error:
                 raise _session_error(owner.path, error) from error
             if gateway:

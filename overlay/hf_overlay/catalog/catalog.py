@@ -34,10 +34,9 @@ class Candidate(NamedTuple):
 class Catalog:
     """The models of one configuration, as of the last `scan()`."""
 
-    def __init__(self, settings: Settings, held: Mapping[str, str] | None = None) -> None:
+    def __init__(self, settings: Settings) -> None:
         """Scan the user's folders.
 
-        `held` are repos that count as the real cache's, where it has none of that name: name -> path.
         Raises UsageError for a model path that is a file, OverlayError where mlx-lm's model types are needed and cannot
         be read.
         """
@@ -45,8 +44,7 @@ class Catalog:
         self.types = kinds.restriction(settings.kind, trusts_code=settings.trusts_code)
         self.patience = Patience()
         """What asks the disks of the model paths and of the real cache."""
-        self._scanner = Scanner(settings.roots, settings.hub_cache, self.types, self.patience, held)
-        self._held = dict(held or {})
+        self._scanner = Scanner(settings.roots, settings.hub_cache, self.types, self.patience)
         self._warned: set[str] = set()
         self._cache_problem: str | None = None
         """Why nothing in the real cache can be seen."""
@@ -63,6 +61,10 @@ class Catalog:
         self.sources: tuple[Source, ...] = ()
         self.scan()
         self._refuse_files()
+
+    def hold(self, repos: Mapping[str, str]) -> None:
+        """Count repos as the real cache's from now on, where it has none of that name: name -> path."""
+        self._scanner.held = dict(repos)
 
     def _refuse_files(self) -> None:
         for source in self.sources:
@@ -152,10 +154,12 @@ class Catalog:
         hub, memo = self.settings.hub_cache, self._examined.next_round()
         problem = None
         try:
-            entries, examined, self._examined = self.patience.ask(hub, partial(_examine_all, hub, memo, self._held))
+            entries, examined, self._examined = self.patience.ask(
+                hub, partial(_examine_all, hub, memo, self._scanner.held)
+            )
         except OSError as error:
             problem = _cache_problem(error)
-            entries, examined = dict(self._held), {}
+            entries, examined = dict(self._scanner.held), {}
         self._judge_cache(problem)
         if self._not_kept is not None:
             entries.pop(hfcache.LOCKS, None)  # clients cannot write there; they make one of their own

@@ -110,7 +110,7 @@ def contents(path: str, top: Listing) -> Contents:
         has_links = has_links or folder.has_links
         for name in folder.files:
             # Below a linked folder, whose own files are none, all of them may lie elsewhere.
-            if has_links and links.leads_away(f"{path}/{prefix}{name}", home):
+            if has_links and links.leads_away(path, f"{prefix}{name}", home):
                 if not prefix and name == "config.json":
                     raise Unfit(Code.BAD_CONFIG, "config.json is a link to a file that is not a model's")
                 continue

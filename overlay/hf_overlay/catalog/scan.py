@@ -37,14 +37,11 @@ class Scanner:
         hub_cache: str,
         types: ModelTypes | None,
         patience: Patience | None = None,
-        held: Mapping[str, str] | None = None,
     ) -> None:
-        """`types` None takes every kind of model. `hub_cache` found inside a root stays the cache's.
-
-        `held` are repos that count as the cache's, where it has none of that name: name -> path.
-        """
+        """`types` None takes every kind of model. `hub_cache` found inside a root stays the cache's."""
         self._roots = roots
-        self._held = dict(held or {})
+        self.held: Mapping[str, str] = {}
+        """Repos that count as the cache's, where it has none of that name: name -> path."""
         self._hub_cache = hub_cache
         self._types = types
         self._patience = patience or Patience()
@@ -69,7 +66,7 @@ class Scanner:
         """The real cache's models, as `mlx_lm.load(id)` would find them with the network down."""
         hub = self._hub_cache
         found = self._patience.ask_each(
-            {hub: partial(_scan_cache, hub, self._types, self._remembered(_CACHE), self._held)}
+            {hub: partial(_scan_cache, hub, self._types, self._remembered(_CACHE), self.held)}
         )
         return self._taken(_CACHE, hub, found[hub])
 
@@ -89,7 +86,7 @@ class Scanner:
         problems = self._remembered(_CACHE).problems
 
         repo = f"{hub}/{name}"
-        look = partial(_read_cached, repo, self._held.get(name), model_id, hub, self._types, problems)
+        look = partial(_read_cached, repo, self.held.get(name), model_id, hub, self._types, problems)
         try:
             return self._patience.ask(hub, look)
         except OSError as error:

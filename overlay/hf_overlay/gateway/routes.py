@@ -219,7 +219,7 @@ def _file(model: Model, commit: str, name: str) -> Response:
     file = next((file for file in model.files if file.name == name), None)
     path = f"{model.path}/{name}"
     # Looked at again: since the scan, a link may have taken the file's place.
-    if file is None or not os.path.isfile(path) or links.leads_away(path, links.home_of(model.path)):
+    if file is None or not os.path.isfile(path) or links.leads_away(model.path, name, links.home_of(model.path)):
         return error(404, "EntryNotFound", f"{model.path} has no {name}", {"X-Repo-Commit": commit})
     headers = {
         "ETag": f'"{hfcache.etag(model, file)}"',

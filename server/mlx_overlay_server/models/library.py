@@ -29,13 +29,16 @@ class Located(NamedTuple):
     nbytes: int
 
 
-class _NotHere(UnknownModel):
+class _NotHere(NamedTuple):
     """No folder and no cached snapshot has the id; the Hub may."""
 
-    def __init__(self, message: str, near: str) -> None:
-        super().__init__(message, field="model")
-        self.near = near
-        """The end of a sentence, which suggests another id; empty where none is close."""
+    id: str
+    near: str
+    """The end of a sentence, which suggests another id; empty where none is close."""
+
+    def refusal(self) -> UnknownModel:
+        message = f"there is no model {self.id!r} here{self.near}; GET /v1/models lists what there is"
+        return UnknownModel(message, field="model")
 
 
 Download = Callable[[str, Callable[[str], None]], Awaitable[None]]
@@ -65,29 +68,24 @@ class Library:
 
     async def locate(self, model_id: str) -> Located:
         """Return where to load a model from, after downloading it if it is not found locally. Raises ServerError."""
-        try:
-            return await asyncio.to_thread(self._locate, model_id)
-        except _NotHere as error:
-            if self._download is None:
-                raise
-            near = error.near
-        try:
-            await self._download(model_id, lambda text: self.progress.update({model_id: text}))
-        except UnknownModel as error:
-            raise UnknownModel(f"{error.message}{near}", field="model") from None
-        finally:
-            self.progress.pop(model_id, None)
-        return await asyncio.to_thread(self._locate, model_id)
+        found = await asyncio.to_thread(self._locate, model_id)
+        if isinstance(found, _NotHere) and self._download is not None:
+            try:
+                await self._download(model_id, lambda text: self.progress.update({model_id: text}))
+            except UnknownModel as error:
+                raise UnknownModel(f"{error.message}{found.near}", field="model") from None
+            finally:
+                self.progress.pop(model_id, None)
+            found = await asyncio.to_thread(self._locate, model_id)
+        if isinstance(found, _NotHere):
+            raise found.refusal()
+        return found
 
     async def is_known(self, model_id: str) -> bool:
         """Return whether a model is found locally. Raises ServerError, but not UnknownModel."""
-        try:
-            await asyncio.to_thread(self._locate, model_id)
-        except UnknownModel:
-            return False
-        return True
+        return isinstance(await asyncio.to_thread(self._locate, model_id), Located)
 
-    def _locate(self, model_id: str) -> Located:
+    def _locate(self, model_id: str) -> Located | _NotHere:
         self._refresh()
         try:
             model = self._session.find(model_id)
@@ -103,8 +101,7 @@ class Library:
             # It names the folders that were searched, which clients need not know; the id in it may hold anything.
             logger.info("%.1000s", " ".join(str(error).split()))
             near = f"; did you mean {error.near}?" if error.near is not None else ""
-            message = f"there is no model {model_id!r} here{near}; GET /v1/models lists what there is"
-            raise _NotHere(message, near) from None
+            return _NotHere(model_id, near)
         weights = (file for file in model.files if file.name.endswith(".safetensors") and "/" not in file.name)
         return Located(model.path, sum(file.size for file in weights))
 

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from hf_overlay import config
+from hf_overlay.catalog.catalog import Catalog
 from hf_overlay.session import Cleared, Session, clear_dead
 from hf_overlay.tree.lease import Lease, sessions_folder
 
@@ -48,7 +49,7 @@ class Dead:
         settings = config.load([str(self.models)], self.environ, "/")
         owner = Lease.acquire(str(self.sessions), settings)
         try:
-            yield Session(settings, self.environ, owner).hub_cache
+            yield Session(Catalog(settings), self.environ, owner).hub_cache
         finally:
             owner.release()
 
