@@ -111,7 +111,9 @@ def winners(world: World) -> dict[str, tuple[Custom, str]]:
     won: dict[str, tuple[Custom, str]] = {}
     for name, folders in zip(("drive", "second drive"), world.roots, strict=True):
         for custom in sorted(folders, key=lambda each: each.layout == "cache"):
-            if custom.kind in (LOADED_BY_ANY if world.all_kinds else LOADED_BY_MLX):
+            # Links to files of which nothing says that they are a model's count for none.
+            is_foreign = custom.layout == "linked files" and custom.kind == "no weights"
+            if custom.kind in (LOADED_BY_ANY if world.all_kinds else LOADED_BY_MLX) and not is_foreign:
                 won.setdefault(custom.id, (custom, name))
     return won
 
