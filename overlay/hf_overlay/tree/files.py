@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -9,12 +10,16 @@ from hf_overlay import hfcache
 
 
 def entries(folder: str) -> list[os.DirEntry[str]]:
-    """What is in a folder; nothing when there is none, or it is a file. Raises OSError."""
+    """What is in a folder; nothing when there is none, or it is a file or a link to itself. Raises OSError."""
     try:
         with os.scandir(folder) as found:
             return list(found)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return []
+        raise
 
 
 def read(path: str) -> bytes:

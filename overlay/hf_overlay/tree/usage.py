@@ -35,7 +35,8 @@ _PASSES = 50
 _EXEC_SECONDS = 0.002
 """Longer than the moment in which a program that is being started has no environment yet (Linux)."""
 
-_OWNER_FILE = f"/{OWNER_FILE}".encode()
+_OWNER_FILES = (f"/{OWNER_FILE}".encode(), f"/{OWNER_FILE} (deleted)".encode())
+"""Ends of the names that the system shows for the file of an owner: as it is, and after a session was cleared (Linux)."""
 _USES_NOTHING = b"from multiprocessing.resource_tracker import main"
 """In the command of a process that Python (tqdm, for one) starts beside a program. It only waits for the program's end,
 and has its environment; it would keep the tree of a server whose process goes on."""
@@ -172,7 +173,7 @@ def _named_by(process: str) -> bytes:
         except OSError:
             continue
     # Whoever asks whether a session is dead has its owner's file open. Those that own it are told by the lock.
-    return b"\0".join(each for each in named if not each.endswith(_OWNER_FILE))
+    return b"\0".join(each for each in named if not each.endswith(_OWNER_FILES))
 
 
 def _environment(process: str) -> bytes:
@@ -219,7 +220,7 @@ def by_ps_and_lsof(run: Callable[[Sequence[str]], bytes] | None = None) -> Proce
     for line in run(("/usr/sbin/lsof", "-wnP", "-u", str(os.getuid()), "-F", "pn")).splitlines():
         if line[:1] == b"p":
             pid = int(line[1:])
-        elif line[:1] == b"n" and not line.endswith(_OWNER_FILE):
+        elif line[:1] == b"n" and not line.endswith(_OWNER_FILES):
             yield pid, line[1:]
 
 

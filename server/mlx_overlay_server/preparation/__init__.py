@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
+import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,9 @@ HEAVY_BYTES = 1 << 18
 """A request of this size, text and schemas together, is expected to be slow; so is each with an image."""
 HEAVY_GRAMMAR = 1 << 14
 """Characters of a grammar from which on it is expected to be slow; a schema with 500 properties has so many."""
+
+
+_PICKLE_DEPTH = 10_000
 
 
 @dataclass(slots=True)
@@ -119,7 +123,7 @@ class Preparation:
     async def _run(self, name: str, model: Loaded, subject: Any, field: Field) -> Any:
         """Run one of the functions of `work.WORK` in a process."""
         await self._teach(model)
-        arguments = pickle.dumps((subject, self._limits), pickle.HIGHEST_PROTOCOL)
+        arguments = _pickled((subject, self._limits))
         heavy = HEAVY_GRAMMAR if name == "check_grammar" else HEAVY_BYTES
         is_slow = len(arguments) > heavy or (isinstance(subject, ChatRequest) and subject.has_images)
         work = Work(name, model.key, arguments, lambda: self._too_slow(field), is_slow)
@@ -160,6 +164,19 @@ class Preparation:
             field=field,
             code="too_expensive",
         )
+
+
+def _pickled(value: object) -> bytes:
+    """Pickle a request, whose JSON may be nested as deeply as the parser takes it: up to a thousand levels.
+
+    Pickling takes a few levels of recursion for each.
+    """
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(limit, _PICKLE_DEPTH))
+    try:
+        return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def _reader(model: Loaded, request: AnyRequest, prepared: Prepared) -> Reader:

@@ -103,7 +103,7 @@ def test_a_program_holds_what_it_inherits_and_nothing_else(modules: Path, tmp_pa
     (modules / "child.py").write_text(
         "import os, sys\n"
         "def found():\n"
-        "    for number in range(3, 200):\n"
+        "    for number in range(3, 5000):\n"
         "        try: yield os.fstat(number).st_ino\n"
         "        except OSError: pass\n"
         "print(*found())"
