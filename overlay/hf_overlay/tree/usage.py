@@ -36,7 +36,7 @@ _EXEC_SECONDS = 0.002
 """Longer than the moment in which a program that is being started has no environment yet (Linux)."""
 
 _OWNER_FILES = (f"/{OWNER_FILE}".encode(), f"/{OWNER_FILE} (deleted)".encode())
-"""Ends of the names that the system shows for the file of an owner: as it is, and after a session was cleared (Linux)."""
+"""Ends of the names that the system shows for an owner's file: as it is, and once its session was cleared (Linux)."""
 _USES_NOTHING = b"from multiprocessing.resource_tracker import main"
 """In the command of a process that Python (tqdm, for one) starts beside a program. It only waits for the program's end,
 and has its environment; it would keep the tree of a server whose process goes on."""
