@@ -157,7 +157,9 @@ def by_proc(proc: str = "/proc") -> Processes:
                 raise FileNotFoundError(f"{proc} shows no process")
             return
         for pid in new:
-            named = _named_by(f"{proc}/{pid}")
+            # Of this process only the environment counts: other threads of it may be clearing the same sessions.
+            is_ours = int(pid) == os.getpid()
+            named = _environment(f"{proc}/{pid}") if is_ours else _named_by(f"{proc}/{pid}")
             if _USES_NOTHING not in _read(f"{proc}/{pid}/cmdline"):  # last: a program that is being started has none
                 yield int(pid), named
         done |= new
