@@ -77,11 +77,6 @@ class Lanes:
         """The spare process starts after the first work: until then, it would take time from what that waits for."""
         self._is_stopped = False
 
-    @property
-    def pids(self) -> list[int]:
-        """The ids of the processes."""
-        return [process.pid for process in self._processes]
-
     def start(self) -> None:
         """Start the first process, which imports what it needs for a second or two while the caller goes on."""
         self._grow(self._at_rest)
