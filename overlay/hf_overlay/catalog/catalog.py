@@ -278,6 +278,13 @@ class Catalog:
             raise IncompleteModel(incomplete_text(reject), problem=reject.reason.text)
         raise self._not_found(model_id)
 
+    def read_made(self, model_id: str, path: str) -> Model | None:
+        """The model in the merged repo at `path`; None where there is none that can be loaded, or none was made."""
+        if not isinstance(self._made.get(hfcache.repo_folder(model_id)), MergedRepo):
+            return None
+        found = self._scanner.read_repo(path, model_id)
+        return found if isinstance(found, Model) else None
+
     def explain(self, model_id: str) -> list[Candidate]:
         """Every place looked at for an id, the winner first; when none answers, no candidate has Code.WINS.
 
