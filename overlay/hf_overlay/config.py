@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 from hf_overlay.errors import UsageError
 
 MODEL_PATH_VARIABLE = "MLX_OMNI_MODEL_PATH"
+BELOW_VARIABLE = "HF_OVERLAY_BELOW"
 OWNER_FILE = ".hf-overlay-session"
 """Names the living owner in every session's folder; a scan that meets one knows the folder for ours."""
 
@@ -38,7 +39,21 @@ CHANGED_VARIABLES = frozenset(
 Kind = Literal["mlx", "any"]
 """`mlx`: models that the installed mlx-lm can load; `any`: also those of transformers, diffusers, …"""
 
+OTHER_KINDS = ("datasets", "spaces", "kernels")
+"""What ids of repos that are no models begin with: `datasets/org/name`."""
+
 _OVERLAY = re.compile(r"/session-\d+-[0-9a-f]+/home/hub$")
+
+
+class Map(NamedTuple):
+    """A folder that answers to an id, wherever it lies and whatever it is called."""
+
+    kind: str
+    """`models`, `datasets`, `spaces` or `kernels`."""
+    id: str
+    """As `org/name`."""
+    folder: str
+    """An absolute path."""
 
 
 class Settings(NamedTuple):
@@ -58,6 +73,10 @@ class Settings(NamedTuple):
     """Also take models whose architecture is in a Python file of their own."""
     holds_downloads: bool = False
     """Download also while the real cache is away or read-only; what comes is held in the session's folder."""
+    below: tuple[str, ...] = ()
+    """Tiers: Hugging Face caches and folders of models behind the real cache, which are only read; first to last."""
+    maps: tuple[Map, ...] = ()
+    """Folders that answer to an id, in front of everything else."""
 
 
 def load(
@@ -69,19 +88,16 @@ def load(
     exclude: Sequence[str] = (),
     trusts_code: bool = False,
     holds_downloads: bool = False,
+    below: Sequence[str] = (),
+    maps: Mapping[str, str] | None = None,
 ) -> Settings:
-    """Settings from the command line's model paths and an environment; the former win.
+    """Settings from the command line's model paths, tiers and maps, and an environment; the former win.
 
-    Raises UsageError for an empty path, and in the shell of an overlay that has ended. Model paths are not looked at.
+    Raises UsageError for an empty path, a malformed id, and in the shell of an overlay that has ended. The paths are
+    not looked at.
     """
-    if not model_paths:
-        model_paths = [part for part in environ.get(MODEL_PATH_VARIABLE, "").split(os.pathsep) if part]
-    roots: dict[str, None] = {}
-    for given in model_paths:
-        if not given or "\0" in given:
-            raise UsageError(f"a model path is empty or malformed: {given!r}; give a folder of models")
-        root = _absolute(expand_user(given, environ), cwd)
-        roots[root] = None
+    roots = _folders(model_paths or _listed(MODEL_PATH_VARIABLE, environ), "a model path", environ, cwd)
+    tiers = _folders(below or _listed(BELOW_VARIABLE, environ), "a folder for --below", environ, cwd)
     cache = _absolute(hub_cache(environ), cwd)
     if _OVERLAY.search(cache) and not os.path.isdir(cache):
         raise UsageError(f"HF_HUB_CACHE is an overlay that has ended ({cache}); unset HF_HUB_CACHE HF_ENDPOINT first")
@@ -93,7 +109,46 @@ def load(
         exclude=tuple(exclude),
         trusts_code=trusts_code,
         holds_downloads=holds_downloads,
+        below=tuple(tier for tier in tiers if tier not in roots),
+        maps=tuple(_map(name, folder, environ, cwd) for name, folder in (maps or {}).items()),
     )
+
+
+def parse_maps(given: Sequence[str]) -> dict[str, str]:
+    """The folder for each id, from the command line's `ID=DIR`; the last one counts. Raises UsageError."""
+    maps = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals:
+            raise UsageError(f"a map must be ID=DIR, as in org/name=/data/my-model, not {text!r}")
+        maps[name] = folder
+    return maps
+
+
+def _map(name: str, folder: str, environ: Mapping[str, str], cwd: str) -> Map:
+    kind, slash, rest = name.partition("/")
+    kind, repo_id = (kind, rest) if slash and kind in OTHER_KINDS else ("models", name)
+    if any(part in ("", ".", "..") for part in repo_id.split("/")) or "\\" in repo_id or "\0" in repo_id:
+        raise UsageError(
+            f"{name!r} is not an id that a folder can be mapped to; give it as org/name or datasets/org/name"
+        )
+    (path,) = _folders([folder], f"the folder for {name}", environ, cwd)
+    return Map(kind, repo_id, path)
+
+
+def _listed(variable: str, environ: Mapping[str, str]) -> list[str]:
+    """The paths in an environment variable, separated like PATH."""
+    return [part for part in environ.get(variable, "").split(os.pathsep) if part]
+
+
+def _folders(paths: Sequence[str], what: str, environ: Mapping[str, str], cwd: str) -> tuple[str, ...]:
+    """Absolute paths, each once, in order. Raises UsageError for one that is no path."""
+    found: dict[str, None] = {}
+    for given in paths:
+        if not given or "\0" in given:
+            raise UsageError(f"{what} is empty or malformed: {given!r}; give a folder")
+        found[_absolute(expand_user(given, environ), cwd)] = None
+    return tuple(found)
 
 
 def hf_home(environ: Mapping[str, str]) -> str:

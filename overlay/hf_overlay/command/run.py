@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from hf_overlay.config import Kind, is_offline
@@ -35,6 +35,8 @@ def run(
     command: Sequence[str],
     model_paths: Sequence[str],
     *,
+    below: Sequence[str],
+    maps: Mapping[str, str],
     kind: Kind | None,
     exclude: Sequence[str],
     offline: bool,
@@ -70,6 +72,8 @@ def run(
     try:
         with open_session(
             model_paths,
+            below=below,
+            maps=maps,
             kind=kind,
             exclude=exclude,
             gateway=not is_offline(environ),
