@@ -83,8 +83,11 @@ def load(
         root = _absolute(expand_user(given, environ), cwd)
         roots[root] = None
     cache = _absolute(hub_cache(environ), cwd)
-    if _OVERLAY.search(cache) and not os.path.isdir(cache):
-        raise UsageError(f"HF_HUB_CACHE is an overlay that has ended ({cache}); unset HF_HUB_CACHE HF_ENDPOINT first")
+    if is_overlay(cache) and not os.path.isdir(cache):
+        raise UsageError(
+            f'the overlay of this shell has ended ({cache}); join the next one: eval "$(hf-overlay env)", '
+            f"or leave it: {how_to_leave(environ)}"
+        )
     return Settings(
         roots=tuple(roots),
         hub_cache=cache,
@@ -106,6 +109,17 @@ def hub_cache(environ: Mapping[str, str]) -> str:
     """HF_HUB_CACHE as huggingface_hub/constants.py computes it, the older HUGGINGFACE_HUB_CACHE included."""
     default = environ.get("HUGGINGFACE_HUB_CACHE", os.path.join(hf_home(environ), "hub"))
     return expand(environ.get("HF_HUB_CACHE", default), environ)
+
+
+def is_overlay(hub_cache: str) -> bool:
+    """Whether a path is the hub cache of a session, living or ended, by its name."""
+    return _OVERLAY.search(hub_cache) is not None
+
+
+def how_to_leave(environ: Mapping[str, str]) -> str:
+    """The command by which a shell forgets the overlay that it has joined; its HF_HOME is the user's own."""
+    names = {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_DISABLE_SHARED_BLOBS", "HF_ENDPOINT", "HF_HUB_OFFLINE"}
+    return f"unset {' '.join(sorted(names & environ.keys()))}"
 
 
 def cache_folder(environ: Mapping[str, str]) -> str:

@@ -189,7 +189,9 @@ def _serve(options: argparse.Namespace) -> int:
 def _env(options: argparse.Namespace) -> int:
     from hf_overlay.command import serve as service
 
-    variables = service.offered(os.environ)
+    variables, warning = service.offered(os.environ)
+    if warning is not None:
+        _say(f"warning: {warning}")
     if options.json:
         return _print_json(variables)
     is_fish = os.path.basename(os.environ.get("SHELL", "")) == "fish"
