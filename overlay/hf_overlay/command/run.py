@@ -54,7 +54,7 @@ def run(
     ended: Session | None = None
     """The session, once its program has ended."""
     early: list[int] = []
-    kept = dict.fromkeys(_FROM_KEYBOARD, -REPEAT_SECONDS)
+    kept: dict[int, float] = dict.fromkeys(_FROM_KEYBOARD, -REPEAT_SECONDS)
     """Signals that were taken for key presses -> when the last one came, in monotonic seconds."""
 
     def is_from_keyboard(number: int) -> bool:
