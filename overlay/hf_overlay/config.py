@@ -10,11 +10,13 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 from hf_overlay.errors import UsageError
 
 MODEL_PATH_VARIABLE = "MLX_OMNI_MODEL_PATH"
+FILE_VARIABLE = "HF_OVERLAY_CONFIG"
+"""Names another configuration file; empty: none is read."""
 OWNER_FILE = ".hf-overlay-session"
 """Names the living owner in every session's folder; a scan that meets one knows the folder for ours."""
 
@@ -34,6 +36,12 @@ CHANGED_VARIABLES = frozenset(
     }
 )
 """All environment variables that an overlay may change for a program."""
+
+DECIDING_VARIABLES = {
+    "hf_home": ("HF_HOME", "XDG_CACHE_HOME"),
+    "hub_cache": ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"),
+}
+"""For each of huggingface_hub's folders, the variables that say where it is; the first that is set decides."""
 
 Kind = Literal["mlx", "any"]
 """`mlx`: models that the installed mlx-lm can load; `any`: also those of transformers, diffusers, …"""
@@ -60,6 +68,56 @@ class Settings(NamedTuple):
     """Download also while the real cache is away or read-only; what comes is held in the session's folder."""
 
 
+class ConfigFile(NamedTuple):
+    """What the configuration file says. Paths are as they were written: absolute, or with a `~`."""
+
+    path: str | None = None
+    """Where the file is, or would be; None: none is to be read."""
+    text: str | None = None
+    """All of it; None: there is none."""
+    model_path: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+NO_FILE = ConfigFile()
+
+Value = TypeVar("Value")
+
+
+class Given(NamedTuple, Generic[Value]):
+    """A setting's value as it was given, and where."""
+
+    value: Value
+    origin: str
+    """A flag, a variable, the path of the configuration file, or `default`."""
+
+
+class InForce(NamedTuple):
+    """The settings that a person gives, each from the first place that has it: flag, variable, file."""
+
+    model_path: Given[Sequence[str]]
+    exclude: Given[Sequence[str]]
+
+
+def in_force(
+    model_paths: Sequence[str], exclude: Sequence[str], environ: Mapping[str, str], file: ConfigFile
+) -> InForce:
+    """Choose each setting whole from the first place that gives it; the sequences are those of flags."""
+    path = file.path or ""
+    return InForce(
+        model_path=_first(
+            Given(model_paths, "--model-path"),
+            Given(_listed(MODEL_PATH_VARIABLE, environ), MODEL_PATH_VARIABLE),
+            Given(file.model_path, path),
+        ),
+        exclude=_first(Given(exclude, "--exclude"), Given(file.exclude, path)),
+    )
+
+
+def _first(*given: Given[Value]) -> Given[Value]:
+    return next((each for each in given if each.value), given[-1]._replace(origin="default"))
+
+
 def load(
     model_paths: Sequence[str],
     environ: Mapping[str, str],
@@ -69,15 +127,15 @@ def load(
     exclude: Sequence[str] = (),
     trusts_code: bool = False,
     holds_downloads: bool = False,
+    file: ConfigFile = NO_FILE,
 ) -> Settings:
-    """Settings from the command line's model paths and an environment; the former win.
+    """Settings from the command line, an environment and the configuration file; what comes first wins.
 
     Raises UsageError for an empty path, and in the shell of an overlay that has ended. Model paths are not looked at.
     """
-    if not model_paths:
-        model_paths = [part for part in environ.get(MODEL_PATH_VARIABLE, "").split(os.pathsep) if part]
+    chosen = in_force(model_paths, exclude, environ, file)
     roots: dict[str, None] = {}
-    for given in model_paths:
+    for given in chosen.model_path.value:
         if not given or "\0" in given:
             raise UsageError(f"a model path is empty or malformed: {given!r}; give a folder of models")
         root = _absolute(expand_user(given, environ), cwd)
@@ -93,10 +151,26 @@ def load(
         hub_cache=cache,
         hf_home=_absolute(hf_home(environ), cwd),
         kind=kind,
-        exclude=tuple(exclude),
+        exclude=tuple(chosen.exclude.value),
         trusts_code=trusts_code,
         holds_downloads=holds_downloads,
     )
+
+
+def _listed(variable: str, environ: Mapping[str, str]) -> list[str]:
+    """The paths in an environment variable, separated like PATH."""
+    return [part for part in environ.get(variable, "").split(os.pathsep) if part]
+
+
+def file_path(environ: Mapping[str, str]) -> str | None:
+    """The configuration file: HF_OVERLAY_CONFIG, else where platformdirs puts it; None: none is to be read."""
+    if FILE_VARIABLE in environ:
+        given = environ[FILE_VARIABLE]
+        return os.path.abspath(expand_user(given, environ)) if given else None
+    folder = environ.get("XDG_CONFIG_HOME", "").strip()
+    if not os.path.isabs(folder):
+        folder = expand_user("~/Library/Application Support" if sys.platform == "darwin" else "~/.config", environ)
+    return os.path.join(folder, "hf-overlay", "config.toml")
 
 
 def hf_home(environ: Mapping[str, str]) -> str:

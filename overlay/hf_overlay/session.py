@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from hf_overlay import config, hfcache
+from hf_overlay import config, configfile, hfcache
 from hf_overlay.catalog import weights
 from hf_overlay.catalog.catalog import Catalog, incomplete_text
 from hf_overlay.catalog.plan import resolve
@@ -306,7 +306,9 @@ def open_session(
     """Open an overlay; it is removed when the context ends.
 
     `model_paths` are in order of precedence; without any, MLX_OMNI_MODEL_PATH of `environ` (default: this process's)
-    names them. For the ids in `exclude` they are ignored. With `gateway`, programs keep the network: a Hub on loopback
+    names them, else the configuration file. For the ids in `exclude` they are ignored.
+
+    With `gateway`, programs keep the network: a Hub on loopback
     serves the user's models and passes on the rest; without it, a program that asks the Hub may download a model that
     the user has. `kind` is `mlx` for models that mlx-lm can load, or `any`; None: `mlx` if mlx-lm is installed, else
     `any`. `trusts_code` also takes models that bring their architecture as a Python file, which mlx-lm runs only
@@ -331,6 +333,7 @@ def open_session(
         exclude=exclude,
         trusts_code=trusts_code,
         holds_downloads=hold_downloads,
+        file=configfile.read(environ),
     )
     catalog = Catalog(settings)
     if settings.roots:

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
-from hf_overlay import config
+from hf_overlay import config, configfile
 from hf_overlay.catalog import kinds
 from hf_overlay.catalog.catalog import Catalog
+from hf_overlay.config import ConfigFile, Settings
 from hf_overlay.errors import OverlayError, UsageError
 from hf_overlay.models import Code, Model
 from hf_overlay.text import printable
@@ -28,10 +29,12 @@ examples:
   hf-overlay why org/name
   hf-overlay serve --model-path /Volumes/LLMS/models     (and in other shells: eval "$(hf-overlay env)")
   hf-overlay doctor
+  hf-overlay config
 
 model paths:
   --model-path, as often as you like (the first wins), else MLX_OMNI_MODEL_PATH (several, separated like PATH),
-  else the Hugging Face cache alone. hf-overlay only ever reads your folders.
+  else model_path in the file that `hf-overlay config` names, else the Hugging Face cache alone. hf-overlay only ever
+  reads your folders.
 """
 
 
@@ -145,6 +148,7 @@ def make_parser(*, folders: object = None) -> argparse.ArgumentParser:
     ).add_argument("id", metavar="ID")
     add("plan", _plan, "print the links an overlay would hold, without making it", common, data)
     add("doctor", _doctor, "diagnose problems and suggest fixes", common, data)
+    add("config", _config, "print the settings in force, and where each comes from", common, data)
     add("clean", _clean, "remove the overlays of programs that were killed; their downloads move to the cache", data)
     completion = add("completion", _completion, "print a completion script for your shell")
     completion.add_argument("shell", choices=["bash", "zsh", "fish", "tcsh"])
@@ -292,6 +296,21 @@ def _doctor(options: argparse.Namespace) -> int:
     return 1 if findings else 0
 
 
+def _config(options: argparse.Namespace) -> int:
+    from hf_overlay.command import settings
+
+    file = configfile.read(os.environ)
+    given = config.in_force(options.model_path, options.exclude, os.environ, file)
+    rows = settings.rows(_settings(options, file), given, file, os.environ)
+    if options.json:
+        return _print_json(
+            {"file": file.path, "is_there": file.text is not None, "settings": [row._asdict() for row in rows]}
+        )
+    if file.path is not None:
+        print(printable(f"{file.path}" + (" (there is none)" if file.text is None else "")))
+    return _print_table(("SETTING", "VALUE", "ORIGIN"), [line for row in rows for line in row.lines()])
+
+
 def _clean(options: argparse.Namespace) -> int:
     from hf_overlay import session
     from hf_overlay.tree import lease
@@ -323,7 +342,7 @@ def _extension(_options: argparse.Namespace) -> int:
 
 
 def _catalog(options: argparse.Namespace, *, warn: bool = True) -> Catalog:
-    settings = config.load(options.model_path, os.environ, os.getcwd(), kind=options.kind, exclude=options.exclude)
+    settings = _settings(options, configfile.read(os.environ))
     catalog = Catalog(settings)
     if warn:
         _warn(catalog, options)
@@ -331,6 +350,12 @@ def _catalog(options: argparse.Namespace, *, warn: bool = True) -> Catalog:
         _say(f"model paths: {', '.join(settings.roots)}" if settings.roots else "using HuggingFace cache only")
         _say(f"Hugging Face cache: {settings.hub_cache}")
     return catalog
+
+
+def _settings(options: argparse.Namespace, file: ConfigFile) -> Settings:
+    return config.load(
+        options.model_path, os.environ, os.getcwd(), kind=options.kind, exclude=options.exclude, file=file
+    )
 
 
 def _warn(catalog: Catalog, options: argparse.Namespace) -> None:

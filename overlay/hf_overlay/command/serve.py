@@ -20,12 +20,6 @@ from hf_overlay.tree.lease import Owner
 
 logger = logging.getLogger("hf_overlay")
 
-_DECIDES = {
-    "HF_HOME": ("HF_HOME", "XDG_CACHE_HOME"),
-    "HF_HUB_CACHE": ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"),
-}
-"""The variables that decide where a shell has its own."""
-
 
 def serve(
     model_paths: Sequence[str],
@@ -128,13 +122,14 @@ def _other_home(owner: Owner, environ: Mapping[str, str]) -> str | None:
     would lose the login, and put downloads on a disk that was not chosen for them (P9).
     """
     own_cache = config.hub_cache(environ)
-    homes = {"HF_HOME": (config.hf_home(environ), owner.service.get("HF_HOME"))}
+    homes = {"hf_home": (config.hf_home(environ), owner.service.get("HF_HOME"))}
     if not config.is_overlay(own_cache):  # else the shell has joined one, and its own cache is not known
-        homes["HF_HUB_CACHE"] = (own_cache, owner.hub_cache)
-    for name, (own, theirs) in homes.items():
+        homes["hub_cache"] = (own_cache, owner.hub_cache)
+    for folder, (own, theirs) in homes.items():
         if theirs is None or os.path.realpath(own) == os.path.realpath(theirs):
             continue
-        if by := [each for each in _DECIDES[name] if each in environ]:
+        name = config.DECIDING_VARIABLES[folder][0]
+        if by := [each for each in config.DECIDING_VARIABLES[folder] if each in environ]:
             raise OverlayError(
                 f"{name} is {own} in this shell, and {theirs} in the overlay that is being served; start that overlay "
                 f"from this shell (hf-overlay service install, or serve), or use its own: unset {' '.join(by)}"
