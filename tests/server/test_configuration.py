@@ -38,8 +38,7 @@ def test_the_server_looks_where_the_file_says(
     monkeypatch.setattr(run, "_serve_http", serve)
     monkeypatch.setattr(run, "_log_to_stderr", lambda _: None)
     assert run.serve(Settings()) == 0
-    assert run.serve(Settings(model_paths=(str(models / "flag"),))) == 0
-    assert seen == [((str(models),), ("org/mine",)), ((str(models / "flag"),), ("org/mine",))]
+    assert seen == [((str(models),), ("org/mine",))]
 
 
 def test_a_mistake_in_the_file_is_a_usage_error_of_the_server(file: Path, home: Path) -> None:
