@@ -37,6 +37,18 @@ model paths:
   reads your folders.
 """
 
+SERVICE_EXAMPLES = """\
+What follows -- are options of `hf-overlay serve`, or with --server of `mlx-omni-server`. The unit also carries the
+shell's variables that they read: HF_HOME, MLX_OMNI_MODEL_PATH, HF_TOKEN, proxies, …
+
+examples:
+  hf-overlay service install                                     (with the folders that `hf-overlay config` shows)
+  hf-overlay service install -- --model-path /Volumes/LLMS/models
+  hf-overlay service install --server -- --port 8000
+  hf-overlay service status
+  hf-overlay service uninstall --server
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors become exit codes here and nowhere else."""
@@ -59,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if options.command == "run":
             return _run(options, command)
+        if options.command == "service" and options.action == "install":
+            return _service_install(options, command)
         if command:
             raise UsageError(f"hf-overlay {options.command} runs no program; leave out -- and the rest")
         status: int = options.function(options)
@@ -150,6 +164,13 @@ def make_parser(*, folders: object = None) -> argparse.ArgumentParser:
     add("doctor", _doctor, "diagnose problems and suggest fixes", common, data)
     add("config", _config, "print the settings in force, and where each comes from", common, data)
     add("clean", _clean, "remove the overlays of programs that were killed; their downloads move to the cache", data)
+    service = add("service", _service, "start the overlay, or the server, at login: launchd or systemd", data)
+    service.usage = "hf-overlay service [options] {install,uninstall,status} [-- OPTION …]"
+    service.epilog = SERVICE_EXAMPLES
+    service.formatter_class = argparse.RawDescriptionHelpFormatter
+    service.add_argument("action", choices=["install", "uninstall", "status"])
+    service.add_argument("--server", action="store_true", help="mlx-omni-server in place of hf-overlay serve")
+    service.add_argument("--replace", action="store_true", help="also overwrite or remove a unit that is not ours")
     completion = add("completion", _completion, "print a completion script for your shell")
     completion.add_argument("shell", choices=["bash", "zsh", "fish", "tcsh"])
     add("extension", _extension, "make `hf overlay …` run hf-overlay")
@@ -321,6 +342,31 @@ def _clean(options: argparse.Namespace) -> int:
     for each in cleared:
         print(printable(f"{each.path}: " + (f"kept {', '.join(each.kept)}" if each.kept else "cleared")))
     return 0
+
+
+def _service_install(options: argparse.Namespace, program_options: Sequence[str]) -> int:
+    from hf_overlay.command import service
+
+    service.install(_served(options), program_options, os.environ, replaces=options.replace)
+    return 0
+
+
+def _service(options: argparse.Namespace) -> int:
+    from hf_overlay.command import service
+
+    if options.action == "uninstall":
+        service.uninstall(_served(options), os.environ, replaces=options.replace)
+        return 0
+    status = service.status(_served(options), os.environ)
+    if options.json:
+        _print_json(status._asdict())
+    else:
+        print(printable(f"{status.name}: {status.text}"))
+    return 0 if status.pid is not None else 1
+
+
+def _served(options: argparse.Namespace) -> str:
+    return "mlx-omni-server" if options.server else "hf-overlay"
 
 
 def _completion(options: argparse.Namespace) -> int:
