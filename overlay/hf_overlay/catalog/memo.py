@@ -24,6 +24,11 @@ def stamps(paths: Iterable[str]) -> Stamps:
     return tuple((path, _stamp(path)) for path in paths)
 
 
+def stamp(status: os.stat_result) -> tuple[int, ...]:
+    """How a path with this status looks."""
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
+
+
 class _Kept(NamedTuple, Generic[Value]):
     value: Value
     stamps: Stamps
@@ -61,7 +66,6 @@ class Memo(Generic[Value]):
 def _stamp(path: str) -> tuple[int, ...]:
     alive()
     try:
-        status = os.stat(path)
+        return stamp(os.stat(path))
     except OSError as error:
         return (error.errno or 0,)
-    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
