@@ -94,7 +94,7 @@ class Reject(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What one scan found in one model path, or in the real cache."""
+    """The models, and the folders left out, that one scan found in one model path or in the real cache."""
 
     root: str
     problem: Reason | None
