@@ -20,12 +20,12 @@ Stamps = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def stamps(paths: Iterable[str]) -> Stamps:
-    """How paths look now. For a value whose paths are known beforehand, take them before it is worked out."""
+    """Paths, each with how it looks now. Where a value's paths are known beforehand, take these before the value."""
     return tuple((path, _stamp(path)) for path in paths)
 
 
 def stamp(status: os.stat_result) -> tuple[int, ...]:
-    """How a path with this status looks."""
+    """The part of a path's status that changes when the path is changed or replaced."""
     return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
 
