@@ -1,4 +1,4 @@
-"""How the next token is chosen: samplers and logits processors for mlx-lm, one set for each request."""
+"""The choice of the next token: samplers and logits processors for mlx-lm, one set for each request."""
 
 from __future__ import annotations
 
