@@ -16,7 +16,16 @@ from mlx_overlay_server.chat import grammar
 from mlx_overlay_server.chat.grammar import Budget, Constraint
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import ChatRequest, Format, Params, Tool, ToolChoice
-from mlx_overlay_server.engine.sampling import Matcher, ReasoningBudget, Sampling, effective, processors, sampler
+from mlx_overlay_server.engine.sampling import (
+    Guarded,
+    Mask,
+    Matcher,
+    ReasoningBudget,
+    Sampling,
+    effective,
+    processors,
+    sampler,
+)
 from mlx_overlay_server.errors import InvalidRequest
 
 from tests.support.loaded import loaded
@@ -216,11 +225,11 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 Allowed = Callable[[Sequence[int]], list[int]]
 
 
-def _allowed(matcher: Callable[[mx.array, mx.array], mx.array], vocab: int) -> Allowed:
+def _allowed(mask: Mask, vocab: int) -> Allowed:
     """Which tokens pass after those that were chosen so far; asked with one token more each time."""
 
     def allowed(answer: Sequence[int]) -> list[int]:
-        logits = matcher(mx.array([0, *answer]), mx.zeros((1, vocab)))
+        logits = mask(answer[-1] if answer else None, mx.zeros((1, vocab)))
         values: Any = logits[0].tolist()
         return [token for token, value in enumerate(values) if value == 0]
 
@@ -337,8 +346,7 @@ def test_what_a_grammar_demands_no_bias_forbids(thinker: Loaded) -> None:
     params = Params(logit_bias={opens: -100.0})
     rule = _rule(thinker, replace(_REQUEST, thinking=False))
     logits = mx.zeros((1, thinker.vocab_size))
-    for each in processors(params, _FREE, [1], matcher=_made(thinker, rule)):
-        logits = each(mx.array([1]), logits)
+    logits = Guarded(processors(params, _FREE, [1]), None, _made(thinker, rule))(mx.array([1]), logits)
     allowed = _matcher(thinker, rule)([])
     assert opens in allowed
     drawn = set(_draw(_FREE, None, logits - mx.logsumexp(logits, axis=-1, keepdims=True), 20))
