@@ -73,7 +73,9 @@ def sampler(sampling: Sampling, seed: int | None) -> Sampler:
 def _shared(key: tuple[float, float, int, float]) -> Sampler:
     """Return one object for equal parameters: BatchGenerator samples rows in one call only where they share it."""
     temperature, top_p, top_k, min_p = key
-    return make_sampler(temperature, top_p=top_p, min_p=min_p, top_k=top_k)  # type: ignore[no-any-return]
+    sample = make_sampler(temperature, top_p=top_p, min_p=min_p, top_k=top_k)
+    # In float16, log probabilities over a low temperature are infinities, all alike.
+    return lambda logprobs: sample(logprobs.astype(mx.float32))
 
 
 def _seeded(sampling: Sampling, seed: int) -> Sampler:
@@ -83,6 +85,7 @@ def _seeded(sampling: Sampling, seed: int) -> Sampler:
     def sample(logprobs: mx.array) -> mx.array:
         nonlocal key
         key, now = mx.random.split(key)
+        logprobs = logprobs.astype(mx.float32)
         if 0 < sampling.top_p < 1:
             logprobs = apply_top_p(logprobs, sampling.top_p)
         if sampling.min_p:
