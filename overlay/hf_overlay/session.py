@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from hf_overlay import config, hfcache
+from hf_overlay import config, configfile, hfcache
 from hf_overlay.catalog import weights
 from hf_overlay.catalog.catalog import Catalog, incomplete_text
 from hf_overlay.catalog.plan import Plan, resolve
@@ -329,13 +329,14 @@ def open_session(
     """Open an overlay; it is removed when the context ends.
 
     `model_paths` are in order of precedence; without any, MLX_OMNI_MODEL_PATH of `environ` (default: this process's)
-    names them. `below` are read-only tiers behind the user's own cache, Hugging Face caches or folders of models;
-    without any, HF_OVERLAY_BELOW names them. `maps` says which folder answers to an id, before all else: `org/name`,
-    or `datasets/org/name`. For the ids in `exclude` they are all ignored. With `gateway`, programs keep the network: a
-    Hub on loopback serves the user's models and passes on the rest; without it, a program that asks the Hub may
-    download a model that the user has. `kind` is `mlx` for models that mlx-lm can load, or `any`; None: `mlx` if mlx-lm
-    is installed, else `any`. `trusts_code` also takes models that bring their architecture as a Python file, which
-    mlx-lm runs only when its caller allows it.
+    names them, else the configuration file. `below` are read-only tiers behind the user's own cache, Hugging Face
+    caches or folders of models; without any, HF_OVERLAY_BELOW or the file names them. `maps` says which folder answers
+    to an id, before all else: `org/name`, or `datasets/org/name`. For the ids in `exclude` they are all ignored.
+
+    With `gateway`, programs keep the network: a Hub on loopback serves the user's models and passes on the rest;
+    without it, a program that asks the Hub may download a model that the user has. `kind` is `mlx` for models that
+    mlx-lm can load, or `any`; None: `mlx` if mlx-lm is installed, else `any`. `trusts_code` also takes models that
+    bring their architecture as a Python file, which mlx-lm runs only when its caller allows it.
 
     While the real cache is away or read-only, nothing is downloaded: the gateway refuses, and without one programs are
     put offline. With `hold_downloads` they download all the same; it is held in the session's folder, shown by later
@@ -358,6 +359,7 @@ def open_session(
         holds_downloads=hold_downloads,
         below=[os.fspath(path) for path in below],
         maps={name: os.fspath(path) for name, path in (maps or {}).items()},
+        file=configfile.read(environ),
     )
     catalog = Catalog(settings)
     if settings.roots:
