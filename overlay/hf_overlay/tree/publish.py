@@ -78,6 +78,7 @@ class Tree:
                 there = store.place(self._session, name, entry)
             placed[name] = there
             entries[name] = there.link
+        store.carry_over(self._session, placed)
         entries |= {name: path for name, path in self._written().items() if name not in placed}
         if self._generation == 0 or entries != self._entries or not self._is_whole():
             gone = {
