@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from hf_overlay.errors import check_descriptors
 from hf_overlay.models import File, Model
 
 LOCKS = ".locks"
@@ -193,7 +194,7 @@ def examine(repo: str) -> Examined:
                     return Examined((), f"snapshots/{name}/{loop} is a link to itself")
             elif os.path.islink(revision) and not os.path.exists(revision):
                 return Examined((), f"snapshots/{name} is a broken link")
-        for folder, _, names in os.walk(f"{repo}/refs"):
+        for folder, _, names in os.walk(f"{repo}/refs", onerror=check_descriptors):
             for name in names:
                 if name != ".DS_Store":  # the one name that all releases pass over
                     with open(os.path.join(folder, name), encoding="utf-8") as file:
@@ -201,14 +202,17 @@ def examine(repo: str) -> Examined:
     except (FileNotFoundError, NotADirectoryError) as error:
         if error.filename is not None and os.path.islink(error.filename):
             return Examined((), str(error))
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        return Examined((), str(error))
+    except OSError as error:
+        check_descriptors(error)
         return Examined((), str(error))
     return Examined(tuple(commits), None)
 
 
 def _link_loop(revision: str) -> str | None:
     """The first file of a snapshot that is a link to itself, on which releases up to 1.31 fail."""
-    for folder, _, names in os.walk(revision):
+    for folder, _, names in os.walk(revision, onerror=check_descriptors):
         for name in names:
             try:
                 os.stat(f"{folder}/{name}")
@@ -336,7 +340,10 @@ def local_dir_identity(folder: str, mtimes_ns: Mapping[str, int]) -> tuple[str, 
             with open(f"{folder}/.cache/huggingface/download/{name}.metadata", encoding="ascii") as file:
                 commit, etag, saved = (file.readline(128).strip() for _ in range(3))
             is_older = mtime_ns / 1e9 - 1 <= float(saved)
-        except (OSError, ValueError):
+        except OSError as error:
+            check_descriptors(error)
+            return None
+        except ValueError:
             return None
         if not is_older or not _COMMIT.fullmatch(commit) or not _ETAG.fullmatch(etag):
             return None

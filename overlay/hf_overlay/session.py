@@ -21,7 +21,7 @@ from hf_overlay.catalog import weights
 from hf_overlay.catalog.catalog import Catalog, incomplete_text
 from hf_overlay.catalog.plan import resolve
 from hf_overlay.config import Settings
-from hf_overlay.errors import SessionError, UsageError
+from hf_overlay.errors import OUT_OF_FILES, SessionError, UsageError, check_descriptors
 from hf_overlay.gateway.hub import Hub
 from hf_overlay.gateway.server import DEFAULT_UPSTREAM, Gateway
 from hf_overlay.hfcache import LinkedRepo
@@ -192,6 +192,7 @@ class Session:
         try:
             gateway.start()
         except OSError as error:
+            check_descriptors(error)
             raise SessionError(f"cannot listen on 127.0.0.1: {error.strerror}; run with --offline") from error
         self._gateway = gateway
 
@@ -411,7 +412,8 @@ def _clear(path: str) -> Cleared:
             lease.remove(path)
     except OSError as error:
         if os.path.lexists(path):
-            logger.warning("cannot clear the session at %s: %s; remove it by hand", path, error.strerror)
+            what = "it is tried again at the next start" if error.errno in OUT_OF_FILES else "remove it by hand"
+            logger.warning("cannot clear the session at %s: %s; %s", path, error.strerror, what)
         return Cleared(path, (path,))
     return Cleared(path, tuple(kept))
 
@@ -425,6 +427,7 @@ def _origin(model: Model) -> str:
 
 
 def _session_error(path: str, error: OSError) -> SessionError:
+    check_descriptors(error)
     return SessionError(
         f"cannot build the overlay in {path}: {error.strerror or error}; free some space there, or set "
         f"{lease.DIRECTORY_VARIABLE} to a folder on a volume that takes symbolic links"

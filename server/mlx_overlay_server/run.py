@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import hf_overlay
+from hf_overlay import descriptors
 from hf_overlay.text import printable
 
 from mlx_overlay_server.settings import Settings, rank
@@ -30,6 +31,7 @@ GRACE_SECONDS = 4.5
 def serve(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM, and return the exit code."""
     _log_to_stderr(settings.log_level)
+    descriptors.raise_limit()
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"} if settings.is_offline else dict(os.environ)
     try:
         with hf_overlay.open_session(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from hf_overlay import hfcache
 from hf_overlay.catalog import links
+from hf_overlay.errors import check_descriptors
 from hf_overlay.models import Code, File, Reason
 from hf_overlay.patience import NoAnswer
 from hf_overlay.progress import alive
@@ -30,13 +31,14 @@ class Unfit(Exception):
 
 
 def reason_of(error: Unfit | hfcache.NoSnapshot | OSError) -> Reason:
-    """Why a folder is left out, from what reading it raised."""
+    """Why a folder is left out, from what reading it raised. Raises OutOfFiles where that tells nothing of it."""
     if isinstance(error, Unfit):
         return error.reason
     if isinstance(error, hfcache.NoSnapshot):
         return Reason(Code.NO_SNAPSHOT, str(error))
     if isinstance(error, NoAnswer):
         return Reason(Code.NO_ANSWER, "does not answer")
+    check_descriptors(error)
     if isinstance(error, FileNotFoundError):
         return Reason(Code.MISSING, "does not exist")
     if isinstance(error, PermissionError):

@@ -49,7 +49,10 @@ class Scanner:
         """By root, or under `_CACHE`, what its last scan remembers."""
 
     def scan(self) -> tuple[Source, ...]:
-        """Each root in order; never raises for what lies on the disk, nor waits for a disk that does not answer."""
+        """Each root in order; never raises for what lies on the disk, nor waits for a disk that does not answer.
+
+        Raises OutOfFiles when no file descriptor is free, and remembers what it knew.
+        """
         # Asked at once, so that several that do not answer take no longer than one; the scans need the first's answer.
         known = self._patience.ask_each(
             {self._hub_cache: partial(_identity, self._hub_cache)}

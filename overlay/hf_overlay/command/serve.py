@@ -10,7 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-from hf_overlay import config
+from hf_overlay import config, descriptors
 from hf_overlay.config import Kind
 from hf_overlay.errors import OverlayError
 from hf_overlay.session import Session, open_session
@@ -32,6 +32,7 @@ def serve(
 
     Programs get what the gateway has begun to send them, unless a second signal comes.
     """
+    descriptors.raise_limit()
     stop = threading.Event()
     session: Session | None = None
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from hf_overlay.catalog.catalog import check_id
 from hf_overlay.config import Settings
-from hf_overlay.errors import InvalidModelId, SessionError
+from hf_overlay.errors import InvalidModelId, OutOfFiles, SessionError
 from hf_overlay.hfcache import LinkedRepo
 
 logger = logging.getLogger("hf_overlay")
@@ -35,7 +35,7 @@ class Overlay(Protocol):
         """The linked repo of the user's model with this id; None when the tree holds none."""
 
     def refresh(self) -> object:
-        """Make the tree show what is on the disk now. Raises SessionError."""
+        """Make the tree show what is on the disk now. Raises SessionError, or OutOfFiles when nothing was seen."""
 
     def seconds_since_change(self, model_id: str) -> float:
         """Seconds since a refresh found the user's model added, changed or removed; infinite when none did."""
@@ -74,6 +74,8 @@ class Hub:
         if _is_id(model_id) and self._is_behind(model_id):
             try:
                 self._overlay.refresh()
+            except OutOfFiles as error:  # nobody knows what is there
+                return Unavailable(str(error), False)
             except SessionError as error:
                 logger.warning("%s", error)
         return self.find(model_id)
