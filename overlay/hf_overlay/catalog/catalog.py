@@ -86,9 +86,9 @@ class Catalog:
         away = dict(self._away)
         for old, new in zip(before, self.sources, strict=False):
             device, ids = away.get(old.root, (old.device, frozenset()))
-            if old.models and (
-                new.problem is not None or new.device != old.device or not self.is_folder(new.root, new.root)
-            ):
+            # The same drive, mounted again, may have another device number.
+            is_other = new.device != old.device and not new.models
+            if old.models and (new.problem is not None or is_other or not self.is_folder(new.root, new.root)):
                 away[old.root] = (old.device, ids.union(model.id for model in old.models))
             elif old.root in away and (new.models or new.device == device):
                 del away[old.root]
