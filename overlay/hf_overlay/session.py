@@ -213,6 +213,11 @@ class Session:
         if self._gateway is not None:
             self._gateway.cut()
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the tree is there; when something has removed it, a refresh makes it again."""
+        return self._tree.is_there
+
     def linked_repo(self, model_id: str) -> LinkedRepo | None:
         """The linked repo of the user's model with this id; None when the tree holds none."""
         return self._tree.linked_repo(model_id)
@@ -264,6 +269,11 @@ class Session:
         self.expect_download(hfcache.repo_folder(model_id))
 
     def _publish(self) -> None:
+        try:
+            if not self._owner.is_intact():
+                self._owner.renew()
+        except OSError as error:
+            raise _session_error(self._owner.path, error) from error
         plan = self._catalog.plan(case_insensitive=self._tree.is_case_insensitive)
         for warning in self._catalog.warnings(self._fate_of_downloads()):
             logger.warning("%s", warning)
@@ -343,6 +353,7 @@ def open_session(
         if config.expand(folder, environ) != folder:
             raise UsageError(f"programs would expand the $NAME in {folder}; set HF_OVERLAY_DIR, or HF_HOME, to another")
     try:
+        _clear_earlier(environ)
         clear_dead(sessions)
         others = lease.sessions_in(sessions, warn=False)
         owner = Lease.acquire(sessions, settings)
@@ -364,6 +375,15 @@ def open_session(
             session.stop()
         owner.release()
         _end(sessions, owner.path, others)
+
+
+def _clear_earlier(environ: Mapping[str, str]) -> None:
+    """Clear dead sessions where earlier versions made them; what is wrong there is said, and keeps nothing back."""
+    for folder in lease.all_sessions_folders(environ)[:-1]:
+        try:
+            clear_dead(folder)
+        except (OSError, SessionError) as error:
+            logger.warning("sessions in %s are not cleared: %s", folder, error)
 
 
 def clear_dead(sessions: str) -> list[Cleared]:

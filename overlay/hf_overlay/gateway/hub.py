@@ -31,6 +31,10 @@ class Overlay(Protocol):
     def settings(self) -> Settings:
         """The model paths and the real cache."""
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the tree is there; when something has removed it, a refresh makes it again."""
+
     def linked_repo(self, model_id: str) -> LinkedRepo | None:
         """The linked repo of the user's model with this id; None when the tree holds none."""
 
@@ -115,7 +119,9 @@ class Hub:
         return Unavailable(f"{repo_id} is not downloaded: {why}", self._overlay.has_copy(folder)) if why else None
 
     def _is_behind(self, model_id: str) -> bool:
-        """Whether the model's folder is there and the tree lacks it, or the other way round."""
+        """Whether the model's folder is there and the tree lacks it, or the other way round; or the tree is gone."""
+        if not self._overlay.is_there:
+            return True
         found = self._overlay.linked_repo(model_id)
         if found is not None:
             return not self._overlay.is_folder(found.model.path, found.model.root)

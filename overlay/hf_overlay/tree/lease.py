@@ -17,10 +17,10 @@ import shlex
 import stat
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from hf_overlay.config import OWNER_FILE, Settings, cache_folder
+from hf_overlay.config import OWNER_FILE, Settings, earlier_folders, own_folder
 from hf_overlay.errors import SessionError
 from hf_overlay.tree import files
 
@@ -31,10 +31,16 @@ _PREFIX = "session-"
 
 
 def sessions_folder(environ: Mapping[str, str]) -> str:
-    """The folder that holds all sessions: HF_OVERLAY_DIR, else one in the user's cache folder (never a shared /tmp)."""
+    """The folder that holds all sessions: HF_OVERLAY_DIR, else one of the user's own (never a shared /tmp)."""
     if given := environ.get(DIRECTORY_VARIABLE):
         return os.path.abspath(given)
-    return os.path.join(cache_folder(environ), "sessions")
+    return os.path.join(own_folder(environ), "sessions")
+
+
+def all_sessions_folders(environ: Mapping[str, str]) -> list[str]:
+    """The folder that holds all sessions, after those in which earlier versions may have left some."""
+    earlier = () if environ.get(DIRECTORY_VARIABLE) else earlier_folders(environ)
+    return [*(os.path.join(folder, "sessions") for folder in earlier), sessions_folder(environ)]
 
 
 class Owner(NamedTuple):
@@ -102,8 +108,38 @@ class Lease:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.ftruncate(self.fd, len(content))
 
+    def is_intact(self) -> bool:
+        """Whether the locked file is still in the session's folder, which a program that cleans up may have removed."""
+        try:
+            return os.path.samestat(os.fstat(self.fd), os.stat(os.path.join(self.path, OWNER_FILE)))
+        except OSError:
+            return False
+
+    def renew(self) -> None:
+        """Make the session's folder and its locked file again, in the same place, after they were removed.
+
+        `fd` is the same number as before. Programs that were started hold the lock of the file that is gone; what
+        keeps their tree if this process is killed is that it is named in their environment. Raises OSError.
+        """
+        record = os.pread(self.fd, os.fstat(self.fd).st_size, 0)
+        sessions = os.path.dirname(self.path)
+        os.makedirs(sessions, mode=0o700, exist_ok=True)
+        check_trusted(sessions)
+        with _exclusive(sessions):
+            os.makedirs(self.path, mode=0o700, exist_ok=True)  # a client may have made it again
+            fd = os.open(os.path.join(self.path, OWNER_FILE), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.pwrite(fd, record, 0)
+                os.dup2(fd, self.fd, inheritable=os.get_inheritable(self.fd))
+            finally:
+                os.close(fd)
+
     def release(self) -> None:
         """Give up the lock. The session is over unless a child still holds it, which `dead` tells."""
+        if os.path.isdir(self.path) and not self.is_intact():  # a client wrote into it since it was removed
+            with suppress(OSError, SessionError):
+                self.renew()
         os.close(self.fd)
 
 

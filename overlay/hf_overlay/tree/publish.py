@@ -42,15 +42,18 @@ class Tree:
         self._earlier: dict[str, set[str]] = {}
         """Hub folders that were replaced: the targets of their links."""
         self._generation = 0
-        for folder in ("home", "hubs", store.FOLDER):
-            os.mkdir(f"{session}/{folder}", 0o700)
-        for name in _home_entries(hf_home):
-            os.symlink(f"{hf_home}/{name}", f"{session}/home/{name}")
+        self._hf_home = hf_home
+        self._make_folders()
 
     @property
     def hub(self) -> str:
         """The folder to use as HF_HUB_CACHE."""
         return f"{self._session}/home/hub"
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the folders of the tree are there, which a program that cleans up may have removed."""
+        return os.path.islink(self.hub) and os.path.isdir(self.hub) and os.path.isdir(f"{self._session}/{store.FOLDER}")
 
     @property
     def is_case_insensitive(self) -> bool:
@@ -65,8 +68,10 @@ class Tree:
     def publish(self, plan: Plan, *, is_there: Callable[[Model], bool]) -> None:
         """Make the tree hold what the plan says; do nothing if it does. Raises OSError, the old tree intact.
 
-        `is_there` says whether the folder of a user's model is there.
+        `is_there` says whether the folder of a user's model is there. What was removed from the tree is made again.
         """
+        if not self.is_there:
+            self._make_folders()
         placed: dict[str, Placed] = {}
         entries: dict[str, str] = {}
         for name, entry in plan.entries.items():
@@ -111,6 +116,17 @@ class Tree:
                 if not os.path.lexists(f"{hub.path}/{entry}"):
                     os.symlink(folder, f"{hub.path}/{entry}")
 
+    def _make_folders(self) -> None:
+        """Make what every generation needs, as far as it is not there. Raises OSError."""
+        for folder in ("home", "hubs", store.FOLDER):
+            os.makedirs(f"{self._session}/{folder}", 0o700, exist_ok=True)
+        for name in _home_entries(self._hf_home):
+            if not os.path.lexists(f"{self._session}/home/{name}"):
+                os.symlink(f"{self._hf_home}/{name}", f"{self._session}/home/{name}")
+        if os.path.isdir(self.hub) and not os.path.islink(self.hub):  # a client made it after the link was removed
+            self._generation += 1
+            os.rename(self.hub, f"{self._session}/hubs/{self._generation}")
+
     def _hubs(self) -> list[os.DirEntry[str]]:
         """The hub folders, without what others may put beside them, such as `.DS_Store`."""
         found = files.entries(f"{self._session}/hubs")
@@ -127,7 +143,7 @@ class Tree:
 
     def _is_whole(self) -> bool:
         """Whether every entry is still there: a client's `hf cache rm` takes links away."""
-        return set(os.listdir(f"{self._session}/hubs/{self._generation}")) >= self._entries.keys()
+        return self.is_there and set(os.listdir(self.hub)) >= self._entries.keys()
 
     def _switch(self, entries: dict[str, str]) -> None:
         generation = self._generation + 1
@@ -143,7 +159,7 @@ class Tree:
             os.unlink(link)
         os.symlink(f"../hubs/{generation}", link)
         os.replace(link, self.hub)
-        if self._generation:
+        if os.path.isdir(f"{self._session}/hubs/{self._generation}"):
             os.utime(f"{self._session}/hubs/{self._generation}")  # from now on its hour runs
             self._earlier[str(self._generation)] = set(self._entries.values())
         self._generation = generation

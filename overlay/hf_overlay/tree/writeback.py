@@ -95,7 +95,10 @@ def _written_repos(session: str) -> Iterator[tuple[str, str]]:
 
 
 def _hubs(session: str) -> list[str]:
-    return [f"{session}/hubs/{name}" for name in _names(f"{session}/hubs")]
+    """The hub folders, and the one that a client made itself, after something had removed the link to them."""
+    made = f"{session}/home/hub"
+    is_made = os.path.isdir(made) and not os.path.islink(made)
+    return [*(f"{session}/hubs/{name}" for name in _names(f"{session}/hubs")), *([made] if is_made else [])]
 
 
 def _is_worth_keeping(repo: str) -> bool:
