@@ -122,9 +122,8 @@ def own_folder(environ: Mapping[str, str]) -> str:
 
 def earlier_folders(environ: Mapping[str, str]) -> tuple[str, ...]:
     """The folders that earlier versions used instead of `own_folder`, and in which they may have left downloads."""
-    if sys.platform != "darwin":
-        return ()
-    return tuple({_cache_folder(environ): None, _cache_folder({**environ, "XDG_CACHE_HOME": ""}): None})
+    caches = {_cache_folder(environ): None, _cache_folder({**environ, "XDG_CACHE_HOME": ""}): None}
+    return tuple(caches) if sys.platform == "darwin" else ()
 
 
 def _cache_folder(environ: Mapping[str, str]) -> str:

@@ -222,6 +222,13 @@ class Session:
         """The linked repo of the user's model with this id; None when the tree holds none."""
         return self._tree.linked_repo(model_id)
 
+    def spelled(self, model_id: str) -> str:
+        """The id as the user's folders spell it, where one of them answers to this spelling; else as it is given.
+
+        Raises InvalidModelId.
+        """
+        return self._catalog.spelled(model_id)
+
     def seconds_since_change(self, model_id: str) -> float:
         """Seconds since a refresh found the user's model added, changed or removed; infinite when none did."""
         return time.monotonic() - self._changed.get(model_id, -math.inf)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -12,8 +11,9 @@ from hf_overlay import hfcache, keeping
 from hf_overlay.catalog import kinds
 from hf_overlay.catalog.files import reason_of
 from hf_overlay.catalog.memo import Memo, stamps
-from hf_overlay.catalog.plan import Entry, Plan, Resolution, plan, resolve
+from hf_overlay.catalog.plan import Entry, Plan, Resolution, fold, plan, resolve
 from hf_overlay.catalog.scan import Scanner
+from hf_overlay.catalog.spelling import Spellings
 from hf_overlay.config import Settings
 from hf_overlay.errors import IncompleteModel, InvalidModelId, ModelNotFound, SourceAway, UsageError
 from hf_overlay.hfcache import LinkedRepo
@@ -57,6 +57,8 @@ class Catalog:
         """Cached repos that were left out because one of them makes every cache scan fail: path -> why."""
         self._away: dict[str, tuple[int | None, frozenset[str]]] = {}
         """Model paths that went away since they were seen: the device they were on, and the ids they held."""
+        self._hidden: Mapping[str, str] = {}
+        """Cached repos that share their name with another on the tree's volume: path -> path of that."""
         self._last: dict[str, Model] = {}
         self.sources: tuple[Source, ...] = ()
         self.scan()
@@ -92,6 +94,7 @@ class Catalog:
                 away[old.root] = (old.device, ids.union(model.id for model in old.models))
             elif old.root in away and (new.models or new.device == device):
                 del away[old.root]
+        self._spellings = Spellings(found, self.patience)
         self._away = away  # replaced as a whole: other threads read it
 
     def _without_excluded(self, source: Source) -> Source:
@@ -104,8 +107,12 @@ class Catalog:
         return source._replace(models=models, rejects=(*source.rejects, *rejects))
 
     def away(self, model_id: str) -> str | None:
-        """The model path that held a model of this id and has gone away since; None when there is none."""
-        return next((root for root, (_, ids) in self._away.items() if model_id in ids), None)
+        """The model path that held a model of this id and has gone away since; None when there is none.
+
+        Case does not matter: nobody can see whether it did on that volume, and it does not on the Hub.
+        """
+        wanted = fold(model_id)
+        return next((root for root, (_, ids) in self._away.items() if wanted in map(fold, ids)), None)
 
     def incomplete(self, model_id: str) -> Reject | None:
         """The user's folder of this id that was left out because a part of it is missing; None when there is none."""
@@ -141,12 +148,15 @@ class Catalog:
 
     def resolutions(self) -> dict[str, Resolution]:
         """For each id there is, sorted, the model that answers to it. The real cache is scanned now."""
-        return resolve([*self.sources, self.cache()])
+        cache = self.cache()
+        models = tuple(model._replace(id=self._spellings.of(model.id) or model.id) for model in cache.models)
+        return resolve([*self.sources, cache._replace(models=models)])
 
     def plan(self, *, case_insensitive: bool) -> Plan:
         """The tree that shows the user's models in front of the real cache's entries, which are listed now."""
         made = plan(self.sources, self.examine_cache(), case_insensitive=case_insensitive, earlier=self._linked)
         self._linked = made.linked_repos
+        self._hidden = made.hidden
         return made
 
     def examine_cache(self) -> list[Entry]:
@@ -191,7 +201,7 @@ class Catalog:
 
         Raises InvalidModelId, SourceAway, IncompleteModel or ModelNotFound; the text of each says what to do.
         """
-        model_id = self._as_spelled(model_id)
+        model_id = self.spelled(model_id)
         found = [model for source in self.sources for model in source.models if model.id == model_id]
         for model in found:
             if self.is_folder(model.path, model.root):
@@ -212,7 +222,7 @@ class Catalog:
 
         Raises InvalidModelId.
         """
-        model_id = self._as_spelled(model_id)
+        model_id = self.spelled(model_id)
         cached = self._scanner.read_cached(model_id)
         in_cache = Source("", None, (cached,) if isinstance(cached, Model) else ())
         resolution = resolve([*self.sources, in_cache]).get(model_id)
@@ -263,6 +273,8 @@ class Catalog:
             now[f"Hugging Face cache {self.settings.hub_cache} {self._not_kept}{end}"] = None
         for path, reason in self.unscannable.items():
             now[f"{path} would make every scan of the cache fail ({reason}); it is left out"] = None
+        for path, other in self._hidden.items():
+            now[f"{path} differs from {other} in case only, one name on the overlay's volume; it is left out"] = None
         for root in self._away:
             if any(source.root == root and source.problem is None for source in self.sources):
                 now[f"model path {root} is empty and on another volume than before; going on without it"] = None
@@ -287,16 +299,13 @@ class Catalog:
             if isinstance(winner, Model) and order[reject.root] <= order.get(winner.root, len(order)):
                 yield reject, winner.path
 
-    def _as_spelled(self, model_id: str) -> str:
-        """The id as the disk spells it: macOS may store either Unicode form, and people type the composed one."""
+    def spelled(self, model_id: str) -> str:
+        """The id as the user's folders spell it, where one of them answers to this spelling; else as it is given.
+
+        Raises InvalidModelId.
+        """
         check_id(model_id)
-        if model_id.isascii():
-            return model_id
-        on_disk = [model.id for source in self.sources for model in source.models]
-        if model_id in on_disk:
-            return model_id
-        typed = unicodedata.normalize("NFC", model_id)
-        return next((spelled for spelled in on_disk if unicodedata.normalize("NFC", spelled) == typed), model_id)
+        return self._spellings.of(model_id) or model_id
 
     def _not_found(self, model_id: str) -> ModelNotFound:
         lost = [f"{candidate.path} {candidate.reason.text}" for candidate in self.explain(model_id)]

@@ -44,6 +44,8 @@ class Plan(NamedTuple):
     entries: Mapping[str, str | LinkedRepo]
     """By name, sorted: the path in the real cache that a link leads to, or the linked repo of a user's model."""
     left_out: tuple[LeftOut, ...]
+    hidden: Mapping[str, str]
+    """Entries of the real cache that share their one name on the tree's volume with another: path -> path of that."""
 
     @property
     def linked_repos(self) -> dict[str, LinkedRepo]:
@@ -86,12 +88,17 @@ def plan(
             left_out.append(LeftOut(model, Reason(Code.NOT_LINKABLE, text)))
             continue
         models[name] = model
-    shown = [each for each in cached if (fold(each.name) if case_insensitive else each.name) not in taken]
-    entries: dict[str, str | LinkedRepo] = {each.name: each.path for each in shown}
-    commits = {commit for each in shown for commit in each.commits}
+    shown: dict[str, Entry] = {}
+    hidden: dict[str, str] = {}
+    for each in sorted(cached, key=lambda entry: (not entry.commits, entry.name)):  # what holds a revision comes first
+        name = fold(each.name) if case_insensitive else each.name
+        if name not in taken and (first := shown.setdefault(name, each)) is not each:
+            hidden[each.path] = first.path
+    entries: dict[str, str | LinkedRepo] = {each.name: each.path for each in shown.values()}
+    commits = {commit for each in shown.values() for commit in each.commits}
     for name, model in models.items():
         entries[name] = _linked_repo(model, commits, (earlier or {}).get(name))
-    return Plan(dict(sorted(entries.items())), tuple(left_out))
+    return Plan(dict(sorted(entries.items())), tuple(left_out), hidden)
 
 
 def _linked_repo(model: Model, commits: set[str], earlier: LinkedRepo | None) -> LinkedRepo:

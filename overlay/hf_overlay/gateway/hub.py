@@ -41,6 +41,9 @@ class Overlay(Protocol):
     def refresh(self) -> object:
         """Make the tree show what is on the disk now. Raises SessionError, or OutOfFiles when nothing was seen."""
 
+    def spelled(self, model_id: str) -> str:
+        """The id as the user's folders spell it, where one of them answers to this spelling; else as it is given."""
+
     def seconds_since_change(self, model_id: str) -> float:
         """Seconds since a refresh found the user's model added, changed or removed; infinite when none did."""
 
@@ -91,6 +94,7 @@ class Hub:
         """
         if not _is_id(model_id):
             return None
+        model_id = self._overlay.spelled(model_id)
         found = self._overlay.linked_repo(model_id)
         if found is not None:
             if self._overlay.seconds_since_change(model_id) >= SETTLE_SECONDS:
@@ -122,6 +126,7 @@ class Hub:
         """Whether the model's folder is there and the tree lacks it, or the other way round; or the tree is gone."""
         if not self._overlay.is_there:
             return True
+        model_id = self._overlay.spelled(model_id)
         found = self._overlay.linked_repo(model_id)
         if found is not None:
             return not self._overlay.is_folder(found.model.path, found.model.root)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 
 from hf_overlay import hfcache
-from hf_overlay.catalog.plan import Plan
+from hf_overlay.catalog.plan import Plan, fold
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.models import Model
 from hf_overlay.tree import announced, files, store
@@ -83,7 +83,11 @@ class Tree:
                 there = store.place(self._session, name, entry)
             placed[name] = there
             entries[name] = there.link
-        entries |= {name: path for name, path in self._written().items() if name not in placed}
+        # Folders that clients wrote stand where links to the cache would, but not where linked repos do.
+        key = fold if self.is_case_insensitive else str
+        written = {key(name): (name, path) for name, path in self._written().items()}
+        entries = {name: target for name, target in entries.items() if name in placed or key(name) not in written}
+        entries |= dict(written[folded] for folded in written.keys() - {key(name) for name in placed})
         if self._generation == 0 or entries != self._entries or not self._is_whole():
             gone = {name for name, each in self._placed.items() if not is_there(each.repo.model)}
             self._switch(entries)

@@ -23,10 +23,12 @@ class Listed(NamedTuple):
 
 
 class Located(NamedTuple):
-    """The folder of a model, and the bytes of its weights."""
+    """The folder of a model, the bytes of its weights, and its id."""
 
     path: str
     nbytes: int
+    id: str
+    """As the disk spells it: its volume may take several spellings of a name for one."""
 
 
 class _NotHere(NamedTuple):
@@ -106,4 +108,4 @@ class Library:
             near = f"; did you mean {error.near}?" if error.near is not None else ""
             return _NotHere(model_id, near)
         weights = (file for file in model.files if file.name.endswith(".safetensors") and "/" not in file.name)
-        return Located(model.path, sum(file.size for file in weights))
+        return Located(model.path, sum(file.size for file in weights), model.id)
