@@ -57,6 +57,8 @@ class Catalog:
         """Cached repos that were left out because one of them makes every cache scan fail: path -> why."""
         self._away: dict[str, tuple[int | None, frozenset[str]]] = {}
         """Model paths that went away since they were seen: the device they were on, and the ids they held."""
+        self._excluded: set[str] = set()
+        """The ids to exclude, as the user's folders spell them."""
         self._hidden: Mapping[str, str] = {}
         """Cached repos that share their name with another on the tree's volume: path -> path of that."""
         self._last: dict[str, Model] = {}
@@ -79,7 +81,11 @@ class Catalog:
         `only_settled` is for scanning at short intervals: a model that changed since the last scan is taken over by
         the next scan that finds it unchanged, so that one that is being copied does not count as new every time.
         """
-        found = tuple(map(self._without_excluded, self._scanner.scan()))
+        scanned = self._scanner.scan()
+        if self.settings.exclude:
+            spellings = Spellings(scanned, self.patience)
+            self._excluded = {spellings.of(each) or each for each in self.settings.exclude}
+        found = tuple(map(self._without_excluded, scanned))
         last, self._last = self._last, {model.path: model for source in found for model in source.models}
         if only_settled:
             taken = {model.path: model for source in self.sources for model in source.models}
@@ -98,7 +104,7 @@ class Catalog:
         self._away = away  # replaced as a whole: other threads read it
 
     def _without_excluded(self, source: Source) -> Source:
-        out = [model for model in source.models if model.id in self.settings.exclude]
+        out = [model for model in source.models if model.id in self._excluded]
         if not out:
             return source
         reason = Reason(Code.EXCLUDED, "is left out by --exclude")
@@ -116,7 +122,7 @@ class Catalog:
 
     def incomplete(self, model_id: str) -> Reject | None:
         """The user's folder of this id that was left out because a part of it is missing; None when there is none."""
-        if model_id in self.settings.exclude:
+        if model_id in self._excluded:
             return None
         rejects = (reject for source in self.sources for reject in source.rejects if reject.id == model_id)
         return next((reject for reject in rejects if reject.reason.code is Code.INCOMPLETE), None)
