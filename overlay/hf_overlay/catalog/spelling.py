@@ -34,7 +34,8 @@ class Spellings:
         self._places: dict[str, list[_Place]] = {}
         for source in sources:
             incomplete = (reject for reject in source.rejects if reject.reason.code is Code.INCOMPLETE)
-            found = [(each.id, each.path) for each in source.models] + [(each.id, each.path) for each in incomplete]
+            models = (each for each in source.models if each.kind == "models")
+            found = [(each.id, each.path) for each in models] + [(each.id, each.path) for each in incomplete]
             for model_id, path in found:
                 if model_id is not None:
                     self._places.setdefault(fold(model_id), []).append(_Place(model_id, path, source.root))

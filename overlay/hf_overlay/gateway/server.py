@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import re
 import socket
 import threading
 import time
@@ -43,6 +44,8 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+_OF_A_GATEWAY = re.compile(r"/[0-9a-f]{40}$")
+_ENDED = "the overlay that this program was started in has ended; start it again in one that is open (hf-overlay env)"
 _HOP_BY_HOP = frozenset(
     {
         "connection",
@@ -144,9 +147,11 @@ class Gateway:
         path: str = request.scope["raw_path"].decode("ascii").partition("?")[0]
         prefix, path = path[: len(self._prefix)], path[len(self._prefix) :]
         if not hmac.compare_digest(prefix, self._prefix) or not path.startswith("/"):
+            if _OF_A_GATEWAY.match(prefix):  # whose port this one has got
+                return routes.error(404, "RepoNotFound", _ENDED)
             return routes.error(404, "EntryNotFound", "no such page")
         target = routes.parse(path, lambda model_id: self._hub.refresh_and_find(model_id) is not None)
-        found = self._hub.refresh_and_find(target.repo_id) if target is not None and target.kind == "models" else None
+        found = self._hub.refresh_and_find(target.repo_id, target.kind) if target is not None else None
         if found is None and target is not None and target.precedes_download(request.method):
             found = self._hub.refuse_download(target.repo_id, target.folder)
         if target is None or found is None:

@@ -60,6 +60,11 @@ class Downloader:
         self._unknown: dict[str, float] = {}
         """Ids that the Hub does not have -> when it said so, in monotonic seconds; oldest first."""
 
+    @property
+    def has_work(self) -> bool:
+        """Whether a model is being downloaded, or looked up."""
+        return bool(self._running)
+
     async def fetch(self, model_id: str, progress: Callable[[str], None]) -> None:
         """Download a model.
 

@@ -63,7 +63,7 @@ def test_every_spelling_of_an_id_is_the_users_model(drive: Path, hub: Path, sess
             found = Hub(session).find(spelled)
             assert isinstance(found, LinkedRepo)
             assert found.model == model
-            assert not Hub(session)._is_behind(spelled)
+            assert not Hub(session)._is_behind(spelled, "models")
         assert session.find("ORG/repo").id == "org/Repo", "a repo in cache layout, too"
         with pytest.raises(hf_overlay.IncompleteModel):
             session.resolve("org/half")

@@ -99,7 +99,11 @@ def test_no_look_at_the_disk_takes_it_for_an_answer(
     (models / "org/linked/chat_template.jinja").symlink_to(shards / "model-00001-of-00001.safetensors")
     add_repo(hub, "org/cached", CACHED)
     add_repo(models, "org/repo", CACHED)
-    settings = config.load([str(models)], os.environ, str(models), kind="any")
+    tier = models.with_name("tier")
+    add_repo(tier, "org/below", CACHED)
+    add_repo(tier, "org/cached", {**CACHED, "more.json": b"{}"})
+    lay_model(tier / "org/folder")
+    settings = config.load([str(models)], os.environ, str(models), kind="any", below=[str(tier)])
     left = 0
     function = getattr(*call)
 
