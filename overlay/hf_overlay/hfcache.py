@@ -32,7 +32,19 @@ _PARTIAL = re.compile(r"(\.[0-9a-f]{8})?\.incomplete$")
 _KINDS = frozenset({"models", "datasets", "spaces", "kernels"})
 _OTHER_REPO = re.compile(r"(datasets|spaces|kernels)--.+")
 _HUB_ID = re.compile(r"(\b[\w\-.]{1,96}\b/)?\b[\w\-.]{1,96}\b", re.ASCII)
-_OS_HELPERS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+_OS_HELPERS = frozenset(
+    {
+        *(".DS_Store", ".localized", ".apdisk", ".VolumeIcon.icns", "Icon\r"),  # macOS
+        *("Thumbs.db", "ehthumbs.db", "desktop.ini"),  # Windows
+        ".directory",  # KDE
+    }
+)
+_OS_FOLDERS = frozenset(
+    {
+        *(".AppleDouble", ".DocumentRevisions-V100", ".Spotlight-V100", ".TemporaryItems", ".Trashes", ".fseventsd"),
+        *("__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"),
+    }
+)
 _NAME_MAX = 255 - len(".0123456789abcdef")
 
 
@@ -40,9 +52,14 @@ class NoSnapshot(Exception):
     """A repo folder holds no revision that `main` stands for; the text says why."""
 
 
+def is_litter(name: str) -> bool:
+    """Whether a file or folder of this name is made by operating systems for themselves, such as `.DS_Store`."""
+    return name.startswith("._") or name in _OS_HELPERS or name in _OS_FOLDERS
+
+
 def is_junk(name: str) -> bool:
-    """Whether a file of this name is never part of a model: OS helpers, AppleDouble, unfinished downloads, locks."""
-    return name.startswith("._") or name in _OS_HELPERS or name.endswith((".incomplete", ".lock"))
+    """Whether a file of this name is never part of a model: litter, unfinished downloads, locks."""
+    return is_litter(name) or name.endswith((".incomplete", ".lock"))
 
 
 # Names ---------------------------------------------------------------------------------------------------------

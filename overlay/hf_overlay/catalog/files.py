@@ -19,8 +19,6 @@ MAX_JSON_BYTES = 64 * 2**20
 MAX_DEPTH = 50
 """Folders within folders in one model; no real model comes near."""
 
-_SYSTEM_FOLDERS = frozenset({"$RECYCLE.BIN", "System Volume Information", "lost+found", "__MACOSX", "__pycache__"})
-
 
 class Unfit(Exception):
     """A folder holds no model that can be loaded."""
@@ -85,7 +83,7 @@ def list_folder(path: str) -> Listing:
             has_links = has_links or entry.is_symlink()
             try:
                 if entry.is_dir():
-                    if not name.startswith(".") and name not in _SYSTEM_FOLDERS:
+                    if not name.startswith(".") and name != "__pycache__":
                         folders.append(name)
                 elif entry.is_file():
                     files.append(name)

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
+from hf_overlay import hfcache
 from hf_overlay.config import OWNER_FILE, Settings, earlier_folders, own_folder
 from hf_overlay.errors import SessionError
 from hf_overlay.tree import files
@@ -247,7 +248,7 @@ def _why_untrusted(path: str) -> str | None:
 
 def _is_empty(folder: str) -> bool:
     try:
-        return not os.listdir(folder)
+        return all(map(hfcache.is_litter, os.listdir(folder)))
     except OSError:
         return False
 

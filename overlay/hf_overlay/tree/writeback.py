@@ -47,6 +47,8 @@ def bring_home(session: str, hub: str) -> dict[str, str]:
 
     Returns the paths that must stay because not all of each could be moved: path -> why.
     """
+    for folder in ("home", "hubs", *store.FOLDERS):
+        files.remove_litter(f"{session}/{folder}")
     stuck: dict[str, str] = {}
     for repo, name in _written_repos(session):
         # One name a session, so that what a kill leaves of it is overwritten when it is done again.
