@@ -13,6 +13,7 @@ OverlayError            an expected failure (the command exits with 1)
 from __future__ import annotations
 
 import errno
+import sys
 
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 """Error numbers that tell of this process, or of the whole system, and never of the path that was to be opened."""
@@ -75,3 +76,15 @@ def check_descriptors(error: OSError) -> None:
         raise OutOfFiles(text) from error
     if error.errno == errno.ENFILE:
         raise OutOfFiles("too many open files on this machine; end programs that keep many open") from error
+
+
+def privacy_advice(error: OSError) -> str | None:
+    """The end of a sentence about an error of macOS's privacy settings: what to allow, and where. None for any other.
+
+    Those refuse with EPERM, where the permissions of files refuse with EACCES.
+    """
+    advice = (
+        "allow it for your terminal, or the program that started this one, under System Settings > "
+        "Privacy & Security > Files and Folders, or Full Disk Access"
+    )
+    return advice if sys.platform == "darwin" and error.errno == errno.EPERM else None

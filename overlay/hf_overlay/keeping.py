@@ -6,7 +6,7 @@ import os
 import re
 from typing import Literal, NamedTuple
 
-from hf_overlay.errors import OUT_OF_FILES
+from hf_overlay.errors import OUT_OF_FILES, privacy_advice
 
 _DRIVE = re.compile(r"/(?:Volumes|media/[^/]+|run/media/[^/]+)/[^/]+")
 """Where systems mount the drives that a person plugs in."""
@@ -43,7 +43,8 @@ def problem(hub: str) -> Problem | None:
             if error.errno in OUT_OF_FILES:
                 raise
             where = "cannot be read" if folder == hub else f"is not there, and {folder} cannot be read"
-            return Problem("unusable", f"{where}: {error.strerror}", "correct that, or HF_HUB_CACHE or HF_HOME")
+            advice = privacy_advice(error) or "correct that, or HF_HUB_CACHE or HF_HOME"
+            return Problem("unusable", f"{where}: {error.strerror}", advice)
     if not os.access(folder, os.W_OK | os.X_OK) or os.statvfs(folder).f_flag & os.ST_RDONLY:
         text = "is read-only" if folder == hub else f"is not there, and cannot be made: {folder} is read-only"
         return Problem("read-only", text, "make it writable")

@@ -5,6 +5,7 @@ settings -> catalog (what is on the disk) -> plan (what the tree must hold) -> t
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -21,7 +22,7 @@ from hf_overlay.catalog import weights
 from hf_overlay.catalog.catalog import Catalog, incomplete_text
 from hf_overlay.catalog.plan import Plan, resolve
 from hf_overlay.config import Settings
-from hf_overlay.errors import OUT_OF_FILES, SessionError, UsageError, check_descriptors
+from hf_overlay.errors import OUT_OF_FILES, SessionError, UsageError, check_descriptors, privacy_advice
 from hf_overlay.gateway.hub import Hub
 from hf_overlay.gateway.server import DEFAULT_UPSTREAM, Gateway
 from hf_overlay.hfcache import LinkedRepo
@@ -481,7 +482,8 @@ def _origin(model: Model) -> str:
 
 def _session_error(path: str, error: OSError) -> SessionError:
     check_descriptors(error)
-    return SessionError(
-        f"cannot build the overlay in {path}: {error.strerror or error}; free some space there, or set "
-        f"{lease.DIRECTORY_VARIABLE} to a folder on a volume that takes symbolic links"
-    )
+    advice = privacy_advice(error)
+    if advice is None:
+        space = "free some space there, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        advice = f"{space}set {lease.DIRECTORY_VARIABLE} to a folder of yours on a volume that takes symbolic links"
+    return SessionError(f"cannot build the overlay in {path}: {error.strerror or error}; {advice}")

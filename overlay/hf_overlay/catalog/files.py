@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from hf_overlay import hfcache
 from hf_overlay.catalog import links
-from hf_overlay.errors import check_descriptors
+from hf_overlay.errors import check_descriptors, privacy_advice
 from hf_overlay.models import Code, File, Reason
 from hf_overlay.patience import NoAnswer
 from hf_overlay.progress import alive
@@ -18,6 +18,9 @@ MAX_JSON_BYTES = 64 * 2**20
 """No real config.json or shard index comes near; a larger one is something else under that name."""
 MAX_DEPTH = 50
 """Folders within folders in one model; no real model comes near."""
+
+_DATALESS = 0x40000000
+"""macOS: the flag of a file or folder (`stat.SF_DATALESS`) that is not on this machine."""
 
 
 class Unfit(Exception):
@@ -39,6 +42,8 @@ def reason_of(error: Unfit | hfcache.NoSnapshot | OSError) -> Reason:
     check_descriptors(error)
     if isinstance(error, FileNotFoundError):
         return Reason(Code.MISSING, "does not exist")
+    if (advice := privacy_advice(error)) is not None:
+        return Reason(Code.NO_PERMISSION, f"cannot be read: macOS does not allow it; {advice}")
     if isinstance(error, PermissionError):
         return Reason(Code.NO_PERMISSION, "cannot be read: permission denied")
     return Reason(Code.UNREADABLE, f"cannot be read: {error.strerror or error}")
@@ -117,6 +122,7 @@ def contents(path: str, top: Listing) -> Contents:
             if is_utf8(name):
                 status = os.stat(f"{path}/{prefix}{name}")
                 alive()
+                _refuse_elsewhere(prefix + name, status)
                 files.append(File(prefix + name, status.st_size, status.st_mtime_ns))
     return Contents(tuple(sorted(files)), tuple(folders), junk, has_links)
 
@@ -156,13 +162,23 @@ def is_utf8(name: str) -> bool:
     return True
 
 
+def _refuse_elsewhere(name: str, status: os.stat_result) -> None:
+    """Raise Unfit for a file whose bytes iCloud keeps: whoever reads it waits until all of them are downloaded."""
+    if getattr(status, "st_flags", 0) & _DATALESS:
+        raise Unfit(
+            Code.INCOMPLETE, f"{name} is in iCloud and not on this Mac; in Finder, choose Keep Downloaded for it"
+        )
+
+
 def read_json(path: str) -> dict[str, Any]:
     """The JSON object in a file. Raises Unfit when it holds none, PermissionError when it may not be read."""
     name = os.path.basename(path)
     try:
         with open(path, "rb") as file:
             # Asked first: reading with a limit would set aside the whole of it for each small file.
-            is_small = os.fstat(file.fileno()).st_size <= MAX_JSON_BYTES
+            status = os.fstat(file.fileno())
+            _refuse_elsewhere(name, status)
+            is_small = status.st_size <= MAX_JSON_BYTES
             data = file.read() if is_small else b""
     except PermissionError:
         raise  # a matter of the folder, as for any other file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from contextlib import suppress
@@ -70,6 +71,22 @@ def size(folder: str) -> int:
     """The bytes of the files below a folder; links do not count."""
     paths = (os.path.join(inside, name) for inside, _, names in os.walk(folder) for name in names)
     return sum(os.lstat(path).st_size for path in paths if not os.path.islink(path))
+
+
+def sync(path: str) -> None:
+    """Wait until the bytes of a file are on the disk itself. Raises OSError.
+
+    On macOS only F_FULLFSYNC waits for the disk; some file systems, such as network mounts, do not know it.
+    """
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            full: int = fcntl.F_FULLFSYNC  # type: ignore[attr-defined]  # macOS only
+            fcntl.fcntl(fd, full)
+        except (AttributeError, OSError):
+            os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def remove(path: str) -> None:

@@ -29,6 +29,7 @@ logger = logging.getLogger("hf_overlay")
 
 DIRECTORY_VARIABLE = "HF_OVERLAY_DIR"
 _PREFIX = "session-"
+_NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 
 
 def sessions_folder(environ: Mapping[str, str]) -> str:
@@ -78,7 +79,10 @@ class Lease:
 
     @classmethod
     def acquire(cls, sessions: str, settings: Settings) -> Lease:
-        """Make a new session folder (0700) and own it. Raises OSError, or SessionError for an untrusted folder."""
+        """Make a new session folder (0700) and own it.
+
+        Raises OSError, or SessionError for an untrusted folder, or one on a volume without locks.
+        """
         os.makedirs(sessions, mode=0o700, exist_ok=True)
         check_trusted(sessions)
         with _exclusive(sessions):  # so that nobody takes the folder for dead before it is locked
@@ -87,12 +91,12 @@ class Lease:
             try:
                 lease = cls(path, os.open(os.path.join(path, OWNER_FILE), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
                 try:
-                    fcntl.flock(lease.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _lock(lease.fd, sessions)
                     lease.record(settings, {})
-                except OSError:
-                    lease.release()
+                except (OSError, SessionError):
+                    os.close(lease.fd)
                     raise
-            except OSError:
+            except (OSError, SessionError):
                 remove(path)
                 raise
         return lease
@@ -130,7 +134,7 @@ class Lease:
             os.makedirs(self.path, mode=0o700, exist_ok=True)  # a client may have made it again
             fd = os.open(os.path.join(self.path, OWNER_FILE), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(fd, sessions)
                 os.pwrite(fd, record, 0)
                 os.dup2(fd, self.fd, inheritable=os.get_inheritable(self.fd))
             finally:
@@ -163,7 +167,7 @@ def dead(sessions: str, path: str) -> Iterator[bool]:
         # in it, either, where somebody else has cleared it and is about to remove it.
         yield _is_empty(path)
         return
-    except OSError:  # held, or a file system that cannot say: no proof
+    except (OSError, SessionError):  # held, or a file system that cannot say: no proof
         yield False
         return
     try:
@@ -191,7 +195,7 @@ def share(sessions: str, path: str) -> int | None:
             except OSError:
                 os.close(fd)
                 raise
-    except OSError:
+    except (OSError, SessionError):
         return None
     os.set_inheritable(fd, True)
     return fd
@@ -264,11 +268,25 @@ def remove(path: str) -> None:
     os.rmdir(path)
 
 
+def _lock(fd: int, sessions: str, how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> None:
+    """Lock a file in the folder of all sessions. Raises OSError, or SessionError where its volume has no locks."""
+    try:
+        fcntl.flock(fd, how)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise SessionError(
+            f"{sessions} is on a volume without file locks ({error.strerror}), as some network mounts are; "
+            f"set {DIRECTORY_VARIABLE} to a folder on another volume"
+        ) from error
+
+
 @contextmanager
 def _exclusive(sessions: str) -> Iterator[None]:
+    """A context that nobody else is in, for one folder of all sessions. Raises as `_lock`."""
     fd = os.open(os.path.join(sessions, "sessions.lock"), os.O_CREAT | os.O_RDWR, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        _lock(fd, sessions, fcntl.LOCK_EX)
         yield
     finally:
         os.close(fd)

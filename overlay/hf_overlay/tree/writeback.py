@@ -259,11 +259,7 @@ def _move(path: str, target: str, aside: str) -> None:
     try:
         shutil.copyfile(path, aside)
         shutil.copystat(path, aside)
-        fd = os.open(aside, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        files.sync(aside)
         os.rename(aside, target)
     except OSError:
         if os.path.exists(aside):
