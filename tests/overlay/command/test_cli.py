@@ -20,7 +20,11 @@ from hf_overlay.command import cli
 from tests.support import hfcache, processes
 from tests.support.folders import lay_model, weights
 
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"from the cache")}
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": weights(b"from the cache"),
+    "tokenizer.json": b"{}",
+}
 
 
 class Result(NamedTuple):
