@@ -10,11 +10,13 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 from hf_overlay.errors import UsageError
 
 MODEL_PATH_VARIABLE = "MLX_OMNI_MODEL_PATH"
+BELOW_VARIABLE = "HF_OVERLAY_BELOW"
 FILE_VARIABLE = "HF_OVERLAY_CONFIG"
 """Names another configuration file; empty: none is read."""
 OWNER_FILE = ".hf-overlay-session"
@@ -46,7 +48,21 @@ DECIDING_VARIABLES = {
 Kind = Literal["mlx", "any"]
 """`mlx`: models that the installed mlx-lm can load; `any`: also those of transformers, diffusers, …"""
 
+OTHER_KINDS = ("datasets", "spaces", "kernels")
+"""What ids of repos that are no models begin with: `datasets/org/name`."""
+
 _OVERLAY = re.compile(r"/session-\d+-[0-9a-f]+/home/hub$")
+
+
+class Map(NamedTuple):
+    """A folder that answers to an id, wherever it lies and whatever it is called."""
+
+    kind: str
+    """`models`, `datasets`, `spaces` or `kernels`."""
+    id: str
+    """As `org/name`."""
+    folder: str
+    """An absolute path."""
 
 
 class Settings(NamedTuple):
@@ -66,6 +82,10 @@ class Settings(NamedTuple):
     """Also take models whose architecture is in a Python file of their own."""
     holds_downloads: bool = False
     """Download also while the real cache is away or read-only; what comes is held in the session's folder."""
+    below: tuple[str, ...] = ()
+    """Tiers: Hugging Face caches and folders of models behind the real cache, which are only read; first to last."""
+    maps: tuple[Map, ...] = ()
+    """Folders that answer to an id, in front of everything else."""
 
 
 class ConfigFile(NamedTuple):
@@ -76,7 +96,9 @@ class ConfigFile(NamedTuple):
     text: str | None = None
     """All of it; None: there is none."""
     model_path: tuple[str, ...] = ()
+    below: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    map: Mapping[str, str] = MappingProxyType({})
 
 
 NO_FILE = ConfigFile()
@@ -96,13 +118,21 @@ class InForce(NamedTuple):
     """The settings that a person gives, each from the first place that has it: flag, variable, file."""
 
     model_path: Given[Sequence[str]]
+    below: Given[Sequence[str]]
     exclude: Given[Sequence[str]]
+    map: Given[Mapping[str, str]]
 
 
 def in_force(
-    model_paths: Sequence[str], exclude: Sequence[str], environ: Mapping[str, str], file: ConfigFile
+    environ: Mapping[str, str],
+    file: ConfigFile,
+    *,
+    model_paths: Sequence[str] = (),
+    below: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    maps: Mapping[str, str] = MappingProxyType({}),
 ) -> InForce:
-    """Choose each setting whole from the first place that gives it; the sequences are those of flags."""
+    """Choose each setting whole from the first place that gives it; what is handed in by name is the flags'."""
     path = file.path or ""
     return InForce(
         model_path=_first(
@@ -110,7 +140,13 @@ def in_force(
             Given(_listed(MODEL_PATH_VARIABLE, environ), MODEL_PATH_VARIABLE),
             Given(file.model_path, path),
         ),
+        below=_first(
+            Given(below, "--below"),
+            Given(_listed(BELOW_VARIABLE, environ), BELOW_VARIABLE),
+            Given(file.below, path),
+        ),
         exclude=_first(Given(exclude, "--exclude"), Given(file.exclude, path)),
+        map=_first(Given(maps, "--map"), Given(file.map, path)),
     )
 
 
@@ -127,19 +163,18 @@ def load(
     exclude: Sequence[str] = (),
     trusts_code: bool = False,
     holds_downloads: bool = False,
+    below: Sequence[str] = (),
+    maps: Mapping[str, str] | None = None,
     file: ConfigFile = NO_FILE,
 ) -> Settings:
     """Settings from the command line, an environment and the configuration file; what comes first wins.
 
-    Raises UsageError for an empty path, and in the shell of an overlay that has ended. Model paths are not looked at.
+    Raises UsageError for an empty path, a malformed id, and in the shell of an overlay that has ended. The paths are
+    not looked at.
     """
-    chosen = in_force(model_paths, exclude, environ, file)
-    roots: dict[str, None] = {}
-    for given in chosen.model_path.value:
-        if not given or "\0" in given:
-            raise UsageError(f"a model path is empty or malformed: {given!r}; give a folder of models")
-        root = _absolute(expand_user(given, environ), cwd)
-        roots[root] = None
+    chosen = in_force(environ, file, model_paths=model_paths, below=below, exclude=exclude, maps=maps or {})
+    roots = _folders(chosen.model_path.value, "a model path", environ, cwd)
+    tiers = _folders(chosen.below.value, "a folder for --below", environ, cwd)
     cache = _absolute(hub_cache(environ), cwd)
     if is_overlay(cache) and not os.path.isdir(cache):
         raise UsageError(
@@ -154,12 +189,47 @@ def load(
         exclude=tuple(chosen.exclude.value),
         trusts_code=trusts_code,
         holds_downloads=holds_downloads,
+        below=tuple(tier for tier in tiers if tier not in roots),
+        maps=tuple(as_map(name, folder, environ, cwd) for name, folder in chosen.map.value.items()),
     )
+
+
+def parse_maps(given: Sequence[str]) -> dict[str, str]:
+    """The folder for each id, from the command line's `ID=DIR`; the last one counts. Raises UsageError."""
+    maps = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals:
+            raise UsageError(f"a map must be ID=DIR, as in org/name=/data/my-model, not {text!r}")
+        maps[name] = folder
+    return maps
+
+
+def as_map(name: str, folder: str, environ: Mapping[str, str], cwd: str) -> Map:
+    """A map from an id to a folder, as they were given. Raises UsageError for what is no id, or no path."""
+    kind, slash, rest = name.partition("/")
+    kind, repo_id = (kind, rest) if slash and kind in OTHER_KINDS else ("models", name)
+    if any(part in ("", ".", "..") for part in repo_id.split("/")) or "\\" in repo_id or "\0" in repo_id:
+        raise UsageError(
+            f"{name!r} is not an id that a folder can be mapped to; give it as org/name or datasets/org/name"
+        )
+    (path,) = _folders([folder], f"the folder for {name}", environ, cwd)
+    return Map(kind, repo_id, path)
 
 
 def _listed(variable: str, environ: Mapping[str, str]) -> list[str]:
     """The paths in an environment variable, separated like PATH."""
     return [part for part in environ.get(variable, "").split(os.pathsep) if part]
+
+
+def _folders(paths: Sequence[str], what: str, environ: Mapping[str, str], cwd: str) -> tuple[str, ...]:
+    """Absolute paths, each once, in order. Raises UsageError for one that is no path."""
+    found: dict[str, None] = {}
+    for given in paths:
+        if not given or "\0" in given:
+            raise UsageError(f"{what} is empty or malformed: {given!r}; give a folder")
+        found[_absolute(expand_user(given, environ), cwd)] = None
+    return tuple(found)
 
 
 def file_path(environ: Mapping[str, str]) -> str | None:

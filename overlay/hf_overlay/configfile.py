@@ -1,7 +1,10 @@
 """The configuration file: TOML that says once for all which folders there are.
 
     model_path = ["/Volumes/LLMS/models", "~/models"]
+    below = ["/shared/huggingface/hub"]
     exclude = ["org/name"]
+    [map]
+    "org/other" = "/data/my-model"
 
 Every mistake in it is a UsageError that names the file, the line, and what to do.
 """
@@ -16,9 +19,9 @@ from hf_overlay import config
 from hf_overlay.config import ConfigFile
 from hf_overlay.errors import UsageError
 
-_LISTS = {"model_path": "folders", "exclude": "ids"}
+_LISTS = {"model_path": "folders", "below": "folders", "exclude": "ids"}
 """Settings that are lists of texts, and of what."""
-_KEYS = (*_LISTS,)
+_KEYS = (*_LISTS, "map")
 
 
 def read(environ: Mapping[str, str]) -> ConfigFile:
@@ -57,7 +60,11 @@ def parse(path: str, text: str) -> ConfigFile:
     for key, value in found.items():
         if (mistake := _mistake(key, value)) is not None:
             raise UsageError(f"{path}:{line_of(text, key)}: {mistake}")
-    return ConfigFile(path, text, **{key: tuple(found.get(key, ())) for key in _LISTS})
+    maps = found.get("map", {})
+    for name, folder in maps.items():
+        if (mistake := _not_mapped(name, folder)) is not None:
+            raise UsageError(f"{path}:{line_of(text, 'map', name)}: {mistake}")
+    return ConfigFile(path, text, **{key: tuple(found.get(key, ())) for key in _LISTS}, map=maps)
 
 
 def line_of(text: str, *keys: str) -> int:
@@ -91,14 +98,31 @@ def _mistake(key: str, value: object) -> str | None:
 
         near = get_close_matches(key.replace("-", "_"), _KEYS, 1)
         return f"there is no setting {key!r}; " + (f"write {near[0]}" if near else f"there are {', '.join(_KEYS)}")
+    if key == "map":
+        return None if isinstance(value, dict) else 'map must be a table; write [map], then "org/name" = "/folder"'
     if not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
         return f'{key} must be a list of {_LISTS[key]}; write {key} = ["…", "…"]'
-    return next((mistake for each in value if (mistake := _not_good(key, each))), None)
+    return next((mistake for each in value if (mistake := _not_good(each, is_folder=_LISTS[key] == "folders"))), None)
 
 
-def _not_good(key: str, text: str) -> str | None:
+def _not_mapped(name: str, folder: object) -> str | None:
+    """What is wrong with a line of the map."""
+    if name in _KEYS:
+        return f"{name} is in the table map; put it above [map]"
+    if not isinstance(folder, str):
+        return f'{name!r} must lead to a folder; write "{name}" = "/folder"'
+    if (mistake := _not_good(folder, is_folder=True)) is not None:
+        return mistake
+    try:
+        config.as_map(name, folder, {}, "/")
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+def _not_good(text: str, *, is_folder: bool) -> str | None:
     if not text or "\0" in text:
-        return f"{key} holds an empty or malformed text, {text!r}; remove it"
-    if _LISTS[key] == "folders" and not (os.path.isabs(text) or text.startswith("~")):
+        return f"an empty or malformed text, {text!r}; remove it"
+    if is_folder and not (os.path.isabs(text) or text.startswith("~")):
         return f"{text!r} is a relative path; write the whole path, or one that begins with ~/"
     return None

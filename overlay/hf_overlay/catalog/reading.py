@@ -10,6 +10,7 @@ from hf_overlay.catalog import weights
 from hf_overlay.catalog.files import Contents, Listing, Unfit, contents, list_folder, read_json
 from hf_overlay.catalog.kinds import ModelTypes
 from hf_overlay.catalog.weights import Problems
+from hf_overlay.config import Map
 from hf_overlay.models import Code, File, Model
 
 SETTLED_SECONDS = 600
@@ -66,6 +67,38 @@ def read_cached_repo(repo: str, model_id: str, root: str, types: ModelTypes | No
     model, inside = _read(path, model_id, "cache", list_folder(path), root, types, commit, problems)
     watched = (*hfcache.watched(repo), f"{path}/config.json", *inside.folders) if _is_settled(model) else None
     return Found(model, inside.junk, watched)
+
+
+def read_mapped(folder: str, mapped: Map, listing: Listing, problems: Problems) -> Model:
+    """What a folder that is mapped to an id stands for: a model or dataset of any kind, or a repo in cache layout.
+
+    Raises Unfit, NoSnapshot or OSError.
+    """
+    path, commit = folder, None
+    if "snapshots" in listing.folders and "blobs" in listing.folders:
+        commit = hfcache.main_commit(folder, any_single=True)
+        path = hfcache.snapshot(folder, commit)
+        listing = list_folder(path)
+    inside = contents(path, listing)
+    if not inside.files:
+        raise Unfit(Code.NO_WEIGHTS, "holds no files")
+    config: dict[str, Any] = {}
+    if mapped.kind == "models":
+        config = read_json(f"{path}/config.json") if "config.json" in listing.files else {}
+        weights.check(path, inside.files, listing.broken, required=False, problems=problems)
+    files, commit = _identified(path, inside.files, commit)
+    model_type = config.get("model_type")
+    return Model(
+        id=mapped.id,
+        source="map",
+        path=path,
+        model_type=model_type if isinstance(model_type, str) else None,
+        size_bytes=sum(file.size for file in files),
+        files=files,
+        root=folder,
+        commit=commit,
+        kind=mapped.kind,
+    )
 
 
 def _read(

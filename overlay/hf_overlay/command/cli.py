@@ -25,6 +25,8 @@ examples:
   hf-overlay run --model-path /Volumes/LLMS/models -- python my_script.py
   hf-overlay run -- mlx_lm.generate --model mlx-community/Llama-3-8B-Instruct --prompt hi
   hf-overlay ls --model-path /Volumes/LLMS/models
+  hf-overlay run --below /shared/huggingface/hub -- python train.py
+  hf-overlay run --map org/name=/data/my-model -- python my_script.py
   mlx_lm.generate --model "$(hf-overlay path org/sub/name)" --prompt hi
   hf-overlay why org/name
   hf-overlay serve --model-path /Volumes/LLMS/models     (and in other shells: eval "$(hf-overlay env)")
@@ -35,6 +37,9 @@ model paths:
   --model-path, as often as you like (the first wins), else MLX_OMNI_MODEL_PATH (several, separated like PATH),
   else model_path in the file that `hf-overlay config` names, else the Hugging Face cache alone. hf-overlay only ever
   reads your folders.
+
+layers, first to last:
+  --map ID=DIR, --model-path DIR, the Hugging Face cache, --below DIR (else HF_OVERLAY_BELOW, separated like PATH)
 """
 
 SERVICE_EXAMPLES = """\
@@ -98,6 +103,21 @@ def make_parser(*, folders: object = None) -> argparse.ArgumentParser:
         "--model-path", action="append", default=[], metavar="DIR", help="a folder of models; repeat it for more"
     )
     model_path.complete = folders  # type: ignore[attr-defined]  # shtab looks for it there
+    below = common.add_argument(
+        "--below",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a Hugging Face cache or a folder of models behind your own cache, only read; repeat it for more",
+    )
+    below.complete = folders  # type: ignore[attr-defined]
+    common.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="ID=DIR",
+        help="this folder answers to this id (org/name, datasets/org/name), before all else; repeat it for more",
+    )
     common.add_argument(
         "--kind",
         choices=get_args(config.Kind),
@@ -188,6 +208,8 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
     return launch.run(
         command,
         options.model_path,
+        below=options.below,
+        maps=config.parse_maps(options.map),
         kind=options.kind,
         exclude=options.exclude,
         offline=options.offline,
@@ -203,6 +225,8 @@ def _serve(options: argparse.Namespace) -> int:
     launch.log_to_stderr(_verbosity(options))
     return service.serve(
         options.model_path,
+        below=options.below,
+        maps=config.parse_maps(options.map),
         kind=options.kind,
         exclude=options.exclude,
         offline=options.offline,
@@ -321,7 +345,14 @@ def _config(options: argparse.Namespace) -> int:
     from hf_overlay.command import settings
 
     file = configfile.read(os.environ)
-    given = config.in_force(options.model_path, options.exclude, os.environ, file)
+    given = config.in_force(
+        os.environ,
+        file,
+        model_paths=options.model_path,
+        below=options.below,
+        exclude=options.exclude,
+        maps=config.parse_maps(options.map),
+    )
     rows = settings.rows(_settings(options, file), given, file, os.environ)
     if options.json:
         return _print_json(
@@ -400,7 +431,14 @@ def _catalog(options: argparse.Namespace, *, warn: bool = True) -> Catalog:
 
 def _settings(options: argparse.Namespace, file: ConfigFile) -> Settings:
     return config.load(
-        options.model_path, os.environ, os.getcwd(), kind=options.kind, exclude=options.exclude, file=file
+        options.model_path,
+        os.environ,
+        os.getcwd(),
+        kind=options.kind,
+        exclude=options.exclude,
+        below=options.below,
+        maps=config.parse_maps(options.map),
+        file=file,
     )
 
 

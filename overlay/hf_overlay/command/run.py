@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from hf_overlay.config import Kind, is_offline
@@ -38,6 +38,8 @@ def run(
     command: Sequence[str],
     model_paths: Sequence[str],
     *,
+    below: Sequence[str],
+    maps: Mapping[str, str],
     kind: Kind | None,
     exclude: Sequence[str],
     offline: bool,
@@ -82,6 +84,8 @@ def run(
     try:
         with open_session(
             model_paths,
+            below=below,
+            maps=maps,
             kind=kind,
             exclude=exclude,
             gateway=not is_offline(environ),

@@ -24,6 +24,8 @@ logger = logging.getLogger("hf_overlay")
 def serve(
     model_paths: Sequence[str],
     *,
+    below: Sequence[str],
+    maps: Mapping[str, str],
     kind: Kind | None,
     exclude: Sequence[str],
     offline: bool,
@@ -47,6 +49,8 @@ def serve(
     try:
         with open_session(
             model_paths,
+            below=below,
+            maps=maps,
             kind=kind,
             exclude=exclude,
             gateway=not config.is_offline(environ),

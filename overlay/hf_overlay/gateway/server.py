@@ -151,7 +151,7 @@ class Gateway:
                 return routes.error(404, "RepoNotFound", _ENDED)
             return routes.error(404, "EntryNotFound", "no such page")
         target = routes.parse(path, lambda model_id: self._hub.refresh_and_find(model_id) is not None)
-        found = self._hub.refresh_and_find(target.repo_id) if target is not None and target.kind == "models" else None
+        found = self._hub.refresh_and_find(target.repo_id, target.kind) if target is not None else None
         if found is None and target is not None and target.precedes_download(request.method):
             found = self._hub.refuse_download(target.repo_id, target.folder)
         if target is None or found is None:
