@@ -64,6 +64,11 @@ class Map(NamedTuple):
     folder: str
     """An absolute path."""
 
+    @property
+    def full_id(self) -> str:
+        """The id as `--map` takes it, with the kind in front where it is no model's."""
+        return self.id if self.kind == "models" else f"{self.kind}/{self.id}"
+
 
 class Settings(NamedTuple):
     """Everything an overlay depends on. All paths are absolute; none of them need exist."""
@@ -96,9 +101,10 @@ class ConfigFile(NamedTuple):
     text: str | None = None
     """All of it; None: there is none."""
     model_path: tuple[str, ...] = ()
-    below: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    below: tuple[str, ...] = ()
     map: Mapping[str, str] = MappingProxyType({})
+    """The folder for each id."""
 
 
 NO_FILE = ConfigFile()
@@ -118,21 +124,21 @@ class InForce(NamedTuple):
     """The settings that a person gives, each from the first place that has it: flag, variable, file."""
 
     model_path: Given[Sequence[str]]
-    below: Given[Sequence[str]]
     exclude: Given[Sequence[str]]
+    below: Given[Sequence[str]]
     map: Given[Mapping[str, str]]
 
 
 def in_force(
+    model_paths: Sequence[str],
+    exclude: Sequence[str],
     environ: Mapping[str, str],
     file: ConfigFile,
     *,
-    model_paths: Sequence[str] = (),
     below: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    maps: Mapping[str, str] = MappingProxyType({}),
+    maps: Mapping[str, str] | None = None,
 ) -> InForce:
-    """Choose each setting whole from the first place that gives it; what is handed in by name is the flags'."""
+    """Choose each setting whole from the first place that gives it; what is not in `environ` or `file` are flags."""
     path = file.path or ""
     return InForce(
         model_path=_first(
@@ -140,13 +146,13 @@ def in_force(
             Given(_listed(MODEL_PATH_VARIABLE, environ), MODEL_PATH_VARIABLE),
             Given(file.model_path, path),
         ),
+        exclude=_first(Given(exclude, "--exclude"), Given(file.exclude, path)),
         below=_first(
             Given(below, "--below"),
             Given(_listed(BELOW_VARIABLE, environ), BELOW_VARIABLE),
             Given(file.below, path),
         ),
-        exclude=_first(Given(exclude, "--exclude"), Given(file.exclude, path)),
-        map=_first(Given(maps, "--map"), Given(file.map, path)),
+        map=_first(Given(maps or {}, "--map"), Given(file.map, path)),
     )
 
 
@@ -172,7 +178,7 @@ def load(
     Raises UsageError for an empty path, a malformed id, and in the shell of an overlay that has ended. The paths are
     not looked at.
     """
-    chosen = in_force(environ, file, model_paths=model_paths, below=below, exclude=exclude, maps=maps or {})
+    chosen = in_force(model_paths, exclude, environ, file, below=below, maps=maps)
     roots = _folders(chosen.model_path.value, "a model path", environ, cwd)
     tiers = _folders(chosen.below.value, "a folder for --below", environ, cwd)
     cache = _absolute(hub_cache(environ), cwd)
@@ -182,7 +188,7 @@ def load(
             f"or leave it: {how_to_leave(environ)}"
         )
     return Settings(
-        roots=tuple(roots),
+        roots=roots,
         hub_cache=cache,
         hf_home=_absolute(hf_home(environ), cwd),
         kind=kind,
@@ -190,7 +196,7 @@ def load(
         trusts_code=trusts_code,
         holds_downloads=holds_downloads,
         below=tuple(tier for tier in tiers if tier not in roots),
-        maps=tuple(as_map(name, folder, environ, cwd) for name, folder in chosen.map.value.items()),
+        maps=tuple(_map(name, folder, environ, cwd) for name, folder in chosen.map.value.items()),
     )
 
 
@@ -205,14 +211,23 @@ def parse_maps(given: Sequence[str]) -> dict[str, str]:
     return maps
 
 
-def as_map(name: str, folder: str, environ: Mapping[str, str], cwd: str) -> Map:
-    """A map from an id to a folder, as they were given. Raises UsageError for what is no id, or no path."""
-    kind, slash, rest = name.partition("/")
-    kind, repo_id = (kind, rest) if slash and kind in OTHER_KINDS else ("models", name)
+def why_not_mappable(name: str) -> str | None:
+    """Why no folder can be mapped to an id, and what to do; None when one can be."""
+    _, repo_id = _kind_and_id(name)
     if any(part in ("", ".", "..") for part in repo_id.split("/")) or "\\" in repo_id or "\0" in repo_id:
-        raise UsageError(
-            f"{name!r} is not an id that a folder can be mapped to; give it as org/name or datasets/org/name"
-        )
+        return f"{name!r} is not an id that a folder can be mapped to; give it as org/name or datasets/org/name"
+    return None
+
+
+def _kind_and_id(name: str) -> tuple[str, str]:
+    kind, slash, rest = name.partition("/")
+    return (kind, rest) if slash and kind in OTHER_KINDS else ("models", name)
+
+
+def _map(name: str, folder: str, environ: Mapping[str, str], cwd: str) -> Map:
+    if (problem := why_not_mappable(name)) is not None:
+        raise UsageError(problem)
+    kind, repo_id = _kind_and_id(name)
     (path,) = _folders([folder], f"the folder for {name}", environ, cwd)
     return Map(kind, repo_id, path)
 

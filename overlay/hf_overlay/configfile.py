@@ -3,8 +3,9 @@
     model_path = ["/Volumes/LLMS/models", "~/models"]
     below = ["/shared/huggingface/hub"]
     exclude = ["org/name"]
+
     [map]
-    "org/other" = "/data/my-model"
+    "org/name" = "/data/my-model"
 
 Every mistake in it is a UsageError that names the file, the line, and what to do.
 """
@@ -60,11 +61,10 @@ def parse(path: str, text: str) -> ConfigFile:
     for key, value in found.items():
         if (mistake := _mistake(key, value)) is not None:
             raise UsageError(f"{path}:{line_of(text, key)}: {mistake}")
-    maps = found.get("map", {})
-    for name, folder in maps.items():
-        if (mistake := _not_mapped(name, folder)) is not None:
+    for name, folder in found.get("map", {}).items():
+        if (mistake := config.why_not_mappable(name) or _not_good("map", folder)) is not None:
             raise UsageError(f"{path}:{line_of(text, 'map', name)}: {mistake}")
-    return ConfigFile(path, text, **{key: tuple(found.get(key, ())) for key in _LISTS}, map=maps)
+    return ConfigFile(path, text, map=found.get("map", {}), **{key: tuple(found.get(key, ())) for key in _LISTS})
 
 
 def line_of(text: str, *keys: str) -> int:
@@ -99,30 +99,17 @@ def _mistake(key: str, value: object) -> str | None:
         near = get_close_matches(key.replace("-", "_"), _KEYS, 1)
         return f"there is no setting {key!r}; " + (f"write {near[0]}" if near else f"there are {', '.join(_KEYS)}")
     if key == "map":
-        return None if isinstance(value, dict) else 'map must be a table; write [map], then "org/name" = "/folder"'
+        if isinstance(value, dict) and all(isinstance(each, str) for each in value.values()):
+            return None
+        return 'map must be a table of folders; write [map], and below it "org/name" = "/data/my-model"'
     if not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
         return f'{key} must be a list of {_LISTS[key]}; write {key} = ["…", "…"]'
-    return next((mistake for each in value if (mistake := _not_good(each, is_folder=_LISTS[key] == "folders"))), None)
+    return next((mistake for each in value if (mistake := _not_good(key, each))), None)
 
 
-def _not_mapped(name: str, folder: object) -> str | None:
-    """What is wrong with a line of the map."""
-    if name in _KEYS:
-        return f"{name} is in the table map; put it above [map]"
-    if not isinstance(folder, str):
-        return f'{name!r} must lead to a folder; write "{name}" = "/folder"'
-    if (mistake := _not_good(folder, is_folder=True)) is not None:
-        return mistake
-    try:
-        config.as_map(name, folder, {}, "/")
-    except UsageError as error:
-        return str(error)
-    return None
-
-
-def _not_good(text: str, *, is_folder: bool) -> str | None:
+def _not_good(key: str, text: str) -> str | None:
     if not text or "\0" in text:
-        return f"an empty or malformed text, {text!r}; remove it"
-    if is_folder and not (os.path.isabs(text) or text.startswith("~")):
+        return f"{key} holds an empty or malformed text, {text!r}; remove it"
+    if key != "exclude" and not (os.path.isabs(text) or text.startswith("~")):
         return f"{text!r} is a relative path; write the whole path, or one that begins with ~/"
     return None

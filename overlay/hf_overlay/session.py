@@ -310,10 +310,9 @@ def open_session(
     """Open an overlay; it is removed when the context ends.
 
     `model_paths` are in order of precedence; without any, MLX_OMNI_MODEL_PATH of `environ` (default: this process's)
-    names them. `below` are read-only tiers behind the user's own cache, Hugging Face caches or folders of models;
-    without any, HF_OVERLAY_BELOW names them. `maps` says which folder answers to an id, before all else: `org/name`,
-    or `datasets/org/name`. For the ids in `exclude` they are all ignored. What is given by neither is taken from the
-    configuration file.
+    names them, else the configuration file. `below` are read-only tiers behind the user's own cache, Hugging Face
+    caches or folders of models; without any, HF_OVERLAY_BELOW or the file names them. `maps` says which folder answers
+    to an id, before all else: `org/name`, or `datasets/org/name`. For the ids in `exclude` they are all ignored.
 
     With `gateway`, programs keep the network: a Hub on loopback serves the user's models and passes on the rest;
     without it, a program that asks the Hub may download a model that the user has. `kind` is `mlx` for models that

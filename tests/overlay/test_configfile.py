@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hf_overlay import config, configfile, open_session
-from hf_overlay.config import ConfigFile, Map
+from hf_overlay.config import ConfigFile
 from hf_overlay.errors import UsageError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,12 +22,12 @@ model_path = [
   "~/models",
 ]
 
-below = ["/shared/hub"]
 exclude = ["org/name"]
+below = ["/shared/hub"]
 
 [map]
-"org/other" = "/data/my model"
-"datasets/org/data" = "~/data"
+"org/mapped" = "/data/mine"
+"datasets/org/rows" = "~/rows"
 """
 MISTAKES = {
     "no TOML": ('exclude = ["a"]\nmodel_path = /Volumes\n', 2, "this is not TOML (Invalid value"),
@@ -40,15 +40,9 @@ MISTAKES = {
     "a table in place of a list": ("[exclude]\na = 1\n", 1, "must be a list of ids"),
     "a relative path": ('exclude = []\nmodel_path = ["/a", "b/c"]\n', 2, "'b/c' is a relative path; write the whole"),
     "an empty path": ('model_path = [""]\n', 1, "empty or malformed text, ''"),
-    "a map of numbers": ('exclude = []\n[map]\n"a/b" = "/c"\n"d/e" = 3\n', 4, "'d/e' must lead to a folder; write"),
-    "a map to a relative path": ('[map]\n"a/b" = "c"\n', 2, "'c' is a relative path"),
-    "a map of no id": ('[map]\n"../b" = "/c"\n', 2, "'../b' is not an id that a folder can be mapped to; give it"),
-    "a list in the map": (
-        '[map]\n"a/b" = "/c"\nmodel_path = ["/a"]\n',
-        3,
-        "model_path is in the table map; put it above",
-    ),
-    "a list in place of the map": ('map = ["a/b=/c"]\n', 1, "map must be a table"),
+    "a map that is no table": ('map = ["/a"]\n', 1, "map must be a table of folders; write [map]"),
+    "a mapped id that is none": ('[map]\n"a/b" = "/a"\n"../c" = "/c"\n', 3, "'../c' is not an id"),
+    "a mapped folder that is relative": ('[map]\n"a/b" = "/a"\n"c" = "d"\n', 3, "'d' is a relative path"),
     "a NUL": ('exclude = ["a\\u0000"]\n', 1, "malformed"),
 }
 
@@ -60,36 +54,32 @@ def file(home: Path) -> Path:
     return path
 
 
-def test_it_says_the_ordered_roots_tiers_exclusions_and_maps() -> None:
+def test_it_says_the_ordered_roots_and_the_exclusions() -> None:
     found = configfile.parse("/c", GOOD)
     assert found.model_path == ("/Volumes/LLMS/models", "~/models")
-    assert found.below == ("/shared/hub",)
     assert found.exclude == ("org/name",)
     settings = config.load([], {"HOME": "/home/me"}, "/", file=found)
     assert settings.roots == ("/Volumes/LLMS/models", "/home/me/models")
     assert settings.below == ("/shared/hub",)
-    assert settings.exclude == ("org/name",)
     assert settings.maps == (
-        Map("models", "org/other", "/data/my model"),
-        Map("datasets", "org/data", "/home/me/data"),
+        config.Map("models", "org/mapped", "/data/mine"),
+        config.Map("datasets", "org/rows", "/home/me/rows"),
     )
+    assert settings.exclude == ("org/name",)
 
 
 def test_flags_beat_the_variable_and_the_variable_beats_the_file() -> None:
     file = configfile.parse("/c", GOOD)
-    environ = {"HOME": "/home/me", config.MODEL_PATH_VARIABLE: "/by/variable", config.BELOW_VARIABLE: "/1:/2"}
-    maps = {"x/y": "/z"}
-    both = config.load(["/by/flag"], environ, "/", below=["/3"], exclude=["a/b"], maps=maps, file=file)
-    assert (both.roots, both.below, both.exclude) == (("/by/flag",), ("/3",), ("a/b",))
-    assert both.maps == (Map("models", "x/y", "/z"),)
-    one = config.load([], environ, "/", file=file)
-    assert (one.roots, one.below, one.exclude) == (("/by/variable",), ("/1", "/2"), ("org/name",))
-    assert [each.origin for each in config.in_force(environ, file)] == [
-        *("MLX_OMNI_MODEL_PATH", "HF_OVERLAY_BELOW", "/c", "/c")
-    ]
-    given = config.in_force(environ, file, model_paths=["/x"], below=["/b"], exclude=["y"], maps=maps)
-    assert [each.origin for each in given] == ["--model-path", "--below", "--exclude", "--map"]
-    assert {each.origin for each in config.in_force({}, config.NO_FILE)} == {"default"}
+    variable = {"HOME": "/home/me", config.MODEL_PATH_VARIABLE: "/by/variable"}
+    both = config.load(["/by/flag"], variable, "/", exclude=["a/b"], file=file)
+    assert (both.roots, both.exclude) == (("/by/flag",), ("a/b",))
+    one = config.load([], variable, "/", file=file)
+    assert (one.roots, one.exclude) == (("/by/variable",), ("org/name",))
+    origins = [each.origin for each in config.in_force([], [], variable, file)]
+    assert origins == [config.MODEL_PATH_VARIABLE, "/c", "/c", "/c"]
+    flags = config.in_force(["/x"], ["y"], variable, file, below=["/z"], maps={"a": "/a"})
+    assert [each.origin for each in flags] == ["--model-path", "--exclude", "--below", "--map"]
+    assert {each.origin for each in config.in_force([], [], {}, config.NO_FILE)} == {"default"}
 
 
 @pytest.mark.parametrize("case", MISTAKES)

@@ -346,11 +346,11 @@ def _config(options: argparse.Namespace) -> int:
 
     file = configfile.read(os.environ)
     given = config.in_force(
+        options.model_path,
+        options.exclude,
         os.environ,
         file,
-        model_paths=options.model_path,
         below=options.below,
-        exclude=options.exclude,
         maps=config.parse_maps(options.map),
     )
     rows = settings.rows(_settings(options, file), given, file, os.environ)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from hf_overlay import config, configfile
-from hf_overlay.config import ConfigFile, InForce, Map, Settings
+from hf_overlay.config import ConfigFile, InForce, Settings
 from hf_overlay.tree import lease
 
 
@@ -14,18 +14,14 @@ class Row(NamedTuple):
     """One setting."""
 
     name: str
-    value: str | list[str] | dict[str, str]
-    """A folder, a list of folders or ids, or the folder for each id."""
+    value: str | list[str]
+    """A folder, or a list of folders, ids, or `ID=FOLDER`."""
     origin: str
     """A flag, a variable, `FILE:LINE`, or `default`."""
 
     def lines(self) -> list[tuple[str, str, str]]:
         """The cells of a table: one line for each value."""
-        if isinstance(self.value, dict):
-            values = [f"{id_} = {folder}" for id_, folder in self.value.items()]
-        else:
-            values = [self.value] if isinstance(self.value, str) else self.value
-        values = values or ["-"]
+        values = [self.value] if isinstance(self.value, str) else self.value or ["-"]
         return [(self.name if number == 0 else "", value, self.origin) for number, value in enumerate(values)]
 
 
@@ -33,9 +29,9 @@ def rows(settings: Settings, given: InForce, file: ConfigFile, environ: Mapping[
     """All settings, those that a person gives first. `given` is where those come from. Raises OSError."""
     folders = {"hub_cache": settings.hub_cache, "hf_home": settings.hf_home}
     return [
-        Row("map", {_id(each): each.folder for each in settings.maps}, _origin("map", given.map.origin, file)),
         Row("model_path", list(settings.roots), _origin("model_path", given.model_path.origin, file)),
         Row("below", list(settings.below), _origin("below", given.below.origin, file)),
+        Row("map", [f"{each.full_id}={each.folder}" for each in settings.maps], _origin("map", given.map.origin, file)),
         Row("exclude", list(settings.exclude), _origin("exclude", given.exclude.origin, file)),
         *(Row(name, path, _deciding(config.DECIDING_VARIABLES[name], environ)) for name, path in folders.items()),
         Row("sessions", lease.sessions_folder(environ), _deciding((lease.DIRECTORY_VARIABLE,), environ)),
@@ -47,10 +43,6 @@ def _origin(name: str, origin: str, file: ConfigFile) -> str:
     if origin != file.path or file.text is None:
         return origin
     return f"{origin}:{configfile.line_of(file.text, name)}"
-
-
-def _id(each: Map) -> str:
-    return each.id if each.kind == "models" else f"{each.kind}/{each.id}"
 
 
 def _deciding(variables: tuple[str, ...], environ: Mapping[str, str]) -> str:

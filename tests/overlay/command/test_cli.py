@@ -224,27 +224,29 @@ def test_config_says_what_is_in_force_and_where_each_comes_from(
     file = home / ".config/hf-overlay/config.toml"
     assert hf_overlay("config").out.splitlines()[0] == f"{file} (there is none)"
     file.parent.mkdir(parents=True)
-    file.write_text(f'# mine\nmodel_path = ["{models}", "~/more"]\n\nexclude = ["org/mine"]\n[map]\n"a/b" = "/c"\n')
+    file.write_text(
+        f'# mine\nmodel_path = ["{models}", "~/more"]\n\nexclude = ["org/mine"]\nbelow = ["/shared"]\n[map]\n"datasets/a/b" = "/rows"\n'
+    )
     monkeypatch.setenv("HF_HOME", "/Volumes/X/hf")
     found = hf_overlay("config", "--json").json
     assert (found["file"], found["is_there"]) == (str(file), True)
     assert {row["name"]: (row["value"], row["origin"]) for row in found["settings"]} | {"sessions": None} == {
         "model_path": ([str(models), f"{home}/more"], f"{file}:2"),
-        "below": ([], "default"),
+        "below": (["/shared"], f"{file}:5"),
+        "map": (["datasets/a/b=/rows"], f"{file}:6"),
         "exclude": (["org/mine"], f"{file}:4"),
-        "map": ({"a/b": "/c"}, f"{file}:5"),
         "hub_cache": ("/Volumes/X/hf/hub", "HF_HOME"),
         "hf_home": ("/Volumes/X/hf", "HF_HOME"),
         "sessions": None,
     }
     monkeypatch.setenv("MLX_OMNI_MODEL_PATH", "/by/variable")
-    shown = hf_overlay("config", "--exclude", "a/b", "--map", "datasets/x/y=/z").out.splitlines()
+    shown = hf_overlay("config", "--exclude", "a/b").out.splitlines()
     assert shown[0] == str(file)
     assert [line.split() for line in shown[1:6]] == [
         ["SETTING", "VALUE", "ORIGIN"],
-        ["map", "datasets/x/y", "=", "/z", "--map"],
         ["model_path", "/by/variable", "MLX_OMNI_MODEL_PATH"],
-        ["below", "-", "default"],
+        ["below", "/shared", f"{file}:5"],
+        ["map", "datasets/a/b=/rows", f"{file}:6"],
         ["exclude", "a/b", "--exclude"],
     ]
 
