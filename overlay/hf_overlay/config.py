@@ -78,7 +78,7 @@ class Settings(NamedTuple):
     hub_cache: str
     """The real cache: what huggingface_hub calls HF_HUB_CACHE."""
     hf_home: str
-    """What huggingface_hub calls HF_HOME: tokens, Xet cache, datasets, modules."""
+    """The folder that huggingface_hub calls HF_HOME: tokens, Xet cache, datasets, modules."""
     kind: Kind | None = None
     """The models to take: those that mlx-lm can load, or any; None: `mlx` where mlx-lm is installed, else `any`."""
     exclude: tuple[str, ...] = ()
@@ -312,7 +312,7 @@ def applied(variables: Mapping[str, str | None], environ: Mapping[str, str]) -> 
 
 
 def past_proxies(environ: Mapping[str, str]) -> dict[str, str]:
-    """What keeps loopback out of the proxy that an environment prescribes; nothing where it prescribes none."""
+    """The variables that keep loopback out of an environment's proxy; none where it prescribes no proxy."""
     names = {name.lower() for name, value in environ.items() if value}
     if not names & {"http_proxy", "all_proxy"}:
         return {}

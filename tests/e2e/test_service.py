@@ -23,7 +23,11 @@ from tests.support.online import Person, at_a_shell, cached, contents
 from tests.support.processes import OVERLAY, PYTHON, SECONDS, Finished, eventually, finish, start, succeed
 
 MINE, NEW = "acme/mine", "org/new"
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(bytes(range(256)) * 100)}
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": weights(bytes(range(256)) * 100),
+    "tokenizer.json": b"{}",
+}
 NONE_RUNNING = "hf-overlay: error: no overlay is being served; start one: hf-overlay serve --model-path DIR\n"
 ENV = 'eval "$(hf-overlay env)"'
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from hf_overlay import hfcache
 from hf_overlay.catalog import weights
 from hf_overlay.catalog.files import Contents, Listing, Unfit, contents, list_folder, read_json
-from hf_overlay.catalog.kinds import ModelTypes
+from hf_overlay.catalog.kinds import ModelTypes, may_be_tokenizer
 from hf_overlay.catalog.weights import Problems
 from hf_overlay.config import Map
 from hf_overlay.models import Code, File, Model
@@ -114,6 +114,8 @@ def _read(
     config = _checked_config(path, listing, types)
     inside = contents(path, listing)
     weights.check(path, inside.files, listing.broken, required=types is not None, problems=problems)
+    if types is not None:
+        _check_tokenizer(inside)
     files = inside.files
     if source == "custom":
         files, commit = _identified(path, files, commit)
@@ -132,7 +134,7 @@ def _read(
 
 
 def _checked_config(path: str, folder: Listing, types: ModelTypes | None) -> dict[str, Any]:
-    """What config.json says, empty where there is none; raises Unfit unless mlx-lm loads that, if `types` are given."""
+    """The content of config.json, empty where there is none. Raises Unfit if `types` do not hold the model's."""
     if not has_marker(folder, types):
         formats = {name.rsplit(".", 1)[1] for name in folder.files if name.endswith(weights.SUFFIXES)}
         only = f" (only .{', .'.join(sorted(formats))} files)" if formats else ""
@@ -144,6 +146,14 @@ def _checked_config(path: str, folder: Listing, types: ModelTypes | None) -> dic
         if (text := types.why_not(config)) is not None:
             raise Unfit(Code.OTHER_KIND, text)
     return config
+
+
+def _check_tokenizer(inside: Contents) -> None:
+    """Raise Unfit for a model without a tokenizer, without which mlx-lm loads nothing."""
+    if any(may_be_tokenizer(file.name) for file in inside.files):
+        return
+    unusable = next((f"{name} {why}" for name, why in inside.left_out.items() if may_be_tokenizer(name)), None)
+    raise Unfit(Code.INCOMPLETE, f"has no tokenizer ({unusable or 'such as tokenizer.json'}): still being copied?")
 
 
 def _identified(path: str, files: tuple[File, ...], commit: str | None) -> tuple[tuple[File, ...], str | None]:

@@ -1,4 +1,4 @@
-"""Who answers for a model on the gateway: the user's folder, the real Hub, or nobody for now."""
+"""The decision whether the user's folder, the real Hub, or nobody for now answers for a model on the gateway."""
 
 from __future__ import annotations
 

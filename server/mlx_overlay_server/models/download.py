@@ -43,7 +43,7 @@ class _Download:
 
     progress: Callable[[str], None]
     waiting: int = 0
-    """How many wait for it."""
+    """Number of callers that wait for it."""
     is_found: bool = False
     """Whether the Hub has the model. From then on it goes on when nobody waits: the next request finds it there."""
     task: asyncio.Task[None] | None = None

@@ -20,7 +20,11 @@ from hf_overlay.command import cli
 from tests.support import hfcache, processes
 from tests.support.folders import lay_model, weights
 
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"from the cache")}
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": weights(b"from the cache"),
+    "tokenizer.json": b"{}",
+}
 
 
 class Result(NamedTuple):
@@ -225,7 +229,8 @@ def test_config_says_what_is_in_force_and_where_each_comes_from(
     assert hf_overlay("config").out.splitlines()[0] == f"{file} (there is none)"
     file.parent.mkdir(parents=True)
     file.write_text(
-        f'# mine\nmodel_path = ["{models}", "~/more"]\n\nexclude = ["org/mine"]\nbelow = ["/shared"]\n[map]\n"datasets/a/b" = "/rows"\n'
+        f'# mine\nmodel_path = ["{models}", "~/more"]\n\nexclude = ["org/mine"]\n'
+        'below = ["/shared"]\n[map]\n"datasets/a/b" = "/rows"\n'
     )
     monkeypatch.setenv("HF_HOME", "/Volumes/X/hf")
     found = hf_overlay("config", "--json").json
