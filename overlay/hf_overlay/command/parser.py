@@ -29,6 +29,28 @@ layers, first to last:
   --map ID=DIR, --model-path DIR, the Hugging Face cache, --below DIR (else HF_OVERLAY_BELOW, separated like PATH)
 """
 
+ENV_EXAMPLES = """\
+examples:
+  eval "$(hf-overlay env)"         in sh, bash and zsh
+  hf-overlay env | source          in fish
+  hf-overlay env --json            for a notebook, which sets them before it imports huggingface_hub
+"""
+
+CONFIG_EXAMPLES = """\
+What comes first wins: flags, then variables, then the file, which is TOML:
+
+  model_path = ["/Volumes/LLMS/models", "~/models"]
+  below = ["/shared/huggingface/hub"]
+  exclude = ["org/name"]
+  [map]
+  "org/other" = "/data/my-model"
+
+examples:
+  hf-overlay config
+  hf-overlay config --json --model-path /Volumes/LLMS/models
+  HF_OVERLAY_CONFIG=other.toml hf-overlay config       another file; empty: none
+"""
+
 SERVICE_EXAMPLES = """\
 What follows -- are options of `hf-overlay serve`, or with --server of `mlx-omni-server`. The unit also carries the
 shell's variables that they read: HF_HOME, MLX_OMNI_MODEL_PATH, HF_TOKEN, proxies, …
@@ -95,8 +117,15 @@ def make_parser(*, folders: object = None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    def add(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text, parents=[*parents])
+    def add(name: str, text: str, *parents: argparse.ArgumentParser, more: str = "") -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=more,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=[*parents],
+        )
 
     network = argparse.ArgumentParser(add_help=False)
     network.add_argument("--offline", action="store_true", help="keep programs off the network: HF_HUB_OFFLINE=1")
@@ -116,7 +145,7 @@ def make_parser(*, folders: object = None) -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="seconds between two scans of your folders (default: 2)",
     )
-    env = add("env", 'print the variables of the overlay that `serve` keeps open: eval "$(hf-overlay env)"', data)
+    env = add("env", "print the variables of the overlay that `serve` keeps open", data, more=ENV_EXAMPLES)
     env.add_argument("--shell", choices=["sh", "fish"], help="sh is also for bash and zsh (default: taken from $SHELL)")
     add("ls", "list the models that can be loaded", common, data)
     add("path", "print the folder that an id is loaded from", common, data).add_argument("id", metavar="ID")
@@ -125,12 +154,12 @@ def make_parser(*, folders: object = None) -> argparse.ArgumentParser:
     )
     add("plan", "print the links an overlay would hold, without making it", common, data)
     add("doctor", "diagnose problems and suggest fixes", common, data)
-    add("config", "print the settings in force, and where each comes from", common, data)
+    add("config", "print the settings in force, and where each comes from", common, data, more=CONFIG_EXAMPLES)
     add("clean", "remove the overlays of programs that were killed; their downloads move to the cache", data)
-    service = add("service", "start the overlay, or the server, at login: launchd or systemd", data)
+    service = add(
+        "service", "start the overlay, or the server, at login: launchd or systemd", data, more=SERVICE_EXAMPLES
+    )
     service.usage = "hf-overlay service [options] {install,uninstall,status} [-- OPTION …]"
-    service.epilog = SERVICE_EXAMPLES
-    service.formatter_class = argparse.RawDescriptionHelpFormatter
     service.add_argument("action", choices=["install", "uninstall", "status"])
     service.add_argument("--server", action="store_true", help="mlx-omni-server in place of hf-overlay serve")
     service.add_argument("--replace", action="store_true", help="also overwrite or remove a unit that is not ours")

@@ -215,15 +215,20 @@ def test_the_server_is_a_service_of_its_own(machine: Machine) -> None:
     assert not machine.unit("mlx-omni-server").exists()
 
 
-def test_folders_get_their_whole_path(machine: Machine) -> None:
+def test_folders_get_their_whole_path(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A unit is not started in the shell's working folder."""
+    monkeypatch.setenv("MLX_OMNI_MODEL_PATH", "models:/else:~/mine:")
+    monkeypatch.setenv("HF_OVERLAY_DIR", "../sessions:1")
     options = ["--model-path", "models", "--model-path=../more", "--model-path", "~/mine", "--exclude", "models/x"]
+    options += ["--map", "a/b=c"]
     assert machine.run("install", "--", *options) == (0, "", "")
     home = machine.home
     assert machine.command()[2:] == [
         *("--model-path", f"{home}/models", f"--model-path={home}/../more", "--model-path", f"{home}/mine"),
-        *("--exclude", "models/x"),
+        *("--exclude", "models/x", "--map", f"a/b={home}/c"),
     ]
+    assert machine.environ()["MLX_OMNI_MODEL_PATH"] == f"{home}/models:/else:{home}/mine"
+    assert machine.environ()["HF_OVERLAY_DIR"] == f"{home}/../sessions:1"
 
 
 @pytest.mark.parametrize("server", [[], ["--server"]])
