@@ -88,6 +88,10 @@ class Settings:
 
     model_paths: tuple[str, ...] = ()
     """Folders of models; (): those in MLX_OMNI_MODEL_PATH, else those in hf-overlay's configuration file."""
+    below: tuple[str, ...] = ()
+    """Read-only tiers behind the user's own cache; (): those in HF_OVERLAY_BELOW, if any."""
+    maps: Mapping[str, str] = field(default_factory=dict)
+    """Folders that answer to an id, before all else: id -> folder."""
     exclude: tuple[str, ...] = ()
     """Ids that are taken from the Hugging Face cache and the Hub, and not from the folders."""
     is_offline: bool = False

@@ -1,4 +1,4 @@
-"""Tiers below the user's own cache, and maps in front of all, as unmodified programs with a Hub see them."""
+"""Tiers below the user's own cache, and maps before all else, as unmodified programs with a Hub find them (P1-P4)."""
 
 from __future__ import annotations
 
