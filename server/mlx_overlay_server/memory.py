@@ -13,7 +13,7 @@ PREFIXES = 1 / 8
 """The part of the memory for KV caches that are kept for later prompts."""
 RUNNING = 1 / 8
 """The part for what is needed while sequences run: their KV caches, and what a prefill computes with."""
-MAX_RUNNING = 8 * 10**9
+MAX_RUNNING = 32 * 10**9
 POOL = 1 / 32
 """The part for MLX's buffer pool: buffers that were freed and are kept to be used again."""
 MAX_POOL = 2 * 10**9
