@@ -59,9 +59,9 @@ def shares(machine: Machine, *, prefixes: int | None = None) -> Shares:
     )
 
 
-def advice(platform: str = sys.platform) -> str:
-    """Return how to make room for a model that the memory budget has no room for, as an imperative."""
-    if platform != "darwin":
+def advice(platform: str | None = None) -> str:
+    """Return what to do about a model that the memory budget is too small for; `platform` as in `sys.platform`."""
+    if (platform or sys.platform) != "darwin":
         return "raise --memory-budget"
     return (
         "raise --memory-budget, or let the GPU use more of the memory: "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,10 @@ import mlx.core as mx
 import pytest
 from mlx_overlay_server.chat.requests import Params
 from mlx_overlay_server.engine.commands import Load, Unload
+from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.engine.ranks import Ranks
-from mlx_overlay_server.engine.worker import POOL_SECONDS
+from mlx_overlay_server.engine.worker import POOL_SECONDS, Worker
+from mlx_overlay_server.errors import Failed, Unavailable
 from mlx_overlay_server.memory import Machine, shares
 from mlx_overlay_server.settings import EngineOptions
 
@@ -140,6 +144,57 @@ def test_the_pool_is_cleared_once_when_the_engine_falls_idle(model: Path, mac: M
             assert stage.waits[-1] > 60
 
     Stage(EngineOptions()).play(script)
+
+
+# The event loop's side --------------------------------------------------------------------------------------------
+
+
+def _used(use: Callable[[Engine], Awaitable[None]], options: EngineOptions = EngineOptions()) -> None:  # noqa: B008
+    async def main() -> None:
+        engine = Engine(options)
+        engine.start()
+        try:
+            async with asyncio.timeout(60):
+                await use(engine)
+        finally:
+            await engine.stop()
+
+    asyncio.run(main())
+
+
+def test_the_event_loop_waits_until_the_engine_knows_the_machine(mac: Mac) -> None:
+    async def use(engine: Engine) -> None:
+        assert await engine.memory() == shares(Machine(RECOMMENDED, is_metal=True))
+
+    _used(use)
+
+
+def test_who_waits_for_an_engine_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Worker) -> None:
+        raise ImportError("libmlx is missing")
+
+    monkeypatch.setattr(Worker, "_prepare", broken)
+
+    async def use(engine: Engine) -> None:
+        with pytest.raises(Failed, match="libmlx is missing"):
+            await engine.memory()
+
+    _used(use)
+
+
+# Each way that sequences run in: the batch, and beside it.
+@pytest.mark.parametrize("options", [EngineOptions(), EngineOptions(kv_bits=8)], ids=["in the batch", "alone"])
+def test_warming_up_takes_one_token_and_keeps_nothing(options: EngineOptions, model: Path) -> None:
+    async def use(engine: Engine) -> None:
+        loaded = await engine.load(str(model))
+        await engine.warm_up(loaded)
+        assert engine.stats.steps > 0
+        assert (engine.pending, engine.stats.cache_entries) == (0, 0)
+        engine.unload(loaded)
+        with pytest.raises(Unavailable):
+            await engine.warm_up(loaded)
+
+    _used(use, options)
 
 
 # Ranks ------------------------------------------------------------------------------------------------------------
