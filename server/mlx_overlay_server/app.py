@@ -19,6 +19,7 @@ from mlx_overlay_server.api.guard import Guard
 from mlx_overlay_server.api.openai import routes as openai
 from mlx_overlay_server.api.refusals import add_error_handlers, refuse
 from mlx_overlay_server.api.responses import routes as responses
+from mlx_overlay_server.awake import keep_awake
 from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.errors import ServerError
 from mlx_overlay_server.metrics import Metrics
@@ -45,6 +46,9 @@ def build(settings: Settings, session: hf_overlay.Session, process: Process | No
             asyncio.create_task(preload(service.pool, settings.models, service.engine.warm_up)),
             asyncio.create_task(_log_memory(service.engine, settings.memory_budget)),
             asyncio.create_task(service.pool.sweep()),
+            asyncio.create_task(
+                keep_awake(lambda: service.has_work or (downloader is not None and downloader.has_work))
+            ),
         ]
         try:
             yield

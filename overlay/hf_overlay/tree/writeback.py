@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from hf_overlay import hfcache, keeping
 from hf_overlay.tree import files, store, usage
@@ -142,16 +143,26 @@ def _merge(repo: str, place: _Place) -> None:
             os.unlink(path)  # named by its content: the cache has it already
     complete: set[str] = set()
     for commit in _names(f"{repo}/snapshots"):
-        if commit != own and _merge_snapshot(f"{repo}/snapshots/{commit}", commit, place):
+        if commit != own and _merge_snapshot(_revision(repo, commit), commit, place):
             complete.add(commit)
+    shown = _shown_refs(repo)
     for folder in ("trees", ".no_exist", "refs"):
         for relative in _files(f"{repo}/{folder}"):
             path = f"{repo}/{folder}/{relative}"
             content = files.read(path)
             commit = content.decode("ascii", "replace") if folder == "refs" else relative.split("/")[0].split(".")[0]
             wanted = f"{target}/{folder}/{relative}"
+            if folder == "refs" and shown.get(relative) == commit:
+                continue  # nobody wrote it: it is a tier's, or the cache's own
             if commit in complete and not _is_newer(wanted, path):
                 _write(wanted, content, aside)
+
+
+def _revision(repo: str, commit: str) -> str:
+    """The folder of one revision; in a merged repo, clients add files to those that we made, which are views."""
+    view = f"{repo}/{hfcache.VIEWS}/{commit}"
+    is_view = os.path.islink(f"{repo}/snapshots/{commit}") and os.path.isdir(view)
+    return view if is_view else f"{repo}/snapshots/{commit}"
 
 
 def _is_newer(path: str, other: str) -> bool:
@@ -283,12 +294,24 @@ def _own_commit(repo: str) -> str | None:
 
 
 def _origin(repo: str) -> dict[str, str] | None:
+    origin = _recorded(repo)
+    is_model = all(isinstance(origin.get(name), str) for name in ("folder", "commit"))
+    return origin if is_model else None
+
+
+def _shown_refs(repo: str) -> dict[str, str]:
+    """The refs that a merged repo was made with: name -> commit; none for any other repo."""
+    refs = _recorded(repo).get("refs")
+    return refs if isinstance(refs, dict) else {}
+
+
+def _recorded(repo: str) -> dict[str, Any]:
+    """What the file says that tells repos of ours from a client's; empty where there is none."""
     try:
         origin = json.loads(files.read(f"{repo}/{hfcache.ORIGIN}"))
     except (OSError, ValueError, RecursionError):
-        return None
-    is_ours = isinstance(origin, dict) and all(isinstance(origin.get(name), str) for name in ("folder", "commit"))
-    return origin if is_ours else None
+        return {}
+    return origin if isinstance(origin, dict) else {}
 
 
 def _files(folder: str) -> list[str]:
