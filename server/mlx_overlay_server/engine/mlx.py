@@ -84,13 +84,17 @@ def clear_pool() -> None:
 
 
 def drain() -> None:
-    """Wait until nothing is computed any more, and drop an error of the GPU that MLX keeps for the next use of it."""
-    for _ in range(2):  # the first call raises an error that is kept, and thereby ends it
-        try:
-            mx.synchronize()
-        except RuntimeError:
-            continue
-        return
+    """Wait until nothing is computed any more, and drop the errors that MLX keeps for whoever uses it next.
+
+    An error of the GPU is handed on to the CPU's stream where that waits for the GPU, and stays there as well.
+    """
+    for device in (mx.default_device(), mx.Device(mx.cpu)):
+        for _ in range(2):  # the first call raises an error that is kept, and thereby ends it
+            try:
+                mx.synchronize(mx.default_stream(device))
+            except RuntimeError:
+                continue
+            break
 
 
 # Batches ---------------------------------------------------------------------------------------------------------

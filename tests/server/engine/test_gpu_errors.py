@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
+from mlx_overlay_server.chat.grammar import Constraint
 from mlx_overlay_server.chat.requests import Params
 from mlx_overlay_server.engine import alone, mlx
 from mlx_overlay_server.engine.commands import Load, Sampled
@@ -212,16 +213,42 @@ def test_a_batch_that_fails_takes_the_kept_prefixes_of_its_model_along(
     Stage(EngineOptions()).play(script)
 
 
-def test_an_error_that_mlx_keeps_is_dropped_before_anybody_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = [MEMORY]
+class _Breaks:
+    """A grammar's matcher that has to wait for the GPU, which has failed meanwhile."""
 
-    def synchronize() -> None:
-        if kept:
-            raise RuntimeError(kept.pop())
+    problem = None
 
+    def __call__(self, *_: Any) -> Any:
+        raise RuntimeError(MEMORY)
+
+
+@pytest.mark.parametrize("params", [Params(temperature=0), ALONE], ids=["in the batch", "alone"])
+def test_a_late_error_in_a_request_s_own_grammar_is_not_its_alone(params: Params, endless: Path) -> None:
+    def script(stage: Stage) -> Script:
+        yield [Load("a", str(endless)), Load("b", str(endless))]
+        yield from until(lambda: stage.loaded("a", "b"))
+        yield [sequence(1, "b", max_tokens=10**6)]
+        yield from until(lambda: stage.has_begun(1))
+        yield [sequence(2, "a", params=params, constraint=Constraint("{}"), matcher=_Breaks())]
+        yield from until(lambda: stage.is_over(1) and stage.is_over(2))
+
+    stage = Stage(EngineOptions()).play(script)
+    assert [_last(stage, id_).code for id_ in (1, 2)] == ["gpu_out_of_memory"] * 2
+
+
+def test_errors_that_mlx_keeps_are_dropped_before_anybody_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[str, list[str]] = {}
+
+    def synchronize(stream: str) -> None:
+        if kept[stream]:
+            raise RuntimeError(kept[stream].pop())
+
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(mx, "default_stream", lambda device: "gpu" if device == mx.gpu else "cpu")
     monkeypatch.setattr(mx, "synchronize", synchronize)
+    kept |= {"gpu": [MEMORY], "cpu": [MEMORY]}
     mlx.drain()
-    assert kept == []
-    kept += [MEMORY] * 5
+    assert kept == {"gpu": [], "cpu": []}
+    kept |= {"gpu": [MEMORY] * 5}
     mlx.drain()  # a GPU that goes on failing holds nobody up
-    assert len(kept) == 3
+    assert len(kept["gpu"]) == 3
