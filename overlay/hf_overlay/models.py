@@ -100,7 +100,7 @@ class Reject(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The models, and the folders left out, that one scan found in one model path, map or tier, or in the real cache."""
+    """The models, and the folders left out, that one scan found in a model path, a map, a tier or the real cache."""
 
     root: str
     problem: Reason | None
