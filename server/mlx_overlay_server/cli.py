@@ -236,7 +236,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "prefill_step",
         "--prefill-step",
-        "tokens of a prompt that are read between two decoding steps",
+        "most tokens of all prompts that are read at once",
         type=_positive,
         metavar="TOKENS",
     )

@@ -36,7 +36,7 @@ class EngineOptions:
     batch_size: int = 32
     """Sequences of one model that generate at once."""
     prefill_step: int = 2048
-    """Tokens of a prompt that are read between two decoding steps of the other sequences."""
+    """Tokens of prompts that one pass of a model reads at most."""
     cache_bytes: int | None = None
     """Bytes of KV caches that are kept for later prompts; None: a part of the machine's memory (`memory`)."""
     no_wired_memory: bool = False
