@@ -68,7 +68,7 @@ def read(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
     given["maps"] = dict(arguments.maps)
     given["api_key"] = arguments.api_key or environ.get(API_KEY_VARIABLE) or None
     settings = Settings(**_fields_of(Settings, given))
-    if arguments.cache_bytes is None:
+    if arguments.cache_bytes is None and settings.memory_budget is not None:
         given["cache_bytes"] = settings.memory_budget // 8
     return replace(
         settings,
@@ -152,7 +152,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "memory_budget",
         "--memory-budget",
-        "memory for the weights of all loaded models, such as 24G; default: 3/4 of the machine's",
+        "memory for the weights of all loaded models, such as 24G; default: what other uses leave of the machine's",
         type=_size,
         metavar="SIZE",
     )
@@ -167,9 +167,14 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "cache_bytes",
         "--prompt-cache",
-        "memory for KV caches kept for later prompts; default: 1/8 of the memory budget",
+        "memory for KV caches kept for later prompts; default: 1/8 of --memory-budget, else of the machine's",
         type=_size,
         metavar="SIZE",
+    )
+    add(
+        "no_wired_memory",
+        "--no-wired-memory",
+        "on macOS: let the system page models out; slower for large ones, but no kernel panics of wired memory",
     )
     add("kv_bits", "--kv-bits", "quantise KV caches; disables batching", type=int, choices=[2, 3, 4, 6, 8])
     add(
@@ -231,7 +236,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "prefill_step",
         "--prefill-step",
-        "tokens of a prompt that are read between two decoding steps",
+        "most tokens of all prompts that are read at once",
         type=_positive,
         metavar="TOKENS",
     )

@@ -72,7 +72,10 @@ def is_ours(path: str) -> bool:
 
 def is_written(repo: str) -> bool:
     """Whether a client may have written into a repo that was made here: one `stat`, and one listing. Raises OSError."""
-    if os.stat(f"{repo}/blobs").st_mtime_ns != _UNTOUCHED_NS:
+    try:
+        if os.stat(f"{repo}/blobs").st_mtime_ns != _UNTOUCHED_NS:
+            return True
+    except FileNotFoundError:  # removed by a client
         return True
     return any(not entry.is_symlink() for entry in files.entries(f"{repo}/snapshots"))
 

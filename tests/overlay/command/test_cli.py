@@ -292,6 +292,13 @@ def test_help_has_examples_and_is_what_the_bare_command_prints(hf_overlay: Calla
     assert hf_overlay() == shown
 
 
+@pytest.mark.parametrize("command", ["config", "env", "service"])
+def test_the_help_of_a_command_for_once_has_examples(hf_overlay: Callable[..., Result], command: str) -> None:
+    done = hf_overlay(command, "--help")
+    assert done.status == 0
+    assert f"hf-overlay {command}" in done.out.partition("examples:")[2]
+
+
 def test_the_version_is_the_distributions(hf_overlay: Callable[..., Result]) -> None:
     assert hf_overlay("--version") == (0, f"hf-overlay {metadata.version('hf-overlay')}\n", "")
 
@@ -299,7 +306,7 @@ def test_the_version_is_the_distributions(hf_overlay: Callable[..., Result]) -> 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "tcsh"])
 def test_completion_knows_every_command(hf_overlay: Callable[..., Result], shell: str) -> None:
     script = hf_overlay("completion", shell).out
-    for command in ("run", "ls", "path", "why", "plan", "doctor", "clean"):
+    for command in ("run", "ls", "path", "why", "plan", "doctor", "clean", "config", "service", "uninstall"):
         assert re.search(rf"\b{command}\b", script)
 
 
