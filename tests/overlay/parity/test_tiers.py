@@ -233,7 +233,11 @@ def test_a_fault_in_a_tier_makes_no_scan_fail_and_hides_nothing_else(
 def test_a_tier_may_be_a_whole_hf_home_or_hold_the_own_cache(tmp_path: Path, readers: Mapping[str, Reader]) -> None:
     place = Place(tmp_path)
     home = tmp_path / "shared"
-    files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"weights")}
+    files = {
+        "config.json": b'{"model_type": "llama"}',
+        "model.safetensors": weights(b"weights"),
+        "tokenizer.json": b"{}",
+    }
     add_repo(home / "hub", "acme/shared", files)
     lay_model(home / "datasets/acme/no-model-of-a-tier")
     add_repo(place.hub, "acme/own", files)
