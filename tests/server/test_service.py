@@ -142,9 +142,12 @@ def test_who_leaves_has_what_is_open_cancelled() -> None:
         for id_ in (7, 8):
             engine.mailbox.put(id_, Prefilled(3, 3, 0))
         service = _service(engine, (7, 8))
+        assert not service.has_work
         batches = cast("Any", service.answer(REQUEST, Ticket()))
         await anext(batches)
+        assert service.has_work, "a Mac would fall asleep"
         await batches.aclose()
+        assert not service.has_work
         assert sorted(engine.cancelled) == [7, 8]
 
     asyncio.run(main())
