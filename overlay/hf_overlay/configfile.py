@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from hf_overlay import config
 from hf_overlay.config import ConfigFile
-from hf_overlay.errors import UsageError
+from hf_overlay.errors import UsageError, check_descriptors
 
 _LISTS = {"model_path": "folders", "below": "folders", "exclude": "ids"}
 """Settings that are lists of texts, and of what."""
@@ -38,6 +38,7 @@ def read(environ: Mapping[str, str]) -> ConfigFile:
             raise UsageError(f"{config.FILE_VARIABLE} names {path}, which is not there; correct or unset it") from None
         return ConfigFile(path)
     except OSError as error:
+        check_descriptors(error)
         raise UsageError(
             f"cannot read {path}: {error.strerror}; correct that, or go without it: {config.FILE_VARIABLE}="
         ) from error

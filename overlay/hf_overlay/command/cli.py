@@ -229,7 +229,7 @@ def _clean(options: argparse.Namespace) -> int:
     from hf_overlay import session
     from hf_overlay.tree import lease
 
-    cleared = session.clear_dead(lease.sessions_folder(os.environ))
+    cleared = [each for folder in lease.all_sessions_folders(os.environ) for each in session.clear_dead(folder)]
     if options.json:
         return print_json([{"session": each.path, "kept": list(each.kept)} for each in cleared])
     for each in cleared:

@@ -77,7 +77,7 @@ def examine(catalog: Catalog, environ: Mapping[str, str]) -> list[Finding]:
         *_sessions_volume(sessions),
         *_cache(catalog),
         *_deletions(),
-        *_stale(sessions),
+        *(finding for folder in lease.all_sessions_folders(environ) for finding in _stale(folder)),
     ]
 
 

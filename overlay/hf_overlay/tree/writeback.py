@@ -47,6 +47,8 @@ def bring_home(session: str, hub: str) -> dict[str, str]:
 
     Returns the paths that must stay because not all of each could be moved: path -> why.
     """
+    for folder in ("home", "hubs", *store.FOLDERS):
+        files.remove_litter(f"{session}/{folder}")
     stuck: dict[str, str] = {}
     for repo, name in _written_repos(session):
         # One name a session, so that what a kill leaves of it is overwritten when it is done again.
@@ -96,7 +98,10 @@ def _written_repos(session: str) -> Iterator[tuple[str, str]]:
 
 
 def _hubs(session: str) -> list[str]:
-    return [f"{session}/hubs/{name}" for name in _names(f"{session}/hubs")]
+    """The hub folders, and the one that a client made itself, after something had removed the link to them."""
+    made = f"{session}/home/hub"
+    is_made = os.path.isdir(made) and not os.path.islink(made)
+    return [*(f"{session}/hubs/{name}" for name in _names(f"{session}/hubs")), *([made] if is_made else [])]
 
 
 def _is_worth_keeping(repo: str) -> bool:
@@ -254,11 +259,7 @@ def _move(path: str, target: str, aside: str) -> None:
     try:
         shutil.copyfile(path, aside)
         shutil.copystat(path, aside)
-        fd = os.open(aside, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        files.sync(aside)
         os.rename(aside, target)
     except OSError:
         if os.path.exists(aside):
