@@ -114,10 +114,13 @@ def _ls(options: argparse.Namespace) -> int:
     catalog = _catalog(options, warn=False)
     resolutions = catalog.resolutions()
     _warn(catalog, options)
-    # With a restriction every model is mlx-lm's; without one it may be, where mlx-lm is installed.
-    installed = kinds.installed() if catalog.types is None else None
+    # With a restriction every model that was found is mlx-lm's; without one it may be, where mlx-lm is installed. What
+    # is mapped to an id may be of any kind.
+    types = kinds.installed() if catalog.types is None else catalog.types
     kind = {
-        model_id: "mlx" if catalog.types is not None else kinds.kind_of(resolution.winner, installed)
+        model_id: "mlx"
+        if catalog.types is not None and resolution.winner.source != "map"
+        else kinds.kind_of(resolution.winner, types)
         for model_id, resolution in resolutions.items()
     }
     rows = [
@@ -136,7 +139,7 @@ def _ls(options: argparse.Namespace) -> int:
         return print_json(rows)
     models = [resolution.winner for resolution in resolutions.values()]
     if not models and not options.quiet:
-        looked = ", ".join([*catalog.settings.roots, catalog.settings.hub_cache])
+        looked = ", ".join([*catalog.settings.roots, catalog.settings.hub_cache, *catalog.settings.below])
         say(f"no models in {looked}; hf-overlay doctor says what was left out there, and why")
     return print_table(
         ("ID", "SOURCE", "KIND", "SIZE", "TYPE", "PATH"),
@@ -305,6 +308,10 @@ def _catalog(options: argparse.Namespace, *, warn: bool = True) -> Catalog:
     if options.verbose:
         say(f"model paths: {', '.join(settings.roots)}" if settings.roots else "using HuggingFace cache only")
         say(f"Hugging Face cache: {settings.hub_cache}")
+        for tier in settings.below:
+            say(f"below it: {tier}")
+        for each in settings.maps:
+            say(f"map: {each.full_id} is {each.folder}")
     return catalog
 
 
