@@ -244,6 +244,8 @@ def test_the_shell_of_one_that_has_ended_is_told_so(person: Person) -> None:
     assert (hint.status, hint.out) == (1, "")
     assert "the overlay of this shell has ended" in hint.err
     command = hint.err.strip().rpartition("leave it: ")[2]
+    in_fish = finish([OVERLAY, "env"], {**person.environ, **variables, "SHELL": "/usr/bin/fish"})
+    assert in_fish.err == hint.err.replace("leave it: unset", "leave it: set -e")
     left = in_shell(person, f"{command}; hf-overlay path acme/mine --model-path {person.models}", **variables)
     assert left.lines() == [str(person.models / MINE)], left.err
 
