@@ -170,6 +170,7 @@ def _merge(repo: str, place: _Place, *, link: str | None = None) -> None:
         elif os.path.getsize(f"{target}/blobs/{name}") == os.path.getsize(path):
             os.unlink(path)  # named by its content: the cache has it already
     complete: set[str] = set()
+    is_merged = _is_merged(repo)
     for commit in _names(f"{repo}/snapshots"):
         revision = _revision(repo, commit)
         if commit == own or os.path.islink(revision):  # a link to a view that a client has removed
@@ -184,9 +185,9 @@ def _merge(repo: str, place: _Place, *, link: str | None = None) -> None:
             content = files.read(path)
             commit = content.decode("ascii", "replace") if folder == "refs" else relative.split("/")[0].split(".")[0]
             wanted = f"{target}/{folder}/{relative}"
-            # A listing says what else belongs to a revision, so it is right beside a part of one.
-            may_come = commit in complete or (folder == "trees" and os.path.isdir(f"{target}/snapshots/{commit}"))
-            if may_come and not _is_newer(wanted, path):
+            # A client's listing says what else belongs to a revision of which tiers have the rest.
+            is_part = folder == "trees" and is_merged and os.path.isdir(f"{target}/snapshots/{commit}")
+            if (commit in complete or is_part) and not _is_newer(wanted, path):
                 _write(wanted, content, aside)
 
 
