@@ -115,9 +115,7 @@ async def running(
 
     `inherit` is as for `start`.
     """
-    process = start(
-        module, *arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, environ=environ, inherit=inherit
-    )
+    process = start(module, *arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, environ=environ, inherit=inherit)
     step_behind(process)
     assert process.stdout is not None  # noqa: S101 - a pipe
     assert process.stdin is not None  # noqa: S101

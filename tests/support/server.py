@@ -148,8 +148,8 @@ def serving(
 ) -> Iterator[Server]:
     """A server with these folders of models, in the environment of somebody whose home is `home`, and `environ`.
 
-    `api_key` is what the clients send, `program` the module that is run, with its first arguments. In the end it is told to stop: it must exit 0, leave no session and have
-    logged no traceback.
+    `api_key` is what the clients send, `program` the module that is run, with its first arguments. In the end it is
+    told to stop: it must exit 0, leave no session and have logged no traceback.
     """
     home.mkdir(parents=True, exist_ok=True)
     sessions = home / "sessions"

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_overlay_server.api.values import MAX_VALUES, ValueCount
 from mlx_overlay_server.errors import Forbidden, InvalidRequest, ServerError, TooLarge, Unauthorized
+from mlx_overlay_server.turns import LARGE_BYTES, Turns, becomes_large
 
 _OPEN = frozenset({"/health", "/v1/health"})
 """Paths that need no key: what load balancers ask."""
@@ -45,6 +46,7 @@ class Guard:
         self._max_body = max_body
         self._refuse = refuse
         self._count = count
+        self._turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve as an ASGI application."""
@@ -63,6 +65,8 @@ class Guard:
             values.feed(body)
             if is_too_much():
                 raise self._too_large()
+            if size > LARGE_BYTES and message["type"] == "http.request" and not message.get("more_body", False):
+                await becomes_large(self._turns)  # what the application does first is to decode all of it
             return message
 
         def is_too_much() -> bool:

@@ -16,7 +16,15 @@ from mlx_overlay_server.chat import grammar
 from mlx_overlay_server.chat.grammar import Budget, Constraint
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import ChatRequest, Format, Params, Tool, ToolChoice
-from mlx_overlay_server.engine.sampling import Matcher, ReasoningBudget, Sampling, effective, processors, sampler
+from mlx_overlay_server.engine.sampling import (
+    Guarded,
+    Matcher,
+    ReasoningBudget,
+    Sampling,
+    effective,
+    processors,
+    sampler,
+)
 from mlx_overlay_server.errors import InvalidRequest
 
 from tests.support.loaded import loaded
@@ -343,6 +351,28 @@ def test_what_a_grammar_demands_no_bias_forbids(thinker: Loaded) -> None:
     assert opens in allowed
     drawn = set(_draw(_FREE, None, logits - mx.logsumexp(logits, axis=-1, keepdims=True), 20))
     assert drawn <= set(allowed)
+
+
+def test_a_sequence_whose_answer_left_its_grammar_cannot_continue(thinker: Loaded) -> None:
+    """The engine asks the guard that holds all of a request's processors."""
+    matcher = _made(thinker, _rule(thinker, replace(_REQUEST, thinking=False)))
+    guarded = Guarded([matcher], matcher)
+    allowed = _allowed(guarded, thinker.vocab_size)
+    allowed([])
+    assert guarded.problem is None
+    allowed(_ids(thinker, "x"))
+    assert guarded.problem is not None
+    assert "grammar" in guarded.problem
+
+
+def test_a_processor_that_fails_ends_its_own_sequence_alone() -> None:
+    def fails(*_: mx.array) -> mx.array:
+        raise ValueError("my secret")
+
+    guarded = Guarded([fails], None)
+    logits = mx.zeros((1, _VOCAB))
+    assert guarded(mx.array([1]), logits) is logits
+    assert guarded.problem == "the engine failed: ValueError"
 
 
 def test_a_token_against_the_grammar_is_a_problem_that_is_told(thinker: Loaded) -> None:
