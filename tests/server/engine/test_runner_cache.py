@@ -1,27 +1,24 @@
-"""Which part of a prompt a sequence takes from an earlier one's KV cache, and how prompts share the engine's time.
+"""Which part of a prompt a sequence takes from an earlier one's KV cache.
 
 Texts cannot show it on tiny models, so these tests look at the numbers of cached and of processed tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlx_lm.models.cache import KVCache
-from mlx_overlay_server.chat.requests import Params
-from mlx_overlay_server.engine.commands import Load, Prefilled, Sampled, Submit
-from mlx_overlay_server.engine.loading import load
-from mlx_overlay_server.engine.prefix_cache import PrefixCache
-from mlx_overlay_server.engine.runner import LONG_PROMPTS, Runner
+from mlx_overlay_server.engine.commands import Prefilled, Sampled
 from mlx_overlay_server.settings import EngineOptions
 
 from tests.support.models import make_random_model
+from tests.support.running import PROMPT, Running
 
 _STEP = 64
-PROMPT = tuple(range(97, 117))
+_OPTIONS = EngineOptions(prefill_step=_STEP)
 SEEDED: dict[str, Any] = {"temperature": 1, "seed": 3}
 
 
@@ -30,44 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_random_model(tmp_path_factory.mktemp("models") / "endless")
 
 
-class Running:
-    """A runner in the test's own thread: each step is the test's to make."""
-
-    def __init__(self, folder: Path) -> None:
-        self.prefixes = PrefixCache(1 << 30)
-        options = EngineOptions(prefill_step=_STEP)
-        runners = list(load(Load("0:m", str(folder)), options, None, self.prefixes))
-        assert runners[-1] is not None
-        self.runner: Runner = runners[-1]
-        self._ids = iter(range(1000))
-
-    def add(self, prompt: Sequence[int] = PROMPT, *, system: int = 0, max_tokens: int = 3, **params: Any) -> int:
-        id_ = next(self._ids)
-        chosen = Params(**{"temperature": 0, **params})
-        self.runner.add(Submit(id_, self.runner.loaded.key, tuple(prompt), chosen, max_tokens, system=system))
-        return id_
-
-    def read(self, prompt: Sequence[int] = PROMPT, **more: Any) -> Prefilled:
-        """Generate one sequence to its end: what is told of its prompt once that is read."""
-        id_ = self.add(prompt, **more)
-        told: list[Prefilled] = []
-        for _ in range(100):
-            for owner, item in self.runner.step():
-                assert owner == id_
-                if isinstance(item, Prefilled):
-                    told.append(item)
-                elif isinstance(item, Sampled) and item.finish is not None:
-                    return told[-1]
-        raise AssertionError("the sequence does not end")
-
-    def progress(self) -> dict[int, int]:
-        """One step: how many tokens of each prompt are read after it."""
-        return {id_: item.done for id_, item in self.runner.step() if isinstance(item, Prefilled)}
-
-
 @pytest.fixture
 def running(folder: Path) -> Iterator[Running]:
-    made = Running(folder)
+    made = Running(folder, _OPTIONS)
     yield made
     made.runner.close()
 
@@ -108,7 +70,7 @@ def test_what_was_read_before_a_cancel_is_reused(running: Running) -> None:
 def uncuttable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     """A model whose caches cannot be cut later, as those of sliding windows and of state space models."""
     monkeypatch.setattr(KVCache, "is_trimmable", lambda _: False)
-    made = Running(folder)
+    made = Running(folder, _OPTIONS)
     yield made
     made.runner.close()
 
@@ -159,34 +121,3 @@ def test_a_conversation_that_goes_on_is_read_from_where_it_stopped(uncuttable: R
 def test_where_caches_can_be_cut_reading_does_not_stop(running: Running) -> None:
     assert _progress(running, system=8) == [19, 20]
     assert running.read((*PROMPT[:8], *range(65, 75)), system=8).cached == 8
-
-
-# Prefill ------------------------------------------------------------------------------------------------------------
-
-
-def _long(number: int) -> list[int]:
-    """A prompt of five steps, like no other."""
-    return [97 + number % 26, *(97 + at % 26 for at in range(5 * _STEP - 1))]
-
-
-@pytest.mark.parametrize("count", [1, LONG_PROMPTS, 2 * LONG_PROMPTS, 3 * LONG_PROMPTS])
-def test_many_long_prompts_share_one_step_of_prefill(count: int, running: Running) -> None:
-    """What is read in a step takes memory, and time from the sequences that generate."""
-    for number in range(count):
-        running.add(_long(number))
-    read = running.progress()
-    assert len(read) == count
-    assert set(read.values()) == {_STEP // max(1, count // LONG_PROMPTS)}
-
-
-def test_prompts_that_left_or_are_read_take_no_part_of_the_step(running: Running) -> None:
-    ids = [running.add(_long(number)) for number in range(2 * LONG_PROMPTS)]
-    running.runner.step()
-    for id_ in ids:
-        running.runner.cancel(id_)
-    for number in range(2 * LONG_PROMPTS):
-        running.add([98, number], max_tokens=1000)
-    while running.progress():
-        pass
-    last = running.add([120] * (5 * _STEP))
-    assert running.progress()[last] == _STEP
