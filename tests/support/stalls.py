@@ -44,7 +44,7 @@ def main(file: Path, arguments: list[str]) -> int:
         original(self)
         tasks.append(asyncio.get_running_loop().create_task(_watch(file)))
 
-    Service.start = start  # type: ignore[assignment, method-assign]
+    Service.start = start  # type: ignore[method-assign]
     return serve(arguments)
 
 
