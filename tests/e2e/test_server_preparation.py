@@ -14,6 +14,7 @@ from tests.support.processes import eventually
 from tests.support.server import Server, serving
 from tests.support.soak.requests import (
     HOSTILE,
+    LARGE,
     LOOP,
     MODEL,
     STALLED,
@@ -61,6 +62,15 @@ def test_a_hostile_request_keeps_nobody_waiting(name: str, server: Server, stall
     with besieged(server, HOSTILE[name](), clients=3):
         waits = [first_token(server) for _ in range(10)]
     assert max(waits) < WAITED, f"P13: {name} kept others waiting for {max(waits):.2f} s"
+    assert longest_stall(stall) < STALLED, f"P13: {name} kept the event loop busy for {longest_stall(stall):.2f} s"
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_requests_keep_the_event_loop_for_one_step_at_a_time(name: str, server: Server, stall: Path) -> None:
+    """Several at once: each of them in steps, and what is small in between."""
+    with besieged(server, LARGE[name](), clients=3):
+        for _ in range(3):
+            first_token(server)
     assert longest_stall(stall) < STALLED, f"P13: {name} kept the event loop busy for {longest_stall(stall):.2f} s"
 
 

@@ -14,23 +14,29 @@ STEP = 0.02
 """Seconds that a step of a large request takes here."""
 
 
+def _work() -> None:
+    """Keep the event loop busy."""
+    begun = time.thread_time()
+    while time.thread_time() - begun < STEP:
+        pass
+
+
 def test_whoever_asks_for_little_waits_for_one_step_of_large_requests() -> None:
-    waits: list[float] = []
+    asked: list[None] = []
 
     async def large(turns: Turns) -> None:
         await becomes_large(turns)
-        time.sleep(STEP)
+        _work()
         for _ in range(2):
             await turn()
-            time.sleep(STEP)
+            _work()
 
     async def small() -> None:
         while True:
-            begun = time.thread_time(), time.monotonic()
             for _ in range(20):  # what a short request awaits
                 await turn()
                 await asyncio.sleep(0)
-            waits.append(time.monotonic() - begun[1])
+            asked.append(None)
             await asyncio.sleep(STEP / 4)
 
     async def main() -> None:
@@ -43,7 +49,7 @@ def test_whoever_asks_for_little_waits_for_one_step_of_large_requests() -> None:
         assert took >= 2 * 14 * STEP, "large requests leave the loop no rest"
 
     asyncio.run(main())
-    assert len(waits) >= 10, "the small ones had no turn between the large ones"
+    assert len(asked) >= 10, "the small ones had no turn between the large ones"
 
 
 def test_a_large_request_whose_client_leaves_frees_its_turn() -> None:
@@ -54,6 +60,21 @@ def test_a_large_request_whose_client_leaves_frees_its_turn() -> None:
         await asyncio.sleep(0)
         left.cancel()
         await asyncio.wait_for(turns.take(), 5)
+
+    asyncio.run(main())
+
+
+def test_a_server_that_stops_keeps_no_large_request_waiting() -> None:
+    async def main() -> None:
+        turns = Turns()
+        await turns.take()
+        time.sleep(STEP)
+        waiting = [asyncio.create_task(becomes_large(turns)) for _ in range(100)]
+        await asyncio.sleep(0)
+        turns.close()
+        done, pending = await asyncio.wait(waiting, timeout=5)
+        assert (len(done), len(pending)) == (100, 0)
+        assert turns._lock.locked() is False
 
     asyncio.run(main())
 

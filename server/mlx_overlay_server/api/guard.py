@@ -36,11 +36,13 @@ class Guard:
         max_body: int,
         refuse: Callable[[Scope, ServerError], Response],
         count: Callable[[str, int], None],
+        turns: Turns | None = None,
     ) -> None:
         """Guard an application.
 
         `host` is the name that the server listens on, `origins` the web pages that may use it, `max_body` the bytes
-        that a body may have. `refuse` encodes an error for its client; `count` gets each answer's route and status.
+        that a body may have. `refuse` encodes an error for its client; `count` gets each answer's route and status;
+        `turns` are what large bodies wait for.
         """
         self._app = app
         self._key = api_key.encode() if api_key else None
@@ -49,7 +51,7 @@ class Guard:
         self._max_body = max_body
         self._refuse = refuse
         self._count = count
-        self._turns = Turns()
+        self._turns = turns or Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve as an ASGI application."""
