@@ -36,7 +36,7 @@ class EngineOptions:
     batch_size: int = 32
     """Sequences of one model that generate at once."""
     prefill_step: int = 2048
-    """Tokens of a prompt that are read between two decoding steps of the other sequences."""
+    """Tokens of prompts that one pass of a model reads at most."""
     cache_bytes: int | None = None
     """Bytes of KV caches that are kept for later prompts; None: a part of the machine's memory (`memory`)."""
     no_wired_memory: bool = False
@@ -81,6 +81,10 @@ class Settings:
 
     model_paths: tuple[str, ...] = ()
     """Folders of models; (): those in MLX_OMNI_MODEL_PATH, else those in hf-overlay's configuration file."""
+    below: tuple[str, ...] = ()
+    """Read-only tiers behind the user's own cache; (): those in HF_OVERLAY_BELOW, if any."""
+    maps: Mapping[str, str] = field(default_factory=dict)
+    """Folders that answer to an id, before all else: id -> folder."""
     exclude: tuple[str, ...] = ()
     """Ids that are taken from the Hugging Face cache and the Hub, and not from the folders."""
     is_offline: bool = False

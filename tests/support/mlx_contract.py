@@ -187,6 +187,26 @@ def a_prefill_step_that_is_set_on_a_live_batch_holds_from_its_next_step_on(folde
     assert read == [(16, 40), (24, 40), (39, 40)]
 
 
+def a_batch_with_a_prefill_step_of_nothing_decodes_and_reads_nothing(folder: Path) -> None:
+    from mlx_overlay_server.engine import mlx
+
+    batch = _batch(_model(folder))
+    (first,) = batch.insert_segments(segments=[[[1, 2, 3]]], max_tokens=[20])
+    batch.next()
+    batch.next()
+    others = batch.insert_segments(segments=[[list(range(1, 41))], [list(range(1, 31))]], max_tokens=[1, 1])
+    mlx.set_prefill_step(batch, 8)
+    batch.next()
+    mlx.set_prefill_step(batch, 0)
+    for _ in range(3):
+        read, drawn = batch.next()
+        assert [row.uid for row in drawn] == [first]
+        assert {part.progress[0] for part in read} == {8}
+    mlx.set_prefill_step(batch, 64)
+    read, _ = batch.next()
+    assert {part.uid: part.progress for part in read} == {others[0]: (39, 40), others[1]: (29, 30)}
+
+
 def a_batch_tells_of_prompts_segments_and_tokens(folder: Path) -> None:
     from mlx_lm.generate import StopSequences
 
@@ -250,6 +270,7 @@ def processors_can_ask_which_tokens_their_step_reads(folder: Path) -> None:
             assert uids == [step]
         for row in batch.next()[1]:
             drawn[row.uid].append(row.token)
+        current.forget()
     assert all(len(tokens) == 4 for tokens in drawn.values()), drawn
     assert all(asked[uid][:3] == tokens[:3] for uid, tokens in drawn.items()), (asked, drawn)
 

@@ -130,7 +130,6 @@ class CurrentTokens:
 
     def __init__(self, batch: BatchGenerator) -> None:
         self._batch = batch
-        self._array: mx.array | None = None
         self._tokens: dict[int, int] = {}
 
     def of(self, uid: int) -> int:
@@ -138,12 +137,15 @@ class CurrentTokens:
 
         The first call in a step fetches the tokens of all sequences from the device, which waits for them.
         """
-        rows = self._batch._generation_batch  # noqa: SLF001 - asking the arrays that processors get is a wait for each
-        if rows._current_tokens is not self._array:  # noqa: SLF001
-            self._array = rows._current_tokens  # noqa: SLF001
-            tokens: Any = self._array.tolist()
+        if not self._tokens:
+            rows = self._batch._generation_batch  # noqa: SLF001 - asking the arrays that processors get: a wait for each
+            tokens: Any = rows._current_tokens.tolist()  # noqa: SLF001
             self._tokens = dict(zip(rows.uids, tokens, strict=True))
         return self._tokens[uid]
+
+    def forget(self) -> None:
+        """Forget the tokens: the step has ended."""
+        self._tokens = {}
 
 
 def kv_bytes(model: Any, *, bits: int | None, group_size: int) -> int:

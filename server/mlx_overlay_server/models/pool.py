@@ -72,7 +72,8 @@ class _Load:
     """When it began to wait for room, in monotonic seconds."""
     has_room: bool = False
     """Whether it has begun to read weights, and takes memory."""
-    task: asyncio.Task[Resident] | None = None
+    task: asyncio.Task[Resident | str] | None = None
+    """Ends with the model, or with the id that the disk spells otherwise, under which the model is loaded."""
     _room: asyncio.Future[None] | None = None
 
     @property
@@ -122,13 +123,13 @@ class Pool:
         self._budget = 0 if callable(budget) else budget
         self._idle_ttl = idle_ttl
         self._pinned = frozenset(pinned)
-        self._extras = extras or {}
+        self._extras = dict(extras or {})
         self._resident: dict[str, Resident] = {}
         self._users: Counter[str] = Counter()
         """How many requests use a model or wait for it: while there are any, it is not unloaded."""
         self._loads: dict[str, _Load] = {}
         """The loads that requests can join, by the model's id."""
-        self._tasks: dict[asyncio.Task[Resident], _Load] = {}
+        self._tasks: dict[asyncio.Task[Resident | str], _Load] = {}
         """All loads that have not ended, those that were cancelled included."""
         self._numbers = itertools.count()
 
@@ -156,8 +157,12 @@ class Pool:
         """Give a loaded model, which is not unloaded while the context is open. Raises ServerError."""
         self._users[model_id] += 1  # before anything is awaited: it must not be unloaded between load and use
         try:
-            resident = self._resident.get(model_id) or await self._load(model_id)
-            yield resident.model
+            found = self._resident.get(model_id) or await self._load(model_id)
+            if isinstance(found, Resident):
+                yield found.model
+            else:
+                async with self.use(found) as model:
+                    yield model
         finally:
             self._users[model_id] -= 1
             if not self._users[model_id]:
@@ -185,8 +190,8 @@ class Pool:
         self.abort()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _load(self, model_id: str) -> Resident:
-        """Load a model once, however many requests wait for it."""
+    async def _load(self, model_id: str) -> Resident | str:
+        """Load a model once, however many requests wait for it; or return the id under which to load it."""
         load = self._loads.get(model_id)
         if load is None:
             load = self._loads[model_id] = _Load(model_id)
@@ -218,7 +223,7 @@ class Pool:
         if load.task is not None:
             load.task.cancel()
 
-    def _ended(self, task: asyncio.Task[Resident]) -> None:
+    def _ended(self, task: asyncio.Task[Resident | str]) -> None:
         load = self._tasks.pop(task)
         if self._loads.get(load.id) is load:
             del self._loads[load.id]
@@ -226,9 +231,12 @@ class Pool:
             task.exception()  # whoever waited has got it; asyncio warns of errors that nobody has read
         self._admit()
 
-    async def _run(self, load: _Load) -> Resident:
+    async def _run(self, load: _Load) -> Resident | str:
         extras = self._extras.get(load.id, Extras())
         located = await self._source.locate(load.id)
+        if located.id != load.id:  # one model, which must not be in memory twice
+            self._is_given_for(load.id, located.id)
+            return located.id
         draft = await self._source.locate(extras.draft) if extras.draft is not None else None
         load.nbytes = located.nbytes + (draft.nbytes if draft is not None else 0)
         if self._find_budget is not None:
@@ -244,6 +252,13 @@ class Pool:
         self._resident[load.id] = resident
         logger.info("loaded %s from %s in %.1f s", load.id, located.path, time.monotonic() - load.since)
         return resident
+
+    def _is_given_for(self, given: str, model_id: str) -> None:
+        """Apply what was asked for under one spelling of an id to the id as the disk spells it."""
+        if given in self._pinned:
+            self._pinned |= {model_id}
+        if given in self._extras:
+            self._extras.setdefault(model_id, self._extras[given])
 
     def _admit(self) -> None:
         """Let loads begin for which there is room, or can be made, by the rules of `room`."""

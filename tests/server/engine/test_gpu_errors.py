@@ -170,10 +170,10 @@ def test_memory_that_cannot_be_had_ends_only_those_who_asked_for_it(
     """Such an error is raised at once, by what asked: no other model has any part in it."""
     step, drawn = Runner._step_batch, alone._Running._run
 
-    def breaks(runner: Runner) -> Any:
+    def breaks(runner: Runner, *, may_read: bool) -> Any:
         if runner.loaded.key == "a":
             raise RuntimeError(ALLOCATION)
-        return step(runner)
+        return step(runner, may_read=may_read)
 
     def breaks_alone(running: alone._Running) -> Any:
         if running._loaded.key == "a":
