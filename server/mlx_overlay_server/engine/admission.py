@@ -44,29 +44,24 @@ class _Sequence:
 
 
 class _Batch(NamedTuple):
-    rows: int
-    longest: int
+    rows: int = 0
+    longest: int = 0
     """Bytes of its longest row."""
 
     def joined(self, sequence: _Sequence) -> _Batch:
         return _Batch(self.rows + 1, max(self.longest, sequence.length * sequence.kv_bytes))
 
 
-_NONE = _Batch(0, 0)
-
-
-def _bytes(batches: Mapping[str, _Batch], sequence: _Sequence) -> int:
-    """Return how many bytes all batches take when one more sequence has joined its model's."""
-    joined = {**batches, sequence.key: batches.get(sequence.key, _NONE).joined(sequence)}
-    return sum(batch.rows * batch.longest for batch in joined.values())
-
-
 class Admission:
     """The sequences that run or wait for memory, of all models."""
 
-    def __init__(self, limit: int) -> None:
-        """`limit`: bytes that weights, kept KV caches and those of running sequences may take together."""
+    def __init__(self, limit: int, rows: int) -> None:
+        """`limit`: bytes that weights, kept KV caches and those of running sequences may take together.
+
+        `rows`: sequences that one batch has at most; others wait in their model's queue, and take nothing.
+        """
         self._limit = limit
+        self._rows = rows
         self._waiting: dict[int, _Sequence] = {}
         self._running: dict[int, _Sequence] = {}
 
@@ -84,7 +79,7 @@ class Admission:
         free = self._limit - taken
         batches = self._batches()
         for id_, sequence in self._waiting.items():
-            if not self._running or _bytes(batches, sequence) <= free:
+            if not self._running or self._bytes(batches, sequence) <= free:
                 self._pass(id_)
                 self._running[id_] = self._waiting.pop(id_)
                 return sequence.submit
@@ -95,7 +90,11 @@ class Admission:
     def missing(self, taken: int) -> int:
         """Return how many bytes must become free before the first sequence that waits may begin; 0: none."""
         first = next(iter(self._waiting.values()), None)
-        return 0 if first is None else max(0, _bytes(self._batches(), first) + taken - self._limit)
+        return 0 if first is None else max(0, self._bytes(self._batches(), first) + taken - self._limit)
+
+    def excess(self, taken: int) -> int:
+        """Return how many bytes running sequences have grown beyond the limit since they began."""
+        return max(0, self._bytes(self._batches()) + taken - self._limit)
 
     def grow(self, id_: int) -> None:
         """Note that a sequence has got a token."""
@@ -117,8 +116,14 @@ class Admission:
         """Return the batches that run, by their models' keys."""
         batches: dict[str, _Batch] = {}
         for each in self._running.values():
-            batches[each.key] = batches.get(each.key, _NONE).joined(each)
+            batches[each.key] = batches.get(each.key, _Batch()).joined(each)
         return batches
+
+    def _bytes(self, batches: Mapping[str, _Batch], sequence: _Sequence | None = None) -> int:
+        """Return how many bytes all batches take, when one more sequence has joined its model's."""
+        if sequence is not None:
+            batches = {**batches, sequence.key: batches.get(sequence.key, _Batch()).joined(sequence)}
+        return sum(min(batch.rows, self._rows) * batch.longest for batch in batches.values())
 
     def _pass(self, id_: int) -> None:
         """Note that a sequence begins before those that came earlier."""

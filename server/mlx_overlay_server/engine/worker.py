@@ -48,6 +48,10 @@ Between the requests of one client it is worth keeping: the next one needs buffe
 """
 
 
+GROWTH_STEPS = 64
+"""Steps between two looks at whether running sequences have grown into the memory of kept KV caches."""
+
+
 class Handle(Protocol):
     """Where commands come from and results go. Its methods may be called from the engine's thread."""
 
@@ -113,7 +117,8 @@ class Worker:
         kept = self._ranks.least(shares(machine, prefixes=self._options.cache_bytes).prefixes)
         self._memory = shares(machine, prefixes=kept)
         # Ranks hold different parts of a model, and would not decide alike.
-        self._admission = Admission(self._memory.held if self._ranks.group is None else 1 << 62)
+        limit = self._memory.held if self._ranks.group is None else 1 << 62
+        self._admission = Admission(limit, self._options.batch_size)
         self._prefixes = PrefixCache(kept)
         self._publish([])
 
@@ -190,7 +195,9 @@ class Worker:
                 self._runners[key].cancel(command.id)
 
     def _admit(self) -> None:
-        """Let sequences begin for which there is memory. Kept KV caches go before anybody waits."""
+        """Let sequences begin for which there is memory. Kept KV caches go before anybody waits or runs out of it."""
+        if self._steps % GROWTH_STEPS == 0 and (excess := self._admission.excess(self._taken())):
+            self._prefixes.trim(max(0, self._prefixes.nbytes - excess))
         while self._admission.waiting:
             missing = self._admission.missing(self._taken())
             if 0 < missing <= self._prefixes.nbytes:

@@ -34,14 +34,14 @@ def _begun(admission: Admission, taken: int = 0) -> list[int]:
 
 
 def test_what_fits_begins_at_once_in_its_order() -> None:
-    admission = Admission(1000)
+    admission = Admission(1000, 32)
     for id_ in range(5):
         admission.add(_submit(id_, 90), 1)
     assert _begun(admission) == [0, 1, 2, 3, 4]
 
 
 def test_a_batch_takes_its_rows_times_its_longest_row() -> None:
-    admission = Admission(1000)
+    admission = Admission(1000, 32)
     for id_, size in enumerate((90, 90, 390)):
         admission.add(_submit(id_, size), 1)
     assert _begun(admission) == [0, 1], "3 rows of 400 do not fit, though 100 + 100 + 400 do"
@@ -50,14 +50,14 @@ def test_a_batch_takes_its_rows_times_its_longest_row() -> None:
 
 
 def test_models_have_batches_of_their_own() -> None:
-    admission = Admission(1000)
+    admission = Admission(1000, 32)
     for id_, (size, key) in enumerate(((90, "a"), (90, "a"), (390, "b"), (390, "b"))):
         admission.add(_submit(id_, size, key=key), 1)
     assert _begun(admission) == [0, 1, 2, 3]
 
 
 def test_weights_and_kept_caches_leave_less() -> None:
-    admission = Admission(1000)
+    admission = Admission(1000, 32)
     for id_ in range(3):
         admission.add(_submit(id_, 90), 1)
     assert _begun(admission, taken=750) == [0, 1]
@@ -67,7 +67,7 @@ def test_weights_and_kept_caches_leave_less() -> None:
 
 
 def test_where_nothing_runs_the_first_begins_whatever_it_needs() -> None:
-    admission = Admission(1000)
+    admission = Admission(1000, 32)
     admission.add(_submit(0, 5000), 1)
     admission.add(_submit(1, 5000), 1)
     assert _begun(admission) == [0]
@@ -76,7 +76,7 @@ def test_where_nothing_runs_the_first_begins_whatever_it_needs() -> None:
 
 
 def test_an_answer_is_counted_as_it_grows() -> None:
-    admission = Admission(2 * AHEAD)
+    admission = Admission(2 * AHEAD, 32)
     admission.add(_submit(0, 1, max_tokens=10**6), 1)
     assert _begun(admission) == [0]
     for _ in range(2 * AHEAD - 10):
@@ -87,8 +87,26 @@ def test_an_answer_is_counted_as_it_grows() -> None:
     assert admission.waiting == 0
 
 
+def test_no_batch_has_more_rows_than_it_may() -> None:
+    admission = Admission(1000, rows=3)
+    for id_ in range(8):
+        admission.add(_submit(id_, 290), 1)
+    assert _begun(admission) == list(range(8)), "3 rows of 300 fit; the others take nothing until one of them ends"
+
+
+def test_answers_that_outgrow_the_limit_show() -> None:
+    admission = Admission(1000, 32)
+    for id_ in range(2):
+        admission.add(_submit(id_, 100, max_tokens=10**6), 1)
+    assert _begun(admission) == [0, 1]
+    assert admission.excess(0) == 0
+    for _ in range(500):
+        admission.grow(1)
+    assert admission.excess(100) == 2 * 600 + 100 - 1000
+
+
 def test_a_large_one_is_passed_by_no_more_than_a_few() -> None:
-    admission = Admission(1000)
+    admission = Admission(1000, 32)
     admission.add(_submit(0, 90), 1)
     assert _begun(admission) == [0]
     admission.add(_submit(1, 990), 1)
@@ -104,7 +122,7 @@ def test_a_large_one_is_passed_by_no_more_than_a_few() -> None:
 @given(st.data())
 def test_nothing_begins_that_does_not_fit_and_everything_begins_in_the_end(data: st.DataObject) -> None:
     limit, kv = 1000, {"a": 1, "b": 3, "unknown": 0}
-    admission = Admission(limit)
+    admission = Admission(limit, 32)
     running: dict[int, Submit] = {}
     unseen = set(range(data.draw(st.integers(0, 30))))
     for id_ in sorted(unseen):
@@ -260,6 +278,28 @@ def test_sequences_wait_for_memory_and_all_end(model: Path, monkeypatch: pytest.
     _machine(monkeypatch, int((2 * size.nbytes + 3.5 * row) * 16 / 15) + 2)
     Stage(EngineOptions(cache_bytes=0)).play(script)
     assert max(most) == 3
+
+
+def test_answers_that_grow_take_the_memory_of_kept_prefixes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = _loaded(Stage(EngineOptions()).play(lambda stage: iter_load(stage, model)), "a")
+
+    def script(stage: Stage) -> Script:
+        yield from iter_load(stage, model)
+        yield [sequence(1, "a", max_tokens=100)]
+        yield from until(lambda: stage.is_over(1))
+        assert stage.stats.cache_entries == 1
+        yield [sequence(2, "a", max_tokens=10**6)]
+        yield from until(lambda: stage.has_begun(2))
+        yield []
+        assert stage.stats.cache_entries == 1
+        yield from until(lambda: stage.stats.steps > 600)
+        yield [Cancel(7)]  # any command, for fresh stats
+        yield []
+        assert stage.stats.cache_entries == 0
+        assert stage.stats.active == 1
+
+    _machine(monkeypatch, int((loaded.nbytes + 500 * loaded.kv_bytes) * 16 / 15))
+    Stage(EngineOptions(cache_bytes=400 * loaded.kv_bytes)).play(script)
 
 
 def iter_load(stage: Stage, model: Path) -> Script:
