@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -21,7 +22,10 @@ from mlx_overlay_server.engine import folder, mlx
 from mlx_overlay_server.engine.commands import Load
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.runner import Runner
+from mlx_overlay_server.memory import Shares
 from mlx_overlay_server.settings import EngineOptions
+
+logger = logging.getLogger("mlx_overlay_server")
 
 T = TypeVar("T")
 
@@ -30,9 +34,9 @@ SLICE_BYTES = 1 << 28
 
 
 def load(
-    command: Load, options: EngineOptions, group: Any, prefixes: PrefixCache
+    command: Load, options: EngineOptions, group: Any, prefixes: PrefixCache, shares: Shares | None = None
 ) -> Generator[Runner | None, None, None]:
-    """Load a model: yield None after each slice, and the runner at the end.
+    """Load a model: yield None after each slice, and the runner at the end. `shares`: how the memory is divided.
 
     Raises what mlx-lm raises, Unsuitable for a folder that must not be loaded, TimeoutError when a part does not end.
     """
@@ -70,6 +74,12 @@ def load(
     has_own_calls = tokenizer.has_tool_calling
     mlx.prepare_tokenizer(tokenizer)
     vocab_size = _vocab_size(config, tokenizer)
+    nbytes = sum(part.nbytes for each in (model, draft) if each is not None for part in _parameters(each))
+    kv_bytes = sum(
+        mlx.kv_bytes(each, bits=options.kv_bits, group_size=options.kv_group_size)
+        for each in (model, draft)
+        if each is not None
+    )
     loaded = Loaded(
         key=command.key,
         path=command.path,
@@ -78,9 +88,10 @@ def load(
         detokenizer=partial(mlx.detokenizer, tokenizer),
         make_grammar_tokenizer=partial(mlx.grammar_tokenizer, tokenizer, vocab_size),
         longest_token=max(map(len, tokenizer.get_vocab()), default=1),
-        nbytes=sum(part.nbytes for each in (model, draft) if each is not None for part in _parameters(each)),
+        nbytes=nbytes,
         vocab_size=vocab_size,
-        context=_context(config),
+        context=_fitting(_context(config), shares.tokens(nbytes, kv_bytes) if shares is not None else None, path),
+        kv_bytes=kv_bytes,
         defaults=folder.sampling_defaults(path),
         has_own_calls=has_own_calls,
         processor=load_processor(model, config) if group is None else None,
@@ -144,6 +155,14 @@ def _vocab_size(config: dict[str, Any], tokenizer: Any) -> int:
     """Return how many columns the model's logits have."""
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     return int(size or len(tokenizer))
+
+
+def _fitting(context: int | None, fits: int | None, path: Path) -> int | None:
+    """Return a model's context, or how many tokens fit in memory where that is less; None: nobody knows."""
+    if context is None or fits is None or fits >= context:
+        return context if context is not None else fits
+    logger.warning("%s: there is memory for %d tokens, of the %d that the model's context has", path, fits, context)
+    return fits
 
 
 def _context(config: dict[str, Any]) -> int | None:
