@@ -291,10 +291,9 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _clean(options: argparse.Namespace) -> int:
-    from hf_overlay import session
-    from hf_overlay.tree import lease
+    from hf_overlay.tree import clear, lease
 
-    cleared = session.clear_dead(lease.sessions_folder(os.environ))
+    cleared = clear.clear_dead(lease.sessions_folder(os.environ))
     if options.json:
         return _print_json([{"session": each.path, "kept": list(each.kept)} for each in cleared])
     for each in cleared:

@@ -53,6 +53,22 @@ def has_bytes(path: str) -> bool:
     return False
 
 
+def below(folder: str) -> list[str]:
+    """The paths of regular files and links below a folder, relative to it, sorted; nothing where it is a link."""
+    found = [] if os.path.islink(folder) else _below(folder, "")
+    return sorted(found)
+
+
+def _below(folder: str, prefix: str) -> list[str]:
+    found = []
+    for entry in entries(folder):
+        if entry.is_symlink() or entry.is_file(follow_symlinks=False):
+            found.append(f"{prefix}{entry.name}")
+        elif entry.is_dir(follow_symlinks=False):
+            found += _below(entry.path, f"{prefix}{entry.name}/")
+    return found
+
+
 def size(folder: str) -> int:
     """The bytes of the files below a folder; links do not count."""
     paths = (os.path.join(inside, name) for inside, _, names in os.walk(folder) for name in names)
@@ -61,7 +77,7 @@ def size(folder: str) -> int:
 
 def remove(path: str) -> None:
     """Remove a folder with all that is in it, or a file or link. Raises OSError."""
-    if not os.path.isdir(path) or os.path.islink(path):
+    if os.path.islink(path) or not os.path.isdir(path):  # a link is not looked through: its disk may not answer
         os.unlink(path)
         return
     if not os.access(path, os.W_OK):

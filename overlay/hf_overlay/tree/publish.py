@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
 
 from hf_overlay import hfcache
 from hf_overlay.catalog.plan import Plan
@@ -32,8 +34,8 @@ _TOKENS = ("token", "stored_tokens")
 class Tree:
     """One session's tree, built by `publish` and changed by publishing again."""
 
-    def __init__(self, session: str, hf_home: str) -> None:
-        """Make the folders and the links to the rest of the user's HF_HOME. Raises OSError."""
+    def __init__(self, session: str) -> None:
+        """Make the folders. Raises OSError."""
         self._session = session
         self._placed: dict[str, Placed] = {}
         """Linked repos of the current hub folder, by the name of their entry. Replaced as a whole."""
@@ -44,8 +46,11 @@ class Tree:
         self._generation = 0
         for folder in ("home", "hubs", store.FOLDER):
             os.mkdir(f"{session}/{folder}", 0o700)
-        for name in _home_entries(hf_home):
-            os.symlink(f"{hf_home}/{name}", f"{session}/home/{name}")
+
+    def link_home(self, hf_home: str, names: Collection[str]) -> None:
+        """Make the links to the rest of the user's HF_HOME, which has these names. Raises OSError."""
+        for name in names:
+            os.symlink(f"{hf_home}/{name}", f"{self._session}/home/{name}")
 
     @property
     def hub(self) -> str:
@@ -94,18 +99,20 @@ class Tree:
         found = self._placed.get(hfcache.repo_folder(model_id))
         return found.repo if found is not None and found.repo.model.id == model_id else None
 
-    def expect(self, name: str, real_hub: str) -> None:
+    def expect(self, name: str, real_hub: str, ask: Callable[[Callable[[], Any]], Any]) -> None:
         """Make the real cache's folder for a repo, and link it, so that a download lands there. Raises OSError.
 
+        `ask` calls what touches the real cache, and gives it up where its disk does not answer.
         It is made again where it was removed while we link to it: by the user, or by another session that found it
         empty at its end.
         """
         for entry in (hfcache.LOCKS, name):
-            if os.path.isdir(f"{self.hub}/{entry}"):
+            if ask(partial(os.path.isdir, f"{self.hub}/{entry}")):
                 continue
             # Scans warn of a repo without snapshots, and some that are announced are only looked at.
             folder = f"{real_hub}/{entry}"
-            announced.make(self._session, folder if entry == hfcache.LOCKS else f"{folder}/snapshots")
+            made = folder if entry == hfcache.LOCKS else f"{folder}/snapshots"
+            ask(partial(announced.make, self._session, made))
             self._entries[entry] = folder
             for hub in self._hubs():
                 if not os.path.lexists(f"{hub.path}/{entry}"):
@@ -181,7 +188,7 @@ class Tree:
         store.prune(self._session, needed)
 
 
-def _home_entries(hf_home: str) -> set[str]:
+def home_entries(hf_home: str) -> set[str]:
     """The names in a session's home that lead to the user's real one."""
     try:
         # A token that is not there yet: logging in through the link makes the real one.

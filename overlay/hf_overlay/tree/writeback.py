@@ -13,13 +13,19 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from hf_overlay import hfcache, keeping
+from hf_overlay.patience import Patience
+from hf_overlay.progress import alive
 from hf_overlay.tree import files, store, usage
 from hf_overlay.tree.files import has_payload
+
+_PIECE_BYTES = 1 << 23
+"""Bytes that are written between two signs of life. A disk that takes seconds for them does not answer."""
 
 
 @dataclass
@@ -44,10 +50,12 @@ class _Place:
 def bring_home(session: str, hub: str) -> dict[str, str]:
     """Move every download in a dead session's tree into the real cache `hub`.
 
-    Returns the paths that must stay because not all of each could be moved: path -> why.
+    Returns the paths that must stay because not all of each could be moved: path -> why. Looks at no disk but the
+    session's and the cache's, except where it can be given up on; reports progress (see progress).
     """
     stuck: dict[str, str] = {}
     for repo, name in _written_repos(session):
+        alive()
         # One name a session, so that what a kill leaves of it is overwritten when it is done again.
         place = _Place(
             f"{hub}/{name}",
@@ -102,7 +110,7 @@ def _is_worth_keeping(repo: str) -> bool:
     """Whether a client wrote something into a repo: bytes, or, once those are moved, the links of a revision."""
     own = _own_commit(repo)
     revisions = (f"{repo}/snapshots/{commit}" for commit in _names(f"{repo}/snapshots") if commit != own)
-    return has_payload(repo) or any(_files(revision) for revision in revisions)
+    return has_payload(repo) or any(files.below(revision) for revision in revisions)
 
 
 def _move_whole(repo: str, place: _Place) -> bool:
@@ -112,16 +120,21 @@ def _move_whole(repo: str, place: _Place) -> bool:
     if any(map(usage.holds_lock, place.locks)):
         return False
     home = os.path.realpath(repo) + os.sep
-    for folder, folders, names in os.walk(repo):
-        for name in (*folders, *names):
-            path = os.path.join(folder, name)
-            if os.path.islink(path) and not os.path.realpath(path).startswith(home):
-                return False
+    for name in files.below(repo):
+        path = f"{repo}/{name}"
+        # By its text first: what it leads to may be on a disk that does not answer.
+        if os.path.islink(path) and not (_is_in(repo, path) and os.path.realpath(path).startswith(home)):
+            return False
     try:
         os.rename(repo, place.path)
     except OSError:  # another volume, or somebody was faster: merging tells what is really wrong
         return False
     return True
+
+
+def _is_in(folder: str, link: str) -> bool:
+    """Whether the text of a link leads to a place below a folder."""
+    return os.path.normpath(os.path.join(os.path.dirname(link), os.readlink(link))).startswith(f"{folder}/")
 
 
 def _merge(repo: str, place: _Place) -> None:
@@ -131,6 +144,7 @@ def _merge(repo: str, place: _Place) -> None:
     if has_payload(repo):
         os.makedirs(f"{target}/snapshots", exist_ok=True)  # a repo without it is a corrupt one to scans
     for name in _names(f"{repo}/blobs"):
+        alive()
         path = f"{repo}/blobs/{name}"
         if os.path.islink(path) or not os.path.isfile(path) or not place.is_free(name):
             continue
@@ -145,7 +159,8 @@ def _merge(repo: str, place: _Place) -> None:
         if commit != own and _merge_snapshot(f"{repo}/snapshots/{commit}", commit, place):
             complete.add(commit)
     for folder in ("trees", ".no_exist", "refs"):
-        for relative in _files(f"{repo}/{folder}"):
+        for relative in files.below(f"{repo}/{folder}"):
+            alive()
             path = f"{repo}/{folder}/{relative}"
             content = files.read(path)
             commit = content.decode("ascii", "replace") if folder == "refs" else relative.split("/")[0].split(".")[0]
@@ -166,7 +181,8 @@ def _merge_snapshot(snapshot: str, commit: str, place: _Place) -> bool:
     """
     target = f"{place.path}/snapshots/{commit}"
     is_complete = True
-    for relative in _files(snapshot):
+    for relative in files.below(snapshot):
+        alive()
         path, wanted = f"{snapshot}/{relative}", f"{target}/{relative}"
         is_link = os.path.islink(path)
         if os.path.lexists(wanted):
@@ -241,19 +257,24 @@ def _move(path: str, target: str, aside: str) -> None:
         if error.errno != errno.EXDEV:
             raise
     try:
-        shutil.copyfile(path, aside)
-        shutil.copystat(path, aside)
-        fd = os.open(aside, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        _copy(path, aside)
         os.rename(aside, target)
     except OSError:
         if os.path.exists(aside):
             os.unlink(aside)
         raise
     os.unlink(path)
+
+
+def _copy(path: str, target: str) -> None:
+    """Copy a file so that it is on the disk, piece by piece: a slow disk shows that it answers."""
+    with open(path, "rb") as source, open(target, "wb") as copy:
+        while piece := source.read(_PIECE_BYTES):
+            copy.write(piece)
+            copy.flush()
+            os.fsync(copy.fileno())
+            alive()
+    shutil.copystat(path, target)
 
 
 def _write(path: str, content: bytes, aside: str) -> None:
@@ -269,12 +290,29 @@ def _drop_copies(linked_repo: str) -> None:
     if origin is None:
         return
     view = f"{linked_repo}/{hfcache.VIEWS}/{origin['commit']}"
-    for relative in _files(view):
-        blob = os.path.realpath(f"{view}/{relative}")
-        original = f"{origin['folder']}/{relative}"
-        is_copy = blob.startswith(os.path.realpath(linked_repo) + os.sep) and os.path.isfile(blob)
-        if is_copy and os.path.isfile(original) and os.path.getsize(original) == os.path.getsize(blob):
-            os.unlink(blob)
+    copies: dict[str, str] = {}
+    for relative in files.below(view):
+        path = f"{view}/{relative}"
+        if os.path.islink(path):
+            if not _is_in(linked_repo, path):
+                continue
+            path = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
+        if os.path.lexists(path) and not os.path.islink(path) and os.path.isfile(path):
+            copies[relative] = path
+    if not copies:
+        return
+    try:
+        sizes = Patience().ask(origin["folder"], partial(_sizes, origin["folder"], tuple(copies)))
+    except OSError:  # they stay, and move to the cache
+        return
+    for relative, path in copies.items():
+        if os.path.getsize(path) == sizes.get(relative):
+            os.unlink(path)
+
+
+def _sizes(folder: str, names: Collection[str]) -> dict[str, int]:
+    """The sizes of those files in a folder that are there."""
+    return {name: os.path.getsize(f"{folder}/{name}") for name in names if os.path.isfile(f"{folder}/{name}")}
 
 
 def _own_commit(repo: str) -> str | None:
@@ -289,14 +327,6 @@ def _origin(repo: str) -> dict[str, str] | None:
         return None
     is_ours = isinstance(origin, dict) and all(isinstance(origin.get(name), str) for name in ("folder", "commit"))
     return origin if is_ours else None
-
-
-def _files(folder: str) -> list[str]:
-    """The paths of regular files and links below a folder, relative to it; no link is followed."""
-    if os.path.islink(folder):
-        return []
-    found = (os.path.join(path, name) for path, folders, names in os.walk(folder) for name in (*names, *folders))
-    return sorted(os.path.relpath(path, folder) for path in found if os.path.islink(path) or os.path.isfile(path))
 
 
 def _names(folder: str) -> list[str]:
