@@ -33,6 +33,11 @@ class Disk:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
 
+    @property
+    def pid(self) -> int:
+        """The process that serves it, which hangs when it gets a SIGUSR1."""
+        return self._process.pid
+
     def hang(self) -> None:
         """Answer nothing any more."""
         self._process.send_signal(signal.SIGUSR1)

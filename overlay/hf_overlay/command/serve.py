@@ -13,8 +13,9 @@ from types import FrameType
 from hf_overlay import config
 from hf_overlay.config import Kind
 from hf_overlay.errors import OverlayError
+from hf_overlay.patience import Patience
 from hf_overlay.session import Session, open_session
-from hf_overlay.tree import lease
+from hf_overlay.tree import clear, lease
 
 logger = logging.getLogger("hf_overlay")
 
@@ -75,6 +76,7 @@ def serve(
 def offered(environ: Mapping[str, str]) -> dict[str, str | None]:
     """The variables of the newest overlay being served: name -> value, None to take it out. Raises OverlayError."""
     sessions = lease.sessions_folder(environ)
+    clear.check_answers(sessions, Patience())
     services = []
     for path in lease.sessions_in(sessions):
         owner = lease.read_owner(path)

@@ -2,7 +2,7 @@
 
 A session that died may have downloads for a cache whose disk does not answer. So each look that may touch such a disk
 is a question that is given up on (see patience): the session then stays as it is, and a later start clears it. Whoever
-waits for the disk goes on holding the session's lock, so that nobody else clears it meanwhile.
+is in the middle of it, and waits for the disk, holds the session's lock, so that nobody else clears it meanwhile.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import NamedTuple
 from hf_overlay import hfcache
 from hf_overlay.config import OWNER_FILE
 from hf_overlay.errors import SessionError
-from hf_overlay.mounts import may_hang
 from hf_overlay.patience import NoAnswer, Patience
 from hf_overlay.tree import announced, files, lease, store, usage, writeback
 
@@ -96,6 +95,7 @@ def _clear_over(sessions: str, patience: Patience, others: Collection[str] = (),
     cleared: list[Cleared] = []
     for disk, paths in _by_disk(sessions, warn=not own).items():
         try:
+            patience.ask(disk, partial(os.path.isdir, disk))  # first without a lock, to leave the session to others
             found = patience.ask(disk, partial(_clear_each, sessions, paths, os.getpid()), seconds=STALL_SECONDS)
         except OSError as error:
             why = f"{disk} does not answer" if isinstance(error, NoAnswer) else f"{disk}: {error.strerror or error}"
@@ -119,8 +119,7 @@ def _by_disk(sessions: str, *, warn: bool) -> dict[str, list[str]]:
             if not is_dead:
                 continue
             owner = lease.read_owner(path)
-            disks = [owner.hub_cache] if owner is not None and _leads_to_cache(path) else []
-        disk = next(filter(may_hang, [*disks, sessions]), [*disks, sessions][0])
+            disk = owner.hub_cache if owner is not None and _leads_to_cache(path) else sessions
         by_disk.setdefault(disk, []).append(path)
     return by_disk
 

@@ -35,6 +35,9 @@ def _is_hung() -> bool:
     return True
 
 
-for _name in ("access", "listdir", "lstat", "open", "readlink", "scandir", "stat", "statvfs"):
+for _name in (
+    *("access", "listdir", "lstat", "open", "readlink", "scandir", "stat", "statvfs"),
+    *("link", "mkdir", "rename", "replace", "rmdir", "symlink", "unlink", "utime"),
+):
     setattr(os, _name, _hanging(getattr(os, _name)))
 builtins.open = io.open = _hanging(open)
