@@ -10,11 +10,11 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hf_overlay import config, hfcache
 from hf_overlay.catalog import weights
@@ -225,6 +225,10 @@ class Session:
     def is_folder(self, path: str, root: str) -> bool:
         """Whether there is a folder at `path`, in the model path `root`; False while its disk does not answer."""
         return self._catalog.is_folder(path, root)
+
+    def ask(self, root: str, function: Callable[[], Any]) -> Any:
+        """What a function returns that looks at the disk of the model path `root`. Raises NoAnswer when it hangs."""
+        return self._catalog.patience.ask(root, function)
 
     def has_copy(self, folder: str) -> bool:
         """Whether a client finds main of a repo, by its folder name, without the Hub: of a model, with weights."""

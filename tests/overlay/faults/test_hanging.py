@@ -227,7 +227,11 @@ def test_a_download_for_a_cache_that_hangs_is_held_and_comes_home_once_it_answer
     disk: Disk, home: Path, sessions: Path
 ) -> None:
     environ = environment(
-        home, MLX_OMNI_MODEL_PATH=str(home), HF_HUB_CACHE=f"{disk.path}/hub", HF_OVERLAY_DIR=str(sessions), **disk.environ
+        home,
+        MLX_OMNI_MODEL_PATH=str(home),
+        HF_HUB_CACHE=f"{disk.path}/hub",
+        HF_OVERLAY_DIR=str(sessions),
+        **disk.environ,
     )
     done = bounded(["run", "--", "sh", "-c", f"{DOWNLOAD}; {disk.hang_command}"], environ)
     assert done.status == 0, done.err
@@ -275,9 +279,15 @@ def test_a_signal_ends_an_overlay_whose_download_has_no_cache_to_go_to(
     disk: Disk, other: Path, home: Path, sessions: Path
 ) -> None:
     environ = environment(
-        home, MLX_OMNI_MODEL_PATH=str(other), HF_HUB_CACHE=f"{disk.path}/hub", HF_OVERLAY_DIR=str(sessions), **disk.environ
+        home,
+        MLX_OMNI_MODEL_PATH=str(other),
+        HF_HUB_CACHE=f"{disk.path}/hub",
+        HF_OVERLAY_DIR=str(sessions),
+        **disk.environ,
     )
-    with start([OVERLAY, "run", "--", "sh", "-c", f"{DOWNLOAD}; {disk.hang_command}; echo; sleep 60"], environ) as process:
+    with start(
+        [OVERLAY, "run", "--", "sh", "-c", f"{DOWNLOAD}; {disk.hang_command}; echo; sleep 60"], environ
+    ) as process:
         read_line(process.stdout)
         process.send_signal(signal.SIGTERM)
         assert process.wait(SECONDS) == 128 + signal.SIGTERM
