@@ -44,7 +44,7 @@ class IncompleteModel(ModelNotFound):
     def __init__(self, text: str, *, problem: str) -> None:
         super().__init__(text)
         self.problem = problem
-        """What is wrong with the folder, without its path."""
+        """The end of a sentence that begins with the folder's path and says what is wrong with it."""
 
 
 class SessionError(OverlayError):

@@ -58,6 +58,12 @@ def model_id(folder: str) -> str | None:
     return rest.replace("--", "/") if kind == "models" and separator and rest else None
 
 
+def full_id(folder: str) -> str:
+    """The id that a repo's folder name stands for, with its kind unless that is a model: `datasets/org/name`."""
+    kind, _, rest = folder.partition("--")
+    return rest.replace("--", "/") if kind == "models" else f"{kind}/{rest.replace('--', '/')}"
+
+
 def is_repo(folder: str) -> bool:
     """Whether a name in a hub folder is the folder name of a cached repo of any kind."""
     return model_id(folder) is not None or is_other_repo(folder)
@@ -250,15 +256,25 @@ class LinkedRepo(NamedTuple):
     watched: tuple[str, ...]
     """The folders whose time changes when a client takes a file of the revision away."""
 
+    @property
+    def sources(self) -> tuple[tuple[str, str], ...]:
+        """The folder that its links lead to, with the model path that it is in."""
+        return ((self.model.path, self.model.root),)
+
 
 def fingerprint(model: Model) -> str:
     """40 hex digits that change with any name, size or time in the folder, and that differ between any two folders."""
-    return _sha1(json.dumps([model.id, model.path, model.commit, model.files]))
+    return sha1(json.dumps([model.id, model.path, model.commit, model.files]))
 
 
 def etag(model: Model, file: File) -> str:
     """A file's etag in the tree: the Hub's where it is known, else a stable one that no other file has."""
-    return file.etag or _sha1(f"{model.path}/{file.name}\0{file.size}\0{file.mtime_ns}")
+    return file_etag(model.path, file)
+
+
+def file_etag(folder: str, file: File) -> str:
+    """The etag of a file in the folder of a model or snapshot, as `etag`."""
+    return file.etag or sha1(f"{folder}/{file.name}\0{file.size}\0{file.mtime_ns}")
 
 
 def blob_id(etag: str, size: int) -> str:
@@ -266,7 +282,7 @@ def blob_id(etag: str, size: int) -> str:
     if len(etag) == 40:
         return etag
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{etag}\nsize {size}\n"
-    return _sha1(f"blob {len(pointer)}\0{pointer}")
+    return sha1(f"blob {len(pointer)}\0{pointer}")
 
 
 def linked_repo(model: Model) -> LinkedRepo:
@@ -351,7 +367,8 @@ def local_dir_records(folder: str) -> list[str]:
     return [record] if os.path.isfile(record) else []
 
 
-def _sha1(text: str) -> str:
+def sha1(text: str) -> str:
+    """40 hex digits that differ for different texts."""
     import hashlib  # OpenSSL takes milliseconds to load, and listing models needs no hash
 
     return hashlib.sha1(text.encode("utf-8", "surrogateescape"), usedforsecurity=False).hexdigest()

@@ -16,17 +16,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_overlay import config, hfcache
+from hf_overlay import config, configfile, hfcache
 from hf_overlay.catalog import weights
 from hf_overlay.catalog.catalog import Catalog, incomplete_text
-from hf_overlay.catalog.plan import resolve
+from hf_overlay.catalog.plan import Plan, resolve
 from hf_overlay.config import Settings
 from hf_overlay.errors import SessionError, UsageError
 from hf_overlay.gateway.hub import Hub
 from hf_overlay.gateway.server import DEFAULT_UPSTREAM, Gateway
 from hf_overlay.hfcache import LinkedRepo
-from hf_overlay.models import Model
+from hf_overlay.models import Layer, Model
 from hf_overlay.patience import NoAnswer
+from hf_overlay.tiers import MergedRepo
 from hf_overlay.tree import clear, held, lease
 from hf_overlay.tree.lease import Lease
 from hf_overlay.tree.publish import Tree, home_entries
@@ -54,8 +55,9 @@ class Session:
         self._gateway: Gateway | None = None
         self._tree = Tree(owner.path)
         self._has_home = self._is_home_silent = False
-        self._publish()
-        self._published = _custom(self._catalog)
+        plan = catalog.plan(case_insensitive=self._tree.is_case_insensitive)
+        self._publish(plan)
+        self._published = _answering(catalog, plan)
 
     @property
     def path(self) -> Path:
@@ -160,7 +162,8 @@ class Session:
         with self._lock:
             before = self._published
             self._catalog.scan(only_settled=only_settled)
-            after = _custom(self._catalog)
+            plan = self._catalog.plan(case_insensitive=self._tree.is_case_insensitive)
+            after = _answering(self._catalog, plan)
             changes = Changes(
                 added=tuple(sorted(after.keys() - before.keys())),
                 changed=tuple(sorted(name for name in after.keys() & before.keys() if after[name] != before[name])),
@@ -168,7 +171,7 @@ class Session:
             )
             now = time.monotonic()
             self._changed |= {model_id: now for ids in changes for model_id in ids}
-            self._publish()
+            self._publish(plan)
             self._published = after
         return changes
 
@@ -201,17 +204,17 @@ class Session:
         if self._gateway is not None:
             self._gateway.cut()
 
-    def linked_repo(self, model_id: str) -> LinkedRepo | None:
-        """The linked repo of the user's model with this id; None when the tree holds none."""
-        return self._tree.linked_repo(model_id)
+    def repo(self, repo_id: str, kind: str = "models") -> LinkedRepo | MergedRepo | None:
+        """The repo with this id that was made in the tree; None when it holds none, or the real cache's."""
+        return self._tree.repo(repo_id, kind)
 
     def seconds_since_change(self, model_id: str) -> float:
         """Seconds since a refresh found the user's model added, changed or removed; infinite when none did."""
         return time.monotonic() - self._changed.get(model_id, -math.inf)
 
-    def path_away(self, model_id: str) -> str | None:
-        """The model path that held a model of this id and has gone away since; None when there is none."""
-        return self._catalog.away(model_id)
+    def path_away(self, repo_id: str, kind: str = "models") -> str | None:
+        """The folder of the user's that held this repo and has gone away since; None when there is none."""
+        return self._catalog.away(repo_id, kind)
 
     def incomplete(self, model_id: str) -> str | None:
         """A sentence about the user's folder of this id that lacks a part of its weights; None when there is none."""
@@ -257,13 +260,12 @@ class Session:
         """Let a model that a program in `environment` is about to download land in the real cache."""
         self.expect_download(hfcache.repo_folder(model_id))
 
-    def _publish(self) -> None:
-        plan = self._catalog.plan(case_insensitive=self._tree.is_case_insensitive)
+    def _publish(self, plan: Plan) -> None:
         for warning in self._catalog.warnings(self._fate_of_downloads()):
             logger.warning("%s", warning)
         try:
             self._link_home()
-            self._tree.publish(plan, is_there=lambda model: self.is_folder(model.path, model.root))
+            self._tree.publish(plan, is_there=self.is_folder)
         except OSError as error:
             raise _session_error(self._owner.path, error) from error
 
@@ -307,6 +309,8 @@ def _has_copy(repo: str) -> bool:
 def open_session(
     model_paths: Sequence[str | os.PathLike[str]] = (),
     *,
+    below: Sequence[str | os.PathLike[str]] = (),
+    maps: Mapping[str, str | os.PathLike[str]] | None = None,
     kind: config.Kind | None = None,
     exclude: Sequence[str] = (),
     gateway: bool = False,
@@ -317,11 +321,14 @@ def open_session(
     """Open an overlay; it is removed when the context ends.
 
     `model_paths` are in order of precedence; without any, MLX_OMNI_MODEL_PATH of `environ` (default: this process's)
-    names them. For the ids in `exclude` they are ignored. With `gateway`, programs keep the network: a Hub on loopback
-    serves the user's models and passes on the rest; without it, a program that asks the Hub may download a model that
-    the user has. `kind` is `mlx` for models that mlx-lm can load, or `any`; None: `mlx` if mlx-lm is installed, else
-    `any`. `trusts_code` also takes models that bring their architecture as a Python file, which mlx-lm runs only
-    when its caller allows it.
+    names them, else the configuration file. `below` are read-only tiers behind the user's own cache, Hugging Face
+    caches or folders of models; without any, HF_OVERLAY_BELOW or the file names them. `maps` says which folder answers
+    to an id, before all else: `org/name`, or `datasets/org/name`. For the ids in `exclude` they are all ignored.
+
+    With `gateway`, programs keep the network: a Hub on loopback serves the user's models and passes on the rest;
+    without it, a program that asks the Hub may download a model that the user has. `kind` is `mlx` for models that
+    mlx-lm can load, or `any`; None: `mlx` if mlx-lm is installed, else `any`. `trusts_code` also takes models that
+    bring their architecture as a Python file, which mlx-lm runs only when its caller allows it.
 
     While the real cache is away or read-only, nothing is downloaded: the gateway refuses, and without one programs are
     put offline. With `hold_downloads` they download all the same; it is held in the session's folder, shown by later
@@ -342,12 +349,17 @@ def open_session(
         exclude=exclude,
         trusts_code=trusts_code,
         holds_downloads=hold_downloads,
+        below=[os.fspath(path) for path in below],
+        maps={name: os.fspath(path) for name, path in (maps or {}).items()},
+        file=configfile.read(environ),
     )
     catalog = Catalog(settings)
     if settings.roots:
         logger.info("model paths: %s", ", ".join(settings.roots))
-    else:
+    elif not settings.below and not settings.maps:
         logger.info("using HuggingFace cache only")
+    if settings.below:
+        logger.info("below the Hugging Face cache: %s", ", ".join(settings.below))
     sessions = lease.sessions_folder(environ)
     for folder in (sessions, settings.hf_home):
         if config.expand(folder, environ) != folder:
@@ -376,12 +388,21 @@ def open_session(
         clear.clear_ended(sessions, owner.path, others, catalog.patience)
 
 
-def _custom(catalog: Catalog) -> dict[str, Model]:
-    return {model_id: resolution.winner for model_id, resolution in resolve(catalog.sources).items()}
+def _answering(catalog: Catalog, plan: Plan) -> dict[str, Model]:
+    """The user's models, by id: those before the real cache, and those in tiers that stand for the Hub's."""
+    in_front = {model_id: resolution.winner for model_id, resolution in resolve(catalog.sources).items()}
+    linked = (repo.model for repo in plan.linked_repos.values())
+    return {model.id: model for model in linked if model.kind == "models"} | in_front
 
 
 def _origin(model: Model) -> str:
-    return f"model path {model.root}" if model.source == "custom" else "Hugging Face cache"
+    names: Mapping[Layer, str] = {
+        "map": f"map to {model.root}",
+        "custom": f"model path {model.root}",
+        "cache": "Hugging Face cache",
+        "tier": f"folder {model.root} below the cache",
+    }
+    return names[model.source]
 
 
 def _session_error(path: str, error: OSError) -> SessionError:

@@ -18,6 +18,7 @@ from mlx_overlay_server.api.guard import Guard
 from mlx_overlay_server.api.openai import routes as openai
 from mlx_overlay_server.api.refusals import add_error_handlers, refuse
 from mlx_overlay_server.api.responses import routes as responses
+from mlx_overlay_server.awake import keep_awake
 from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.download import Downloader
@@ -40,6 +41,9 @@ def build(settings: Settings, session: hf_overlay.Session, process: Process | No
         tasks = [
             asyncio.create_task(preload(service.pool, settings.models)),
             asyncio.create_task(service.pool.sweep()),
+            asyncio.create_task(
+                keep_awake(lambda: service.has_work or (downloader is not None and downloader.has_work))
+            ),
         ]
         try:
             yield

@@ -22,7 +22,8 @@ examples:
 
 model paths:
   --model-path, which may be repeated (the first folder that has a model wins), else MLX_OMNI_MODEL_PATH (several
-  folders, separated as in PATH), else the Hugging Face cache alone. Your folders are only ever read.
+  folders, separated as in PATH), else the file that `hf-overlay config` names, else the Hugging Face cache alone.
+  Your folders are only ever read.
 
 then:
   curl http://127.0.0.1:10240/v1/models

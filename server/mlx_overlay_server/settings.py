@@ -87,7 +87,7 @@ class Settings:
     """Everything that the command line and the environment say at the server's start."""
 
     model_paths: tuple[str, ...] = ()
-    """Folders of models; (): those in MLX_OMNI_MODEL_PATH, else the Hugging Face cache alone."""
+    """Folders of models; (): those in MLX_OMNI_MODEL_PATH, else those in hf-overlay's configuration file."""
     exclude: tuple[str, ...] = ()
     """Ids that are taken from the Hugging Face cache and the Hub, and not from the folders."""
     is_offline: bool = False

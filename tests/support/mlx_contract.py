@@ -194,6 +194,35 @@ def a_batch_tells_of_prompts_segments_and_tokens(folder: Path) -> None:
     assert calls[:2] == [5, 6], "processors see the prompt as well"
 
 
+def processors_can_ask_which_tokens_their_step_reads(folder: Path) -> None:
+    from mlx_overlay_server.engine import mlx
+
+    batch = _batch(_model(folder))
+    current = mlx.CurrentTokens(batch)
+    asked: dict[int, list[int]] = {}
+
+    def asks(uid: int) -> Callable[[Any, Any], Any]:
+        def processor(tokens: Any, logits: Any) -> Any:
+            if uid in asked:
+                asked[uid].append(current.of(uid))
+                assert asked[uid][-1] == tokens[-1].item()
+            asked.setdefault(uid, [])
+            return logits
+
+        return processor
+
+    drawn: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for step in range(12):
+        if step in drawn:
+            prompt = list(range(1, 4 + step))
+            uids = batch.insert_segments(segments=[[prompt]], max_tokens=[4], logits_processors=[[asks(step)]])
+            assert uids == [step]
+        for row in batch.next()[1]:
+            drawn[row.uid].append(row.token)
+    assert all(len(tokens) == 4 for tokens in drawn.values()), drawn
+    assert all(asked[uid][:3] == tokens[:3] for uid, tokens in drawn.items()), (asked, drawn)
+
+
 def a_sequence_taken_out_of_a_batch_leaves_its_cache(folder: Path) -> None:
     batch = _batch(_model(folder))
     uids = batch.insert_segments(segments=[[[1, 2, 3]], [[4, 5, 6, 7]]], max_tokens=[9, 9])

@@ -17,6 +17,7 @@ depends on all that came before and means nothing.
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,17 @@ if TYPE_CHECKING:
 
     Tensors = dict[str, npt.NDArray[np.floating[Any]]]
 
-__all__ = ["MEDIUM", "SMALL", "DType", "Sizes", "make_model", "make_random_model", "split", "vocabulary"]
+__all__ = [
+    "MEDIUM",
+    "SMALL",
+    "DType",
+    "Sizes",
+    "make_converted",
+    "make_model",
+    "make_random_model",
+    "split",
+    "vocabulary",
+]
 
 DType = Literal["float32", "float16"]
 
@@ -259,6 +270,23 @@ def _random_tensors(shape: _Shape, seed: int) -> Tensors:
     head[:no_words] = 0
     head[:no_words, 0] = _NEVER
     return _llama(shape, "float32", embedding, head, matrix)
+
+
+def make_converted(folder: Path, source: Path, *, dtype: str | None = None, bits: int | None = None) -> Path:
+    """Write a folder's model with its weights in another type (`bfloat16`, `float16`) or quantised; return `folder`."""
+    import mlx.core as mx
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+    model, config = load_model(source)
+    if dtype is not None:
+        model.set_dtype(getattr(mx, dtype))
+        config["torch_dtype"] = dtype
+    if bits is not None:
+        model, config = quantize_model(model, config, group_size=64, bits=bits)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    save_model(folder, model)
+    save_config(config, folder / "config.json")
+    return folder
 
 
 # Both kinds' files ----------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from hf_overlay import hfcache
@@ -17,6 +17,9 @@ MAX_JSON_BYTES = 64 * 2**20
 """No real config.json or shard index comes near; a larger one is something else under that name."""
 MAX_DEPTH = 50
 """Folders within folders in one model; no real model comes near."""
+BROKEN = "is a broken link"
+AWAY = "is a link to a file that is not a model's"
+"""Ends of sentences that say why a link does not count."""
 
 _SYSTEM_FOLDERS = frozenset({"$RECYCLE.BIN", "System Volume Information", "lost+found", "__MACOSX", "__pycache__"})
 
@@ -67,6 +70,8 @@ class Contents(NamedTuple):
     """Number of AppleDouble files."""
     has_links: bool
     """Whether any part is reached through a link."""
+    left_out: Mapping[str, str]
+    """Name of a link that does not count -> the end of a sentence that says why."""
 
 
 def list_folder(path: str) -> Listing:
@@ -104,21 +109,24 @@ def contents(path: str, top: Listing) -> Contents:
     folders: list[str] = []
     junk = 0
     has_links = False
+    left_out: dict[str, str] = {}
     for prefix, folder in _subfolders(path, top):
         folders.append(f"{path}/{prefix}".rstrip("/"))
         junk += folder.junk
         has_links = has_links or folder.has_links
+        left_out.update({f"{prefix}{name}": BROKEN for name in folder.broken})
         for name in folder.files:
             # Below a linked folder, whose own files are none, all of them may lie elsewhere.
             if has_links and links.leads_away(path, f"{prefix}{name}", home):
                 if not prefix and name == "config.json":
-                    raise Unfit(Code.BAD_CONFIG, "config.json is a link to a file that is not a model's")
+                    raise Unfit(Code.BAD_CONFIG, f"config.json {AWAY}")
+                left_out[f"{prefix}{name}"] = AWAY
                 continue
             if is_utf8(name):
                 status = os.stat(f"{path}/{prefix}{name}")
                 alive()
                 files.append(File(prefix + name, status.st_size, status.st_mtime_ns))
-    return Contents(tuple(sorted(files)), tuple(folders), junk, has_links)
+    return Contents(tuple(sorted(files)), tuple(folders), junk, has_links, left_out)
 
 
 def _subfolders(path: str, top: Listing) -> Iterator[tuple[str, Listing]]:

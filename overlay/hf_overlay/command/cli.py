@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
-from hf_overlay import config
+from hf_overlay import config, configfile
 from hf_overlay.catalog import kinds
 from hf_overlay.catalog.catalog import Catalog
+from hf_overlay.config import ConfigFile, Settings
 from hf_overlay.errors import OverlayError, UsageError
 from hf_overlay.models import Code, Model
 from hf_overlay.text import printable
@@ -24,14 +25,33 @@ examples:
   hf-overlay run --model-path /Volumes/LLMS/models -- python my_script.py
   hf-overlay run -- mlx_lm.generate --model mlx-community/Llama-3-8B-Instruct --prompt hi
   hf-overlay ls --model-path /Volumes/LLMS/models
+  hf-overlay run --below /shared/huggingface/hub -- python train.py
+  hf-overlay run --map org/name=/data/my-model -- python my_script.py
   mlx_lm.generate --model "$(hf-overlay path org/sub/name)" --prompt hi
   hf-overlay why org/name
   hf-overlay serve --model-path /Volumes/LLMS/models     (and in other shells: eval "$(hf-overlay env)")
   hf-overlay doctor
+  hf-overlay config
 
 model paths:
   --model-path, as often as you like (the first wins), else MLX_OMNI_MODEL_PATH (several, separated like PATH),
-  else the Hugging Face cache alone. hf-overlay only ever reads your folders.
+  else model_path in the file that `hf-overlay config` names, else the Hugging Face cache alone. hf-overlay only ever
+  reads your folders.
+
+layers, first to last:
+  --map ID=DIR, --model-path DIR, the Hugging Face cache, --below DIR (else HF_OVERLAY_BELOW, separated like PATH)
+"""
+
+SERVICE_EXAMPLES = """\
+What follows -- are options of `hf-overlay serve`, or with --server of `mlx-omni-server`. The unit also carries the
+shell's variables that they read: HF_HOME, MLX_OMNI_MODEL_PATH, HF_TOKEN, proxies, …
+
+examples:
+  hf-overlay service install                                     (with the folders that `hf-overlay config` shows)
+  hf-overlay service install -- --model-path /Volumes/LLMS/models
+  hf-overlay service install --server -- --port 8000
+  hf-overlay service status
+  hf-overlay service uninstall --server
 """
 
 
@@ -56,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if options.command == "run":
             return _run(options, command)
+        if options.command == "service" and options.action == "install":
+            return _service_install(options, command)
         if command:
             raise UsageError(f"hf-overlay {options.command} runs no program; leave out -- and the rest")
         status: int = options.function(options)
@@ -81,6 +103,21 @@ def make_parser(*, folders: object = None) -> argparse.ArgumentParser:
         "--model-path", action="append", default=[], metavar="DIR", help="a folder of models; repeat it for more"
     )
     model_path.complete = folders  # type: ignore[attr-defined]  # shtab looks for it there
+    below = common.add_argument(
+        "--below",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a Hugging Face cache or a folder of models behind your own cache, only read; repeat it for more",
+    )
+    below.complete = folders  # type: ignore[attr-defined]
+    common.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="ID=DIR",
+        help="this folder answers to this id (org/name, datasets/org/name), before all else; repeat it for more",
+    )
     common.add_argument(
         "--kind",
         choices=get_args(config.Kind),
@@ -145,7 +182,15 @@ def make_parser(*, folders: object = None) -> argparse.ArgumentParser:
     ).add_argument("id", metavar="ID")
     add("plan", _plan, "print the links an overlay would hold, without making it", common, data)
     add("doctor", _doctor, "diagnose problems and suggest fixes", common, data)
+    add("config", _config, "print the settings in force, and where each comes from", common, data)
     add("clean", _clean, "remove the overlays of programs that were killed; their downloads move to the cache", data)
+    service = add("service", _service, "start the overlay, or the server, at login: launchd or systemd", data)
+    service.usage = "hf-overlay service [options] {install,uninstall,status} [-- OPTION …]"
+    service.epilog = SERVICE_EXAMPLES
+    service.formatter_class = argparse.RawDescriptionHelpFormatter
+    service.add_argument("action", choices=["install", "uninstall", "status"])
+    service.add_argument("--server", action="store_true", help="mlx-omni-server in place of hf-overlay serve")
+    service.add_argument("--replace", action="store_true", help="also overwrite or remove a unit that is not ours")
     completion = add("completion", _completion, "print a completion script for your shell")
     completion.add_argument("shell", choices=["bash", "zsh", "fish", "tcsh"])
     add("extension", _extension, "make `hf overlay …` run hf-overlay")
@@ -163,6 +208,8 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
     return launch.run(
         command,
         options.model_path,
+        below=options.below,
+        maps=config.parse_maps(options.map),
         kind=options.kind,
         exclude=options.exclude,
         offline=options.offline,
@@ -178,6 +225,8 @@ def _serve(options: argparse.Namespace) -> int:
     launch.log_to_stderr(_verbosity(options))
     return service.serve(
         options.model_path,
+        below=options.below,
+        maps=config.parse_maps(options.map),
         kind=options.kind,
         exclude=options.exclude,
         offline=options.offline,
@@ -189,7 +238,9 @@ def _serve(options: argparse.Namespace) -> int:
 def _env(options: argparse.Namespace) -> int:
     from hf_overlay.command import serve as service
 
-    variables = service.offered(os.environ)
+    variables, warning = service.offered(os.environ)
+    if warning is not None:
+        _say(f"warning: {warning}")
     if options.json:
         return _print_json(variables)
     is_fish = os.path.basename(os.environ.get("SHELL", "")) == "fish"
@@ -290,6 +341,28 @@ def _doctor(options: argparse.Namespace) -> int:
     return 1 if findings else 0
 
 
+def _config(options: argparse.Namespace) -> int:
+    from hf_overlay.command import settings
+
+    file = configfile.read(os.environ)
+    given = config.in_force(
+        options.model_path,
+        options.exclude,
+        os.environ,
+        file,
+        below=options.below,
+        maps=config.parse_maps(options.map),
+    )
+    rows = settings.rows(_settings(options, file), given, file, os.environ)
+    if options.json:
+        return _print_json(
+            {"file": file.path, "is_there": file.text is not None, "settings": [row._asdict() for row in rows]}
+        )
+    if file.path is not None:
+        print(printable(f"{file.path}" + (" (there is none)" if file.text is None else "")))
+    return _print_table(("SETTING", "VALUE", "ORIGIN"), [line for row in rows for line in row.lines()])
+
+
 def _clean(options: argparse.Namespace) -> int:
     from hf_overlay.tree import clear, lease
 
@@ -299,6 +372,31 @@ def _clean(options: argparse.Namespace) -> int:
     for each in cleared:
         print(printable(f"{each.path}: " + (f"kept {', '.join(each.kept)}" if each.kept else "cleared")))
     return 0
+
+
+def _service_install(options: argparse.Namespace, program_options: Sequence[str]) -> int:
+    from hf_overlay.command import service
+
+    service.install(_served(options), program_options, os.environ, replaces=options.replace)
+    return 0
+
+
+def _service(options: argparse.Namespace) -> int:
+    from hf_overlay.command import service
+
+    if options.action == "uninstall":
+        service.uninstall(_served(options), os.environ, replaces=options.replace)
+        return 0
+    status = service.status(_served(options), os.environ)
+    if options.json:
+        _print_json(status._asdict())
+    else:
+        print(printable(f"{status.name}: {status.text}"))
+    return 0 if status.pid is not None else 1
+
+
+def _served(options: argparse.Namespace) -> str:
+    return "mlx-omni-server" if options.server else "hf-overlay"
 
 
 def _completion(options: argparse.Namespace) -> int:
@@ -320,7 +418,7 @@ def _extension(_options: argparse.Namespace) -> int:
 
 
 def _catalog(options: argparse.Namespace, *, warn: bool = True) -> Catalog:
-    settings = config.load(options.model_path, os.environ, os.getcwd(), kind=options.kind, exclude=options.exclude)
+    settings = _settings(options, configfile.read(os.environ))
     catalog = Catalog(settings)
     if warn:
         _warn(catalog, options)
@@ -328,6 +426,19 @@ def _catalog(options: argparse.Namespace, *, warn: bool = True) -> Catalog:
         _say(f"model paths: {', '.join(settings.roots)}" if settings.roots else "using HuggingFace cache only")
         _say(f"Hugging Face cache: {settings.hub_cache}")
     return catalog
+
+
+def _settings(options: argparse.Namespace, file: ConfigFile) -> Settings:
+    return config.load(
+        options.model_path,
+        os.environ,
+        os.getcwd(),
+        kind=options.kind,
+        exclude=options.exclude,
+        below=options.below,
+        maps=config.parse_maps(options.map),
+        file=file,
+    )
 
 
 def _warn(catalog: Catalog, options: argparse.Namespace) -> None:

@@ -126,11 +126,12 @@ def _by_disk(sessions: str, *, warn: bool) -> dict[str, list[str]]:
 
 def _leads_to_cache(session: str) -> bool:
     """Whether the real cache is needed to clear a session: something was written there, or is to be moved there."""
+    linked = (repo.path for name in store.FOLDERS for repo in files.entries(f"{session}/{name}"))
     hubs = (entry for hub in files.entries(f"{session}/hubs") for entry in files.entries(hub.path))
     return (
         bool(announced.folders(session))
         or any(not entry.is_symlink() for entry in hubs)
-        or any(files.has_payload(repo.path) for name in store.FOLDERS for repo in files.entries(f"{session}/{name}"))
+        or any(map(writeback.is_worth_keeping, linked))
     )
 
 

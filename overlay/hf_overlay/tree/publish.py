@@ -23,7 +23,7 @@ from typing import Any
 from hf_overlay import hfcache
 from hf_overlay.catalog.plan import Plan
 from hf_overlay.hfcache import LinkedRepo
-from hf_overlay.models import Model
+from hf_overlay.tiers import MergedRepo
 from hf_overlay.tree import announced, files, store
 from hf_overlay.tree.store import Placed
 
@@ -67,10 +67,10 @@ class Tree:
         """The folder to use as HF_HOME, for programs that know no other variable."""
         return f"{self._session}/home"
 
-    def publish(self, plan: Plan, *, is_there: Callable[[Model], bool]) -> None:
+    def publish(self, plan: Plan, *, is_there: Callable[[str, str], bool]) -> None:
         """Make the tree hold what the plan says; do nothing if it does. Raises OSError, the old tree intact.
 
-        `is_there` says whether the folder of a user's model is there.
+        `is_there` says whether a folder, in a model path, cache or tier, is there.
         """
         placed: dict[str, Placed] = {}
         entries: dict[str, str] = {}
@@ -85,7 +85,11 @@ class Tree:
             entries[name] = there.link
         entries |= {name: path for name, path in self._written().items() if name not in placed}
         if self._generation == 0 or entries != self._entries or not self._is_whole():
-            gone = {name for name, each in self._placed.items() if not is_there(each.repo.model)}
+            gone = {
+                name
+                for name, each in self._placed.items()
+                if not all(is_there(path, root) for path, root in each.repo.sources)
+            }
             self._switch(entries)
             self._placed = placed
             try:
@@ -94,10 +98,11 @@ class Tree:
                 pass  # only older loads miss something; the tree is switched
         self._placed = placed
 
-    def linked_repo(self, model_id: str) -> LinkedRepo | None:
-        """The linked repo of the user's model with this id; None when the tree holds none."""
-        found = self._placed.get(hfcache.repo_folder(model_id))
-        return found.repo if found is not None and found.repo.model.id == model_id else None
+    def repo(self, repo_id: str, kind: str = "models") -> LinkedRepo | MergedRepo | None:
+        """The repo with this id that was made in the tree; None when it holds none, or the real cache's."""
+        found = self._placed.get(hfcache.repo_folder(repo_id, kind))
+        is_other = found is not None and isinstance(found.repo, LinkedRepo) and found.repo.model.id != repo_id
+        return found.repo if found is not None and not is_other else None
 
     def expect(self, name: str, real_hub: str, ask: Callable[[Callable[[], Any]], Any]) -> None:
         """Make the real cache's folder for a repo, and link it, so that a download lands there. Raises OSError.

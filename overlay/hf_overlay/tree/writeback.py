@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from hf_overlay import hfcache, keeping
 from hf_overlay.patience import Patience
@@ -72,7 +73,7 @@ def bring_home(session: str, hub: str) -> dict[str, str]:
             if place.is_busy:
                 stuck[repo] = "a program is downloading the same"
         except OSError as error:
-            if _is_worth_keeping(repo):
+            if is_worth_keeping(repo):
                 stuck[repo] = f"{error.strerror or error}: {error.filename2 or error.filename or hub}"
     for each in _hubs(session):
         tag = f"{each}/{hfcache.CACHEDIR_TAG}"
@@ -98,7 +99,7 @@ def _written_repos(session: str) -> Iterator[tuple[str, str]]:
                 continue
             if has_payload(path):
                 _drop_copies(path)
-            if _is_worth_keeping(path):
+            if is_worth_keeping(path):
                 yield path, store.repo_folder(linked_repo)
 
 
@@ -106,7 +107,7 @@ def _hubs(session: str) -> list[str]:
     return [f"{session}/hubs/{name}" for name in _names(f"{session}/hubs")]
 
 
-def _is_worth_keeping(repo: str) -> bool:
+def is_worth_keeping(repo: str) -> bool:
     """Whether a client wrote something into a repo: bytes, or, once those are moved, the links of a revision."""
     own = _own_commit(repo)
     revisions = (f"{repo}/snapshots/{commit}" for commit in _names(f"{repo}/snapshots") if commit != own)
@@ -156,8 +157,9 @@ def _merge(repo: str, place: _Place) -> None:
             os.unlink(path)  # named by its content: the cache has it already
     complete: set[str] = set()
     for commit in _names(f"{repo}/snapshots"):
-        if commit != own and _merge_snapshot(f"{repo}/snapshots/{commit}", commit, place):
+        if commit != own and _merge_snapshot(_revision(repo, commit), commit, place):
             complete.add(commit)
+    shown = _shown_refs(repo)
     for folder in ("trees", ".no_exist", "refs"):
         for relative in files.below(f"{repo}/{folder}"):
             alive()
@@ -165,8 +167,17 @@ def _merge(repo: str, place: _Place) -> None:
             content = files.read(path)
             commit = content.decode("ascii", "replace") if folder == "refs" else relative.split("/")[0].split(".")[0]
             wanted = f"{target}/{folder}/{relative}"
+            if folder == "refs" and shown.get(relative) == commit:
+                continue  # nobody wrote it: it is a tier's, or the cache's own
             if commit in complete and not _is_newer(wanted, path):
                 _write(wanted, content, aside)
+
+
+def _revision(repo: str, commit: str) -> str:
+    """The folder of one revision; in a merged repo, clients add files to those that we made, which are views."""
+    view = f"{repo}/{hfcache.VIEWS}/{commit}"
+    is_view = os.path.islink(f"{repo}/snapshots/{commit}") and os.path.isdir(view)
+    return view if is_view else f"{repo}/snapshots/{commit}"
 
 
 def _is_newer(path: str, other: str) -> bool:
@@ -306,7 +317,7 @@ def _drop_copies(linked_repo: str) -> None:
     except OSError:  # they stay, and move to the cache
         return
     for relative, path in copies.items():
-        if os.path.getsize(path) == sizes.get(relative):
+        if os.path.lexists(path) and os.path.getsize(path) == sizes.get(relative):  # two names may share a blob
             os.unlink(path)
 
 
@@ -321,12 +332,24 @@ def _own_commit(repo: str) -> str | None:
 
 
 def _origin(repo: str) -> dict[str, str] | None:
+    origin = _recorded(repo)
+    is_model = all(isinstance(origin.get(name), str) for name in ("folder", "commit"))
+    return origin if is_model else None
+
+
+def _shown_refs(repo: str) -> dict[str, str]:
+    """The refs that a merged repo was made with: name -> commit; none for any other repo."""
+    refs = _recorded(repo).get("refs")
+    return refs if isinstance(refs, dict) else {}
+
+
+def _recorded(repo: str) -> dict[str, Any]:
+    """What the file says that tells repos of ours from a client's; empty where there is none."""
     try:
         origin = json.loads(files.read(f"{repo}/{hfcache.ORIGIN}"))
     except (OSError, ValueError, RecursionError):
-        return None
-    is_ours = isinstance(origin, dict) and all(isinstance(origin.get(name), str) for name in ("folder", "commit"))
-    return origin if is_ours else None
+        return {}
+    return origin if isinstance(origin, dict) else {}
 
 
 def _names(folder: str) -> list[str]:

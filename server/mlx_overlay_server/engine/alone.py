@@ -13,6 +13,7 @@ from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.engine import mlx
 from mlx_overlay_server.engine.commands import Item, Prefilled, Sampled, Submit
 from mlx_overlay_server.engine.generation import Generation
+from mlx_overlay_server.engine.likely import Row, likeliest
 from mlx_overlay_server.engine.mlx import Cache
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.sampling import Matcher, Sampling, sampler
@@ -131,7 +132,8 @@ class _Running:
             finish = "stop" if token in eos else "length" if count >= submit.max_tokens else None
             if count == 1:
                 yield Prefilled(len(submit.prompt), len(submit.prompt), cached)
-            item = self._generation.item(token, logprobs, finish)
+            (likely,) = likeliest([Row(token, logprobs, self._generation.wanted(finish))])
+            item = self._generation.item(token, likely, finish)
             if finish is not None or isinstance(item, Failed):
                 self.close()
                 yield item

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import mlx.core as mx
-
 from mlx_overlay_server.chat import grammar
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.engine.commands import Item, Sampled, Submit
+from mlx_overlay_server.engine.likely import Likely
 from mlx_overlay_server.engine.sampling import Guarded, Matcher, Sampling, processors
 from mlx_overlay_server.errors import Failed
 
@@ -25,38 +22,26 @@ class Generation:
         """
         self.submit = submit
         self.cached = cached
-        steps = processors(
-            submit.params,
-            sampling,
-            submit.prompt,
-            cached=cached if unseen is None else unseen,
-            matcher=matcher,
-            budget=submit.budget,
-        )
-        self._guarded = Guarded(steps, matcher)
-        self.processors = [self._guarded] if steps else []
+        left_out = cached if unseen is None else unseen
+        changes = processors(submit.params, sampling, submit.prompt, cached=left_out)
+        self.guarded = Guarded(changes, submit.budget, matcher)
+        self.processors = [self.guarded] if self.guarded else []
         """Logits processors for mlx-lm: at most one, which stands for all of the request's."""
 
-    def item(self, token: int, logprobs: mx.array, finish: str | None) -> Item:
-        """Return what the event loop gets for a token; Failed when the request's own processors failed.
+    def wanted(self, finish: str | None) -> int | None:
+        """Return how many of the likeliest tokens a token's item shall name; None: not even its own probability.
 
-        `logprobs` are those of the whole vocabulary; `finish` is why the token is the last, as in Sampled.
+        `finish` is why the token is the last, as in Sampled.
         """
-        problem = self._guarded.problem
+        return None if finish == "stop" else self.submit.params.logprobs
+
+    def item(self, token: int, likely: Likely | None, finish: str | None) -> Item:
+        """Return what the event loop gets for a token; Failed when the request's own processors failed."""
+        problem = self.guarded.problem
         if problem is not None and finish != "stop":
             return Failed(problem)
-        wanted = self.submit.params.logprobs
-        if wanted is None or finish == "stop":
-            return Sampled(token, None, (), finish)
-        top: tuple[tuple[int, float], ...] = ()
-        if wanted:
-            count = min(wanted, logprobs.shape[-1])
-            best = mx.argpartition(-logprobs, kth=count - 1)[:count]
-            ids: Any = best.tolist()
-            values: Any = logprobs[best].tolist()
-            top = tuple(sorted(zip(ids, values, strict=True), key=lambda pair: (-pair[1], pair[0])))
-        value: Any = logprobs[token].item()
-        return Sampled(token, float(value), top, finish)
+        logprob, top = likely or (None, ())
+        return Sampled(token, logprob, top, finish)
 
 
 def matcher_of(submit: Submit, loaded: Loaded) -> Matcher | None:

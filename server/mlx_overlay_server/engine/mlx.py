@@ -60,6 +60,27 @@ def set_prefill_step(batch: BatchGenerator, tokens: int) -> None:
     batch.prefill_step_size = tokens
 
 
+class CurrentTokens:
+    """The tokens that the running step of a batch reads, for the logits processors that it calls."""
+
+    def __init__(self, batch: BatchGenerator) -> None:
+        self._batch = batch
+        self._array: mx.array | None = None
+        self._tokens: dict[int, int] = {}
+
+    def of(self, uid: int) -> int:
+        """Return the token that a sequence drew in the step before.
+
+        The first call in a step fetches the tokens of all sequences from the device, which waits for them.
+        """
+        rows = self._batch._generation_batch  # noqa: SLF001 - asking the arrays that processors get is a wait for each
+        if rows._current_tokens is not self._array:  # noqa: SLF001
+            self._array = rows._current_tokens  # noqa: SLF001
+            tokens: Any = self._array.tolist()
+            self._tokens = dict(zip(rows.uids, tokens, strict=True))
+        return self._tokens[uid]
+
+
 # Sequences that run alone ----------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from mlx_overlay_server.engine import mlx
 from mlx_overlay_server.engine.alone import Alone
 from mlx_overlay_server.engine.commands import Item, Prefilled, Submit
 from mlx_overlay_server.engine.generation import Generation, matcher_of
+from mlx_overlay_server.engine.likely import Likely, Row, likeliest
 from mlx_overlay_server.engine.mlx import Cache
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.sampling import Sampling, effective, sampler
@@ -98,6 +99,7 @@ class Runner:
             logits_processors=[generation.processors],
             stop_sequences=[self._eos],
         )
+        generation.guarded.read_last = lambda _: self._current.of(uid)
         self._batched[uid] = generation
         self._uids[submit.id] = uid
         self._unread.add(uid)
@@ -113,6 +115,7 @@ class Runner:
                 prefill_step_size=self._options.prefill_step,
                 stream=self._stream,
             )
+            self._current = mlx.CurrentTokens(self._generator)
         return self._generator
 
     def cancel(self, id_: int) -> None:
@@ -134,7 +137,11 @@ class Runner:
         share = max(1, min(len(self._unread), self._options.batch_size) // LONG_PROMPTS)
         mlx.set_prefill_step(self._batch, max(1, self._options.prefill_step // share))
         read, drawn = self._batch.next()
-        return [self._read(part) for part in read] + [self._drawn(row) for row in drawn]
+        made = [self._read(part) for part in read]
+        told = likeliest(
+            [Row(row.token, row.logprobs, self._batched[row.uid].wanted(row.finish_reason)) for row in drawn]
+        )
+        return made + [self._drawn(row, likely) for row, likely in zip(drawn, told, strict=True)]
 
     def _read(self, part: Any) -> tuple[int, Item]:
         """Note a piece of a prompt that the batch has read: BatchGenerator's response for it."""
@@ -149,11 +156,11 @@ class Runner:
         done, total = part.progress
         return generation.submit.id, Prefilled(cached + done, cached + total, cached)
 
-    def _drawn(self, row: Any) -> tuple[int, Item]:
+    def _drawn(self, row: Any, likely: Likely | None) -> tuple[int, Item]:
         """Note a token that the batch has drawn: BatchGenerator's response for it."""
         generation = self._batched[row.uid]
         id_ = generation.submit.id
-        item = generation.item(row.token, row.logprobs, row.finish_reason)
+        item = generation.item(row.token, likely, row.finish_reason)
         if row.finish_reason is not None:
             self._keep(generation, row.prompt_cache, row.all_tokens)
         elif isinstance(item, Failed):

@@ -1,4 +1,4 @@
-"""How the next token is chosen: samplers and logits processors for mlx-lm, one set for each request."""
+"""The choice of the next token: samplers and logits processors for mlx-lm, one set for each request."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from mlx_overlay_server.chat.requests import Params
 
 Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]
+Mask = Callable[[int | None, mx.array], mx.array]
+"""(the token that was drawn last, or None before the first; logits) -> logits. It must be called at each step."""
 
 _ALL = 1 << 30  # as a penalty's context size, in tokens: the whole answer
 _NEVER = -1e4
@@ -71,7 +73,9 @@ def sampler(sampling: Sampling, seed: int | None) -> Sampler:
 def _shared(key: tuple[float, float, int, float]) -> Sampler:
     """Return one object for equal parameters: BatchGenerator samples rows in one call only where they share it."""
     temperature, top_p, top_k, min_p = key
-    return make_sampler(temperature, top_p=top_p, min_p=min_p, top_k=top_k)  # type: ignore[no-any-return]
+    sample = make_sampler(temperature, top_p=top_p, min_p=min_p, top_k=top_k)
+    # In float16, log probabilities over a low temperature are infinities, all alike.
+    return lambda logprobs: sample(logprobs.astype(mx.float32))
 
 
 def _seeded(sampling: Sampling, seed: int) -> Sampler:
@@ -81,6 +85,7 @@ def _seeded(sampling: Sampling, seed: int) -> Sampler:
     def sample(logprobs: mx.array) -> mx.array:
         nonlocal key
         key, now = mx.random.split(key)
+        logprobs = logprobs.astype(mx.float32)
         if 0 < sampling.top_p < 1:
             logprobs = apply_top_p(logprobs, sampling.top_p)
         if sampling.min_p:
@@ -98,10 +103,8 @@ def processors(
     prompt: Sequence[int],
     *,
     cached: int = 0,
-    matcher: Processor | None = None,
-    budget: Budget | None = None,
 ) -> list[Processor]:
-    """Return the functions that change the logits of each step before sampling, in order.
+    """Return the functions that change the logits of each step before masks and sampling, in order.
 
     mlx-lm calls a processor with the tokens so far, of which the first `cached` of the prompt may be missing.
     Presence and frequency penalties look at the answer alone, as OpenAI's and vLLM's do; repetition at the prompt, too.
@@ -123,20 +126,32 @@ def processors(
     if params.frequency_penalty:
         frequent = make_frequency_penalty(params.frequency_penalty, _ALL)
         made.append(lambda so_far, logits: frequent(so_far[seen:], logits))
-    if budget is not None:
-        made.append(ReasoningBudget(budget))
-    if matcher is not None:
-        made.append(matcher)
     return made
 
 
-class Guarded:
-    """A request's logits processors as one. An error in them ends that request, and not its batch."""
+def last_of(tokens: mx.array) -> int:
+    """Return the last of a sequence's tokens, and wait for it to be computed."""
+    last: Any = tokens[-1].item()
+    return int(last)
 
-    def __init__(self, steps: Sequence[Processor], matcher: Matcher | None) -> None:
-        self._steps = steps
+
+class Guarded:
+    """A request's logits processors and masks as one. An error in them ends that request, and not its batch."""
+
+    def __init__(self, changes: Sequence[Processor], budget: Budget | None, matcher: Matcher | None) -> None:
+        self._changes = changes
         self._matcher = matcher
+        self._masks: list[Mask] = [] if budget is None else [ReasoningBudget(budget)]
+        if matcher is not None:
+            self._masks.append(matcher)
+        self._is_first = True
         self._error: str | None = None
+        self.read_last: Callable[[mx.array], int] = last_of
+        """Gives the last of a sequence's tokens. Reading it waits for the device, so it is done once for all masks; a
+        batch puts a function here that does it once for all of its sequences."""
+
+    def __bool__(self) -> bool:
+        return bool(self._changes or self._masks)
 
     @property
     def problem(self) -> str | None:
@@ -147,29 +162,31 @@ class Guarded:
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
         try:
-            for step in self._steps:
-                logits = step(tokens, logits)
+            for change in self._changes:
+                logits = change(tokens, logits)
+            if self._masks:
+                last = None if self._is_first else self.read_last(tokens)
+                self._is_first = False
+                for mask in self._masks:
+                    logits = mask(last, logits)
         except Exception as error:  # noqa: BLE001 - whatever it is, the rows beside this one are well
             self._error = f"the engine failed: {type(error).__name__}"
         return logits
 
 
 class ReasoningBudget:
-    """A logits processor that limits reasoning to a number of tokens, and then forces its closing mark."""
+    """A mask that limits reasoning to a number of tokens, and then forces its closing mark."""
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self._left: int | None = budget.tokens if budget.is_open else None
         """Tokens that the open reasoning block may still take; None: no block is open."""
         self._last: tuple[int, ...] = ()
-        self._steps = 0
         self._forced = 0
 
-    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        if self._steps:
-            last: Any = tokens[-1].item()
+    def __call__(self, last: int | None, logits: mx.array) -> mx.array:
+        if last is not None:
             self._accept(last)
-        self._steps += 1
         if self._left is None or self._left > 0:
             return logits
         forced = mx.arange(logits.shape[-1]) == self._budget.ends[self._forced]
@@ -188,7 +205,7 @@ class ReasoningBudget:
 
 
 class Matcher:
-    """A logits processor that masks every token which the grammar does not allow next."""
+    """A mask of every token which the grammar does not allow next."""
 
     def __init__(self, constraint: Constraint, matcher: Any, vocab_size: int) -> None:
         """`matcher` is a copy of its own of what `chat.grammar.compiled` made of the constraint's grammar."""
@@ -199,16 +216,14 @@ class Matcher:
         self._ends = constraint.after or constraint.ends
         self._is_free = bool(constraint.after)
         self._mask = allocate_token_bitmask(1, vocab_size)
-        self._steps = 0
+        self._accepted = 0
         self._last: tuple[int, ...] = ()
         self.problem: str | None = None
         """Why the answer cannot follow the grammar any more; None while it can."""
 
-    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        if self._steps:
-            last: Any = tokens[-1].item()
+    def __call__(self, last: int | None, logits: mx.array) -> mx.array:
+        if last is not None:
             self._accept(last)
-        self._steps += 1
         if self._is_free or self.problem is not None:
             return logits
         from llguidance.numpy import fill_next_token_bitmask
@@ -221,15 +236,16 @@ class Matcher:
         allowed = np.pad(
             allowed, (0, logits.shape[-1] - len(allowed))
         )  # logits may have more columns than there are tokens
-        if self._steps == 1 and self._unless is not None:
+        if self._accepted == 0 and self._unless is not None:
             allowed[self._unless] = True
         return mx.where(mx.array(allowed), logits, -float("inf"))
 
     def _accept(self, token: int) -> None:
+        self._accepted += 1
         if self._is_free:
             self._last = (*self._last, token)[-len(self._ends) :]
             self._is_free = self._last != self._ends
-        elif self._steps == 1 and token == self._unless and self._ends:
+        elif self._accepted == 1 and token == self._unless and self._ends:
             self._is_free = True
         elif not self._matcher.is_stopped() and not self._matcher.consume_token(token):
             self.problem = self._matcher.get_error().splitlines()[0]

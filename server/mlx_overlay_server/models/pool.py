@@ -38,7 +38,7 @@ class Loader(Protocol):
 
 
 class Extras(NamedTuple):
-    """What is loaded together with a model: LoRA weights and a draft model."""
+    """The folders that are loaded together with a model: of LoRA weights and of a draft model."""
 
     adapter_path: str | None = None
     draft: str | None = None

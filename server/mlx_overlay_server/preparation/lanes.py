@@ -1,4 +1,4 @@
-"""Which preparation process does what when: work that is quick never waits for work that is slow."""
+"""The schedule of the preparation processes: work that is quick never waits for work that is slow."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Work:
     """Whether it is expected to be slow, or was found to be."""
     result: asyncio.Future[Result] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     process: Process | None = None
-    """Where it runs; None while it waits."""
+    """The process that it runs in; None while it waits."""
 
     identity: int = 0
     """A number that is the same for the same work."""

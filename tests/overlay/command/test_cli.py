@@ -20,7 +20,11 @@ from hf_overlay.command import cli
 from tests.support import hfcache, processes
 from tests.support.folders import lay_model, weights
 
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"from the cache")}
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": weights(b"from the cache"),
+    "tokenizer.json": b"{}",
+}
 
 
 class Result(NamedTuple):
@@ -216,6 +220,55 @@ def test_the_flag_wins_over_the_variable_which_holds_several(
 def test_an_id_that_could_leave_its_folder_is_a_usage_error(hf_overlay: Callable[..., Result], bad: str) -> None:
     for command in ("path", "why"):
         assert hf_overlay(command, bad).status == 2
+
+
+def test_config_says_what_is_in_force_and_where_each_comes_from(
+    hf_overlay: Callable[..., Result], home: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = home / ".config/hf-overlay/config.toml"
+    assert hf_overlay("config").out.splitlines()[0] == f"{file} (there is none)"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        f'# mine\nmodel_path = ["{models}", "~/more"]\n\nexclude = ["org/mine"]\n'
+        'below = ["/shared"]\n[map]\n"datasets/a/b" = "/rows"\n'
+    )
+    monkeypatch.setenv("HF_HOME", "/Volumes/X/hf")
+    found = hf_overlay("config", "--json").json
+    assert (found["file"], found["is_there"]) == (str(file), True)
+    assert {row["name"]: (row["value"], row["origin"]) for row in found["settings"]} | {"sessions": None} == {
+        "model_path": ([str(models), f"{home}/more"], f"{file}:2"),
+        "below": (["/shared"], f"{file}:5"),
+        "map": (["datasets/a/b=/rows"], f"{file}:6"),
+        "exclude": (["org/mine"], f"{file}:4"),
+        "hub_cache": ("/Volumes/X/hf/hub", "HF_HOME"),
+        "hf_home": ("/Volumes/X/hf", "HF_HOME"),
+        "sessions": None,
+    }
+    monkeypatch.setenv("MLX_OMNI_MODEL_PATH", "/by/variable")
+    shown = hf_overlay("config", "--exclude", "a/b").out.splitlines()
+    assert shown[0] == str(file)
+    assert [line.split() for line in shown[1:6]] == [
+        ["SETTING", "VALUE", "ORIGIN"],
+        ["model_path", "/by/variable", "MLX_OMNI_MODEL_PATH"],
+        ["below", "/shared", f"{file}:5"],
+        ["map", "datasets/a/b=/rows", f"{file}:6"],
+        ["exclude", "a/b", "--exclude"],
+    ]
+
+
+def test_every_command_honours_the_file_and_names_a_mistake_in_it(
+    hf_overlay: Callable[..., Result], home: Path, models: Path, sessions: Path
+) -> None:
+    mine = lay_model(models / "org/mine")
+    file = home / ".config/hf-overlay/config.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text(f'model_path = ["{models}"]\n')
+    assert hf_overlay("path", "org/mine").out == f"{mine}\n"
+    file.write_text('\nmodel_paths = ["/a"]\n')
+    for command in (["ls"], ["config"], ["doctor"], ["run", "--", "true"], ["serve"]):
+        done = hf_overlay(*command)
+        assert (done.status, done.out) == (2, "")
+        assert done.err == f"hf-overlay: error: {file}:2: there is no setting 'model_paths'; write model_path\n"
 
 
 def test_clean_clears_what_a_killed_program_left_and_says_so(hf_overlay: Callable[..., Result], sessions: Path) -> None:

@@ -221,7 +221,12 @@ def _lay_local_dir(folder: Path, files: Mapping[str, bytes], commit: str) -> Non
 
 
 def model_files(name: str) -> dict[str, bytes]:
-    return {"config.json": CONFIG, "model.safetensors": weights(f"weights of {name}".encode()), "sub/vocab.json": b"{}"}
+    return {
+        "config.json": CONFIG,
+        "model.safetensors": weights(f"weights of {name}".encode()),
+        "tokenizer.json": b"{}",
+        "sub/vocab.json": b"{}",
+    }
 
 
 def _changes(before: Mapping[str, Entry], after: Mapping[str, Entry]) -> str:
@@ -354,7 +359,7 @@ def download(world: World, hub: Path, model_id: str, payload: bytes) -> None:
     config = repo / "blobs" / etag("config.json", CONFIG)
     if config.is_symlink() and not config.exists():
         config.unlink()  # a client renames over it
-    add_repo(hub, model_id, {"config.json": CONFIG, "model.safetensors": payload}, tree=True)
+    add_repo(hub, model_id, {"config.json": CONFIG, "model.safetensors": payload, "tokenizer.json": b"{}"}, tree=True)
 
 
 def held(world: World, payloads: Collection[bytes]) -> set[bytes]:

@@ -23,18 +23,18 @@ class Answer:
     def __init__(
         self, tokens: int, *, is_open: bool, opens: tuple[int, ...] = (5,), ends: tuple[int, ...] = (7,)
     ) -> None:
-        self._processor = ReasoningBudget(Budget(tokens, is_open=is_open, opens=opens, ends=ends))
-        self._tokens = [0]
+        self._mask = ReasoningBudget(Budget(tokens, is_open=is_open, opens=opens, ends=ends))
+        self._tokens: list[int] = []
 
     def allowed(self) -> list[int]:
         """Which tokens may come next."""
-        values: Any = self._processor(mx.array(self._tokens), mx.zeros((1, _VOCAB)))[0].tolist()
+        values: Any = self._mask(self._tokens[-1] if self._tokens else None, mx.zeros((1, _VOCAB)))[0].tolist()
         return [token for token, value in enumerate(values) if value == 0]
 
     def say(self, tokens: Sequence[int], *, freely: bool = True) -> None:
         """Go on with some tokens, of which each must be allowed; `freely`: and every other one, too."""
         for token in tokens:
-            assert self.allowed() == (_ANY if freely else [token]), f"after {self._tokens[1:]}"
+            assert self.allowed() == (_ANY if freely else [token]), f"after {self._tokens}"
             self._tokens.append(token)
 
 

@@ -5,23 +5,21 @@ Texts cannot show it on tiny models, so these tests look at the numbers of cache
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlx_lm.models.cache import KVCache
-from mlx_overlay_server.chat.requests import Params
-from mlx_overlay_server.engine.commands import Load, Prefilled, Sampled, Submit
-from mlx_overlay_server.engine.loading import load
-from mlx_overlay_server.engine.prefix_cache import PrefixCache
-from mlx_overlay_server.engine.runner import LONG_PROMPTS, Runner
+from mlx_overlay_server.engine.commands import Prefilled, Sampled
+from mlx_overlay_server.engine.runner import LONG_PROMPTS
 from mlx_overlay_server.settings import EngineOptions
 
 from tests.support.models import make_random_model
+from tests.support.running import PROMPT, Running
 
 _STEP = 64
-PROMPT = tuple(range(97, 117))
+_OPTIONS = EngineOptions(prefill_step=_STEP)
 SEEDED: dict[str, Any] = {"temperature": 1, "seed": 3}
 
 
@@ -30,44 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_random_model(tmp_path_factory.mktemp("models") / "endless")
 
 
-class Running:
-    """A runner in the test's own thread: each step is the test's to make."""
-
-    def __init__(self, folder: Path) -> None:
-        self.prefixes = PrefixCache(1 << 30)
-        options = EngineOptions(prefill_step=_STEP)
-        runners = list(load(Load("0:m", str(folder)), options, None, self.prefixes))
-        assert runners[-1] is not None
-        self.runner: Runner = runners[-1]
-        self._ids = iter(range(1000))
-
-    def add(self, prompt: Sequence[int] = PROMPT, *, system: int = 0, max_tokens: int = 3, **params: Any) -> int:
-        id_ = next(self._ids)
-        chosen = Params(**{"temperature": 0, **params})
-        self.runner.add(Submit(id_, self.runner.loaded.key, tuple(prompt), chosen, max_tokens, system=system))
-        return id_
-
-    def read(self, prompt: Sequence[int] = PROMPT, **more: Any) -> Prefilled:
-        """Generate one sequence to its end: what is told of its prompt once that is read."""
-        id_ = self.add(prompt, **more)
-        told: list[Prefilled] = []
-        for _ in range(100):
-            for owner, item in self.runner.step():
-                assert owner == id_
-                if isinstance(item, Prefilled):
-                    told.append(item)
-                elif isinstance(item, Sampled) and item.finish is not None:
-                    return told[-1]
-        raise AssertionError("the sequence does not end")
-
-    def progress(self) -> dict[int, int]:
-        """One step: how many tokens of each prompt are read after it."""
-        return {id_: item.done for id_, item in self.runner.step() if isinstance(item, Prefilled)}
-
-
 @pytest.fixture
 def running(folder: Path) -> Iterator[Running]:
-    made = Running(folder)
+    made = Running(folder, _OPTIONS)
     yield made
     made.runner.close()
 
@@ -108,7 +71,7 @@ def test_what_was_read_before_a_cancel_is_reused(running: Running) -> None:
 def uncuttable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     """A model whose caches cannot be cut later, as those of sliding windows and of state space models."""
     monkeypatch.setattr(KVCache, "is_trimmable", lambda _: False)
-    made = Running(folder)
+    made = Running(folder, _OPTIONS)
     yield made
     made.runner.close()
 

@@ -16,7 +16,16 @@ from mlx_overlay_server.chat import grammar
 from mlx_overlay_server.chat.grammar import Budget, Constraint
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import ChatRequest, Format, Params, Tool, ToolChoice
-from mlx_overlay_server.engine.sampling import Matcher, ReasoningBudget, Sampling, effective, processors, sampler
+from mlx_overlay_server.engine.sampling import (
+    Guarded,
+    Mask,
+    Matcher,
+    ReasoningBudget,
+    Sampling,
+    effective,
+    processors,
+    sampler,
+)
 from mlx_overlay_server.errors import InvalidRequest
 
 from tests.support.loaded import loaded
@@ -25,6 +34,17 @@ from tests.support.models import make_model
 _VOCAB = 8
 _GREEDY = Sampling(0.0, 1.0, 0, 0.0, 1.0)
 _FREE = Sampling(1.0, 1.0, 0, 0.0, 1.0)
+
+DTYPES = (mx.float32, mx.bfloat16, mx.float16)
+"""What models compute in."""
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).rpartition(".")[2], scope="module")
+def dtype(request: pytest.FixtureRequest) -> mx.Dtype:
+    """The type of a model's logits."""
+    chosen: mx.Dtype = request.param
+    return chosen
+
 
 # Parameters -----------------------------------------------------------------------------------------------------
 
@@ -58,10 +78,10 @@ def test_nulls_in_a_model_s_defaults_are_no_values() -> None:
 @pytest.mark.parametrize(
     "params", [Params(temperature=1, top_p=0), Params(temperature=1, top_k=1), Params(temperature=0)]
 )
-def test_one_candidate_is_greedy(params: Params) -> None:
+def test_one_candidate_is_greedy(params: Params, dtype: mx.Dtype) -> None:
     sampling = effective(params, {}, 100)
     assert sampling.temperature == 0
-    logits = mx.array([[0.0, 3.0, 2.9], [5.0, 3.0, 2.9]])
+    logits = mx.array([[0.0, 3.0, 2.9], [5.0, 3.0, 2.9]], dtype=dtype)
     assert sampler(sampling, 1)(logits).tolist() == sampler(sampling, None)(logits).tolist() == [1, 0]
 
 
@@ -72,9 +92,21 @@ def test_one_candidate_is_greedy(params: Params) -> None:
     + [Params(temperature=1.0, top_p=least) for least in (5e-324, 1e-300, 1e-45, 1e-20, 1e-7)]
     + [Params(temperature=1e-5, top_p=1e-5, min_p=5e-324)],
 )
-def test_the_least_numbers_that_a_request_can_hold_leave_the_likeliest_token(params: Params, seed: int | None) -> None:
+def test_the_least_numbers_that_a_request_can_hold_leave_the_likeliest_token(
+    params: Params, seed: int | None, dtype: mx.Dtype
+) -> None:
     sampling = effective(params, {}, 100)
-    assert set(_draw(sampling, seed, _logprobs(0.15, 0.2, 0.25, 0.4))) == {3}
+    assert set(_draw(sampling, seed, _logprobs(0.15, 0.2, 0.25, 0.4, dtype=dtype), 50)) == {3}
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-5, 1e-4, 1e-3])
+def test_a_low_temperature_leaves_the_likeliest_of_many(temperature: float, seed: int | None, dtype: mx.Dtype) -> None:
+    """Log probabilities over such a temperature are beyond the largest number of float16."""
+    sampling = effective(Params(temperature=temperature), {}, 30_000)
+    weights = [1.0] * 30_000
+    weights[17] = 2.0
+    assert set(_draw(sampling, seed, _logprobs(*weights, dtype=dtype), 5)) == {17}
 
 
 @pytest.mark.parametrize("top_k", [0, 100, 1000, 10**30])
@@ -85,8 +117,8 @@ def test_as_many_candidates_as_there_are_tokens_is_no_limit(top_k: int) -> None:
 # Samplers -------------------------------------------------------------------------------------------------------
 
 
-def _logprobs(*weights: float) -> mx.array:
-    logits = mx.log(mx.array([weights]))
+def _logprobs(*weights: float, dtype: mx.Dtype = mx.float32) -> mx.array:
+    logits = mx.log(mx.array([weights])).astype(dtype)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
@@ -101,8 +133,8 @@ def _token(drawn: mx.array) -> int:
 
 
 @pytest.mark.parametrize("seed", [0, 7, -1, -(1 << 63), (1 << 63) - 1, (1 << 63) + 126])
-def test_a_seed_repeats_its_draws_whatever_else_is_drawn(seed: int) -> None:
-    even = mx.zeros((1, 100))
+def test_a_seed_repeats_its_draws_whatever_else_is_drawn(seed: int, dtype: mx.Dtype) -> None:
+    even = mx.zeros((1, 100), dtype=dtype)
     first = _draw(_FREE, seed, even, 20)
     mx.random.uniform(shape=(3,))
     draw = sampler(_FREE, seed)
@@ -136,45 +168,50 @@ def test_requests_that_ask_for_the_same_share_a_sampler_and_those_with_a_seed_do
         (Sampling(0.01, 1.0, 0, 0.0, 1.0), {3}),
     ],
 )
-def test_only_candidates_are_drawn_and_each_of_them_is(sampling: Sampling, allowed: set[int], seed: int | None) -> None:
-    assert set(_draw(sampling, seed, _logprobs(0.15, 0.2, 0.25, 0.4))) == allowed
+def test_only_candidates_are_drawn_and_each_of_them_is(
+    sampling: Sampling, allowed: set[int], seed: int | None, dtype: mx.Dtype
+) -> None:
+    assert set(_draw(sampling, seed, _logprobs(0.15, 0.2, 0.25, 0.4, dtype=dtype))) == allowed
 
 
 # Penalties ------------------------------------------------------------------------------------------------------
 
 
-def _processed(params: Params, prompt: Sequence[int], answer: Sequence[int], cached: int = 0) -> list[float]:
+def _processed(
+    params: Params, prompt: Sequence[int], answer: Sequence[int], cached: int = 0, dtype: mx.Dtype = mx.float32
+) -> list[float]:
     """Logits of all ones, after the answer so far; mlx-lm leaves out what is cached."""
-    logits = mx.ones((1, _VOCAB))
+    logits = mx.ones((1, _VOCAB), dtype=dtype)
     so_far = mx.array([*prompt[cached:], *answer], dtype=mx.int32)
     for each in processors(params, effective(params, {}, _VOCAB), prompt, cached=cached):
         logits = each(so_far, logits)
+        assert logits.dtype == dtype, "one row's processors must not change what the others are computed in"
     values: Any = logits[0].tolist()
     return [round(value, 4) for value in values]
 
 
-def test_penalties_for_presence_and_frequency_look_at_the_answer_alone() -> None:
-    assert _processed(Params(presence_penalty=0.5), [1, 2], [3, 3]) == [1, 1, 1, 0.5, 1, 1, 1, 1]
-    assert _processed(Params(frequency_penalty=0.25), [1, 2], [3, 3]) == [1, 1, 1, 0.5, 1, 1, 1, 1]
+def test_penalties_for_presence_and_frequency_look_at_the_answer_alone(dtype: mx.Dtype) -> None:
+    assert _processed(Params(presence_penalty=0.5), [1, 2], [3, 3], 0, dtype) == [1, 1, 1, 0.5, 1, 1, 1, 1]
+    assert _processed(Params(frequency_penalty=0.25), [1, 2], [3, 3], 0, dtype) == [1, 1, 1, 0.5, 1, 1, 1, 1]
 
 
-def test_the_repetition_penalty_looks_at_the_prompt_too() -> None:
-    assert _processed(Params(repetition_penalty=2.0), [1, 2], [3, 3]) == [1, 0.5, 0.5, 0.5, 1, 1, 1, 1]
+def test_the_repetition_penalty_looks_at_the_prompt_too(dtype: mx.Dtype) -> None:
+    assert _processed(Params(repetition_penalty=2.0), [1, 2], [3, 3], 0, dtype) == [1, 0.5, 0.5, 0.5, 1, 1, 1, 1]
     limited = Params(repetition_penalty=2.0, repetition_context=1)
-    assert _processed(limited, [1, 2], [3, 3]) == [1, 1, 1, 0.5, 1, 1, 1, 1]
+    assert _processed(limited, [1, 2], [3, 3], 0, dtype) == [1, 1, 1, 0.5, 1, 1, 1, 1]
 
 
-def test_a_bias_is_added_and_the_least_one_means_never() -> None:
-    biased = _processed(Params(logit_bias={0: 2.5, 1: -50.0, 7: -100.0}), [1], [])
+def test_a_bias_is_added_and_the_least_one_means_never(dtype: mx.Dtype) -> None:
+    biased = _processed(Params(logit_bias={0: 2.5, 1: -50.0, 7: -100.0}), [1], [], 0, dtype)
     assert biased[:7] == [3.5, -49, 1, 1, 1, 1, 1]
     assert biased[7] < -1000
 
 
 @pytest.mark.parametrize("seed", [None, 3])
-def test_a_bias_against_every_token_leaves_the_model_s_own_order(seed: int | None) -> None:
+def test_a_bias_against_every_token_leaves_the_model_s_own_order(seed: int | None, dtype: mx.Dtype) -> None:
     params = Params(logit_bias=dict.fromkeys(range(4), -100.0))
     (biased,) = processors(params, _FREE, [1])
-    logits = biased(mx.array([1]), mx.array([[0.0, 0.0, 60.0, 0.0]]))
+    logits = biased(mx.array([1]), mx.array([[0.0, 0.0, 60.0, 0.0]], dtype=dtype))
     assert set(_draw(_FREE, seed, logits - mx.logsumexp(logits, axis=-1, keepdims=True))) == {2}
 
 
@@ -188,11 +225,11 @@ _tokens = st.lists(st.integers(0, _VOCAB - 1), min_size=1, max_size=8)
 @settings(deadline=None)
 @given(prompt=_tokens, answer=_tokens, share=st.floats(0, 1))
 def test_penalties_are_the_same_however_much_of_the_prompt_was_cached(
-    prompt: list[int], answer: list[int], share: float
+    prompt: list[int], answer: list[int], share: float, dtype: mx.Dtype
 ) -> None:
     params = Params(presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=2.0, logit_bias={1: 1.0})
     cached = int(share * (len(prompt) - 1))
-    assert _processed(params, prompt, answer, cached) == _processed(params, prompt, answer)
+    assert _processed(params, prompt, answer, cached, dtype) == _processed(params, prompt, answer, 0, dtype)
 
 
 # Grammars -------------------------------------------------------------------------------------------------------
@@ -216,20 +253,21 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 Allowed = Callable[[Sequence[int]], list[int]]
 
 
-def _allowed(matcher: Callable[[mx.array, mx.array], mx.array], vocab: int) -> Allowed:
+def _allowed(mask: Mask, vocab: int, dtype: mx.Dtype = mx.float32) -> Allowed:
     """Which tokens pass after those that were chosen so far; asked with one token more each time."""
 
     def allowed(answer: Sequence[int]) -> list[int]:
-        logits = matcher(mx.array([0, *answer]), mx.zeros((1, vocab)))
+        logits = mask(answer[-1] if answer else None, mx.zeros((1, vocab), dtype=dtype))
+        assert logits.dtype == dtype
         values: Any = logits[0].tolist()
         return [token for token, value in enumerate(values) if value == 0]
 
     return allowed
 
 
-def _matcher(model: Loaded, rule: Constraint | None) -> Allowed:
+def _matcher(model: Loaded, rule: Constraint | None, dtype: mx.Dtype = mx.float32) -> Allowed:
     assert rule is not None
-    return _allowed(_made(model, rule), model.vocab_size)
+    return _allowed(_made(model, rule), model.vocab_size, dtype)
 
 
 def _made(model: Loaded, rule: Constraint) -> Matcher:
@@ -261,9 +299,11 @@ def _fits(text: str) -> bool:
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_whatever_a_model_would_say_it_says_what_the_schema_describes(data: st.DataObject, thinker: Loaded) -> None:
+def test_whatever_a_model_would_say_it_says_what_the_schema_describes(
+    data: st.DataObject, thinker: Loaded, dtype: mx.Dtype
+) -> None:
     rule = _rule(thinker, replace(_REQUEST, thinking=False))
-    assert _fits(_written(data, thinker, _matcher(thinker, rule)))
+    assert _fits(_written(data, thinker, _matcher(thinker, rule, dtype)))
 
 
 @settings(max_examples=25, deadline=None)
@@ -332,13 +372,12 @@ def test_a_schema_that_nothing_fits_is_refused_with_its_field(schema: dict[str, 
     assert caught.value.field == "format"
 
 
-def test_what_a_grammar_demands_no_bias_forbids(thinker: Loaded) -> None:
+def test_what_a_grammar_demands_no_bias_forbids(thinker: Loaded, dtype: mx.Dtype) -> None:
     (opens,) = _ids(thinker, "{")
     params = Params(logit_bias={opens: -100.0})
     rule = _rule(thinker, replace(_REQUEST, thinking=False))
-    logits = mx.zeros((1, thinker.vocab_size))
-    for each in processors(params, _FREE, [1], matcher=_made(thinker, rule)):
-        logits = each(mx.array([1]), logits)
+    logits = mx.zeros((1, thinker.vocab_size), dtype=dtype)
+    logits = Guarded(processors(params, _FREE, [1]), None, _made(thinker, rule))(mx.array([1]), logits)
     allowed = _matcher(thinker, rule)([])
     assert opens in allowed
     drawn = set(_draw(_FREE, None, logits - mx.logsumexp(logits, axis=-1, keepdims=True), 20))
@@ -358,9 +397,9 @@ def test_a_token_against_the_grammar_is_a_problem_that_is_told(thinker: Loaded) 
 
 @pytest.mark.parametrize("ends", [(7,), (6, 7)])
 @pytest.mark.parametrize("is_open", [True, False])
-def test_reasoning_that_takes_too_long_is_ended(ends: tuple[int, ...], is_open: bool) -> None:
+def test_reasoning_that_takes_too_long_is_ended(ends: tuple[int, ...], is_open: bool, dtype: mx.Dtype) -> None:
     budget = ReasoningBudget(Budget(3, opens=(5,), ends=ends, is_open=is_open))
-    allowed = _allowed(budget, _VOCAB)
+    allowed = _allowed(budget, _VOCAB, dtype)
     answer = [] if is_open else [1, 1, 1, 1, 5]
     for size in range(len(answer)):
         assert len(allowed(answer[:size])) == _VOCAB

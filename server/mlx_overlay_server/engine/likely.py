@@ -1,0 +1,53 @@
+"""Log probabilities of drawn tokens, and of the likeliest ones beside them, for all rows of a step at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+
+class Row(NamedTuple):
+    """A drawn token, and how much shall be known about it."""
+
+    token: int
+    logprobs: mx.array
+    """Of the whole vocabulary, evaluated."""
+    wanted: int | None
+    """How many of the likeliest tokens are wanted; None: nothing."""
+
+
+class Likely(NamedTuple):
+    """The log probability of a drawn token, and those of the likeliest ones."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """(token, log probability), likeliest first."""
+
+
+def likeliest(rows: Sequence[Row]) -> list[Likely | None]:
+    """Return what each row wants to know: None for those that want nothing.
+
+    All rows take one evaluation, on the CPU's stream: on the GPU's it would wait behind the step queued already.
+    """
+    asking = [row for row in rows if row.wanted is not None]
+    if not asking:
+        return [None] * len(rows)
+    most = min(max(row.wanted or 0 for row in asking), asking[0].logprobs.shape[-1])
+    with mx.stream(mx.cpu):
+        table = mx.stack([row.logprobs for row in asking]).astype(mx.float32)
+        ids = mx.array([[row.token] for row in asking])
+        if most:
+            best = mx.argpartition(-table, kth=most - 1, axis=-1)[:, :most]
+            ids = mx.concatenate([ids, best.astype(ids.dtype)], axis=-1)
+        values = mx.take_along_axis(table, ids, axis=-1)
+        mx.eval(ids, values)
+    plain: list[Any] = [ids.tolist(), values.tolist()]
+    made = iter([_likely(row.wanted or 0, *each) for row, *each in zip(asking, *plain, strict=True)])
+    return [None if row.wanted is None else next(made) for row in rows]
+
+
+def _likely(count: int, ids: list[int], values: list[float]) -> Likely:
+    best = sorted(zip(ids[1:], values[1:], strict=True), key=lambda pair: (-pair[1], pair[0]))
+    return Likely(values[0], tuple(best[:count]))
