@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from mlx_overlay_server.chat.loaded import Loaded
@@ -48,6 +49,7 @@ class Handle(Protocol):
 
     def take(self, seconds: float) -> list[Command]: ...
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None: ...
+    def reading(self, key: str) -> AbstractContextManager[None]: ...
     def settle(self, key: str, result: Loaded | ServerError) -> None: ...
     def end(self, reason: str) -> None: ...
 
@@ -158,7 +160,8 @@ class Worker:
     def _go_on_loading(self, key: str, steps: Iterator[Runner | None]) -> None:
         """Load one slice of a model; sequences of other models go on between slices."""
         try:
-            runner = next(steps)
+            with self._engine.reading(key):
+                runner = next(steps)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - loading runs the model's code; some of mlx-lm's calls sys.exit
             self._loading.pop(key, None)
             path = key.partition(":")[2]
