@@ -23,7 +23,36 @@ from tests.support.processes import OVERLAY, Finished, environment, eventually, 
 
 HANGING = Path(fuse_disk.__file__).with_name("hanging")
 SECONDS = 5.0
-"""What a command may take. Most of it is for a machine that is busy: the disk is given up on after 1.2 s."""
+"""What a command may take: a disk is given up on after 1.2 s, and one that is written to after 3 s."""
+
+
+def bounded(arguments: list[str], environ: Mapping[str, str]) -> Finished:
+    """Run a command that must end within `SECONDS`.
+
+    A machine that is busy takes seconds to start Python twice, for the command and for the process that looks at the
+    disk. So one that took longer is measured against a command that waits for no disk, right afterwards.
+    """
+    began = time.monotonic()
+    done = finish([OVERLAY, *arguments], environ)
+    took = time.monotonic() - began
+    assert took < SECONDS or took < SECONDS + 4 * idle(environ), done.err
+    return done
+
+
+def ends(process: subprocess.Popen[bytes], environ: Mapping[str, str]) -> int:
+    """The exit status of a process that must end within `SECONDS`, with the same regard for a busy machine."""
+    try:
+        return process.wait(SECONDS)
+    except subprocess.TimeoutExpired:
+        return process.wait(4 * idle(environ))
+
+
+def idle(environ: Mapping[str, str]) -> float:
+    """How long a command takes now that looks at no disk but the home's."""
+    at_home = {"MLX_OMNI_MODEL_PATH": environ["HOME"], "HF_HOME": environ["HOME"], "HF_HUB_CACHE": environ["HOME"]}
+    began = time.monotonic()
+    finish([OVERLAY, "ls"], {**environ, **at_home})
+    return time.monotonic() - began
 
 
 class Disk:
@@ -97,9 +126,7 @@ def test_a_command_ends_and_the_other_models_are_there(
     disk: Disk, environ: Mapping[str, str], arguments: list[str], status: int
 ) -> None:
     disk.hang()
-    began = time.monotonic()
-    done = finish([OVERLAY, *arguments], environ)
-    assert time.monotonic() - began < SECONDS
+    done = bounded(arguments, environ)
     assert done.status == status, done.err
     if arguments == ["doctor"]:
         assert f"{disk.path}: does not answer" in done.out
@@ -126,7 +153,7 @@ def test_it_comes_back_by_itself_while_an_overlay_is_served(disk: Disk, environ:
         disk.hang()
         hears(silent(disk))
         process.send_signal(signal.SIGTERM)
-        assert process.wait(SECONDS) == 0
+        assert ends(process, environ) == 0
 
 
 def test_a_signal_ends_a_command_before_the_disk_is_given_up_on(disk: Disk, environ: Mapping[str, str]) -> None:
@@ -134,7 +161,7 @@ def test_a_signal_ends_a_command_before_the_disk_is_given_up_on(disk: Disk, envi
     with start([OVERLAY, "run", "--", "sleep", "60"], environ) as process:
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
-        process.wait(SECONDS)
+        ends(process, environ)
 
 
 @pytest.mark.slow
@@ -142,9 +169,7 @@ def test_a_cache_that_does_not_answer_hides_no_folder(disk: Disk, other: Path, h
     environ = environment(home, MLX_OMNI_MODEL_PATH=str(other), HF_HUB_CACHE=str(disk.path), **disk.environ)
     disk.hang()
     for arguments in (["ls"], ["path", "org/other"], ["plan"], ["run", "--", "sh", "-c", 'ls "$HF_HUB_CACHE"']):
-        began = time.monotonic()
-        done = finish([OVERLAY, *arguments], environ)
-        assert time.monotonic() - began < SECONDS
+        done = bounded(arguments, environ)
         assert done.status == 0, done.err
         assert "other" in done.out
     assert "does not answer" in done.err
@@ -154,9 +179,7 @@ def test_a_cache_and_folders_that_do_not_answer_take_no_longer_than_one(disk: Di
     paths = f"{disk.path}/a:{disk.path}/b:{disk.path}:{other}"
     environ = environment(home, MLX_OMNI_MODEL_PATH=paths, HF_HUB_CACHE=f"{disk.path}/hub", **disk.environ)
     disk.hang()
-    began = time.monotonic()
-    done = finish([OVERLAY, "ls"], environ)
-    assert time.monotonic() - began < SECONDS
+    done = bounded(["ls"], environ)
     assert "org/other" in done.out
 
 
@@ -209,14 +232,6 @@ def test_a_process_that_is_killed_leaves_nothing_behind_once_the_disk_answers(
 DOWNLOAD = (
     'mkdir -p "$HF_HUB_CACHE/models--org--new/blobs" && echo downloaded > "$HF_HUB_CACHE/models--org--new/blobs/abc"'
 )
-
-
-def bounded(arguments: list[str], environ: Mapping[str, str]) -> Finished:
-    """Run a command that must end within `SECONDS`."""
-    began = time.monotonic()
-    done = finish([OVERLAY, *arguments], environ)
-    assert time.monotonic() - began < SECONDS, done.err
-    return done
 
 
 def downloads_in(folder: Path) -> list[Path]:
@@ -290,7 +305,7 @@ def test_a_signal_ends_an_overlay_whose_download_has_no_cache_to_go_to(
     ) as process:
         read_line(process.stdout)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(SECONDS) == 128 + signal.SIGTERM
+        assert ends(process, environ) == 128 + signal.SIGTERM
     disk.answer()
     assert len(downloads_in(sessions)) == 1
     shutil.rmtree(sessions)
