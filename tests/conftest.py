@@ -23,6 +23,7 @@ _FORBIDDEN = tuple(
         os.path.expanduser("~/.cache/hf-overlay"),
         os.path.expanduser("~/.config/hf-overlay"),
         os.path.expanduser("~/Library/Caches/hf-overlay"),
+        os.path.expanduser("~/Library/Application Support/hf-overlay"),
     )
 )
 _EVENTS = frozenset(

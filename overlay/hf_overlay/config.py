@@ -51,6 +51,7 @@ Kind = Literal["mlx", "any"]
 OTHER_KINDS = ("datasets", "spaces", "kernels")
 """What ids of repos that are no models begin with: `datasets/org/name`."""
 
+_NAME = "hf-overlay"
 _OVERLAY = re.compile(r"/session-\d+-[0-9a-f]+/home/hub$")
 
 
@@ -213,13 +214,14 @@ def parse_maps(given: Sequence[str]) -> dict[str, str]:
 
 def why_not_mappable(name: str) -> str | None:
     """Why no folder can be mapped to an id, and what to do; None when one can be."""
-    _, repo_id = _kind_and_id(name)
+    _, repo_id = kind_and_id(name)
     if any(part in ("", ".", "..") for part in repo_id.split("/")) or "\\" in repo_id or "\0" in repo_id:
         return f"{name!r} is not an id that a folder can be mapped to; give it as org/name or datasets/org/name"
     return None
 
 
-def _kind_and_id(name: str) -> tuple[str, str]:
+def kind_and_id(name: str) -> tuple[str, str]:
+    """The kind of repo that an id stands for, `models` or what it begins with, and the id without that."""
     kind, slash, rest = name.partition("/")
     return (kind, rest) if slash and kind in OTHER_KINDS else ("models", name)
 
@@ -227,7 +229,7 @@ def _kind_and_id(name: str) -> tuple[str, str]:
 def _map(name: str, folder: str, environ: Mapping[str, str], cwd: str) -> Map:
     if (problem := why_not_mappable(name)) is not None:
         raise UsageError(problem)
-    kind, repo_id = _kind_and_id(name)
+    kind, repo_id = kind_and_id(name)
     (path,) = _folders([folder], f"the folder for {name}", environ, cwd)
     return Map(kind, repo_id, path)
 
@@ -281,7 +283,24 @@ def how_to_leave(environ: Mapping[str, str]) -> str:
     return f"unset {' '.join(sorted(names & environ.keys()))}"
 
 
-def cache_folder(environ: Mapping[str, str]) -> str:
+def own_folder(environ: Mapping[str, str]) -> str:
+    """The folder for what this program makes for itself: in the user's caches, on macOS in Application Support.
+
+    On macOS cleaners empty the caches under running programs, and only shells have XDG variables: a service that
+    launchd starts has none, and must use the same folder.
+    """
+    if sys.platform == "darwin":
+        return os.path.join(expand_user("~/Library/Application Support", environ), _NAME)
+    return _cache_folder(environ)
+
+
+def earlier_folders(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The folders that earlier versions used instead of `own_folder`, and in which they may have left downloads."""
+    caches = {_cache_folder(environ): None, _cache_folder({**environ, "XDG_CACHE_HOME": ""}): None}
+    return tuple(caches) if sys.platform == "darwin" else ()
+
+
+def _cache_folder(environ: Mapping[str, str]) -> str:
     """The folder for this program's own caches, where platformdirs puts it.
 
     platformdirs goes by this process's environment. In another one handed in, its rule for a person's own caches is
@@ -290,11 +309,11 @@ def cache_folder(environ: Mapping[str, str]) -> str:
     if all(environ.get(name) == os.environ.get(name) for name in ("HOME", "XDG_CACHE_HOME")):
         import platformdirs  # only commands that need a session's folder ask
 
-        return platformdirs.user_cache_dir("hf-overlay", appauthor=False)
+        return platformdirs.user_cache_dir(_NAME, appauthor=False)
     cache = environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(cache):
         cache = expand_user("~/Library/Caches" if sys.platform == "darwin" else "~/.cache", environ)
-    return os.path.join(cache, "hf-overlay")
+    return os.path.join(cache, _NAME)
 
 
 def is_offline(environ: Mapping[str, str]) -> bool:

@@ -5,6 +5,7 @@ settings -> catalog (what is on the disk) -> plan (what the tree must hold) -> t
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -21,14 +22,20 @@ from hf_overlay.catalog import weights
 from hf_overlay.catalog.catalog import Catalog, incomplete_text
 from hf_overlay.catalog.plan import Plan, resolve
 from hf_overlay.config import Settings
-from hf_overlay.errors import SessionError, UsageError
+from hf_overlay.errors import (
+    OverlayError,
+    SessionError,
+    UsageError,
+    check_descriptors,
+    privacy_advice,
+)
 from hf_overlay.gateway.hub import Hub
 from hf_overlay.gateway.server import DEFAULT_UPSTREAM, Gateway
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.models import Layer, Model
 from hf_overlay.patience import NoAnswer
 from hf_overlay.tiers import MergedRepo
-from hf_overlay.tree import clear, held, lease
+from hf_overlay.tree import clear, held, lease, writeback
 from hf_overlay.tree.lease import Lease
 from hf_overlay.tree.publish import Tree, home_entries
 
@@ -135,7 +142,7 @@ class Session:
         return tuple(resolution.winner for resolution in self._catalog.resolutions().values())
 
     def resolve(self, model_id: str) -> Path:
-        """The folder to load for an id: the user's own, else the real cache's snapshot.
+        """The folder to load for an id: the user's own, else the real cache's snapshot, else a tier's.
 
         Raises InvalidModelId, ModelNotFound, SourceAway when the drive that held the model is gone, or IncompleteModel
         when a part of the user's folder is missing.
@@ -143,8 +150,17 @@ class Session:
         return Path(self.find(model_id).path)
 
     def find(self, model_id: str) -> Model:
-        """The model that answers to an id: its folder is there. Raises as `resolve`."""
-        model = self._catalog.find(model_id)
+        """The model that answers to an id: its folder is there. Raises as `resolve`.
+
+        Where no cache holds all of it, but all of them together do, its folder is in the tree.
+        """
+        try:
+            model = self._catalog.find(model_id)
+        except OverlayError:
+            together = self._catalog.read_made(model_id, self._tree.path_of(hfcache.repo_folder(model_id)))
+            if together is None:
+                raise
+            model = together
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s comes from the %s: %s", model_id, _origin(model), model.path)
             for candidate in self._catalog.explain(model_id)[1:]:
@@ -161,6 +177,8 @@ class Session:
         """
         with self._lock:
             before = self._published
+            self._restore()
+            self._bring_home()
             self._catalog.scan(only_settled=only_settled)
             plan = self._catalog.plan(case_insensitive=self._tree.is_case_insensitive)
             after = _answering(self._catalog, plan)
@@ -184,6 +202,7 @@ class Session:
         try:
             gateway.start()
         except OSError as error:
+            check_descriptors(error)
             raise SessionError(f"cannot listen on 127.0.0.1: {error.strerror}; run with --offline") from error
         self._gateway = gateway
 
@@ -203,6 +222,18 @@ class Session:
         """Let `stop` wait for nothing: the gateway's answers are cut. May be called by a signal handler."""
         if self._gateway is not None:
             self._gateway.cut()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the tree is there; when something has removed it, a refresh makes it again."""
+        return self._tree.is_there
+
+    def spelled(self, model_id: str) -> str:
+        """The id as the user's folders spell it, where one of them answers to this spelling; else as it is given.
+
+        Raises InvalidModelId.
+        """
+        return self._catalog.spelled(model_id)
 
     def repo(self, repo_id: str, kind: str = "models") -> LinkedRepo | MergedRepo | None:
         """The repo with this id that was made in the tree; None when it holds none, or the real cache's."""
@@ -259,6 +290,26 @@ class Session:
     def expect_model(self, model_id: str) -> None:
         """Let a model that a program in `environment` is about to download land in the real cache."""
         self.expect_download(hfcache.repo_folder(model_id))
+
+    def _restore(self) -> None:
+        """Make the session's folder again if something has removed it, or a part of it. Raises SessionError."""
+        try:
+            if not self._owner.is_intact():
+                self._owner.renew()
+            self._tree.restore()
+        except OSError as error:
+            raise _session_error(self._owner.path, error) from error
+
+    def _bring_home(self) -> None:
+        """Move what programs have finished downloading of repos that tiers hold, too, to the real cache."""
+        if not self.settings.below or self._catalog.why_not_kept() is not None:
+            return
+        try:
+            hub = self.settings.hub_cache
+            bring = partial(writeback.bring_home_finished, self._owner.path, hub)
+            self._catalog.patience.ask(hub, bring, seconds=clear.STALL_SECONDS)
+        except OSError as error:
+            logger.debug("downloads stay in the session for now: %s", error)
 
     def _publish(self, plan: Plan) -> None:
         for warning in self._catalog.warnings(self._fate_of_downloads()):
@@ -365,6 +416,7 @@ def open_session(
         if config.expand(folder, environ) != folder:
             raise UsageError(f"programs would expand the $NAME in {folder}; set HF_OVERLAY_DIR, or HF_HOME, to another")
     try:
+        clear.clear_earlier(environ, catalog.patience)
         clear.clear_dead(sessions, catalog.patience)
         others = lease.sessions_in(sessions, warn=False)
         owner = Lease.acquire(sessions, settings)
@@ -406,7 +458,9 @@ def _origin(model: Model) -> str:
 
 
 def _session_error(path: str, error: OSError) -> SessionError:
-    return SessionError(
-        f"cannot build the overlay in {path}: {error.strerror or error}; free some space there, or set "
-        f"{lease.DIRECTORY_VARIABLE} to a folder on a volume that takes symbolic links"
-    )
+    check_descriptors(error)
+    advice = privacy_advice(error)
+    if advice is None:
+        space = "free some space there, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        advice = f"{space}set {lease.DIRECTORY_VARIABLE} to a folder of yours on a volume that takes symbolic links"
+    return SessionError(f"cannot build the overlay in {path}: {error.strerror or error}; {advice}")

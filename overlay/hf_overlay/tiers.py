@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from hf_overlay import hfcache
+from hf_overlay.errors import check_descriptors
 from hf_overlay.models import CachedRepo, File, Model, Revision
 from hf_overlay.progress import alive
 
@@ -79,7 +80,8 @@ def of_model(model: Model) -> CachedRepo | None:
 def _has_repos(folder: str) -> bool:
     try:
         return bool(repos(folder))
-    except OSError:
+    except OSError as error:
+        check_descriptors(error)
         return False
 
 
@@ -131,7 +133,8 @@ def _content(path: str, limit: int = _MAX_TREE_BYTES) -> bytes:
             return b""
         with open(path, "rb") as file:
             return file.read()
-    except OSError:
+    except OSError as error:
+        check_descriptors(error)
         return b""
 
 

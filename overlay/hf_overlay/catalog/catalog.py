@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from hf_overlay import hfcache, keeping, tiers
+from hf_overlay import config, hfcache, keeping, tiers
 from hf_overlay.catalog import kinds
 from hf_overlay.catalog.files import reason_of
 from hf_overlay.catalog.memo import Memo
-from hf_overlay.catalog.plan import Entry, Plan, Resolution, plan, resolve
+from hf_overlay.catalog.plan import Entry, Plan, Resolution, fold, plan, resolve
 from hf_overlay.catalog.repos import examine_all
 from hf_overlay.catalog.scan import Scanner
+from hf_overlay.catalog.spelling import Spellings
 from hf_overlay.config import Settings
 from hf_overlay.errors import IncompleteModel, InvalidModelId, ModelNotFound, SourceAway, UsageError
 from hf_overlay.hfcache import LinkedRepo
@@ -68,6 +68,10 @@ class Catalog:
         self._away: dict[str, tuple[int | None, frozenset[str]]] = {}
         """Sources that went away since they were seen, and maps to what is not there: the device they were on, and the
         names of the repos they held."""
+        self._excluded: set[str] = set()
+        """The ids to exclude, as the user's folders spell them."""
+        self._hidden: Mapping[str, str] = {}
+        """Cached repos that share their name with another on the tree's volume: path -> path of that."""
         self._last: dict[_Key, Model] = {}
         self._layers: tuple[Source, ...] = ()
         self.scan()
@@ -100,7 +104,11 @@ class Catalog:
         `only_settled` is for scanning at short intervals: a model that changed since the last scan is taken over by
         the next scan that finds it unchanged, so that one that is being copied does not count as new every time.
         """
-        found = tuple(map(self._without_excluded, self._scanner.scan()))
+        scanned = self._scanner.scan()
+        if self.settings.exclude:
+            spellings = Spellings(scanned, self.patience)
+            self._excluded = {spellings.of(each) or each for each in self.settings.exclude}
+        found = tuple(map(self._without_excluded, scanned))
         last, self._last = self._last, {_key(model): model for source in found for model in source.models}
         if only_settled:
             taken = {_key(model): model for source in self._layers for model in source.models}
@@ -110,7 +118,9 @@ class Catalog:
         for old, new in zip(before, found, strict=False):
             device, names = away.get(old.root, (old.device, frozenset()))
             held = self._in_tiers.get(old.root, frozenset()).union(map(_repo_name, old.models))
-            if held and (new.problem is not None or new.device != old.device or not self.is_folder(new.root, new.root)):
+            # The same drive, mounted again, may have another device number.
+            is_other = new.device != old.device and not new.models
+            if held and (new.problem is not None or is_other or not self.is_folder(new.root, new.root)):
                 away[old.root] = (old.device, names | held)
             elif old.root in away and (new.models or new.device == device):
                 del away[old.root]
@@ -119,10 +129,11 @@ class Catalog:
                 mapped = (each for each in self.settings.maps if each.folder == new.root)
                 names = frozenset(hfcache.repo_folder(each.id, each.kind) for each in mapped)
                 away[new.root] = (away.get(new.root, (None, names))[0], names)
+        self._spellings = Spellings(found, self.patience)
         self._away = away  # replaced as a whole: other threads read it
 
     def _without_excluded(self, source: Source) -> Source:
-        out = [model for model in source.models if hfcache.full_id(_repo_name(model)) in self.settings.exclude]
+        out = [model for model in source.models if hfcache.full_id(_repo_name(model)) in self._excluded]
         if not out:
             return source
         reason = Reason(Code.EXCLUDED, "is left out by --exclude")
@@ -133,10 +144,11 @@ class Catalog:
     def away(self, repo_id: str, kind: str = "models") -> str | None:
         """The map, model path or tier that held a repo and has gone away since; None when there is none.
 
-        A tier counts only where nothing else holds the repo.
+        A tier counts only where nothing else holds the repo. Case does not matter: nobody can see whether it did on
+        that volume, and it does not on the Hub.
         """
         name = hfcache.repo_folder(repo_id, kind)
-        roots = [root for root, (_, names) in self._away.items() if name in names]
+        roots = [root for root, (_, names) in self._away.items() if fold(name) in map(fold, names)]
         hub = self.settings.hub_cache
         is_cached = self.is_cached(repo_id) if kind == "models" else self.is_folder(f"{hub}/{name}", hub)
         is_held = is_cached or name in self._made
@@ -144,7 +156,7 @@ class Catalog:
 
     def incomplete(self, model_id: str) -> Reject | None:
         """The user's folder of this id that was left out because a part of it is missing; None when there is none."""
-        if model_id in self.settings.exclude:
+        if model_id in self._excluded:
             return None
         rejects = (reject for source in self.sources for reject in source.rejects if reject.id == model_id)
         return next((reject for reject in rejects if reject.reason.code is Code.INCOMPLETE), None)
@@ -176,7 +188,9 @@ class Catalog:
 
     def resolutions(self) -> dict[str, Resolution]:
         """For each id there is, sorted, the model that answers to it. The real cache is scanned now."""
-        return resolve([*self.sources, self.cache(), *self.below])
+        cache = self.cache()
+        models = tuple(model._replace(id=self._spellings.of(model.id) or model.id) for model in cache.models)
+        return resolve([*self.sources, cache._replace(models=models), *self.below])
 
     def plan(self, *, case_insensitive: bool) -> Plan:
         """The tree that shows all layers. The real cache's entries, and the repos in tiers, are listed now."""
@@ -190,6 +204,7 @@ class Catalog:
             earlier=self._made,
         )
         self._made = made.made
+        self._hidden = made.hidden
         return made
 
     def tier_repos(self) -> list[CachedRepo]:
@@ -258,7 +273,7 @@ class Catalog:
 
         Raises InvalidModelId, SourceAway, IncompleteModel or ModelNotFound; the text of each says what to do.
         """
-        model_id = self._as_spelled(model_id)
+        model_id = self.spelled(model_id)
         found = [*_of_id(self.sources, model_id)]
         for model in found:
             if self.is_folder(model.path, model.root):
@@ -278,12 +293,22 @@ class Catalog:
             raise IncompleteModel(incomplete_text(reject), problem=reject.reason.text)
         raise self._not_found(model_id)
 
+    def read_made(self, model_id: str, path: str) -> Model | None:
+        """The model in the merged repo at `path`; None where there is none that can be loaded, or none was made."""
+        if not isinstance(self._made.get(hfcache.repo_folder(model_id)), MergedRepo):
+            return None
+        found = self._scanner.read_repo(path, model_id)
+        return found if isinstance(found, Model) else None
+
     def explain(self, model_id: str) -> list[Candidate]:
         """Every place looked at for an id, the winner first; when none answers, no candidate has Code.WINS.
 
-        Raises InvalidModelId.
+        Ids of other kinds of repo have the kind in front: `datasets/org/name`. Raises InvalidModelId.
         """
-        model_id = self._as_spelled(model_id)
+        model_id = self.spelled(model_id)
+        kind, repo_id = config.kind_and_id(model_id)
+        if kind != "models":
+            return self._explain_repo(kind, repo_id)
         cached = self._scanner.read_cached(model_id)
         in_cache = Source("", None, (cached,) if isinstance(cached, Model) else ())
         resolution = resolve([*self.sources, in_cache, *self.below]).get(model_id)
@@ -298,6 +323,33 @@ class Catalog:
         if isinstance(cached, Reject):
             candidates.append(Candidate(cached.path, "cache", cached.reason))
         return candidates + self._not_found_in(self.below, model_id, found)
+
+    def _explain_repo(self, kind: str, repo_id: str) -> list[Candidate]:
+        """As `explain`, for a dataset, space or kernel: only maps and caches hold any."""
+        name, hub = hfcache.repo_folder(repo_id, kind), self.settings.hub_cache
+        places: list[tuple[str, Layer]] = [
+            (model.path, "map")
+            for source in self.sources
+            for model in source.models
+            if (model.kind, model.id) == (kind, repo_id)
+        ]
+        cached = f"{hub}/{name}"
+        is_cached = self.is_folder(f"{cached}/snapshots", hub)
+        places += [(cached, "cache")] if is_cached else []
+        places += [(repo.path, "tier") for repo in self.tier_repos() if repo.name == name]
+        candidates = []
+        for path, layer in places:
+            first, first_layer = places[0]
+            reason = Reason(Code.SHADOWED, f"stands behind {first}")
+            if path == first:
+                reason = Reason(Code.WINS, "wins")
+            elif first_layer != "map":
+                reason = Reason(Code.SHADOWED, f"is shown together with {first}")
+            candidates.append(Candidate(path, layer, reason))
+        if not is_cached:
+            candidates.append(Candidate(cached, "cache", Reason(Code.MISSING, "does not exist")))
+        problems = ((source, source.problem) for source in self._layers if source.layer != "custom")
+        return candidates + [Candidate(each.root, each.layer, why) for each, why in problems if why is not None]
 
     def _not_found_in(self, sources: Iterable[Source], model_id: str, found: Sequence[Model]) -> list[Candidate]:
         """Why each source does not answer to an id, but those in which a model was `found`."""
@@ -341,6 +393,8 @@ class Catalog:
             now[f"Hugging Face cache {self.settings.hub_cache} {self._not_kept}{end}"] = None
         for path, reason in self.unscannable.items():
             now[f"{path} would make every scan of the cache fail ({reason}); it is left out"] = None
+        for path, other in self._hidden.items():
+            now[f"{path} differs from {other} in case only, one name on the overlay's volume; it is left out"] = None
         for root in self._away:
             if any(source.root == root and source.problem is None for source in self._layers):
                 layer: Layer = "tier" if root in self.settings.below else "custom"
@@ -366,16 +420,13 @@ class Catalog:
             if isinstance(winner, Model) and order[reject.root] <= order.get(winner.root, len(order)):
                 yield reject, winner.path
 
-    def _as_spelled(self, model_id: str) -> str:
-        """The id as the disk spells it: macOS may store either Unicode form, and people type the composed one."""
+    def spelled(self, model_id: str) -> str:
+        """The id as the user's folders spell it, where one of them answers to this spelling; else as it is given.
+
+        Raises InvalidModelId.
+        """
         check_id(model_id)
-        if model_id.isascii():
-            return model_id
-        on_disk = [model.id for source in self._layers for model in source.models]
-        if model_id in on_disk:
-            return model_id
-        typed = unicodedata.normalize("NFC", model_id)
-        return next((spelled for spelled in on_disk if unicodedata.normalize("NFC", spelled) == typed), model_id)
+        return self._spellings.of(model_id) or model_id
 
     def _not_found(self, model_id: str) -> ModelNotFound:
         lost = [f"{candidate.path} {candidate.reason.text}" for candidate in self.explain(model_id)]

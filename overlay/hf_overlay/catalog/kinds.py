@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from hf_overlay.config import Kind
-from hf_overlay.errors import OverlayError
+from hf_overlay.errors import OverlayError, check_descriptors
 from hf_overlay.models import Model
 
 _IN_NAMES_OF_TOKENIZERS = ("token", "vocab")
@@ -119,6 +119,8 @@ class ModelTypes:
             with os.scandir(self._models) as entries:
                 self._modules = {entry.name.removesuffix(".py") for entry in entries if entry.name.endswith(".py")}
         except (OSError, ValueError, SyntaxError) as error:
+            if isinstance(error, OSError):
+                check_descriptors(error)
             raise OverlayError(f"cannot read which models mlx-lm at {mlx_lm} loads: {error}; reinstall it") from error
         self._loadable: dict[str, bool] = {}
 

@@ -50,6 +50,8 @@ class Plan(NamedTuple):
     """By name, sorted: the path in the real cache that a link leads to, the linked repo of a user's model, or the
     merged repo of what the real cache and tiers hold."""
     left_out: tuple[LeftOut, ...]
+    hidden: Mapping[str, str]
+    """Entries of the real cache that share their one name on the tree's volume with another: path -> path of that."""
 
     @property
     def linked_repos(self) -> dict[str, LinkedRepo]:
@@ -108,10 +110,13 @@ def plan(
         claim(resolution.winner)
     for model in _models(sources, other_kinds=True):
         claim(model)
-    shown = [each for each in cached if key(each.name) not in taken]
-    entries: dict[str, str | LinkedRepo | MergedRepo] = {each.name: each.path for each in shown}
-    commits = {commit for each in shown for commit in each.commits}
-    own = {key(each.name): each for each in shown}
+    own: dict[str, Entry] = {}
+    hidden: dict[str, str] = {}
+    for each in sorted(cached, key=lambda entry: (not entry.commits, entry.name)):  # what holds a revision comes first
+        if key(each.name) not in taken and (first := own.setdefault(key(each.name), each)) is not each:
+            hidden[each.path] = first.path
+    entries: dict[str, str | LinkedRepo | MergedRepo] = {each.name: each.path for each in own.values()}
+    commits = {commit for each in own.values() for commit in each.commits}
     for name, holders in _by_name(behind).items():
         other = own.get(key(name))
         if key(name) in taken or (other is not None and other.name != name):
@@ -124,7 +129,7 @@ def plan(
             commits.update(revision.commit for holder in repo.holders for revision in holder.revisions)
     for name, model in models.items():
         entries[name] = _linked_repo(model, commits, earlier.get(name))
-    return Plan(dict(sorted(entries.items())), tuple(left_out))
+    return Plan(dict(sorted(entries.items())), tuple(left_out), hidden)
 
 
 def _by_name(behind: Iterable[CachedRepo | Model]) -> dict[str, list[CachedRepo | Model]]:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 
 from hf_overlay import hfcache, tiers
 from hf_overlay.catalog.memo import Memo, stamps
+from hf_overlay.errors import check_descriptors
 from hf_overlay.models import CachedRepo
 
 
@@ -43,7 +44,8 @@ def tier_repos(
     for name, path in found.items():
         try:
             repos.append(read_repo(name, path, root, memo))
-        except OSError:  # it hides only itself; the scan of the tier's models says why
+        except OSError as error:  # it hides only itself; the scan of the tier's models says why
+            check_descriptors(error)
             continue
     return repos, memo
 

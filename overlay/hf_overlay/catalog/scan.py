@@ -17,6 +17,7 @@ from hf_overlay.catalog import reading, repos, weights
 from hf_overlay.catalog.files import Listing, Unfit, holds, is_utf8, list_folder, reason_of
 from hf_overlay.catalog.kinds import ModelTypes
 from hf_overlay.catalog.memo import Memo, stamps
+from hf_overlay.catalog.plan import fold
 from hf_overlay.catalog.reading import Found
 from hf_overlay.catalog.weights import Problems
 from hf_overlay.config import OWNER_FILE, Map
@@ -65,7 +66,8 @@ class Scanner:
     def scan(self) -> tuple[Source, ...]:
         """Each map, each root and each tier, in order.
 
-        Never raises for what lies on the disk, nor waits for a disk that does not answer.
+        Never raises for what lies on the disk, nor waits for a disk that does not answer. Raises OutOfFiles when no
+        file descriptor is free, and remembers what it knew.
         """
         # Asked at once, so that several that do not answer take no longer than one; the scans need the first's answer.
         folders = dict.fromkeys((*(each.folder for each in self._maps), *self._roots, *self._below))
@@ -142,6 +144,16 @@ class Scanner:
         except OSError as error:
             return Reject(repo, model_id, reason_of(error), hub)
 
+    def read_repo(self, repo: str, model_id: str) -> Model | Reject:
+        """The main revision of a repo in cache layout at any place, else why there is none."""
+        look = partial(
+            _read_cached, repo, None, model_id, self._hub_cache, self._types, self._remembered(_CACHE).problems
+        )
+        try:
+            return self._patience.ask(repo, look)
+        except OSError as error:
+            return Reject(repo, model_id, reason_of(error), self._hub_cache)
+
     def _remembered(self, key: str) -> _Seen:
         """What the last scan remembers, for a round of its own."""
         seen = self._seen.get(key)
@@ -176,6 +188,10 @@ def _read_cached(
         if held is not None and not os.path.isdir(repo):
             repo = held
         os.stat(repo)
+        if os.path.dirname(repo) == hub:
+            name = _spelled(hub, os.path.basename(repo))
+            if name != os.path.basename(repo):
+                repo, model_id = f"{hub}/{name}", hfcache.model_id(name) or model_id
         return reading.read_cached_repo(repo, model_id, hub, types, problems).model
     except (Unfit, hfcache.NoSnapshot, OSError) as error:
         return Reject(repo, model_id, reason_of(error), hub)
@@ -399,6 +415,12 @@ class _RootScan:
             return False
         self._linked.add(here)
         return True
+
+
+def _spelled(hub: str, name: str) -> str:
+    """The name of an entry of the cache as the disk spells it: the volume may ignore case."""
+    names = os.listdir(hub)
+    return name if name in names else next((each for each in names if fold(each) == fold(name)), name)
 
 
 def _identity(path: str) -> tuple[int, int] | None:

@@ -77,12 +77,12 @@ def examine(catalog: Catalog, environ: Mapping[str, str]) -> list[Finding]:
         *_sessions_volume(sessions),
         *_cache(catalog),
         *_deletions(),
-        *_stale(sessions),
+        *(finding for folder in lease.all_sessions_folders(environ) for finding in _stale(folder)),
     ]
 
 
 def _folders(catalog: Catalog) -> Iterator[Finding]:
-    for source in catalog.sources:
+    for source in (*catalog.sources, *catalog.below):
         if source.problem is not None:
             yield Finding(
                 "source",

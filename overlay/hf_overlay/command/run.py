@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
+from hf_overlay import descriptors
 from hf_overlay.config import Kind, is_offline
 from hf_overlay.session import Session, open_session
 from hf_overlay.text import printable
@@ -51,6 +52,7 @@ def run(
     As a shell does: 127 when there is no such program, 126 when it cannot be run. Raises OverlayError.
     """
     log_to_stderr(verbosity)
+    open_files = descriptors.raise_limit()
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"} if offline else dict(os.environ)
     child: int | None = None
     ended: Session | None = None
@@ -102,9 +104,10 @@ def run(
             try:
                 # Not subprocess.Popen, whose child would inherit the blocked signals. Descriptors that the shell
                 # opened for the program stay open: <(command), a make jobserver.
-                child = os.posix_spawnp(
-                    command[0], list(command), session.environment, setsigmask=mask, setsigdef=_IGNORED_BY_PYTHON
-                )
+                with descriptors.limit_for_programs(open_files):
+                    child = os.posix_spawnp(
+                        command[0], list(command), session.environment, setsigmask=mask, setsigdef=_IGNORED_BY_PYTHON
+                    )
             except OSError as error:
                 print(f"hf-overlay: error: cannot run {command[0]}: {error.strerror}", file=sys.stderr)
                 return 127 if isinstance(error, FileNotFoundError) else 126

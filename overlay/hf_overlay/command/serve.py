@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import NamedTuple
 
-from hf_overlay import config
+from hf_overlay import config, descriptors
 from hf_overlay.config import Kind
 from hf_overlay.errors import OverlayError
 from hf_overlay.patience import Patience
@@ -37,6 +37,7 @@ def serve(
 
     Programs get what the gateway has begun to send them, unless a second signal comes.
     """
+    descriptors.raise_limit()
     stop = threading.Event()
     session: Session | None = None
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from hf_overlay import hfcache
 from hf_overlay.catalog.catalog import check_id
 from hf_overlay.config import Settings
-from hf_overlay.errors import InvalidModelId, SessionError
+from hf_overlay.errors import InvalidModelId, OutOfFiles, SessionError
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.tiers import MergedRepo
 
@@ -34,11 +34,18 @@ class Overlay(Protocol):
     def settings(self) -> Settings:
         """The model paths and the real cache."""
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the tree is there; when something has removed it, a refresh makes it again."""
+
+    def spelled(self, model_id: str) -> str:
+        """The id as the user's folders spell it, where one of them answers to this spelling; else as it is given."""
+
     def repo(self, repo_id: str, kind: str = "models") -> LinkedRepo | MergedRepo | None:
         """The repo with this id that was made in the tree; None when it holds none, or the real cache's."""
 
     def refresh(self) -> object:
-        """Make the tree show what is on the disk now. Raises SessionError."""
+        """Make the tree show what is on the disk now. Raises SessionError, or OutOfFiles when nothing was seen."""
 
     def seconds_since_change(self, model_id: str) -> float:
         """Seconds since a refresh found the user's model added, changed or removed; infinite when none did."""
@@ -77,11 +84,13 @@ class Hub:
 
     def refresh_and_find(self, repo_id: str, kind: str = "models") -> LinkedRepo | Unavailable | None:
         """As `find`, after a refresh of the overlay if the disk shows that the tree is behind it."""
-        if _is_id(repo_id) and self._is_behind(repo_id, kind):
-            try:
+        try:
+            if _is_id(repo_id) and self._is_behind(repo_id, kind):
                 self._overlay.refresh()
-            except SessionError as error:
-                logger.warning("%s", error)
+        except OutOfFiles as error:  # nobody knows what is there
+            return Unavailable(str(error), False)
+        except SessionError as error:
+            logger.warning("%s", error)
         return self.find(repo_id, kind)
 
     def find(self, repo_id: str, kind: str = "models") -> LinkedRepo | Unavailable | None:
@@ -92,6 +101,7 @@ class Hub:
         """
         if not _is_id(repo_id):
             return None
+        repo_id = self._spelled(repo_id, kind)
         found = self._overlay.repo(repo_id, kind)
         if isinstance(found, LinkedRepo):
             if self._overlay.seconds_since_change(repo_id) >= SETTLE_SECONDS:
@@ -124,7 +134,10 @@ class Hub:
         return Unavailable(f"{repo_id} is not downloaded: {why}", self._overlay.has_copy(folder)) if why else None
 
     def _is_behind(self, repo_id: str, kind: str) -> bool:
-        """Whether a folder for the repo is there and the tree lacks it, or the other way round."""
+        """Whether a folder for the repo is there and the tree lacks it, or the other way round; or the tree is gone."""
+        if not self._overlay.is_there:
+            return True
+        repo_id = self._spelled(repo_id, kind)
         found = self._overlay.repo(repo_id, kind)
         if found is not None:
             return not all(self._overlay.is_folder(path, root) for path, root in found.sources)
@@ -137,6 +150,9 @@ class Hub:
         if not self._overlay.has_copy(name):
             places += [(f"{root}{hub}/{name}", root) for root in settings.below for hub in ("", "/hub")]
         return any(self._overlay.is_folder(path, root) for path, root in places)
+
+    def _spelled(self, repo_id: str, kind: str) -> str:
+        return self._overlay.spelled(repo_id) if kind == "models" else repo_id
 
 
 def _is_id(model_id: str) -> bool:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
 from hf_overlay import hfcache
 from hf_overlay.config import OWNER_FILE
-from hf_overlay.errors import SessionError
+from hf_overlay.errors import OUT_OF_FILES, OutOfFiles, SessionError
 from hf_overlay.patience import NoAnswer, Patience
 from hf_overlay.tree import announced, files, lease, store, usage, writeback
 
@@ -28,10 +28,7 @@ LINGER_SECONDS = 1.0
 STALL_SECONDS = 3.0
 """A disk that takes so long to write a few megabytes does not answer."""
 _STILL_USED = "a program still uses the overlay at %s; it is cleared at a later start"
-_STAYS = (
-    "the overlay at %s stays, with what was downloaded into it, until a later start: %s; check that drive or server, "
-    "or unmount it"
-)
+_STAYS = "the overlay at %s stays, with what was downloaded into it, until a later start: %s"
 
 
 class Cleared(NamedTuple):
@@ -75,6 +72,15 @@ def clear_dead(sessions: str, patience: Patience | None = None) -> list[Cleared]
     return [each for each in _clear_over(sessions, patience) if each.path not in each.kept]
 
 
+def clear_earlier(environ: Mapping[str, str], patience: Patience) -> None:
+    """Clear dead sessions where earlier versions made them; what is wrong there is said, and keeps nothing back."""
+    for folder in lease.all_sessions_folders(environ)[:-1]:
+        try:
+            clear_dead(folder, patience)
+        except (OSError, SessionError) as error:
+            logger.warning("sessions in %s are not cleared: %s", folder, error)
+
+
 def clear_ended(sessions: str, path: str, others: Collection[str], patience: Patience) -> None:
     """Clear a session that this process has let go of, and those that are over since; `others` were there before it."""
     deadline = time.monotonic() + LINGER_SECONDS
@@ -97,8 +103,10 @@ def _clear_over(sessions: str, patience: Patience, others: Collection[str] = (),
         try:
             patience.ask(disk, partial(os.path.isdir, disk))  # first without a lock, to leave the session to others
             found = patience.ask(disk, partial(_clear_each, sessions, paths, os.getpid()), seconds=STALL_SECONDS)
-        except OSError as error:
-            why = f"{disk} does not answer" if isinstance(error, NoAnswer) else f"{disk}: {error.strerror or error}"
+        except (OSError, OutOfFiles) as error:
+            why = str(error)
+            if isinstance(error, NoAnswer):
+                why = f"{disk} does not answer; check that drive or server, or unmount it"
             for path in sorted(set(paths) - set(others)):
                 logger.warning(_STAYS, path, why)
             cleared += [Cleared(path, (path,)) for path in paths]
@@ -161,7 +169,8 @@ def _clear(path: str, warnings: list[str]) -> Cleared:
             lease.remove(path)
     except OSError as error:
         if os.path.lexists(path):
-            warnings.append(f"cannot clear the session at {path}: {error.strerror}; remove it by hand")
+            what = "it is tried again at the next start" if error.errno in OUT_OF_FILES else "remove it by hand"
+            warnings.append(f"cannot clear the session at {path}: {error.strerror}; {what}")
         return Cleared(path, (path,))
     return Cleared(path, tuple(kept))
 
@@ -203,7 +212,7 @@ def _remove_stray(entry: os.DirEntry[str]) -> list[str]:
 
 def _is_litter(name: str) -> bool:
     """Whether a file of this name holds nothing that anybody wants, such as `.DS_Store`."""
-    return hfcache.is_junk(name) and not name.endswith(".incomplete")
+    return hfcache.is_litter(name) or name.endswith(".lock")
 
 
 def _remove_unless_downloaded(folder: str, unfinished: Collection[str]) -> list[str]:

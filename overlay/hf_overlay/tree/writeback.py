@@ -54,20 +54,14 @@ def bring_home(session: str, hub: str) -> dict[str, str]:
     Returns the paths that must stay because not all of each could be moved: path -> why. Looks at no disk but the
     session's and the cache's, except where it can be given up on; reports progress (see progress).
     """
+    for folder in ("home", "hubs", *store.FOLDERS):
+        files.remove_litter(f"{session}/{folder}")
     stuck: dict[str, str] = {}
     for repo, name in _written_repos(session):
         alive()
-        # One name a session, so that what a kill leaves of it is overwritten when it is done again.
-        place = _Place(
-            f"{hub}/{name}",
-            tuple(f"{each}/{hfcache.LOCKS}/{name}" for each in (hub, *_hubs(session))),
-            f"{hub}/{name}/{os.path.basename(session)}.incomplete",
-        )
+        place = _place(session, hub, name)
         try:
-            problem = keeping.problem(hub)
-            if problem is not None and problem.kind == "away":  # a folder made in its place would hide the drive
-                raise OSError(errno.ENODEV, f"the Hugging Face cache {problem.text}")
-            os.makedirs(hub, exist_ok=True)
+            _make_hub(hub)
             if not _move_whole(repo, place):
                 _merge(repo, place)
             if place.is_busy:
@@ -83,6 +77,31 @@ def bring_home(session: str, hub: str) -> dict[str, str]:
             except OSError:  # another volume: the next client makes one
                 pass
     return stuck
+
+
+def bring_home_finished(session: str, hub: str) -> None:
+    """Move what clients have finished downloading into the merged repos of a living session to the real cache `hub`.
+
+    The tree goes on showing it, by a link in its place. Raises OSError; can be repeated.
+    """
+    for folder in _names(f"{session}/{store.FOLDER}"):
+        repo = f"{session}/{store.FOLDER}/{folder}"
+        if store.is_written(repo) and _is_merged(repo):
+            _make_hub(hub)
+            _merge(repo, _place(session, hub, store.repo_folder(folder)), link=f"{session}/link.next")
+
+
+def _place(session: str, hub: str, name: str) -> _Place:
+    # One name a session, so that what a kill leaves of it is overwritten when it is done again.
+    aside = f"{hub}/{name}/{os.path.basename(session)}.incomplete"
+    return _Place(f"{hub}/{name}", tuple(f"{each}/{hfcache.LOCKS}/{name}" for each in (hub, *_hubs(session))), aside)
+
+
+def _make_hub(hub: str) -> None:
+    problem = keeping.problem(hub)
+    if problem is not None and problem.kind == "away":  # a folder made in its place would hide the drive
+        raise OSError(errno.ENODEV, f"the Hugging Face cache {problem.text}")
+    os.makedirs(hub, exist_ok=True)
 
 
 def _written_repos(session: str) -> Iterator[tuple[str, str]]:
@@ -104,7 +123,10 @@ def _written_repos(session: str) -> Iterator[tuple[str, str]]:
 
 
 def _hubs(session: str) -> list[str]:
-    return [f"{session}/hubs/{name}" for name in _names(f"{session}/hubs")]
+    """The hub folders, and the one that a client made itself, after something had removed the link to them."""
+    made = f"{session}/home/hub"
+    is_made = os.path.isdir(made) and not os.path.islink(made)
+    return [*(f"{session}/hubs/{name}" for name in _names(f"{session}/hubs")), *([made] if is_made else [])]
 
 
 def is_worth_keeping(repo: str) -> bool:
@@ -138,8 +160,11 @@ def _is_in(folder: str, link: str) -> bool:
     return os.path.normpath(os.path.join(os.path.dirname(link), os.readlink(link))).startswith(f"{folder}/")
 
 
-def _merge(repo: str, place: _Place) -> None:
-    """Add a repo's downloads to the same repo in the cache, revision by revision. Raises OSError; can be repeated."""
+def _merge(repo: str, place: _Place, *, link: str | None = None) -> None:
+    """Add a repo's downloads to the same repo in the cache, revision by revision. Raises OSError; can be repeated.
+
+    `link` is set while programs use the repo: whatever is moved leaves a link in its place, which is made there first.
+    """
     target, aside = place.path, place.aside
     own = _own_commit(repo)
     if has_payload(repo):
@@ -149,7 +174,10 @@ def _merge(repo: str, place: _Place) -> None:
         path = f"{repo}/blobs/{name}"
         if os.path.islink(path) or not os.path.isfile(path) or not place.is_free(name):
             continue
-        if name.endswith(".incomplete"):
+        if link is not None:
+            if not name.endswith(".incomplete"):
+                _share(path, f"{target}/blobs/{name}", place.aside, link)
+        elif name.endswith(".incomplete"):
             _move_incomplete(path, f"{target}/blobs/{name}", f"{place.locks[0]}/{hfcache.lock_name(name)}", aside)
         elif not os.path.exists(f"{target}/blobs/{name}"):
             _move(path, f"{target}/blobs/{name}", aside)
@@ -157,7 +185,7 @@ def _merge(repo: str, place: _Place) -> None:
             os.unlink(path)  # named by its content: the cache has it already
     complete: set[str] = set()
     for commit in _names(f"{repo}/snapshots"):
-        if commit != own and _merge_snapshot(_revision(repo, commit), commit, place):
+        if commit != own and _merge_snapshot(_revision(repo, commit), commit, place, is_used=link is not None):
             complete.add(commit)
     shown = _shown_refs(repo)
     for folder in ("trees", ".no_exist", "refs"):
@@ -185,8 +213,10 @@ def _is_newer(path: str, other: str) -> bool:
     return os.path.exists(path) and os.path.getmtime(path) > os.path.getmtime(other)
 
 
-def _merge_snapshot(snapshot: str, commit: str, place: _Place) -> bool:
+def _merge_snapshot(snapshot: str, commit: str, place: _Place, *, is_used: bool) -> bool:
     """Add one revision's links to the cache's repo; False when nothing or only a part of it may be in the cache.
+
+    While programs use it, files that are no links stay where they are.
 
     No folder is made before there is something to put into it, because clients take an empty one for a revision.
     """
@@ -196,6 +226,9 @@ def _merge_snapshot(snapshot: str, commit: str, place: _Place) -> bool:
         alive()
         path, wanted = f"{snapshot}/{relative}", f"{target}/{relative}"
         is_link = os.path.islink(path)
+        if not is_link and is_used:
+            is_complete = False
+            continue
         if os.path.lexists(wanted):
             if not is_link and os.path.isfile(wanted) and os.path.getsize(wanted) == os.path.getsize(path):
                 os.unlink(path)  # one commit's file is one file
@@ -267,18 +300,40 @@ def _move(path: str, target: str, aside: str) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
+    _copy(path, target, aside)
+    os.unlink(path)
+
+
+def _copy(path: str, target: str, aside: str) -> None:
+    """Copy a file aside, sync and rename, so that under its name it is complete. Raises OSError."""
     try:
-        _copy(path, aside)
+        _copy_pieces(path, aside)
+        files.sync(aside)
         os.rename(aside, target)
     except OSError:
         if os.path.exists(aside):
             os.unlink(aside)
         raise
-    os.unlink(path)
 
 
-def _copy(path: str, target: str) -> None:
-    """Copy a file so that it is on the disk, piece by piece: a slow disk shows that it answers."""
+def _share(path: str, target: str, aside: str, link: str) -> None:
+    """Have the file under another name as well, or a copy of it on another volume, and a link to that in its place."""
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if not os.path.exists(target):
+        try:
+            os.link(path, target)
+        except OSError:
+            _copy(path, target, aside)
+    elif os.path.getsize(target) != os.path.getsize(path):
+        return
+    if os.path.lexists(link):
+        os.unlink(link)
+    os.symlink(target, link)
+    os.replace(link, path)
+
+
+def _copy_pieces(path: str, target: str) -> None:
+    """Copy a file, each piece to the disk itself: so a slow one shows that it answers."""
     with open(path, "rb") as source, open(target, "wb") as copy:
         while piece := source.read(_PIECE_BYTES):
             copy.write(piece)
@@ -335,6 +390,10 @@ def _origin(repo: str) -> dict[str, str] | None:
     origin = _recorded(repo)
     is_model = all(isinstance(origin.get(name), str) for name in ("folder", "commit"))
     return origin if is_model else None
+
+
+def _is_merged(repo: str) -> bool:
+    return "refs" in _recorded(repo)
 
 
 def _shown_refs(repo: str) -> dict[str, str]:
