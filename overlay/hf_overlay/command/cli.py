@@ -175,7 +175,8 @@ def _why(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from hf_overlay.tree.lease import sessions_folder
 
-    plan = _catalog(options).plan(case_insensitive=_is_case_insensitive(sessions_folder(os.environ)))
+    catalog, folder = _catalog(options), sessions_folder(os.environ)
+    plan = catalog.plan(case_insensitive=catalog.answers(folder) and _is_case_insensitive(folder))
     links: list[dict[str, str]] = []
     for name, entry in plan.entries.items():
         if isinstance(entry, str):

@@ -238,6 +238,7 @@ def downloads_in(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("blobs/abc") if path.read_text() == "downloaded\n"]
 
 
+@pytest.mark.slow
 def test_a_download_for_a_cache_that_hangs_is_held_and_comes_home_once_it_answers(
     disk: Disk, home: Path, sessions: Path
 ) -> None:
@@ -288,6 +289,17 @@ def test_a_folder_of_overlays_that_hangs_is_a_message(disk: Disk, home: Path, ar
     done = bounded(arguments, environ)
     assert done.status == 1
     assert f"{disk.path}/overlays, the folder for overlays, does not answer; check its drive or server" in done.err
+
+
+@pytest.mark.slow
+def test_a_folder_of_overlays_that_hangs_hides_no_model_and_doctor_names_it(
+    disk: Disk, other: Path, home: Path
+) -> None:
+    overlays = f"{disk.path}/overlays"
+    environ = environment(home, MLX_OMNI_MODEL_PATH=str(other), HF_OVERLAY_DIR=overlays, **disk.environ)
+    disk.hang()
+    assert "other" in bounded(["plan"], environ).out
+    assert f"{overlays}: does not answer" in bounded(["doctor"], environ).out
 
 
 def test_a_signal_ends_an_overlay_whose_download_has_no_cache_to_go_to(
