@@ -81,3 +81,17 @@ def test_a_large_file_is_whole(session: hf_overlay.Session, models: Path) -> Non
     path.write_bytes(whole)
     assert status(session, "org/slow/resolve/main/model.safetensors") == (200, whole)
     assert status(session, "org/slow/resolve/main/model.safetensors", Range="bytes=5-") == (206, whole[5:])
+
+
+def test_an_announced_download_waits_for_no_cache_that_hangs_nor_does_a_refresh(
+    session: hf_overlay.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_over = threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "makedirs", lambda *_, **__: is_over.wait(60))
+        began = time.monotonic()
+        session.expect_download("models--org--new")
+        session.expect_download("models--org--another")
+        session.refresh()
+        assert time.monotonic() - began < SECONDS
+    is_over.set()
