@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
+from hf_overlay.mounts import may_hang
+from hf_overlay.patience import NoAnswer, Patience
 from mlx.utils import tree_flatten
 from mlx_lm.generate import make_text_state_machine
 from mlx_lm.processors import load_processor
@@ -43,10 +46,10 @@ def load(
     path = Path(command.path)
     config_extra = {"trust_remote_code": options.trust_remote_code}
     draft = None
-    checking = _apart(partial(_check, command))
+    checking = _apart(partial(_check, command, options))
     if group is not None:  # all ranks take as many turns: none
-        wait([checking], options.load_seconds)
-        _result(checking, options)
+        wait([checking])
+        checking.result()
         model, tokenizer, config = sharded_load(
             command.path,
             pipeline_group=group if options.is_pipeline else None,
@@ -56,8 +59,8 @@ def load(
             trust_remote_code=options.trust_remote_code,
         )
     else:
-        yield from _turns(checking, options.load_seconds)
-        _result(checking, options)
+        yield from _turns(checking, math.inf)
+        checking.result()
         model, config = load_model(path, lazy=True, trust_remote_code=options.trust_remote_code)
         if command.adapter_path is not None:
             model = load_adapters(model, command.adapter_path)
@@ -99,10 +102,20 @@ def load(
     yield Runner(loaded, model, draft, options, prefixes)
 
 
-def _check(command: Load) -> None:
-    for path in (command.path, command.adapter_path, command.draft_path):
-        if path is not None:
-            folder.check(path)
+def _check(command: Load, options: EngineOptions) -> None:
+    """Look at all files that a load opens, and read weights ahead where their disk may stop answering.
+
+    What hangs here, hangs apart from the engine's thread, and is given up on after a time without progress: then it
+    raises TimeoutError.
+    """
+    patience = Patience(options.load_seconds)
+    try:
+        for path in filter(None, (command.path, command.adapter_path, command.draft_path)):
+            patience.ask(path, partial(folder.check, path))
+            if may_hang(path):
+                patience.ask(path, partial(folder.read_ahead, path))
+    except NoAnswer:
+        raise _no_progress(options) from None
 
 
 def _apart(work: Callable[[], T]) -> Future[T]:
@@ -129,9 +142,13 @@ def _turns(future: Future[Any], seconds: float) -> Iterator[None]:
 def _result(future: Future[T], options: EngineOptions) -> T:
     """Return what something that ran apart has returned. Raises what it raised, TimeoutError if it has not ended."""
     if not future.done():
-        seconds = f"{options.load_seconds:g} s"
-        raise TimeoutError(f"its files could not be read within {seconds}; look at the disk, or raise --load-seconds")
+        raise _no_progress(options)
     return future.result()
+
+
+def _no_progress(options: EngineOptions) -> TimeoutError:
+    seconds = f"{options.load_seconds:g} s"
+    return TimeoutError(f"its files could not be read within {seconds}; look at the disk, or raise --load-seconds")
 
 
 def _parameters(model: Any) -> list[mx.array]:

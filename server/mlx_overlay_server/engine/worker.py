@@ -10,6 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from mlx_overlay_server.chat.loaded import Loaded
@@ -59,6 +60,7 @@ class Handle(Protocol):
 
     def take(self, seconds: float) -> list[Command]: ...
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None: ...
+    def reading(self, key: str) -> AbstractContextManager[None]: ...
     def settle(self, key: str, result: Loaded | ServerError) -> None: ...
     def end(self, reason: str) -> None: ...
 
@@ -227,7 +229,8 @@ class Worker:
     def _go_on_loading(self, key: str, steps: Iterator[Runner | None]) -> None:
         """Load one slice of a model; sequences of other models go on between slices."""
         try:
-            runner = next(steps)
+            with self._engine.reading(key):
+                runner = next(steps)
         except (Exception, SystemExit) as error:  # loading runs the model's code; some of mlx-lm's calls sys.exit
             if is_late(error):
                 raise
