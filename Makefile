@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # follow links to the end, the first whose do not, the last of 1.x.
 HUB_VERSIONS := 0.36.2 1.31.0 1.32.0 1.33.0
 # Releases of mlx-lm that the range in server/pyproject.toml admits: the engine's assumptions are tested with each.
-MLX_LM_VERSIONS := 0.32.1 0.32.2
+MLX_LM_VERSIONS := 0.32.2
 # Coding agents that tests run against the server, from npm: where it is not, or cannot, those tests are skipped.
 AGENTS := @anthropic-ai/claude-code@2.1.197 @openai/codex@0.169.0
 # Puts faults into the code for `make mutants`; no part of the development environment otherwise.

@@ -214,13 +214,14 @@ def parse_maps(given: Sequence[str]) -> dict[str, str]:
 
 def why_not_mappable(name: str) -> str | None:
     """Why no folder can be mapped to an id, and what to do; None when one can be."""
-    _, repo_id = _kind_and_id(name)
+    _, repo_id = kind_and_id(name)
     if any(part in ("", ".", "..") for part in repo_id.split("/")) or "\\" in repo_id or "\0" in repo_id:
         return f"{name!r} is not an id that a folder can be mapped to; give it as org/name or datasets/org/name"
     return None
 
 
-def _kind_and_id(name: str) -> tuple[str, str]:
+def kind_and_id(name: str) -> tuple[str, str]:
+    """The kind of repo that an id stands for, `models` or what it begins with, and the id without that."""
     kind, slash, rest = name.partition("/")
     return (kind, rest) if slash and kind in OTHER_KINDS else ("models", name)
 
@@ -228,7 +229,7 @@ def _kind_and_id(name: str) -> tuple[str, str]:
 def _map(name: str, folder: str, environ: Mapping[str, str], cwd: str) -> Map:
     if (problem := why_not_mappable(name)) is not None:
         raise UsageError(problem)
-    kind, repo_id = _kind_and_id(name)
+    kind, repo_id = kind_and_id(name)
     (path,) = _folders([folder], f"the folder for {name}", environ, cwd)
     return Map(kind, repo_id, path)
 

@@ -63,7 +63,7 @@ def parse(path: str, text: str) -> ConfigFile:
         if (mistake := _mistake(key, value)) is not None:
             raise UsageError(f"{path}:{line_of(text, key)}: {mistake}")
     for name, folder in found.get("map", {}).items():
-        if (mistake := config.why_not_mappable(name) or _not_good("map", folder)) is not None:
+        if (mistake := _not_mapped(name, folder)) is not None:
             raise UsageError(f"{path}:{line_of(text, 'map', name)}: {mistake}")
     return ConfigFile(path, text, map=found.get("map", {}), **{key: tuple(found.get(key, ())) for key in _LISTS})
 
@@ -100,12 +100,21 @@ def _mistake(key: str, value: object) -> str | None:
         near = get_close_matches(key.replace("-", "_"), _KEYS, 1)
         return f"there is no setting {key!r}; " + (f"write {near[0]}" if near else f"there are {', '.join(_KEYS)}")
     if key == "map":
-        if isinstance(value, dict) and all(isinstance(each, str) for each in value.values()):
+        if isinstance(value, dict):
             return None
         return 'map must be a table of folders; write [map], and below it "org/name" = "/data/my-model"'
     if not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
         return f'{key} must be a list of {_LISTS[key]}; write {key} = ["…", "…"]'
     return next((mistake for each in value if (mistake := _not_good(key, each))), None)
+
+
+def _not_mapped(name: str, folder: object) -> str | None:
+    """What is wrong with a line of the table of maps, and what to do; None when nothing is."""
+    if name in _KEYS:
+        return f"{name} is in the table map; put it above [map]"
+    if not isinstance(folder, str):
+        return f'{name!r} must lead to a folder; write "{name}" = "/data/my-model"'
+    return config.why_not_mappable(name) or _not_good("map", folder)
 
 
 def _not_good(key: str, text: str) -> str | None:

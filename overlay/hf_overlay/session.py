@@ -22,7 +22,14 @@ from hf_overlay.catalog import weights
 from hf_overlay.catalog.catalog import Catalog, incomplete_text
 from hf_overlay.catalog.plan import Plan, resolve
 from hf_overlay.config import Settings
-from hf_overlay.errors import OUT_OF_FILES, SessionError, UsageError, check_descriptors, privacy_advice
+from hf_overlay.errors import (
+    OUT_OF_FILES,
+    OverlayError,
+    SessionError,
+    UsageError,
+    check_descriptors,
+    privacy_advice,
+)
 from hf_overlay.gateway.hub import Hub
 from hf_overlay.gateway.server import DEFAULT_UPSTREAM, Gateway
 from hf_overlay.hfcache import LinkedRepo
@@ -147,7 +154,7 @@ class Session:
         return tuple(resolution.winner for resolution in self._catalog.resolutions().values())
 
     def resolve(self, model_id: str) -> Path:
-        """The folder to load for an id: the user's own, else the real cache's snapshot.
+        """The folder to load for an id: the user's own, else the real cache's snapshot, else a tier's.
 
         Raises InvalidModelId, ModelNotFound, SourceAway when the drive that held the model is gone, or IncompleteModel
         when a part of the user's folder is missing.
@@ -155,8 +162,17 @@ class Session:
         return Path(self.find(model_id).path)
 
     def find(self, model_id: str) -> Model:
-        """The model that answers to an id: its folder is there. Raises as `resolve`."""
-        model = self._catalog.find(model_id)
+        """The model that answers to an id: its folder is there. Raises as `resolve`.
+
+        Where no cache holds all of it, but all of them together do, its folder is in the tree.
+        """
+        try:
+            model = self._catalog.find(model_id)
+        except OverlayError:
+            together = self._catalog.read_made(model_id, self._tree.path_of(hfcache.repo_folder(model_id)))
+            if together is None:
+                raise
+            model = together
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s comes from the %s: %s", model_id, _origin(model), model.path)
             for candidate in self._catalog.explain(model_id)[1:]:
@@ -174,6 +190,7 @@ class Session:
         with self._lock:
             before = self._published
             self._restore()
+            self._bring_home()
             self._catalog.scan(only_settled=only_settled)
             plan = self._catalog.plan(case_insensitive=self._tree.is_case_insensitive)
             after = _answering(self._catalog, plan)
@@ -288,6 +305,15 @@ class Session:
             self._tree.restore()
         except OSError as error:
             raise _session_error(self._owner.path, error) from error
+
+    def _bring_home(self) -> None:
+        """Move what programs have finished downloading of repos that tiers hold, too, to the real cache."""
+        if not self.settings.below or self._catalog.why_not_kept() is not None:
+            return
+        try:
+            writeback.bring_home_finished(self._owner.path, self.settings.hub_cache)
+        except OSError as error:
+            logger.debug("downloads stay in the session for now: %s", error)
 
     def _publish(self, plan: Plan) -> None:
         for warning in self._catalog.warnings(self._fate_of_downloads()):

@@ -37,6 +37,8 @@ def serve(settings: Settings) -> int:
     try:
         with hf_overlay.open_session(
             settings.model_paths,
+            below=settings.below,
+            maps=settings.maps,
             kind="mlx",
             exclude=settings.exclude,
             trusts_code=settings.engine.trust_remote_code,

@@ -1,8 +1,7 @@
-"""The server's settings: their defaults, and how sizes, memory and ranks are read."""
+"""The server's settings: their defaults, and how sizes and ranks are read."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -22,14 +21,6 @@ def size(text: str) -> int:
     return bytes_
 
 
-def device_memory() -> int:
-    """Return the bytes that models may take by default: three quarters of the machine's memory.
-
-    That is what Metal recommends on Apple silicon, too; asking it would import MLX before the server listens.
-    """
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
-
-
 def rank(environ: Mapping[str, str]) -> int | None:
     """Return this process's rank under `mlx.launch` (its MLX_RANK, or MPI's own variables); None outside of it."""
     for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
@@ -45,9 +36,11 @@ class EngineOptions:
     batch_size: int = 32
     """Sequences of one model that generate at once."""
     prefill_step: int = 2048
-    """Tokens of a prompt that are read between two decoding steps of the other sequences."""
-    cache_bytes: int = 1 << 32
-    """Bytes of KV caches that are kept for later prompts."""
+    """Tokens of prompts that one pass of a model reads at most."""
+    cache_bytes: int | None = None
+    """Bytes of KV caches that are kept for later prompts; None: a part of the machine's memory (`memory`)."""
+    no_wired_memory: bool = False
+    """On macOS: do not let Metal wire memory, which keeps models from being paged out."""
     kv_bits: int | None = None
     """Bits of each quantised number in the KV cache; None: not quantised."""
     kv_group_size: int = 64
@@ -88,6 +81,10 @@ class Settings:
 
     model_paths: tuple[str, ...] = ()
     """Folders of models; (): those in MLX_OMNI_MODEL_PATH, else those in hf-overlay's configuration file."""
+    below: tuple[str, ...] = ()
+    """Read-only tiers behind the user's own cache; (): those in HF_OVERLAY_BELOW, if any."""
+    maps: Mapping[str, str] = field(default_factory=dict)
+    """Folders that answer to an id, before all else: id -> folder."""
     exclude: tuple[str, ...] = ()
     """Ids that are taken from the Hugging Face cache and the Hub, and not from the folders."""
     is_offline: bool = False
@@ -116,8 +113,8 @@ class Settings:
     adapter_path: str | None = None
     """The folder of LoRA weights for the first of `models`."""
 
-    memory_budget: int = field(default_factory=device_memory)
-    """Bytes that the weights of resident models may take."""
+    memory_budget: int | None = None
+    """Bytes that the weights of resident models may take; None: what other uses of the machine's memory leave."""
     idle_ttl: float = 0
     """Seconds after which an idle model is unloaded; 0: never."""
 

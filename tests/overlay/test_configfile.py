@@ -43,6 +43,8 @@ MISTAKES = {
     "a map that is no table": ('map = ["/a"]\n', 1, "map must be a table of folders; write [map]"),
     "a mapped id that is none": ('[map]\n"a/b" = "/a"\n"../c" = "/c"\n', 3, "'../c' is not an id"),
     "a mapped folder that is relative": ('[map]\n"a/b" = "/a"\n"c" = "d"\n', 3, "'d' is a relative path"),
+    "a mapped number": ('exclude = []\n[map]\n"a/b" = "/c"\n"d/e" = 3\n', 4, "'d/e' must lead to a folder; write"),
+    "a list below the map": ('[map]\n"a/b" = "/c"\nexclude = ["a"]\n', 3, "exclude is in the table map; put it above"),
     "a NUL": ('exclude = ["a\\u0000"]\n', 1, "malformed"),
 }
 
@@ -54,7 +56,7 @@ def file(home: Path) -> Path:
     return path
 
 
-def test_it_says_the_ordered_roots_and_the_exclusions() -> None:
+def test_it_says_the_ordered_roots_tiers_maps_and_exclusions() -> None:
     found = configfile.parse("/c", GOOD)
     assert found.model_path == ("/Volumes/LLMS/models", "~/models")
     assert found.exclude == ("org/name",)
@@ -75,6 +77,8 @@ def test_flags_beat_the_variable_and_the_variable_beats_the_file() -> None:
     assert (both.roots, both.exclude) == (("/by/flag",), ("a/b",))
     one = config.load([], variable, "/", file=file)
     assert (one.roots, one.exclude) == (("/by/variable",), ("org/name",))
+    below = config.load([], {"HOME": "/home/me", config.BELOW_VARIABLE: "/1:/2"}, "/", file=file)
+    assert (below.below, below.roots[0]) == (("/1", "/2"), "/Volumes/LLMS/models")
     origins = [each.origin for each in config.in_force([], [], variable, file)]
     assert origins == [config.MODEL_PATH_VARIABLE, "/c", "/c", "/c"]
     flags = config.in_force(["/x"], ["y"], variable, file, below=["/z"], maps={"a": "/a"})

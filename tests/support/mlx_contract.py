@@ -142,6 +142,37 @@ def caches_that_can_batch_have_merge_and_the_others_have_not(_: Path) -> None:
         assert not mlx.can_batch(Model(cache.KVCache(), alone))
 
 
+def a_batch_can_be_kept_from_touching_the_wired_limit(folder: Path) -> None:
+    import gc
+
+    import mlx.core as mx
+    from mlx_overlay_server.engine import mlx
+
+    model = _model(folder)
+    original: Any = (mx.device_info, mx.set_wired_limit)
+    limits: list[int] = []
+
+    def wire(nbytes: int) -> int:
+        limits.append(nbytes)
+        return 0
+
+    fakes: Any = (lambda: {"max_recommended_working_set_size": 1000}, wire)
+    mx.device_info, mx.set_wired_limit = fakes
+    try:
+        batch = mlx.make_batch(model)
+        batch.insert_segments(segments=[[[1, 2, 3]]], max_tokens=[1])
+        while not any(row.finish_reason for row in batch.next()[1]):
+            pass
+        batch.close()
+        del batch
+        gc.collect()
+        assert limits == []
+        _batch(model)
+        assert 1000 in limits, "a batch no longer sets the limit by itself: there is nothing to keep it from"
+    finally:
+        mx.device_info, mx.set_wired_limit = original
+
+
 def a_prefill_step_that_is_set_on_a_live_batch_holds_from_its_next_step_on(folder: Path) -> None:
     from mlx_overlay_server.engine import mlx
 
@@ -154,6 +185,26 @@ def a_prefill_step_that_is_set_on_a_live_batch_holds_from_its_next_step_on(folde
         assert part.uid == uid
         read.append(part.progress)
     assert read == [(16, 40), (24, 40), (39, 40)]
+
+
+def a_batch_with_a_prefill_step_of_nothing_decodes_and_reads_nothing(folder: Path) -> None:
+    from mlx_overlay_server.engine import mlx
+
+    batch = _batch(_model(folder))
+    (first,) = batch.insert_segments(segments=[[[1, 2, 3]]], max_tokens=[20])
+    batch.next()
+    batch.next()
+    others = batch.insert_segments(segments=[[list(range(1, 41))], [list(range(1, 31))]], max_tokens=[1, 1])
+    mlx.set_prefill_step(batch, 8)
+    batch.next()
+    mlx.set_prefill_step(batch, 0)
+    for _ in range(3):
+        read, drawn = batch.next()
+        assert [row.uid for row in drawn] == [first]
+        assert {part.progress[0] for part in read} == {8}
+    mlx.set_prefill_step(batch, 64)
+    read, _ = batch.next()
+    assert {part.uid: part.progress for part in read} == {others[0]: (39, 40), others[1]: (29, 30)}
 
 
 def a_batch_tells_of_prompts_segments_and_tokens(folder: Path) -> None:
@@ -219,6 +270,7 @@ def processors_can_ask_which_tokens_their_step_reads(folder: Path) -> None:
             assert uids == [step]
         for row in batch.next()[1]:
             drawn[row.uid].append(row.token)
+        current.forget()
     assert all(len(tokens) == 4 for tokens in drawn.values()), drawn
     assert all(asked[uid][:3] == tokens[:3] for uid, tokens in drawn.items()), (asked, drawn)
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from hf_overlay import hfcache, keeping, tiers
+from hf_overlay import config, hfcache, keeping, tiers
 from hf_overlay.catalog import kinds
 from hf_overlay.catalog.files import reason_of
 from hf_overlay.catalog.memo import Memo
@@ -293,12 +293,22 @@ class Catalog:
             raise IncompleteModel(incomplete_text(reject), problem=reject.reason.text)
         raise self._not_found(model_id)
 
+    def read_made(self, model_id: str, path: str) -> Model | None:
+        """The model in the merged repo at `path`; None where there is none that can be loaded, or none was made."""
+        if not isinstance(self._made.get(hfcache.repo_folder(model_id)), MergedRepo):
+            return None
+        found = self._scanner.read_repo(path, model_id)
+        return found if isinstance(found, Model) else None
+
     def explain(self, model_id: str) -> list[Candidate]:
         """Every place looked at for an id, the winner first; when none answers, no candidate has Code.WINS.
 
-        Raises InvalidModelId.
+        Ids of other kinds of repo have the kind in front: `datasets/org/name`. Raises InvalidModelId.
         """
         model_id = self.spelled(model_id)
+        kind, repo_id = config.kind_and_id(model_id)
+        if kind != "models":
+            return self._explain_repo(kind, repo_id)
         cached = self._scanner.read_cached(model_id)
         in_cache = Source("", None, (cached,) if isinstance(cached, Model) else ())
         resolution = resolve([*self.sources, in_cache, *self.below]).get(model_id)
@@ -313,6 +323,33 @@ class Catalog:
         if isinstance(cached, Reject):
             candidates.append(Candidate(cached.path, "cache", cached.reason))
         return candidates + self._not_found_in(self.below, model_id, found)
+
+    def _explain_repo(self, kind: str, repo_id: str) -> list[Candidate]:
+        """As `explain`, for a dataset, space or kernel: only maps and caches hold any."""
+        name, hub = hfcache.repo_folder(repo_id, kind), self.settings.hub_cache
+        places: list[tuple[str, Layer]] = [
+            (model.path, "map")
+            for source in self.sources
+            for model in source.models
+            if (model.kind, model.id) == (kind, repo_id)
+        ]
+        cached = f"{hub}/{name}"
+        is_cached = self.is_folder(f"{cached}/snapshots", hub)
+        places += [(cached, "cache")] if is_cached else []
+        places += [(repo.path, "tier") for repo in self.tier_repos() if repo.name == name]
+        candidates = []
+        for path, layer in places:
+            first, first_layer = places[0]
+            reason = Reason(Code.SHADOWED, f"stands behind {first}")
+            if path == first:
+                reason = Reason(Code.WINS, "wins")
+            elif first_layer != "map":
+                reason = Reason(Code.SHADOWED, f"is shown together with {first}")
+            candidates.append(Candidate(path, layer, reason))
+        if not is_cached:
+            candidates.append(Candidate(cached, "cache", Reason(Code.MISSING, "does not exist")))
+        problems = ((source, source.problem) for source in self._layers if source.layer != "custom")
+        return candidates + [Candidate(each.root, each.layer, why) for each, why in problems if why is not None]
 
     def _not_found_in(self, sources: Iterable[Source], model_id: str, found: Sequence[Model]) -> list[Candidate]:
         """Why each source does not answer to an id, but those in which a model was `found`."""

@@ -109,7 +109,7 @@ def contents(path: str, top: Listing) -> Contents:
 
     Left out are files that links lead away to, by the rule of `links`. A config.json among them is Unfit.
     """
-    home = links.home_of(path)
+    home = ""
     files: list[File] = []
     folders: list[str] = []
     junk = 0
@@ -118,7 +118,8 @@ def contents(path: str, top: Listing) -> Contents:
     for prefix, folder in _subfolders(path, top):
         folders.append(f"{path}/{prefix}".rstrip("/"))
         junk += folder.junk
-        has_links = has_links or folder.has_links
+        if folder.has_links and not has_links:
+            has_links, home = True, links.home_of(path)  # not asked before it is needed: it looks at every folder above
         left_out.update({f"{prefix}{name}": BROKEN for name in folder.broken})
         for name in folder.files:
             # Below a linked folder, whose own files are none, all of them may lie elsewhere.

@@ -144,6 +144,16 @@ class Scanner:
         except OSError as error:
             return Reject(repo, model_id, reason_of(error), hub)
 
+    def read_repo(self, repo: str, model_id: str) -> Model | Reject:
+        """The main revision of a repo in cache layout at any place, else why there is none."""
+        look = partial(
+            _read_cached, repo, None, model_id, self._hub_cache, self._types, self._remembered(_CACHE).problems
+        )
+        try:
+            return self._patience.ask(repo, look)
+        except OSError as error:
+            return Reject(repo, model_id, reason_of(error), self._hub_cache)
+
     def _remembered(self, key: str) -> _Seen:
         """What the last scan remembers, for a round of its own."""
         seen = self._seen.get(key)

@@ -82,7 +82,7 @@ def examine(catalog: Catalog, environ: Mapping[str, str]) -> list[Finding]:
 
 
 def _folders(catalog: Catalog) -> Iterator[Finding]:
-    for source in catalog.sources:
+    for source in (*catalog.sources, *catalog.below):
         if source.problem is not None:
             yield Finding(
                 "source",

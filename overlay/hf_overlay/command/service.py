@@ -13,6 +13,7 @@ from hf_overlay import config, configfile
 from hf_overlay.command.extension import executable
 from hf_overlay.command.units import MARK, Unit, manager
 from hf_overlay.errors import OverlayError, UsageError
+from hf_overlay.tree import lease
 
 OVERLAY, SERVER = "hf-overlay", "mlx-omni-server"
 _ABOUT = {
@@ -25,7 +26,7 @@ _CARRIED = re.compile(
 )
 """The variables that a program needs to find in a unit what it finds in the shell: caches, login, keys, proxies."""
 _FOLDERS = ("--model-path", "--below", "--adapter-path")
-"""Options whose value is a folder, for which a unit has no working folder."""
+"""Options whose value is a folder."""
 _MAP = "--map"
 
 
@@ -68,7 +69,7 @@ def install(name: str, options: Sequence[str], environ: Mapping[str, str], *, re
     verb = ("serve",) if name == OVERLAY else ()
     _check(name, [program, "--version", *verb, *options])
     at = manager(name, environ)
-    unit = Unit(name, _ABOUT[name], (program, *verb, *options), _carried(environ))
+    unit = Unit(name, _ABOUT[name], (program, *verb, *options), _carried(environ, os.getcwd()))
     text, before = at.text(unit), _read(at.path)
     if before is not None and MARK not in before and not replaces:
         raise OverlayError(f"{at.path} is not ours; look at it, then remove it or add --replace")
@@ -113,16 +114,24 @@ def _program(name: str, environ: Mapping[str, str]) -> str:
     return os.path.abspath(found)
 
 
-def _carried(environ: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in sorted(environ.items()) if _CARRIED.fullmatch(name)}
+def _carried(environ: Mapping[str, str], cwd: str) -> dict[str, str]:
+    """The variables for a unit, with whole paths."""
+    carried = {name: value for name, value in sorted(environ.items()) if _CARRIED.fullmatch(name)}
+    for name in (config.MODEL_PATH_VARIABLE, config.BELOW_VARIABLE):
+        if parts := [part for part in carried.get(name, "").split(os.pathsep) if part]:
+            carried[name] = os.pathsep.join(_whole(part, environ, cwd) for part in parts)
+    for name in (config.FILE_VARIABLE, lease.DIRECTORY_VARIABLE):
+        if path := carried.get(name):
+            carried[name] = _whole(path, environ, cwd)
+    return carried
 
 
 def _absolute(options: Sequence[str], environ: Mapping[str, str], cwd: str) -> list[str]:
-    """The options with whole paths: a unit is not started in the shell's working folder."""
+    """The options with whole paths."""
 
     def whole(flag: str, value: str) -> str:
         id_, equals, folder = value.partition("=") if flag == _MAP else ("", "", value)
-        return f"{id_}{equals}{os.path.join(cwd, config.expand_user(folder, environ))}" if folder else value
+        return f"{id_}{equals}{_whole(folder, environ, cwd)}" if folder else value
 
     found: list[str] = []
     for option in options:
@@ -133,6 +142,11 @@ def _absolute(options: Sequence[str], environ: Mapping[str, str], cwd: str) -> l
             option = whole(found[-1], option)
         found.append(option)
     return found
+
+
+def _whole(path: str, environ: Mapping[str, str], cwd: str) -> str:
+    """A path that leads to the same place without the shell's working folder, in which no unit is started."""
+    return os.path.join(cwd, config.expand_user(path, environ))
 
 
 def _check(name: str, command: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -28,13 +29,15 @@ class Row(NamedTuple):
 def rows(settings: Settings, given: InForce, file: ConfigFile, environ: Mapping[str, str]) -> list[Row]:
     """All settings, those that a person gives first. `given` is where those come from. Raises OSError."""
     folders = {"hub_cache": settings.hub_cache, "hf_home": settings.hf_home}
+    # On macOS only shells have XDG variables, and a service must use the same folder.
+    sessions = (lease.DIRECTORY_VARIABLE, *(() if sys.platform == "darwin" else ("XDG_CACHE_HOME",)))
     return [
         Row("model_path", list(settings.roots), _origin("model_path", given.model_path.origin, file)),
         Row("below", list(settings.below), _origin("below", given.below.origin, file)),
         Row("map", [f"{each.full_id}={each.folder}" for each in settings.maps], _origin("map", given.map.origin, file)),
         Row("exclude", list(settings.exclude), _origin("exclude", given.exclude.origin, file)),
         *(Row(name, path, _deciding(config.DECIDING_VARIABLES[name], environ)) for name, path in folders.items()),
-        Row("sessions", lease.sessions_folder(environ), _deciding((lease.DIRECTORY_VARIABLE,), environ)),
+        Row("sessions", lease.sessions_folder(environ), _deciding(sessions, environ)),
     ]
 
 

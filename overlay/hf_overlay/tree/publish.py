@@ -111,6 +111,10 @@ class Tree:
         is_other = found is not None and isinstance(found.repo, LinkedRepo) and found.repo.model.id != repo_id
         return found.repo if found is not None and not is_other else None
 
+    def path_of(self, name: str) -> str:
+        """The path of an entry in the current hub folder, which a refresh does not change."""
+        return f"{self._session}/hubs/{self._generation}/{name}"
+
     def expect(self, name: str, real_hub: str) -> None:
         """Make the real cache's folder for a repo, and link it, so that a download lands there. Raises OSError.
 

@@ -63,6 +63,13 @@ def is_untouched(placed: Placed) -> bool:
         return False
 
 
+def is_written(repo: str) -> bool:
+    """Whether a client may have written into a repo that was made here: one `stat`, and one listing. Raises OSError."""
+    if os.stat(f"{repo}/blobs").st_mtime_ns != _UNTOUCHED_NS:
+        return True
+    return any(not entry.is_symlink() for entry in files.entries(f"{repo}/snapshots"))
+
+
 def prune(session: str, needed: Collection[str]) -> None:
     """Remove the linked repos to which no link in `needed` leads, unless a client downloaded into them."""
     for entry in files.entries(f"{session}/{FOLDER}"):

@@ -51,17 +51,9 @@ def bring_home(session: str, hub: str) -> dict[str, str]:
         files.remove_litter(f"{session}/{folder}")
     stuck: dict[str, str] = {}
     for repo, name in _written_repos(session):
-        # One name a session, so that what a kill leaves of it is overwritten when it is done again.
-        place = _Place(
-            f"{hub}/{name}",
-            tuple(f"{each}/{hfcache.LOCKS}/{name}" for each in (hub, *_hubs(session))),
-            f"{hub}/{name}/{os.path.basename(session)}.incomplete",
-        )
+        place = _place(session, hub, name)
         try:
-            problem = keeping.problem(hub)
-            if problem is not None and problem.kind == "away":  # a folder made in its place would hide the drive
-                raise OSError(errno.ENODEV, f"the Hugging Face cache {problem.text}")
-            os.makedirs(hub, exist_ok=True)
+            _make_hub(hub)
             if not _move_whole(repo, place):
                 _merge(repo, place)
             if place.is_busy:
@@ -77,6 +69,31 @@ def bring_home(session: str, hub: str) -> dict[str, str]:
             except OSError:  # another volume: the next client makes one
                 pass
     return stuck
+
+
+def bring_home_finished(session: str, hub: str) -> None:
+    """Move what clients have finished downloading into the merged repos of a living session to the real cache `hub`.
+
+    The tree goes on showing it, by a link in its place. Raises OSError; can be repeated.
+    """
+    for folder in _names(f"{session}/{store.FOLDER}"):
+        repo = f"{session}/{store.FOLDER}/{folder}"
+        if store.is_written(repo) and _is_merged(repo):
+            _make_hub(hub)
+            _merge(repo, _place(session, hub, store.repo_folder(folder)), link=f"{session}/link.next")
+
+
+def _place(session: str, hub: str, name: str) -> _Place:
+    # One name a session, so that what a kill leaves of it is overwritten when it is done again.
+    aside = f"{hub}/{name}/{os.path.basename(session)}.incomplete"
+    return _Place(f"{hub}/{name}", tuple(f"{each}/{hfcache.LOCKS}/{name}" for each in (hub, *_hubs(session))), aside)
+
+
+def _make_hub(hub: str) -> None:
+    problem = keeping.problem(hub)
+    if problem is not None and problem.kind == "away":  # a folder made in its place would hide the drive
+        raise OSError(errno.ENODEV, f"the Hugging Face cache {problem.text}")
+    os.makedirs(hub, exist_ok=True)
 
 
 def _written_repos(session: str) -> Iterator[tuple[str, str]]:
@@ -130,8 +147,11 @@ def _move_whole(repo: str, place: _Place) -> bool:
     return True
 
 
-def _merge(repo: str, place: _Place) -> None:
-    """Add a repo's downloads to the same repo in the cache, revision by revision. Raises OSError; can be repeated."""
+def _merge(repo: str, place: _Place, *, link: str | None = None) -> None:
+    """Add a repo's downloads to the same repo in the cache, revision by revision. Raises OSError; can be repeated.
+
+    `link` is set while programs use the repo: whatever is moved leaves a link in its place, which is made there first.
+    """
     target, aside = place.path, place.aside
     own = _own_commit(repo)
     if has_payload(repo):
@@ -140,7 +160,10 @@ def _merge(repo: str, place: _Place) -> None:
         path = f"{repo}/blobs/{name}"
         if os.path.islink(path) or not os.path.isfile(path) or not place.is_free(name):
             continue
-        if name.endswith(".incomplete"):
+        if link is not None:
+            if not name.endswith(".incomplete"):
+                _share(path, f"{target}/blobs/{name}", place.aside, link)
+        elif name.endswith(".incomplete"):
             _move_incomplete(path, f"{target}/blobs/{name}", f"{place.locks[0]}/{hfcache.lock_name(name)}", aside)
         elif not os.path.exists(f"{target}/blobs/{name}"):
             _move(path, f"{target}/blobs/{name}", aside)
@@ -148,7 +171,7 @@ def _merge(repo: str, place: _Place) -> None:
             os.unlink(path)  # named by its content: the cache has it already
     complete: set[str] = set()
     for commit in _names(f"{repo}/snapshots"):
-        if commit != own and _merge_snapshot(_revision(repo, commit), commit, place):
+        if commit != own and _merge_snapshot(_revision(repo, commit), commit, place, is_used=link is not None):
             complete.add(commit)
     shown = _shown_refs(repo)
     for folder in ("trees", ".no_exist", "refs"):
@@ -175,8 +198,10 @@ def _is_newer(path: str, other: str) -> bool:
     return os.path.exists(path) and os.path.getmtime(path) > os.path.getmtime(other)
 
 
-def _merge_snapshot(snapshot: str, commit: str, place: _Place) -> bool:
+def _merge_snapshot(snapshot: str, commit: str, place: _Place, *, is_used: bool) -> bool:
     """Add one revision's links to the cache's repo; False when nothing or only a part of it may be in the cache.
+
+    While programs use it, files that are no links stay where they are.
 
     No folder is made before there is something to put into it, because clients take an empty one for a revision.
     """
@@ -185,6 +210,9 @@ def _merge_snapshot(snapshot: str, commit: str, place: _Place) -> bool:
     for relative in _files(snapshot):
         path, wanted = f"{snapshot}/{relative}", f"{target}/{relative}"
         is_link = os.path.islink(path)
+        if not is_link and is_used:
+            is_complete = False
+            continue
         if os.path.lexists(wanted):
             if not is_link and os.path.isfile(wanted) and os.path.getsize(wanted) == os.path.getsize(path):
                 os.unlink(path)  # one commit's file is one file
@@ -256,6 +284,12 @@ def _move(path: str, target: str, aside: str) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
+    _copy(path, target, aside)
+    os.unlink(path)
+
+
+def _copy(path: str, target: str, aside: str) -> None:
+    """Copy a file aside, sync and rename, so that under its name it is complete. Raises OSError."""
     try:
         shutil.copyfile(path, aside)
         shutil.copystat(path, aside)
@@ -265,7 +299,22 @@ def _move(path: str, target: str, aside: str) -> None:
         if os.path.exists(aside):
             os.unlink(aside)
         raise
-    os.unlink(path)
+
+
+def _share(path: str, target: str, aside: str, link: str) -> None:
+    """Have the file under another name as well, or a copy of it on another volume, and a link to that in its place."""
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if not os.path.exists(target):
+        try:
+            os.link(path, target)
+        except OSError:
+            _copy(path, target, aside)
+    elif os.path.getsize(target) != os.path.getsize(path):
+        return
+    if os.path.lexists(link):
+        os.unlink(link)
+    os.symlink(target, link)
+    os.replace(link, path)
 
 
 def _write(path: str, content: bytes, aside: str) -> None:
@@ -298,6 +347,10 @@ def _origin(repo: str) -> dict[str, str] | None:
     origin = _recorded(repo)
     is_model = all(isinstance(origin.get(name), str) for name in ("folder", "commit"))
     return origin if is_model else None
+
+
+def _is_merged(repo: str) -> bool:
+    return "refs" in _recorded(repo)
 
 
 def _shown_refs(repo: str) -> dict[str, str]:

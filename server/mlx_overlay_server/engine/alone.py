@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import generate_step, speculative_generate_step
+from mlx_lm.generate import generate_step, maybe_quantize_kv_cache, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.engine import mlx
 from mlx_overlay_server.engine.commands import Item, Prefilled, Sampled, Submit
+from mlx_overlay_server.engine.failures import failure, is_late
 from mlx_overlay_server.engine.generation import Generation
 from mlx_overlay_server.engine.likely import Row, likeliest
 from mlx_overlay_server.engine.mlx import Cache
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.sampling import Matcher, Sampling, sampler
-from mlx_overlay_server.errors import Failed
+from mlx_overlay_server.errors import Failed, ServerError
 from mlx_overlay_server.settings import EngineOptions
+
+PIECE = 256
+"""Tokens of a prompt that are read in a step at most. Always as many: a seed promises the same text, and pieces of
+another length would round differently."""
 
 
 class Alone:
-    """The sequences of one model that run alone. Each step gives each of them one token."""
+    """The sequences of one model that run alone.
+
+    Each step gives one token to each that generates, and reads a piece of one prompt: those not read take turns.
+    """
 
     def __init__(
         self, loaded: Loaded, model: Any, draft: Any, options: EngineOptions, prefixes: PrefixCache, stream: Any
@@ -43,30 +51,33 @@ class Alone:
         """Start a sequence. Raises what mlx-lm raises on parameters it does not like."""
         # A grammar and a budget keep count of tokens, and cannot take back what a draft model guessed.
         has_draft = self._draft is not None and submit.constraint is None and submit.budget is None
-        may_reuse = not is_seeded and not submit.images and has_draft == (self._draft is not None)
+        may_reuse = (
+            submit.keeps_cache and not is_seeded and not submit.images and has_draft == (self._draft is not None)
+        )
         cache, cached = self._prefixes.fetch(self._loaded.key, submit.prompt) if may_reuse else (None, 0)
         if cache is None:
             cache = make_prompt_cache(self._model)
             if has_draft:
                 cache += make_prompt_cache(self._draft)
-        unseen = len(submit.prompt) - 1 if has_draft else None  # speculative decoding shows processors no prompt
-        generation = Generation(submit, sampling, matcher, cached=cached, unseen=unseen)
-        drawn = self._drawn(generation, sampling, cache, has_draft=has_draft)
+        # The prompt but for its last token is read here, so that is all that mlx-lm's processors see of it.
+        generation = Generation(submit, sampling, matcher, cached=cached, unseen=len(submit.prompt) - 1)
+        reader = _Reader(self._model, self._draft if has_draft else None, cache, self._options)
+        embeddings = mlx.image_embeddings(self._model, submit.prompt, submit.images) if submit.images else None
+        drawn = self._drawn(generation, sampling, cache, embeddings, has_draft=has_draft)
         prefixes = self._prefixes if may_reuse else None
-        self._running[submit.id] = _Running(self._loaded, generation, drawn, cache, prefixes)
+        self._running[submit.id] = _Running(self._loaded, generation, reader, embeddings, drawn, cache, prefixes)
 
     def _drawn(
-        self, generation: Generation, sampling: Sampling, cache: Cache, *, has_draft: bool
+        self, generation: Generation, sampling: Sampling, cache: Cache, embeddings: Any, *, has_draft: bool
     ) -> Iterator[tuple[Any, ...]]:
-        """Return mlx-lm's generator of (token, log probabilities of the vocabulary, …)."""
+        """Return mlx-lm's generator of (token, log probabilities of the vocabulary, …), for a prompt that is read."""
         submit, options = generation.submit, self._options
-        rest = list(submit.prompt[generation.cached :])
+        last = mx.array(submit.prompt[-1:])
         shared = {
             "max_tokens": submit.max_tokens,
             "sampler": sampler(sampling, submit.params.seed),
             "logits_processors": generation.processors,
             "prompt_cache": cache,
-            "prefill_step_size": options.prefill_step,
             "kv_bits": options.kv_bits,
             "kv_group_size": options.kv_group_size,
             "quantized_kv_start": options.quantized_kv_start,
@@ -75,11 +86,11 @@ class Alone:
         drawn: Iterator[tuple[Any, ...]]
         if has_draft:
             drawn = speculative_generate_step(
-                mx.array(rest), self._model, self._draft, num_draft_tokens=options.num_draft_tokens, **shared
+                last, self._model, self._draft, num_draft_tokens=options.num_draft_tokens, **shared
             )
         else:
-            embeddings = mlx.image_embeddings(self._model, rest, submit.images) if submit.images else None
-            drawn = generate_step(mx.array(rest), self._model, input_embeddings=embeddings, **shared)
+            inputs = None if embeddings is None else embeddings[-1:]
+            drawn = generate_step(last, self._model, input_embeddings=inputs, **shared)
         return drawn
 
     def cancel(self, id_: int) -> bool:
@@ -89,18 +100,57 @@ class Alone:
             running.close()
         return running is not None
 
-    def step(self) -> list[tuple[int, Item]]:
-        """Return what each sequence made in one step, as (id, item); those that ended are dropped."""
+    @property
+    def is_reading(self) -> bool:
+        """Whether a prompt is not read to its end."""
+        return any(running.is_reading for running in self._running.values())
+
+    def step(self, *, may_read: bool) -> list[tuple[int, Item]]:
+        """Return what each sequence made in one step, as (id, item); those that ended are dropped.
+
+        `may_read`: whether a piece of a prompt may be read.
+        """
         made: list[tuple[int, Item]] = []
         for id_, running in list(self._running.items()):
+            if running.is_reading:
+                if not may_read:
+                    continue
+                may_read = False
+                self._running[id_] = self._running.pop(id_)  # the next piece is another's, if one waits
             try:
                 item = next(running.items)
-            except Exception as error:  # noqa: BLE001 - alone, it harms no other
-                item = Failed(f"the engine failed: {type(error).__name__}")
+            except Exception as error:
+                if is_late(error):
+                    raise
+                item = failure(error)  # alone, it harms no other
             made.append((id_, item))
-            if isinstance(item, Failed) or (isinstance(item, Sampled) and item.finish is not None):
+            if isinstance(item, ServerError) or (isinstance(item, Sampled) and item.finish is not None):
                 del self._running[id_]
         return made
+
+
+class _Reader:
+    """Reads prompts into the KV caches of a model, and of its draft model where there is one, as mlx-lm does."""
+
+    def __init__(self, model: Any, draft: Any, cache: Cache, options: EngineOptions) -> None:
+        """`cache`: the caches of the model's layers, then the draft model's."""
+        self._model = model
+        self._draft = draft
+        self._cache = cache
+        self._options = options
+
+    def read(self, tokens: Sequence[int], embeddings: Any) -> None:
+        """Read tokens; `embeddings`: what they are for the model when there are images among them, else None."""
+        given = {} if embeddings is None else {"input_embeddings": embeddings[None]}
+        piece = mx.array([list(tokens)])
+        count = len(self._cache) if self._draft is None else len(self._model.layers)
+        self._model(piece, cache=self._cache[:count], **given)
+        if self._draft is not None:
+            self._draft(piece, cache=self._cache[count:])
+        options = self._options
+        maybe_quantize_kv_cache(self._cache, options.quantized_kv_start, options.kv_group_size, options.kv_bits)
+        mlx.evaluate(self._cache)
+        mx.clear_cache()
 
 
 class _Running:
@@ -110,22 +160,39 @@ class _Running:
         self,
         loaded: Loaded,
         generation: Generation,
+        reader: _Reader,
+        embeddings: Any,
         drawn: Iterator[tuple[Any, ...]],
         cache: Cache,
         prefixes: PrefixCache | None,
     ) -> None:
-        """`prefixes`: where the KV cache is kept at the end; None: it must not be reused."""
+        """`embeddings`: of a prompt with images, else None; `drawn`: mlx-lm's generator, which reads the last token.
+
+        `prefixes`: where the KV cache is kept at the end; None: it must not be reused.
+        """
         self._loaded = loaded
         self._generation = generation
+        self._reader = reader
+        self._embeddings = embeddings
         self._drawn = drawn
         self._cache = cache
         self._prefixes = prefixes
         self._tokens = list(generation.submit.prompt)
+        self.is_reading = True
+        """Whether the next item is about a piece of the prompt."""
         self.items = self._run()
 
     def _run(self) -> Iterator[Item]:
         submit, cached = self._generation.submit, self._generation.cached
-        yield Prefilled(cached, len(submit.prompt), cached)
+        done, size = cached, len(submit.prompt)
+        yield Prefilled(done, size, cached)
+        while done < size - 1:
+            end = min(done + PIECE, size - 1)
+            self._reader.read(submit.prompt[done:end], None if self._embeddings is None else self._embeddings[done:end])
+            done = end
+            self.is_reading = done < size - 1
+            yield Prefilled(done, size, cached)
+        self.is_reading, self._embeddings = False, None
         eos = self._loaded.tokenizer.eos_token_ids
         for count, (token, logprobs, *_) in enumerate(self._drawn, 1):
             token = int(token)

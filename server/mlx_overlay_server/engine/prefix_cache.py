@@ -52,6 +52,21 @@ class PrefixCache:
 
         At least one token of the prompt is left to read. The caller may change the cache.
         """
+        best, length = self._longest(key, prompt)
+        if best is None:
+            return None, 0
+        best.used = next(self._clock)
+        cache = copy.deepcopy(best.cache)  # lazy: arrays are shared until one is written to
+        if length < len(best.tokens):
+            trim_prompt_cache(cache, len(best.tokens) - length)
+        return cache, length
+
+    def known(self, key: str, prompt: Sequence[int]) -> int:
+        """Return how many tokens of a prompt `fetch` would return the KV cache of."""
+        return self._longest(key, prompt)[1]
+
+    def _longest(self, key: str, prompt: Sequence[int]) -> tuple[_Entry | None, int]:
+        """Return the entry that serves for most of a prompt, and how many tokens that is; (None, 0) without one."""
         tokens = np.asarray(prompt, dtype=np.int64)
         best: _Entry | None = None
         length = 0
@@ -62,13 +77,7 @@ class PrefixCache:
             is_usable = common == len(entry.tokens) or can_trim_prompt_cache(entry.cache)
             if is_usable and common > length:
                 best, length = entry, common
-        if best is None:
-            return None, 0
-        best.used = next(self._clock)
-        cache = copy.deepcopy(best.cache)  # lazy: arrays are shared until one is written to
-        if length < len(best.tokens):
-            trim_prompt_cache(cache, len(best.tokens) - length)
-        return cache, length
+        return best, length
 
     def insert(self, key: str, prompt: Sequence[int], cache: Cache, *, system: int) -> None:
         """Keep the KV cache of a sequence, whose first `system` tokens other conversations share."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -15,13 +16,29 @@ from mlx_overlay_server.engine.commands import Item, Prefilled, Submit
 from mlx_overlay_server.engine.generation import Generation, matcher_of
 from mlx_overlay_server.engine.likely import Likely, Row, likeliest
 from mlx_overlay_server.engine.mlx import Cache
+from mlx_overlay_server.engine.prefill import Prompt, bounded, plan, rank
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
-from mlx_overlay_server.engine.sampling import Sampling, effective, sampler
+from mlx_overlay_server.engine.sampling import Sampler, Sampling, effective, sampler
 from mlx_overlay_server.errors import Failed
 from mlx_overlay_server.settings import EngineOptions
 
-LONG_PROMPTS = 8
-"""Prompts that each read a full prefill step at once. Beyond this many, prompts share one, which bounds memory."""
+WHILE_DECODING = 4
+"""While sequences decode, a pass over prompts is so many times smaller, because they wait for it."""
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """A sequence that waits for the batch, or is in it."""
+
+    generation: Generation
+    sampler: Sampler
+    prompt: Prompt
+    uid: int | None = None
+    """BatchGenerator's number for it; None while it is not in the batch."""
+    base: int = 0
+    """Tokens in its KV cache when it was last put into the batch."""
+    cache: Cache | None = None
+    """Of what is read, when it was taken out of the batch."""
 
 
 class Runner:
@@ -43,12 +60,15 @@ class Runner:
     def reset(self) -> None:
         """Drop every sequence; the model stays."""
         self._generator: BatchGenerator | None = None
-        self._batched: dict[int, Generation] = {}
-        """The batch's sequences, by BatchGenerator's uid."""
-        self._uids: dict[int, int] = {}
-        """The same: id -> uid."""
-        self._unread: set[int] = set()
-        """Uids of those whose prompts are not read to the end."""
+        self._sequences: dict[int, _Sequence] = {}
+        """By id, those that are in the batch or wait for it."""
+        self._ids: dict[int, int] = {}
+        """BatchGenerator's uid -> id, of those in the batch."""
+        self._unread: dict[int, Prompt] = {}
+        """By id, the prompts that are not read to the end, or that are and whose sequence is not in the batch yet."""
+        self._is_alone_next = False
+        self._read = 0
+        """Tokens of prompts that were read so far."""
         self._alone = Alone(self.loaded, self._model, self._draft, self._options, self._prefixes, self._stream)
 
     def close(self) -> None:
@@ -60,17 +80,17 @@ class Runner:
     @property
     def is_busy(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._batched or self._alone)
+        return bool(self._sequences or self._alone)
 
     @property
     def active(self) -> int:
         """Sequences that read their prompts or generate."""
-        return len(self._batched) + len(self._alone) - self.waiting
+        return len(self._sequences) + len(self._alone) - self.waiting
 
     @property
     def waiting(self) -> int:
         """Sequences that the batch has no room for yet."""
-        return max(0, len(self._batched) - self._options.batch_size)
+        return max(0, len(self._sequences) - self._options.batch_size)
 
     def add(self, submit: Submit) -> None:
         """Take on a sequence. Raises what mlx-lm raises on parameters it does not like."""
@@ -84,31 +104,21 @@ class Runner:
             self._add_to_batch(submit, sampling)
 
     def _add_to_batch(self, submit: Submit, sampling: Sampling) -> None:
-        matcher = matcher_of(submit, self.loaded)
-        cache, cached = self._prefixes.fetch(self.loaded.key, submit.prompt)
-        prompt = list(submit.prompt)
-        # Where a cache cannot be cut later, one is kept of the part that other conversations share.
-        cut = submit.system if not self._can_trim and cached < submit.system < len(prompt) else cached
-        generation = Generation(submit, sampling, matcher, cached=cached, unseen=0)
-        (uid,) = self._batch.insert_segments(
-            segments=[[prompt[cached:cut], prompt[cut:]]],
-            max_tokens=[submit.max_tokens],
-            caches=[cache],
-            all_tokens=[prompt[:cached]],
-            samplers=[sampler(sampling, None)],
-            logits_processors=[generation.processors],
-            stop_sequences=[self._eos],
-        )
-        generation.guarded.read_last = lambda _: self._current.of(uid)
-        self._batched[uid] = generation
-        self._uids[submit.id] = uid
-        self._unread.add(uid)
+        if not submit.prompt or submit.max_tokens <= 0:
+            raise ValueError("nothing to read, or nothing to generate")
+        generation = Generation(submit, sampling, matcher_of(submit, self.loaded), cached=0)
+        size, known = len(submit.prompt), self._prefixes.known(self.loaded.key, submit.prompt)
+        prompt = Prompt(submit.id, size, rank(self._read, size - known), known)
+        if not self._can_trim and known < submit.system < size:  # it cannot be cut out of what is kept later
+            prompt.stops.append(submit.system)
+        self._sequences[submit.id] = _Sequence(generation, sampler(sampling, None), prompt)
+        self._unread[submit.id] = prompt
 
     @property
     def _batch(self) -> BatchGenerator:
-        """The batch, made when it is needed: it raises MLX's wired limit, and restores it when it goes."""
+        """The batch, made when it is needed."""
         if self._generator is None:
-            self._generator = BatchGenerator(
+            self._generator = mlx.make_batch(
                 self._model,
                 completion_batch_size=self._options.batch_size,
                 prefill_batch_size=self._options.batch_size,
@@ -120,55 +130,115 @@ class Runner:
 
     def cancel(self, id_: int) -> None:
         """Drop a sequence, keeping the KV cache it has got so far; nothing for one that has ended."""
-        if self._alone.cancel(id_) or (uid := self._uids.pop(id_, None)) is None:
+        if self._alone.cancel(id_) or (sequence := self._sequences.pop(id_, None)) is None:
             return
-        generation = self._batched.pop(uid)
-        self._unread.discard(uid)
-        for cache, tokens in self._batch.remove([uid], return_prompt_caches=True).values():
-            if cache is not None and len(tokens) > generation.cached:
-                self._keep(generation, cache, tokens)
+        self._unread.pop(id_, None)
+        tokens = list(sequence.generation.submit.prompt[: sequence.prompt.done])
+        if sequence.uid is not None:
+            tokens = self._take_out(sequence, sequence.uid)
+        if sequence.cache is not None and len(tokens) > sequence.generation.cached:
+            self._keep(sequence, sequence.cache, tokens)
 
     def step(self) -> list[tuple[int, Item]]:
-        """Return one token, or one piece of its prompt, for each sequence, as (id, item)."""
-        made = self._step_batch() if self._batched else []
-        return made + self._alone.step()
+        """Return a token for each sequence that generates, and what was read of prompts, as (id, item).
 
-    def _step_batch(self) -> list[tuple[int, Item]]:
-        share = max(1, min(len(self._unread), self._options.batch_size) // LONG_PROMPTS)
-        mlx.set_prefill_step(self._batch, max(1, self._options.prefill_step // share))
+        Where the batch has prompts to read, and sequences beside it as well, they take turns: all others wait for it.
+        """
+        self._is_alone_next = self._alone.is_reading and not (self._unread and self._is_alone_next)
+        made = self._step_batch(may_read=not self._is_alone_next) if self._sequences else []
+        return made + self._alone.step(may_read=self._is_alone_next)
+
+    def _step_batch(self, *, may_read: bool) -> list[tuple[int, Item]]:
+        if may_read:
+            self._arrange()
+        else:
+            mlx.set_prefill_step(self._batch, 0)
         read, drawn = self._batch.next()
-        made = [self._read(part) for part in read]
-        told = likeliest(
-            [Row(row.token, row.logprobs, self._batched[row.uid].wanted(row.finish_reason)) for row in drawn]
+        self._current.forget()
+        made = [self._note_read(part) for part in read]
+        told = likeliest([self._row(row) for row in drawn])
+        return made + [self._note_drawn(row, likely) for row, likely in zip(drawn, told, strict=True)]
+
+    def _arrange(self) -> None:
+        """Have the batch read in its next step what is planned, and nothing else: it reads of all prompts in it."""
+        decoding = len(self._sequences) - len(self._unread)
+        most = self._options.prefill_step // (WHILE_DECODING if decoding else 1)
+        chosen = plan(
+            self._unread.values(),
+            slots=self._options.batch_size - decoding,
+            room=lambda context: bounded(most, context),
         )
-        return made + [self._drawn(row, likely) for row, likely in zip(drawn, told, strict=True)]
+        for id_ in self._unread.keys() - set(chosen.ids):
+            if (uid := self._sequences[id_].uid) is not None:
+                self._take_out(self._sequences[id_], uid)
+        for id_ in chosen.ids:
+            if self._sequences[id_].uid is None:
+                self._put_in(self._sequences[id_])
+            if self._sequences[id_].prompt.left == 0:
+                del self._unread[id_]
+        mlx.set_prefill_step(self._batch, max(1, chosen.tokens))
 
-    def _read(self, part: Any) -> tuple[int, Item]:
+    def _put_in(self, sequence: _Sequence) -> None:
+        """Put a sequence into the batch: a new one, or one that was taken out."""
+        generation, submit = sequence.generation, sequence.generation.submit
+        cache, done = sequence.cache, sequence.prompt.done
+        if cache is None:
+            cache, done = self._prefixes.fetch(self.loaded.key, submit.prompt)
+            generation.cached = sequence.prompt.done = done
+        (uid,) = self._batch.insert_segments(
+            segments=[sequence.prompt.segments(submit.prompt)],
+            max_tokens=[submit.max_tokens],
+            caches=[cache],
+            all_tokens=[list(submit.prompt[:done])],
+            samplers=[sequence.sampler],
+            logits_processors=[generation.processors],
+            stop_sequences=[self._eos],
+        )
+        generation.guarded.read_last = lambda _: self._current.of(uid)
+        sequence.uid, sequence.base, sequence.cache = uid, done, None
+        self._ids[uid] = submit.id
+
+    def _take_out(self, sequence: _Sequence, uid: int) -> list[int]:
+        """Take a sequence out of the batch, with its KV cache. Returns the tokens in that."""
+        ((cache, tokens),) = self._batch.remove([uid], return_prompt_caches=True).values()
+        del self._ids[uid]
+        sequence.uid, sequence.cache = None, cache
+        return list(tokens)
+
+    def _note_read(self, part: Any) -> tuple[int, Item]:
         """Note a piece of a prompt that the batch has read: BatchGenerator's response for it."""
-        generation = self._batched[part.uid]
-        cached, system = generation.cached, generation.submit.system
-        if part.end_of_prompt:
-            self._unread.discard(part.uid)
-        elif part.end_of_segment and not self._can_trim:
+        sequence = self._sequences[self._ids[part.uid]]
+        prompt, generation = sequence.prompt, sequence.generation
+        done = sequence.base + part.progress[0]
+        self._read += done - prompt.done
+        prompt.done = done
+        if done in prompt.stops:
+            prompt.stops.remove(done)
             for cache, tokens in self._batch.extract_cache([part.uid]).values():
-                if len(tokens) == system:
-                    self._keep(generation, cache, tokens)
-        done, total = part.progress
-        return generation.submit.id, Prefilled(cached + done, cached + total, cached)
+                self._keep(sequence, cache, tokens)
+        if done >= prompt.size - 1:
+            self._unread.pop(prompt.id, None)
+        return prompt.id, Prefilled(done, prompt.size, generation.cached)
 
-    def _drawn(self, row: Any, likely: Likely | None) -> tuple[int, Item]:
+    def _row(self, row: Any) -> Row:
+        generation = self._sequences[self._ids[row.uid]].generation
+        return Row(row.token, row.logprobs, generation.wanted(row.finish_reason))
+
+    def _note_drawn(self, row: Any, likely: Likely | None) -> tuple[int, Item]:
         """Note a token that the batch has drawn: BatchGenerator's response for it."""
-        generation = self._batched[row.uid]
-        id_ = generation.submit.id
-        item = generation.item(row.token, likely, row.finish_reason)
+        id_ = self._ids[row.uid]
+        sequence = self._sequences[id_]
+        item = sequence.generation.item(row.token, likely, row.finish_reason)
         if row.finish_reason is not None:
-            self._keep(generation, row.prompt_cache, row.all_tokens)
+            self._keep(sequence, row.prompt_cache, row.all_tokens)
         elif isinstance(item, Failed):
             self._batch.remove([row.uid])
         else:
             return id_, item
-        del self._batched[row.uid], self._uids[id_]
+        del self._sequences[id_], self._ids[row.uid]
         return id_, item
 
-    def _keep(self, generation: Generation, cache: Cache, tokens: list[int]) -> None:
-        self._prefixes.insert(self.loaded.key, tokens, cache, system=generation.submit.system)
+    def _keep(self, sequence: _Sequence, cache: Cache, tokens: list[int]) -> None:
+        submit = sequence.generation.submit
+        if submit.keeps_cache:
+            self._prefixes.insert(self.loaded.key, tokens, cache, system=submit.system)

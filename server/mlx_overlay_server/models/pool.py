@@ -11,11 +11,12 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from mlx_overlay_server import memory
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.errors import ServerError, Unavailable
 from mlx_overlay_server.models import room
@@ -106,18 +107,20 @@ class Pool:
         source: Source,
         loader: Loader,
         *,
-        budget: int,
+        budget: int | Callable[[], Awaitable[int]],
         idle_ttl: float = 0,
         pinned: tuple[str, ...] = (),
         extras: Mapping[str, Extras] | None = None,
     ) -> None:
-        """`budget`: bytes that weights may take; `idle_ttl`: seconds until an idle model is unloaded, 0: never.
+        """`budget`: bytes that weights may take, or what returns them once the machine is known.
 
+        `idle_ttl`: seconds until an idle model is unloaded, 0: never.
         `pinned`: ids that are never unloaded; `extras`: what is loaded together with an id.
         """
         self._source = source
         self._loader = loader
-        self._budget = budget
+        self._find_budget = budget if callable(budget) else None
+        self._budget = 0 if callable(budget) else budget
         self._idle_ttl = idle_ttl
         self._pinned = frozenset(pinned)
         self._extras = dict(extras or {})
@@ -236,6 +239,8 @@ class Pool:
             return located.id
         draft = await self._source.locate(extras.draft) if extras.draft is not None else None
         load.nbytes = located.nbytes + (draft.nbytes if draft is not None else 0)
+        if self._find_budget is not None:
+            self._budget = await self._find_budget()
         has_room = load.wait(next(self._numbers))
         self._admit()
         await has_room
@@ -280,7 +285,7 @@ class Pool:
                 load.refuse(
                     Unavailable(
                         f"{load.id} needs {_gb(load.nbytes)} and the memory budget is {_gb(self._budget)}{held}; "
-                        "raise --memory-budget",
+                        + memory.advice(),
                         code="model_too_large",
                     )
                 )
@@ -330,12 +335,18 @@ class Pool:
         logger.info("unloaded %s (%s)", resident.id, why)
 
 
-async def preload(pool: Pool, model_ids: tuple[str, ...]) -> None:
-    """Load models before they are asked for. Failures are logged; a request for such a model tries again."""
+async def preload(
+    pool: Pool, model_ids: tuple[str, ...], warm_up: Callable[[Loaded], Awaitable[None]] | None = None
+) -> None:
+    """Load models before they are asked for, and call `warm_up` with each.
+
+    Failures are logged; a request for such a model tries again.
+    """
     for model_id in model_ids:
         try:
-            async with pool.use(model_id):
-                pass
+            async with pool.use(model_id) as model:
+                if warm_up is not None:
+                    await warm_up(model)
         except ServerError as error:
             logger.error("%s: %s", model_id, error.message)
 

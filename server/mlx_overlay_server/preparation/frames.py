@@ -4,7 +4,7 @@ They speak frames over a socket: eight bytes with a length, then a pickled value
 
     to the process                                          from the process
                                                             None, once it is ready
-    ("model", key, the pickled Loaded)                      Result
+    ("model", key, the pickled Loaded, sys.path)            Result
     ("forget", key)                                         nothing
     ("work", name, key of a model, pickled arguments)       Result
 """

@@ -1,4 +1,4 @@
-"""Which part of a prompt a sequence takes from an earlier one's KV cache, and how prompts share the engine's time.
+"""Which part of a prompt a sequence takes from an earlier one's KV cache.
 
 Texts cannot show it on tiny models, so these tests look at the numbers of cached and of processed tokens.
 """
@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from mlx_lm.models.cache import KVCache
 from mlx_overlay_server.engine.commands import Prefilled, Sampled
-from mlx_overlay_server.engine.runner import LONG_PROMPTS
 from mlx_overlay_server.settings import EngineOptions
 
 from tests.support.models import make_random_model
@@ -122,34 +121,3 @@ def test_a_conversation_that_goes_on_is_read_from_where_it_stopped(uncuttable: R
 def test_where_caches_can_be_cut_reading_does_not_stop(running: Running) -> None:
     assert _progress(running, system=8) == [19, 20]
     assert running.read((*PROMPT[:8], *range(65, 75)), system=8).cached == 8
-
-
-# Prefill ------------------------------------------------------------------------------------------------------------
-
-
-def _long(number: int) -> list[int]:
-    """A prompt of five steps, like no other."""
-    return [97 + number % 26, *(97 + at % 26 for at in range(5 * _STEP - 1))]
-
-
-@pytest.mark.parametrize("count", [1, LONG_PROMPTS, 2 * LONG_PROMPTS, 3 * LONG_PROMPTS])
-def test_many_long_prompts_share_one_step_of_prefill(count: int, running: Running) -> None:
-    """What is read in a step takes memory, and time from the sequences that generate."""
-    for number in range(count):
-        running.add(_long(number))
-    read = running.progress()
-    assert len(read) == count
-    assert set(read.values()) == {_STEP // max(1, count // LONG_PROMPTS)}
-
-
-def test_prompts_that_left_or_are_read_take_no_part_of_the_step(running: Running) -> None:
-    ids = [running.add(_long(number)) for number in range(2 * LONG_PROMPTS)]
-    running.runner.step()
-    for id_ in ids:
-        running.runner.cancel(id_)
-    for number in range(2 * LONG_PROMPTS):
-        running.add([98, number], max_tokens=1000)
-    while running.progress():
-        pass
-    last = running.add([120] * (5 * _STEP))
-    assert running.progress()[last] == _STEP

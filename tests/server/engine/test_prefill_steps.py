@@ -1,0 +1,214 @@
+"""Reading prompts lets others breathe, takes stops in between, and means the same in pieces of any size and order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_overlay_server.engine.alone import PIECE
+from mlx_overlay_server.engine.prefix_cache import PrefixCache
+from mlx_overlay_server.engine.runner import WHILE_DECODING
+from mlx_overlay_server.settings import EngineOptions
+
+from tests.support.models import make_random_model
+from tests.support.running import Running
+
+_STEP = 64
+_SEEDED: dict[str, Any] = {"temperature": 1, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_random_model(tmp_path_factory.mktemp("models") / "endless")
+
+
+@pytest.fixture
+def running(folder: Path) -> Iterator[Running]:
+    made = Running(folder, EngineOptions(prefill_step=_STEP))
+    yield made
+    made.runner.close()
+
+
+def _text(number: int, size: int) -> list[int]:
+    """A prompt of so many tokens, like no other from its first token on."""
+    return [97 + number % 26, *(97 + (at * (number + 3)) % 26 for at in range(size - 1))]
+
+
+def _read_in_a_step(running: Running) -> int:
+    before = {id_: told[-1].done if (told := running.told(id_)) else 0 for id_ in running.items}
+    after = running.progress()
+    return sum(done - before[id_] for id_, done in after.items() if done != running.told(id_)[-1].total)
+
+
+# Bounds -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 8, 15, 40])
+def test_all_prompts_together_read_no_more_than_a_step_at_once(count: int, running: Running) -> None:
+    """What is read in a step takes memory, and time from the sequences that generate."""
+    for number in range(count):
+        running.add(_text(number, 5 * _STEP))
+    reads = [_read_in_a_step(running) for _ in range(12)]
+    assert 0 < max(reads) <= _STEP
+
+
+def test_while_others_decode_less_is_read_at_once(running: Running) -> None:
+    speaking = running.add(_text(0, 4), max_tokens=1000)
+    while not running.tokens(speaking):
+        running.step()
+    long = running.add(_text(1, 5 * _STEP))
+    reads = []
+    while len(running.told(long)) < 5:
+        spoken = len(running.tokens(speaking))
+        reads.append(_read_in_a_step(running))
+        assert len(running.tokens(speaking)) == spoken + 1, "reading left the others without a token"
+    assert 0 < max(reads) <= _STEP // WHILE_DECODING
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(running: Running) -> None:
+    long = running.add(_text(0, 40 * _STEP))
+    for _ in range(3):
+        running.step()
+    short = running.add(_text(1, 20), max_tokens=3)
+    steps = 0
+    while len(running.tokens(short)) < 3:
+        running.step()
+        steps += 1
+    assert steps <= 6
+    assert not running.tokens(long)
+    running.runner.cancel(long)
+
+
+def test_a_prompt_that_was_overtaken_is_read_on_from_where_it_was(running: Running) -> None:
+    long = running.add(_text(0, 10 * _STEP))
+    for number in range(1, 6):
+        running.step()
+        running.add(_text(number, 20), max_tokens=2)
+    running.finish()
+    done = [item.done for item in running.told(long)]
+    assert done == sorted(done), "a part was read twice"
+    assert len(running.tokens(long)) == 3
+
+
+# Stops --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("params", [{}, _SEEDED], ids=["in the batch", "alone"])
+def test_a_stop_takes_effect_between_two_pieces_of_a_prompt(params: dict[str, Any], running: Running) -> None:
+    id_ = running.add(_text(0, 8 * PIECE), **params)
+    for _ in range(3):
+        running.step()
+    done = running.told(id_)[-1].done
+    assert 0 < done < 4 * PIECE, "the prompt was read at once"
+    running.runner.cancel(id_)
+    assert not running.runner.is_busy
+    again = running.add(_text(0, 8 * PIECE))
+    running.step()
+    assert (running.told(again)[0].cached == done) == (not params), "what was read is not kept, or was, by a seed"
+    running.runner.cancel(again)
+
+
+def test_a_prompt_that_waits_can_be_cancelled(running: Running) -> None:
+    first, second, third = (running.add(_text(number, 3 * _STEP)) for number in range(3))
+    running.step()
+    running.runner.cancel(second)
+    running.finish()
+    assert not running.items[second]
+    assert len(running.tokens(first)) == len(running.tokens(third)) == 3
+
+
+def test_sequences_beside_the_batch_read_one_piece_in_a_step(running: Running) -> None:
+    speaking = running.add(_text(0, 4), max_tokens=1000, **_SEEDED)
+    while not running.tokens(speaking):
+        running.step()
+    long = [running.add(_text(number, 4 * PIECE), **_SEEDED) for number in (1, 2)]
+    batched = running.add(_text(3, 6 * _STEP))
+    while not all(running.tokens(id_) for id_ in (*long, batched)):
+        spoken = len(running.tokens(speaking))
+        before = {id_: len(running.told(id_)) for id_ in (*long, batched)}
+        running.step()
+        assert len(running.tokens(speaking)) == spoken + 1
+        read = [id_ for id_ in before if before[id_] < len(running.told(id_)) and not running.tokens(id_)]
+        told = [running.told(id_)[-1] for id_ in read]
+        assert sum(item.done < item.total for item in told) <= 1 + (batched in read)
+    first, second = ([item.done for item in running.told(id_)] for id_ in long)
+    assert first[:4] == second[:4], "they do not take turns"
+
+
+# Meaning ------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _alone(folder: Path, number: int, size: int, tokens: int) -> list[int]:
+    """What a prompt is answered with when it is read in one piece, and nothing else runs."""
+    return _runner(folder, 1 << 20, 1).said(_text(number, size), tokens)
+
+
+class _Speaking(Running):
+    def said(self, prompt: list[int], tokens: int, **params: Any) -> list[int]:
+        id_ = self.add(prompt, max_tokens=tokens, **params)
+        self.finish()
+        return self.tokens(id_)
+
+
+@cache
+def _runner(folder: Path, step: int, batch_size: int) -> _Speaking:
+    return _Speaking(folder, EngineOptions(prefill_step=step, batch_size=batch_size))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    prompts=st.lists(
+        st.tuples(st.integers(0, 9), st.sampled_from([1, 2, 20, 70, 150]), st.integers(1, 6)), min_size=1, max_size=8
+    ),
+    delays=st.lists(st.integers(0, 4), min_size=8, max_size=8),
+    step=st.sampled_from([1, 7, 64, 4096]),
+    batch_size=st.sampled_from([1, 3, 32]),
+    keeps=st.booleans(),
+)
+def test_the_same_is_said_whatever_the_step_size_the_batch_and_the_order(
+    folder: Path, prompts: list[tuple[int, int, int]], delays: list[int], step: int, batch_size: int, keeps: bool
+) -> None:
+    running = _runner(folder, step, batch_size)
+    running.runner._prefixes = running.prefixes = PrefixCache((1 << 30) if keeps else 0)
+    ids = []
+    for (number, size, tokens), delay in zip(prompts, delays, strict=False):
+        ids.append(running.add(_text(number, size), max_tokens=tokens))
+        for _ in range(delay):
+            running.step()
+    running.finish()
+    for id_, (number, size, tokens) in zip(ids, prompts, strict=True):
+        assert running.tokens(id_) == _alone(folder, number, size, tokens)
+
+
+def test_a_seed_repeats_a_long_prompt_s_answer_to_the_last_bit_whatever_else_runs(
+    running: Running, folder: Path
+) -> None:
+    prompt = _text(0, 3 * PIECE + 17)
+    told = []
+    for busy in (False, True):
+        if busy:
+            for number in range(1, 4):
+                running.add(_text(number, 300), max_tokens=50)
+        id_ = running.add(prompt, max_tokens=20, logprobs=3, **_SEEDED)
+        running.finish()
+        told.append(running.sampled(id_))
+    assert told[0] == told[1]
+    assert len({item.token for item in told[0]}) > 1
+
+
+def test_pieces_of_a_prompt_that_runs_alone_mean_the_same_as_all_of_it(running: Running, folder: Path) -> None:
+    prompt = _text(0, 3 * PIECE + 17)
+    quantised = Running(folder, EngineOptions(kv_bits=8, quantized_kv_start=10**6))
+    id_ = quantised.add(prompt, max_tokens=10, repetition_penalty=1.3)
+    quantised.finish()
+    other = running.add(prompt, max_tokens=10, repetition_penalty=1.3)
+    running.finish()
+    assert len(quantised.told(id_)) > 4, "it was read at once"
+    assert quantised.tokens(id_) == running.tokens(other)
+    assert quantised.read(prompt).cached == len(prompt) - 1
