@@ -266,8 +266,14 @@ class Session:
 
     def has_copy(self, folder: str) -> bool:
         """Whether a client finds main of a repo, by its folder name, without the Hub: of a model, with weights."""
+        kind, repo_id = config.kind_and_id(hfcache.full_id(folder))
+        made = self._tree.repo(repo_id, kind)
+        # The disk of a tier that does not answer must not be taken for that of the real cache.
+        if made is not None and not all(self.is_folder(path, root) for path, root in made.sources):
+            return False
+        root = self.settings.hub_cache if made is None else f"{self._tree.hub}/{folder}"
         try:
-            return self._catalog.patience.ask(self.settings.hub_cache, partial(_has_copy, f"{self._tree.hub}/{folder}"))
+            return self._catalog.patience.ask(root, partial(_has_copy, f"{self._tree.hub}/{folder}"))
         except OSError:
             return False
 

@@ -94,6 +94,10 @@ class Tree:
                 there = store.place(self._session, name, entry)
             placed[name] = there
             entries[name] = there.link
+        try:
+            store.carry_over(self._session, placed)
+        except OSError:
+            pass  # what clients added is not shown for now; it is none of the plan's
         # Folders that clients wrote stand where links to the cache would, but not where repos made here do.
         key = fold if self.is_case_insensitive else str
         written = {key(name): (name, path) for name, path in self._written().items()}

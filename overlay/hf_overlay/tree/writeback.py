@@ -185,19 +185,23 @@ def _merge(repo: str, place: _Place, *, link: str | None = None) -> None:
             os.unlink(path)  # named by its content: the cache has it already
     complete: set[str] = set()
     for commit in _names(f"{repo}/snapshots"):
-        if commit != own and _merge_snapshot(_revision(repo, commit), commit, place, is_used=link is not None):
+        revision = _revision(repo, commit)
+        if commit == own or os.path.islink(revision):  # a link to a view that a client has removed
+            continue
+        if _merge_snapshot(revision, commit, place, is_used=link is not None):
             complete.add(commit)
-    shown = _shown_refs(repo)
     for folder in ("trees", ".no_exist", "refs"):
         for relative in files.below(f"{repo}/{folder}"):
             alive()
             path = f"{repo}/{folder}/{relative}"
+            if store.is_ours(path):
+                continue  # nobody wrote it: a tier has it, or the cache itself
             content = files.read(path)
             commit = content.decode("ascii", "replace") if folder == "refs" else relative.split("/")[0].split(".")[0]
             wanted = f"{target}/{folder}/{relative}"
-            if folder == "refs" and shown.get(relative) == commit:
-                continue  # nobody wrote it: it is a tier's, or the cache's own
-            if commit in complete and not _is_newer(wanted, path):
+            # A listing says what else belongs to a revision, so it is right beside a part of one.
+            may_come = commit in complete or (folder == "trees" and os.path.isdir(f"{target}/snapshots/{commit}"))
+            if may_come and not _is_newer(wanted, path):
                 _write(wanted, content, aside)
 
 
@@ -393,13 +397,7 @@ def _origin(repo: str) -> dict[str, str] | None:
 
 
 def _is_merged(repo: str) -> bool:
-    return "refs" in _recorded(repo)
-
-
-def _shown_refs(repo: str) -> dict[str, str]:
-    """The refs that a merged repo was made with: name -> commit; none for any other repo."""
-    refs = _recorded(repo).get("refs")
-    return refs if isinstance(refs, dict) else {}
+    return "merged" in _recorded(repo)
 
 
 def _recorded(repo: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import hf_overlay
 import pytest
 
 from tests.support import fuse_disk
-from tests.support.folders import lay_model
+from tests.support.folders import lay_model, weights
 from tests.support.hfcache import add_repo, repo_folder
 from tests.support.processes import OVERLAY, Finished, environment, eventually, finish, read_line, start
 
@@ -133,6 +133,26 @@ def test_a_command_ends_and_the_other_models_are_there(
     else:
         assert done.err.count(silent(disk)) == 1, "P7: says so once"
     assert status != 0 or "other" in done.out
+
+
+@pytest.mark.parametrize("arguments", [["ls"], ["plan"], ["run", "--", "sh", "-c", 'ls "$HF_HUB_CACHE"']], ids=" ".join)
+def test_a_tier_that_hangs_hides_only_what_it_holds(
+    disk: Disk, other: Path, home: Path, hub: Path, arguments: list[str]
+) -> None:
+    """As a model path does. What the own cache has of the same repos is there."""
+    add_repo(hub, "org/own", {"config.json": b"{}", "model.safetensors": weights(b"own"), "tokenizer.json": b"{}"})
+    environ = environment(home, MLX_OMNI_MODEL_PATH=str(other), HF_OVERLAY_BELOW=str(disk.path), **disk.environ)
+    assert "slow" in finish([OVERLAY, *arguments], environ).out
+    disk.hang()
+    began = time.monotonic()
+    done = finish([OVERLAY, *arguments, *(["--kind", "any"] if arguments == ["ls"] else [])], environ)
+    assert time.monotonic() - began < SECONDS
+    assert done.status == 0, done.err
+    assert "other" in done.out
+    assert "own" in done.out
+    assert "slow" not in done.out
+    silent = f"folder below the cache {disk.path} does not answer; going on without it"
+    assert done.err.count(silent) == 1, "P7: says so once"
 
 
 @pytest.mark.slow
