@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # follow links to the end, the first whose do not, the last of 1.x.
 HUB_VERSIONS := 0.36.2 1.31.0 1.32.0 1.33.0
 # Releases of mlx-lm that the range in server/pyproject.toml admits: the engine's assumptions are tested with each.
-MLX_LM_VERSIONS := 0.32.1 0.32.2
+MLX_LM_VERSIONS := 0.32.2
 # Coding agents that tests run against the server, from npm: where it is not, or cannot, those tests are skipped.
 AGENTS := @anthropic-ai/claude-code@2.1.197 @openai/codex@0.169.0
 # Puts faults into the code for `make mutants`; no part of the development environment otherwise.
@@ -15,6 +15,11 @@ NPM_INSTALL := npm install --prefix $(VENV)/.agents.new --no-audit --no-fund --n
 	--fetch-retries 1 --fetch-timeout 60000
 BOUNDED := $(BIN)/python -c 'import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:], timeout=300).returncode)'
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# MLX has no wheels for anything else on macOS. A Python for Intel runs on Apple silicon, too (Rosetta), without them.
+CHECK_MAC = import platform, sys; mac = platform.mac_ver()[0]; \
+	sys.exit(bool(mac) and (platform.machine() != "arm64" or int(mac.split(".")[0]) < 14) and \
+	f"MLX needs an arm64 Python on Apple silicon and macOS 14 or newer; {sys.executable} is for {platform.machine()}, on \
+	macOS {mac}: make PYTHON=/opt/homebrew/bin/python3 …, or install hf-overlay alone: docs/install.md")
 # Where `make dist` leaves the wheels and sdists.
 DIST := dist
 
@@ -22,7 +27,7 @@ DIST := dist
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 12
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.ready  ## make a tiny model in a folder, serve it, list it and chat with it
 	@$(BIN)/python docs/demo.py
@@ -67,6 +72,7 @@ clean:  ## remove what the other targets made
 $(VENV)/.ready: pyproject.toml overlay/pyproject.toml server/pyproject.toml Makefile
 	@rm -f $@
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
+	@$(PYTHON) -c '$(CHECK_MAC)'
 	@echo "Setting up $(VENV) (once) …"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install --upgrade 'pip>=25.1'

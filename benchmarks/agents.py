@@ -125,6 +125,7 @@ def served(place: Path, tokens: int, blas: str | None) -> Iterator[int]:
     (place / "home").mkdir()
     command = [
         sys.executable,
+        "-P",
         "-m",
         "mlx_overlay_server",
         "--model-path",

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # else `import hf_
 
 from hf_overlay import open_session
 
+from tests.support.folders import weights
 from tests.support.hfcache import add_repo
 from tests.support.models import make_model
 
@@ -55,11 +56,11 @@ MODULES = (
     "mlp.down_proj",
 )
 SMALL_FILES = (
+    "tokenizer.json",
     "README.md",
     "generation_config.json",
     "merges.txt",
     "special_tokens_map.json",
-    "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
 )
@@ -92,7 +93,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", type=int, default=1000, help="user models (default: %(default)s)")
     parser.add_argument("--cached", type=int, default=1000, help="cached repos (default: %(default)s)")
-    parser.add_argument("--files", type=int, default=12, help="files a user model, at least 4 (default: %(default)s)")
+    parser.add_argument("--files", type=int, default=12, help="files a user model, at least 5 (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="how often trees are built (default: %(default)s)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="overlay-benchmark-") as folder, home_of_its_own(Path(folder)):
@@ -276,15 +277,15 @@ def make_models(root: Path, count: int, files: int) -> None:
         folder = root / f"org-{number // 10}" / f"model-{number}"
         folder.mkdir(parents=True)
         for name, content in model_files(files).items():
-            (folder / name).write_text(content)
+            (folder / name).write_bytes(content)
             settle(folder / name)
         settle(folder)
         settle(folder.parent)
 
 
-def model_files(count: int) -> dict[str, str]:
-    """The files of a quantized Llama, its weights and vocabulary left out: nothing here reads them."""
-    small = SMALL_FILES[: max(0, count - 4)]
+def model_files(count: int) -> dict[str, bytes]:
+    """The files of a quantized Llama, with next to nothing in its weights and vocabulary, which nothing here loads."""
+    small = SMALL_FILES[: max(1, count - 4)]
     shards = max(1, count - 2 - len(small))
     names = [f"model-{shard + 1:05}-of-{shards:05}.safetensors" for shard in range(shards)]
     tensors = [
@@ -296,9 +297,10 @@ def model_files(count: int) -> dict[str, str]:
     weight_map = {tensor: names[number * shards // len(tensors)] for number, tensor in enumerate(tensors)}
     index = json.dumps({"metadata": {"total_size": 4_500_000_000}, "weight_map": weight_map}, indent=4)
     return {
-        "config.json": config("as downloaded"),
-        "model.safetensors.index.json": index,
-        **dict.fromkeys((*names, *small), "content"),
+        "config.json": config("as downloaded").encode(),
+        "model.safetensors.index.json": index.encode(),
+        **dict.fromkeys(names, weights(b"content")),
+        **dict.fromkeys(small, b"content"),
     }
 
 

@@ -214,6 +214,7 @@ class Bench:
     def _ours(self, *arguments: str) -> Iterator[Server]:
         command = [
             sys.executable,
+            "-P",
             "-m",
             "mlx_overlay_server",
             "--model-path",
@@ -228,7 +229,7 @@ class Bench:
     @contextmanager
     def _theirs(self, folder: Path) -> Iterator[Server]:
         port = _free_port()
-        command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(folder), "--port", str(port)]
+        command = [sys.executable, "-P", "-m", "mlx_lm", "server", "--model", str(folder), "--port", str(port)]
         with self._started(command, r"[Ss]tarting httpd at .* on port (\d+)") as server:
             yield server
 

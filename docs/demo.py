@@ -30,7 +30,8 @@ def main() -> int:
         models = Path(place, "models")
         make_model(models / MODEL, "Hello from your own folder.")
         step(f"a tiny model in a plain folder: models/{MODEL}", " ".join(sorted(os.listdir(models / MODEL))))
-        command = [sys.executable, "-m", "mlx_overlay_server", "--model-path", str(models), "--port", "0", "--offline"]
+        command = [sys.executable, "-P", "-m", "mlx_overlay_server", "--model-path", str(models)]
+        command += ["--port", "0", "--offline"]
         step("mlx-omni-server --model-path models")
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         try:

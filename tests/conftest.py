@@ -21,7 +21,9 @@ _FORBIDDEN = tuple(
         config.hub_cache(_REAL_ENVIRONMENT),
         os.path.expanduser("~/.cache/huggingface"),
         os.path.expanduser("~/.cache/hf-overlay"),
+        os.path.expanduser("~/.config/hf-overlay"),
         os.path.expanduser("~/Library/Caches/hf-overlay"),
+        os.path.expanduser("~/Library/Application Support/hf-overlay"),
     )
 )
 _EVENTS = frozenset(

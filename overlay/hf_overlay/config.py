@@ -10,11 +10,15 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from types import MappingProxyType
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 from hf_overlay.errors import UsageError
 
 MODEL_PATH_VARIABLE = "MLX_OMNI_MODEL_PATH"
+BELOW_VARIABLE = "HF_OVERLAY_BELOW"
+FILE_VARIABLE = "HF_OVERLAY_CONFIG"
+"""Names another configuration file; empty: none is read."""
 OWNER_FILE = ".hf-overlay-session"
 """Names the living owner in every session's folder; a scan that meets one knows the folder for ours."""
 
@@ -35,10 +39,36 @@ CHANGED_VARIABLES = frozenset(
 )
 """All environment variables that an overlay may change for a program."""
 
+DECIDING_VARIABLES = {
+    "hf_home": ("HF_HOME", "XDG_CACHE_HOME"),
+    "hub_cache": ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"),
+}
+"""For each of huggingface_hub's folders, the variables that say where it is; the first that is set decides."""
+
 Kind = Literal["mlx", "any"]
 """`mlx`: models that the installed mlx-lm can load; `any`: also those of transformers, diffusers, …"""
 
+OTHER_KINDS = ("datasets", "spaces", "kernels")
+"""What ids of repos that are no models begin with: `datasets/org/name`."""
+
+_NAME = "hf-overlay"
 _OVERLAY = re.compile(r"/session-\d+-[0-9a-f]+/home/hub$")
+
+
+class Map(NamedTuple):
+    """A folder that answers to an id, wherever it lies and whatever it is called."""
+
+    kind: str
+    """`models`, `datasets`, `spaces` or `kernels`."""
+    id: str
+    """As `org/name`."""
+    folder: str
+    """An absolute path."""
+
+    @property
+    def full_id(self) -> str:
+        """The id as `--map` takes it, with the kind in front where it is no model's."""
+        return self.id if self.kind == "models" else f"{self.kind}/{self.id}"
 
 
 class Settings(NamedTuple):
@@ -49,7 +79,7 @@ class Settings(NamedTuple):
     hub_cache: str
     """The real cache: what huggingface_hub calls HF_HUB_CACHE."""
     hf_home: str
-    """What huggingface_hub calls HF_HOME: tokens, Xet cache, datasets, modules."""
+    """The folder that huggingface_hub calls HF_HOME: tokens, Xet cache, datasets, modules."""
     kind: Kind | None = None
     """The models to take: those that mlx-lm can load, or any; None: `mlx` where mlx-lm is installed, else `any`."""
     exclude: tuple[str, ...] = ()
@@ -58,6 +88,77 @@ class Settings(NamedTuple):
     """Also take models whose architecture is in a Python file of their own."""
     holds_downloads: bool = False
     """Download also while the real cache is away or read-only; what comes is held in the session's folder."""
+    below: tuple[str, ...] = ()
+    """Tiers: Hugging Face caches and folders of models behind the real cache, which are only read; first to last."""
+    maps: tuple[Map, ...] = ()
+    """Folders that answer to an id, in front of everything else."""
+
+
+class ConfigFile(NamedTuple):
+    """What the configuration file says. Paths are as they were written: absolute, or with a `~`."""
+
+    path: str | None = None
+    """Where the file is, or would be; None: none is to be read."""
+    text: str | None = None
+    """All of it; None: there is none."""
+    model_path: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    below: tuple[str, ...] = ()
+    map: Mapping[str, str] = MappingProxyType({})
+    """The folder for each id."""
+
+
+NO_FILE = ConfigFile()
+
+Value = TypeVar("Value")
+
+
+class Given(NamedTuple, Generic[Value]):
+    """A setting's value as it was given, and where."""
+
+    value: Value
+    origin: str
+    """A flag, a variable, the path of the configuration file, or `default`."""
+
+
+class InForce(NamedTuple):
+    """The settings that a person gives, each from the first place that has it: flag, variable, file."""
+
+    model_path: Given[Sequence[str]]
+    exclude: Given[Sequence[str]]
+    below: Given[Sequence[str]]
+    map: Given[Mapping[str, str]]
+
+
+def in_force(
+    model_paths: Sequence[str],
+    exclude: Sequence[str],
+    environ: Mapping[str, str],
+    file: ConfigFile,
+    *,
+    below: Sequence[str] = (),
+    maps: Mapping[str, str] | None = None,
+) -> InForce:
+    """Choose each setting whole from the first place that gives it; what is not in `environ` or `file` are flags."""
+    path = file.path or ""
+    return InForce(
+        model_path=_first(
+            Given(model_paths, "--model-path"),
+            Given(_listed(MODEL_PATH_VARIABLE, environ), MODEL_PATH_VARIABLE),
+            Given(file.model_path, path),
+        ),
+        exclude=_first(Given(exclude, "--exclude"), Given(file.exclude, path)),
+        below=_first(
+            Given(below, "--below"),
+            Given(_listed(BELOW_VARIABLE, environ), BELOW_VARIABLE),
+            Given(file.below, path),
+        ),
+        map=_first(Given(maps or {}, "--map"), Given(file.map, path)),
+    )
+
+
+def _first(*given: Given[Value]) -> Given[Value]:
+    return next((each for each in given if each.value), given[-1]._replace(origin="default"))
 
 
 def load(
@@ -69,31 +170,94 @@ def load(
     exclude: Sequence[str] = (),
     trusts_code: bool = False,
     holds_downloads: bool = False,
+    below: Sequence[str] = (),
+    maps: Mapping[str, str] | None = None,
+    file: ConfigFile = NO_FILE,
 ) -> Settings:
-    """Settings from the command line's model paths and an environment; the former win.
+    """Settings from the command line, an environment and the configuration file; what comes first wins.
 
-    Raises UsageError for an empty path, and in the shell of an overlay that has ended. Model paths are not looked at.
+    Raises UsageError for an empty path, a malformed id, and in the shell of an overlay that has ended. The paths are
+    not looked at.
     """
-    if not model_paths:
-        model_paths = [part for part in environ.get(MODEL_PATH_VARIABLE, "").split(os.pathsep) if part]
-    roots: dict[str, None] = {}
-    for given in model_paths:
-        if not given or "\0" in given:
-            raise UsageError(f"a model path is empty or malformed: {given!r}; give a folder of models")
-        root = _absolute(expand_user(given, environ), cwd)
-        roots[root] = None
+    chosen = in_force(model_paths, exclude, environ, file, below=below, maps=maps)
+    roots = _folders(chosen.model_path.value, "a model path", environ, cwd)
+    tiers = _folders(chosen.below.value, "a folder for --below", environ, cwd)
     cache = _absolute(hub_cache(environ), cwd)
-    if _OVERLAY.search(cache) and not os.path.isdir(cache):
-        raise UsageError(f"HF_HUB_CACHE is an overlay that has ended ({cache}); unset HF_HUB_CACHE HF_ENDPOINT first")
+    if is_overlay(cache) and not os.path.isdir(cache):
+        raise UsageError(
+            f'the overlay of this shell has ended ({cache}); join the next one: eval "$(hf-overlay env)", '
+            f"or leave it: {how_to_leave(environ)}"
+        )
     return Settings(
-        roots=tuple(roots),
+        roots=roots,
         hub_cache=cache,
         hf_home=_absolute(hf_home(environ), cwd),
         kind=kind,
-        exclude=tuple(exclude),
+        exclude=tuple(chosen.exclude.value),
         trusts_code=trusts_code,
         holds_downloads=holds_downloads,
+        below=tuple(tier for tier in tiers if tier not in roots),
+        maps=tuple(_map(name, folder, environ, cwd) for name, folder in chosen.map.value.items()),
     )
+
+
+def parse_maps(given: Sequence[str]) -> dict[str, str]:
+    """The folder for each id, from the command line's `ID=DIR`; the last one counts. Raises UsageError."""
+    maps = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals:
+            raise UsageError(f"a map must be ID=DIR, as in org/name=/data/my-model, not {text!r}")
+        maps[name] = folder
+    return maps
+
+
+def why_not_mappable(name: str) -> str | None:
+    """Why no folder can be mapped to an id, and what to do; None when one can be."""
+    _, repo_id = kind_and_id(name)
+    if any(part in ("", ".", "..") for part in repo_id.split("/")) or "\\" in repo_id or "\0" in repo_id:
+        return f"{name!r} is not an id that a folder can be mapped to; give it as org/name or datasets/org/name"
+    return None
+
+
+def kind_and_id(name: str) -> tuple[str, str]:
+    """The kind of repo that an id stands for, `models` or what it begins with, and the id without that."""
+    kind, slash, rest = name.partition("/")
+    return (kind, rest) if slash and kind in OTHER_KINDS else ("models", name)
+
+
+def _map(name: str, folder: str, environ: Mapping[str, str], cwd: str) -> Map:
+    if (problem := why_not_mappable(name)) is not None:
+        raise UsageError(problem)
+    kind, repo_id = kind_and_id(name)
+    (path,) = _folders([folder], f"the folder for {name}", environ, cwd)
+    return Map(kind, repo_id, path)
+
+
+def _listed(variable: str, environ: Mapping[str, str]) -> list[str]:
+    """The paths in an environment variable, separated like PATH."""
+    return [part for part in environ.get(variable, "").split(os.pathsep) if part]
+
+
+def _folders(paths: Sequence[str], what: str, environ: Mapping[str, str], cwd: str) -> tuple[str, ...]:
+    """Absolute paths, each once, in order. Raises UsageError for one that is no path."""
+    found: dict[str, None] = {}
+    for given in paths:
+        if not given or "\0" in given:
+            raise UsageError(f"{what} is empty or malformed: {given!r}; give a folder")
+        found[_absolute(expand_user(given, environ), cwd)] = None
+    return tuple(found)
+
+
+def file_path(environ: Mapping[str, str]) -> str | None:
+    """The configuration file: HF_OVERLAY_CONFIG, else where platformdirs puts it; None: none is to be read."""
+    if FILE_VARIABLE in environ:
+        given = environ[FILE_VARIABLE]
+        return os.path.abspath(expand_user(given, environ)) if given else None
+    folder = environ.get("XDG_CONFIG_HOME", "").strip()
+    if not os.path.isabs(folder):
+        folder = expand_user("~/Library/Application Support" if sys.platform == "darwin" else "~/.config", environ)
+    return os.path.join(folder, "hf-overlay", "config.toml")
 
 
 def hf_home(environ: Mapping[str, str]) -> str:
@@ -108,7 +272,35 @@ def hub_cache(environ: Mapping[str, str]) -> str:
     return expand(environ.get("HF_HUB_CACHE", default), environ)
 
 
-def cache_folder(environ: Mapping[str, str]) -> str:
+def is_overlay(hub_cache: str) -> bool:
+    """Whether a path is the hub cache of a session, living or ended, by its name."""
+    return _OVERLAY.search(hub_cache) is not None
+
+
+def how_to_leave(environ: Mapping[str, str]) -> str:
+    """The command by which a shell forgets the overlay that it has joined; its HF_HOME is the user's own."""
+    names = {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_DISABLE_SHARED_BLOBS", "HF_ENDPOINT", "HF_HUB_OFFLINE"}
+    return f"unset {' '.join(sorted(names & environ.keys()))}"
+
+
+def own_folder(environ: Mapping[str, str]) -> str:
+    """The folder for what this program makes for itself: in the user's caches, on macOS in Application Support.
+
+    On macOS cleaners empty the caches under running programs, and only shells have XDG variables: a service that
+    launchd starts has none, and must use the same folder.
+    """
+    if sys.platform == "darwin":
+        return os.path.join(expand_user("~/Library/Application Support", environ), _NAME)
+    return _cache_folder(environ)
+
+
+def earlier_folders(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The folders that earlier versions used instead of `own_folder`, and in which they may have left downloads."""
+    caches = {_cache_folder(environ): None, _cache_folder({**environ, "XDG_CACHE_HOME": ""}): None}
+    return tuple(caches) if sys.platform == "darwin" else ()
+
+
+def _cache_folder(environ: Mapping[str, str]) -> str:
     """The folder for this program's own caches, where platformdirs puts it.
 
     platformdirs goes by this process's environment. In another one handed in, its rule for a person's own caches is
@@ -117,11 +309,11 @@ def cache_folder(environ: Mapping[str, str]) -> str:
     if all(environ.get(name) == os.environ.get(name) for name in ("HOME", "XDG_CACHE_HOME")):
         import platformdirs  # only commands that need a session's folder ask
 
-        return platformdirs.user_cache_dir("hf-overlay", appauthor=False)
+        return platformdirs.user_cache_dir(_NAME, appauthor=False)
     cache = environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(cache):
         cache = expand_user("~/Library/Caches" if sys.platform == "darwin" else "~/.cache", environ)
-    return os.path.join(cache, "hf-overlay")
+    return os.path.join(cache, _NAME)
 
 
 def is_offline(environ: Mapping[str, str]) -> bool:
@@ -139,7 +331,7 @@ def applied(variables: Mapping[str, str | None], environ: Mapping[str, str]) -> 
 
 
 def past_proxies(environ: Mapping[str, str]) -> dict[str, str]:
-    """What keeps loopback out of the proxy that an environment prescribes; nothing where it prescribes none."""
+    """The variables that keep loopback out of an environment's proxy; none where it prescribes no proxy."""
     names = {name.lower() for name, value in environ.items() if value}
     if not names & {"http_proxy", "all_proxy"}:
         return {}

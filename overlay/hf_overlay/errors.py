@@ -7,7 +7,16 @@ OverlayError            an expected failure (the command exits with 1)
 │   ├── SourceAway      the model's folder is on a drive that is not there now
 │   └── IncompleteModel the user's folder of this id lacks a part of its weights
 └── SessionError        the tree could not be built or switched
+    └── OutOfFiles      no file descriptor is free, so nothing could be looked at
 """
+
+from __future__ import annotations
+
+import errno
+import sys
+
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
+"""Error numbers that tell of this process, or of the whole system, and never of the path that was to be opened."""
 
 
 class OverlayError(Exception):
@@ -44,8 +53,38 @@ class IncompleteModel(ModelNotFound):
     def __init__(self, text: str, *, problem: str) -> None:
         super().__init__(text)
         self.problem = problem
-        """What is wrong with the folder, without its path."""
+        """The end of a sentence that begins with the folder's path and says what is wrong with it."""
 
 
 class SessionError(OverlayError):
     """A session's tree could not be made: no space, no permission, or a volume without symbolic links."""
+
+
+class OutOfFiles(SessionError):
+    """No file descriptor is free. What was known before stays known, because nothing was found out."""
+
+
+def check_descriptors(error: OSError) -> None:
+    """Raise OutOfFiles for an error that says that no file descriptor is free; return for any other.
+
+    To be called wherever an error is taken for an answer of the disk.
+    """
+    if error.errno == errno.EMFILE:
+        text = (
+            "too many open files: this program may open no more; raise its limit (ulimit -n 10240) and start it again"
+        )
+        raise OutOfFiles(text) from error
+    if error.errno == errno.ENFILE:
+        raise OutOfFiles("too many open files on this machine; end programs that keep many open") from error
+
+
+def privacy_advice(error: OSError) -> str | None:
+    """The end of a sentence about an error of macOS's privacy settings: what to allow, and where. None for any other.
+
+    Those refuse with EPERM, where the permissions of files refuse with EACCES.
+    """
+    advice = (
+        "allow it for your terminal, or the program that started this one, under System Settings > "
+        "Privacy & Security > Files and Folders, or Full Disk Access"
+    )
+    return advice if sys.platform == "darwin" and error.errno == errno.EPERM else None

@@ -80,7 +80,9 @@ class Helper:
         weakref.finalize(self, _end, process).atexit = False  # it notices by itself
         assert process.stdout is not None  # noqa: S101
         until = time.monotonic() + START_SECONDS
-        while not select.select([process.stdout], [], [], _REPORT_SECONDS)[0]:
+        ready = select.poll()  # select.select knows no descriptor above 1,023
+        ready.register(process.stdout, select.POLLIN)
+        while not ready.poll(_REPORT_SECONDS * 1000):
             if time.monotonic() > until:
                 raise OSError(errno.ETIMEDOUT, "the process that looks at the disk does not start")
             alive()

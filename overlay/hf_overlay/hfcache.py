@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from hf_overlay.errors import check_descriptors
 from hf_overlay.models import File, Model
 
 LOCKS = ".locks"
@@ -31,7 +32,19 @@ _PARTIAL = re.compile(r"(\.[0-9a-f]{8})?\.incomplete$")
 _KINDS = frozenset({"models", "datasets", "spaces", "kernels"})
 _OTHER_REPO = re.compile(r"(datasets|spaces|kernels)--.+")
 _HUB_ID = re.compile(r"(\b[\w\-.]{1,96}\b/)?\b[\w\-.]{1,96}\b", re.ASCII)
-_OS_HELPERS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+_OS_HELPERS = frozenset(
+    {
+        *(".DS_Store", ".localized", ".apdisk", ".VolumeIcon.icns", "Icon\r"),  # macOS
+        *("Thumbs.db", "ehthumbs.db", "desktop.ini"),  # Windows
+        ".directory",  # KDE
+    }
+)
+_OS_FOLDERS = frozenset(
+    {
+        *(".AppleDouble", ".DocumentRevisions-V100", ".Spotlight-V100", ".TemporaryItems", ".Trashes", ".fseventsd"),
+        *("__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"),
+    }
+)
 _NAME_MAX = 255 - len(".0123456789abcdef")
 
 
@@ -39,9 +52,14 @@ class NoSnapshot(Exception):
     """A repo folder holds no revision that `main` stands for; the text says why."""
 
 
+def is_litter(name: str) -> bool:
+    """Whether a file or folder of this name is made by operating systems for themselves, such as `.DS_Store`."""
+    return name.startswith("._") or name in _OS_HELPERS or name in _OS_FOLDERS
+
+
 def is_junk(name: str) -> bool:
-    """Whether a file of this name is never part of a model: OS helpers, AppleDouble, unfinished downloads, locks."""
-    return name.startswith("._") or name in _OS_HELPERS or name.endswith((".incomplete", ".lock"))
+    """Whether a file of this name is never part of a model: litter, unfinished downloads, locks."""
+    return is_litter(name) or name.endswith((".incomplete", ".lock"))
 
 
 # Names ---------------------------------------------------------------------------------------------------------
@@ -56,6 +74,12 @@ def model_id(folder: str) -> str | None:
     """The model id a folder name stands for, as scan_cache_dir reads it; None for any other name."""
     kind, separator, rest = folder.partition("--")
     return rest.replace("--", "/") if kind == "models" and separator and rest else None
+
+
+def full_id(folder: str) -> str:
+    """The id that a repo's folder name stands for, with its kind unless that is a model: `datasets/org/name`."""
+    kind, _, rest = folder.partition("--")
+    return rest.replace("--", "/") if kind == "models" else f"{kind}/{rest.replace('--', '/')}"
 
 
 def is_repo(folder: str) -> bool:
@@ -193,7 +217,7 @@ def examine(repo: str) -> Examined:
                     return Examined((), f"snapshots/{name}/{loop} is a link to itself")
             elif os.path.islink(revision) and not os.path.exists(revision):
                 return Examined((), f"snapshots/{name} is a broken link")
-        for folder, _, names in os.walk(f"{repo}/refs"):
+        for folder, _, names in os.walk(f"{repo}/refs", onerror=check_descriptors):
             for name in names:
                 if name != ".DS_Store":  # the one name that all releases pass over
                     with open(os.path.join(folder, name), encoding="utf-8") as file:
@@ -201,14 +225,17 @@ def examine(repo: str) -> Examined:
     except (FileNotFoundError, NotADirectoryError) as error:
         if error.filename is not None and os.path.islink(error.filename):
             return Examined((), str(error))
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        return Examined((), str(error))
+    except OSError as error:
+        check_descriptors(error)
         return Examined((), str(error))
     return Examined(tuple(commits), None)
 
 
 def _link_loop(revision: str) -> str | None:
     """The first file of a snapshot that is a link to itself, on which releases up to 1.31 fail."""
-    for folder, _, names in os.walk(revision):
+    for folder, _, names in os.walk(revision, onerror=check_descriptors):
         for name in names:
             try:
                 os.stat(f"{folder}/{name}")
@@ -250,15 +277,25 @@ class LinkedRepo(NamedTuple):
     watched: tuple[str, ...]
     """The folders whose time changes when a client takes a file of the revision away."""
 
+    @property
+    def sources(self) -> tuple[tuple[str, str], ...]:
+        """The folder that its links lead to, with the model path that it is in."""
+        return ((self.model.path, self.model.root),)
+
 
 def fingerprint(model: Model) -> str:
     """40 hex digits that change with any name, size or time in the folder, and that differ between any two folders."""
-    return _sha1(json.dumps([model.id, model.path, model.commit, model.files]))
+    return sha1(json.dumps([model.id, model.path, model.commit, model.files]))
 
 
 def etag(model: Model, file: File) -> str:
     """A file's etag in the tree: the Hub's where it is known, else a stable one that no other file has."""
-    return file.etag or _sha1(f"{model.path}/{file.name}\0{file.size}\0{file.mtime_ns}")
+    return file_etag(model.path, file)
+
+
+def file_etag(folder: str, file: File) -> str:
+    """The etag of a file in the folder of a model or snapshot, as `etag`."""
+    return file.etag or sha1(f"{folder}/{file.name}\0{file.size}\0{file.mtime_ns}")
 
 
 def blob_id(etag: str, size: int) -> str:
@@ -266,7 +303,7 @@ def blob_id(etag: str, size: int) -> str:
     if len(etag) == 40:
         return etag
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{etag}\nsize {size}\n"
-    return _sha1(f"blob {len(pointer)}\0{pointer}")
+    return sha1(f"blob {len(pointer)}\0{pointer}")
 
 
 def linked_repo(model: Model) -> LinkedRepo:
@@ -336,7 +373,10 @@ def local_dir_identity(folder: str, mtimes_ns: Mapping[str, int]) -> tuple[str, 
             with open(f"{folder}/.cache/huggingface/download/{name}.metadata", encoding="ascii") as file:
                 commit, etag, saved = (file.readline(128).strip() for _ in range(3))
             is_older = mtime_ns / 1e9 - 1 <= float(saved)
-        except (OSError, ValueError):
+        except OSError as error:
+            check_descriptors(error)
+            return None
+        except ValueError:
             return None
         if not is_older or not _COMMIT.fullmatch(commit) or not _ETAG.fullmatch(etag):
             return None
@@ -351,7 +391,8 @@ def local_dir_records(folder: str) -> list[str]:
     return [record] if os.path.isfile(record) else []
 
 
-def _sha1(text: str) -> str:
+def sha1(text: str) -> str:
+    """40 hex digits that differ for different texts."""
     import hashlib  # OpenSSL takes milliseconds to load, and listing models needs no hash
 
     return hashlib.sha1(text.encode("utf-8", "surrogateescape"), usedforsecurity=False).hexdigest()

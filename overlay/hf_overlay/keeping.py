@@ -6,6 +6,8 @@ import os
 import re
 from typing import Literal, NamedTuple
 
+from hf_overlay.errors import OUT_OF_FILES, privacy_advice
+
 _DRIVE = re.compile(r"/(?:Volumes|media/[^/]+|run/media/[^/]+)/[^/]+")
 """Where systems mount the drives that a person plugs in."""
 
@@ -20,7 +22,10 @@ class Problem(NamedTuple):
 
 
 def problem(hub: str) -> Problem | None:
-    """Why the real cache `hub` cannot keep a download; None when it can, as where it is still to be made."""
+    """Why the real cache `hub` cannot keep a download; None when it can, as where it is still to be made.
+
+    Raises OSError when no file descriptor is free.
+    """
     drive = _DRIVE.match(hub)
     if drive is not None and not os.path.isdir(drive[0]):
         return _away(f"is on {drive[0]}, which is not there")
@@ -35,8 +40,11 @@ def problem(hub: str) -> Problem | None:
                 return _away(f"{link} a link to {os.readlink(folder)}, which is not there")
             folder = os.path.dirname(folder)
         except OSError as error:
+            if error.errno in OUT_OF_FILES:
+                raise
             where = "cannot be read" if folder == hub else f"is not there, and {folder} cannot be read"
-            return Problem("unusable", f"{where}: {error.strerror}", "correct that, or HF_HUB_CACHE or HF_HOME")
+            advice = privacy_advice(error) or "correct that, or HF_HUB_CACHE or HF_HOME"
+            return Problem("unusable", f"{where}: {error.strerror}", advice)
     if not os.access(folder, os.W_OK | os.X_OK) or os.statvfs(folder).f_flag & os.ST_RDONLY:
         text = "is read-only" if folder == hub else f"is not there, and cannot be made: {folder} is read-only"
         return Problem("read-only", text, "make it writable")

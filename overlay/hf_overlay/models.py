@@ -52,6 +52,10 @@ class Reason(NamedTuple):
     """The end of a sentence that begins with a path."""
 
 
+Layer = Literal["map", "custom", "cache", "tier"]
+"""Where something was found, most important first: a map, a model path, the real cache, a tier below it."""
+
+
 class File(NamedTuple):
     """One file of a model; a link to it is followed, so size and time are its target's."""
 
@@ -69,7 +73,7 @@ class Model(NamedTuple):
     """A folder that can be loaded."""
 
     id: str
-    source: Literal["custom", "cache"]
+    source: Layer
     path: str
     """The folder to load: the user's own, or a snapshot in a Hugging Face cache."""
     model_type: str | None
@@ -80,6 +84,8 @@ class Model(NamedTuple):
     """The model path, or the cache, it was found in."""
     commit: str | None = None
     """The Hub's, where the folder proves it: a cached snapshot, or what `hf download --local-dir` left."""
+    kind: str = "models"
+    """`models`, or for a folder that is mapped to another kind of repo: `datasets`, `spaces` or `kernels`."""
 
 
 class Reject(NamedTuple):
@@ -94,7 +100,7 @@ class Reject(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What one scan found in one model path, or in the real cache."""
+    """The models, and the folders left out, that one scan found in a model path, map or tier, or in the real cache."""
 
     root: str
     problem: Reason | None
@@ -105,3 +111,32 @@ class Source(NamedTuple):
     """Number of AppleDouble files (`._name`) that were left out."""
     device: int | None = None
     """st_dev of the root: another one under the same path means that the drive was taken away."""
+    layer: Layer = "custom"
+    """What the root is."""
+
+
+class Revision(NamedTuple):
+    """One snapshot in a cache."""
+
+    commit: str
+    path: str
+    """Its folder."""
+    files: tuple[File, ...]
+    """Those that are there; links that lead nowhere are left out."""
+
+
+class CachedRepo(NamedTuple):
+    """What a Hugging Face cache holds of one repo of any kind."""
+
+    name: str
+    """The name of its folder, as in `models--org--name`."""
+    path: str
+    root: str
+    """The cache or tier it is in, for who asks whether it is still there."""
+    revisions: tuple[Revision, ...]
+    refs: tuple[tuple[str, str], ...] = ()
+    """(name, commit) of branches, tags and pull requests."""
+    trees: tuple[tuple[str, bytes], ...] = ()
+    """(commit, content) of the listings of all files that the Hub has in a revision."""
+    absent: tuple[str, ...] = ()
+    """`<commit>/<name>` of files that the Hub was asked for and has not."""

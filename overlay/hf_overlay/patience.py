@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from hf_overlay.errors import check_descriptors
 from hf_overlay.mounts import may_hang
 from hf_overlay.progress import alive, reporting
 
@@ -92,7 +93,7 @@ class Patience:
         """What the function returns or raises, which looks at nothing but the disk of `root`, and can be pickled.
 
         Raises NoAnswer when it makes no progress, and at once while an earlier question about that root is open: so
-        threads do not pile up.
+        threads do not pile up. Raises OutOfFiles when no file descriptor is free.
         """
         return self._answer(self._begin(root, function))
 
@@ -118,10 +119,14 @@ class Patience:
         return _Question(root, lambda: self._look(root, function))
 
     def _look(self, root: str, function: Callable[[], Answer]) -> Answer:
-        if not may_hang(root):
-            return function()
-        answer: Answer = self._helper(root).call(function, alive)
-        return answer
+        try:
+            if not may_hang(root):
+                return function()
+            answer: Answer = self._helper(root).call(function, alive)
+            return answer
+        except OSError as error:
+            check_descriptors(error)
+            raise
 
     def _helper(self, root: str) -> Helper:
         from hf_overlay.helper import Helper  # few machines need any

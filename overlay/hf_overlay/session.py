@@ -5,6 +5,7 @@ settings -> catalog (what is on the disk) -> plan (what the tree must hold) -> t
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -16,16 +17,24 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from hf_overlay import config, hfcache
+from hf_overlay import config, configfile, hfcache
 from hf_overlay.catalog import weights
 from hf_overlay.catalog.catalog import Catalog, incomplete_text
-from hf_overlay.catalog.plan import resolve
+from hf_overlay.catalog.plan import Plan, resolve
 from hf_overlay.config import Settings
-from hf_overlay.errors import SessionError, UsageError
+from hf_overlay.errors import (
+    OUT_OF_FILES,
+    OverlayError,
+    SessionError,
+    UsageError,
+    check_descriptors,
+    privacy_advice,
+)
 from hf_overlay.gateway.hub import Hub
 from hf_overlay.gateway.server import DEFAULT_UPSTREAM, Gateway
 from hf_overlay.hfcache import LinkedRepo
-from hf_overlay.models import Model
+from hf_overlay.models import Layer, Model
+from hf_overlay.tiers import MergedRepo
 from hf_overlay.tree import held, lease, usage, writeback
 from hf_overlay.tree.clear import remove_tree
 from hf_overlay.tree.lease import Lease
@@ -65,8 +74,9 @@ class Session:
         self._changed: dict[str, float] = {}
         self._gateway: Gateway | None = None
         self._tree = Tree(owner.path, catalog.settings.hf_home)
-        self._publish()
-        self._published = _custom(self._catalog)
+        plan = catalog.plan(case_insensitive=self._tree.is_case_insensitive)
+        self._publish(plan)
+        self._published = _answering(catalog, plan)
 
     @property
     def path(self) -> Path:
@@ -144,7 +154,7 @@ class Session:
         return tuple(resolution.winner for resolution in self._catalog.resolutions().values())
 
     def resolve(self, model_id: str) -> Path:
-        """The folder to load for an id: the user's own, else the real cache's snapshot.
+        """The folder to load for an id: the user's own, else the real cache's snapshot, else a tier's.
 
         Raises InvalidModelId, ModelNotFound, SourceAway when the drive that held the model is gone, or IncompleteModel
         when a part of the user's folder is missing.
@@ -152,8 +162,17 @@ class Session:
         return Path(self.find(model_id).path)
 
     def find(self, model_id: str) -> Model:
-        """The model that answers to an id: its folder is there. Raises as `resolve`."""
-        model = self._catalog.find(model_id)
+        """The model that answers to an id: its folder is there. Raises as `resolve`.
+
+        Where no cache holds all of it, but all of them together do, its folder is in the tree.
+        """
+        try:
+            model = self._catalog.find(model_id)
+        except OverlayError:
+            together = self._catalog.read_made(model_id, self._tree.path_of(hfcache.repo_folder(model_id)))
+            if together is None:
+                raise
+            model = together
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s comes from the %s: %s", model_id, _origin(model), model.path)
             for candidate in self._catalog.explain(model_id)[1:]:
@@ -170,8 +189,11 @@ class Session:
         """
         with self._lock:
             before = self._published
+            self._restore()
+            self._bring_home()
             self._catalog.scan(only_settled=only_settled)
-            after = _custom(self._catalog)
+            plan = self._catalog.plan(case_insensitive=self._tree.is_case_insensitive)
+            after = _answering(self._catalog, plan)
             changes = Changes(
                 added=tuple(sorted(after.keys() - before.keys())),
                 changed=tuple(sorted(name for name in after.keys() & before.keys() if after[name] != before[name])),
@@ -179,7 +201,7 @@ class Session:
             )
             now = time.monotonic()
             self._changed |= {model_id: now for ids in changes for model_id in ids}
-            self._publish()
+            self._publish(plan)
             self._published = after
         return changes
 
@@ -192,6 +214,7 @@ class Session:
         try:
             gateway.start()
         except OSError as error:
+            check_descriptors(error)
             raise SessionError(f"cannot listen on 127.0.0.1: {error.strerror}; run with --offline") from error
         self._gateway = gateway
 
@@ -212,17 +235,29 @@ class Session:
         if self._gateway is not None:
             self._gateway.cut()
 
-    def linked_repo(self, model_id: str) -> LinkedRepo | None:
-        """The linked repo of the user's model with this id; None when the tree holds none."""
-        return self._tree.linked_repo(model_id)
+    @property
+    def is_there(self) -> bool:
+        """Whether the tree is there; when something has removed it, a refresh makes it again."""
+        return self._tree.is_there
+
+    def spelled(self, model_id: str) -> str:
+        """The id as the user's folders spell it, where one of them answers to this spelling; else as it is given.
+
+        Raises InvalidModelId.
+        """
+        return self._catalog.spelled(model_id)
+
+    def repo(self, repo_id: str, kind: str = "models") -> LinkedRepo | MergedRepo | None:
+        """The repo with this id that was made in the tree; None when it holds none, or the real cache's."""
+        return self._tree.repo(repo_id, kind)
 
     def seconds_since_change(self, model_id: str) -> float:
         """Seconds since a refresh found the user's model added, changed or removed; infinite when none did."""
         return time.monotonic() - self._changed.get(model_id, -math.inf)
 
-    def path_away(self, model_id: str) -> str | None:
-        """The model path that held a model of this id and has gone away since; None when there is none."""
-        return self._catalog.away(model_id)
+    def path_away(self, repo_id: str, kind: str = "models") -> str | None:
+        """The folder of the user's that held this repo and has gone away since; None when there is none."""
+        return self._catalog.away(repo_id, kind)
 
     def incomplete(self, model_id: str) -> str | None:
         """A sentence about the user's folder of this id that lacks a part of its weights; None when there is none."""
@@ -262,12 +297,29 @@ class Session:
         """Let a model that a program in `environment` is about to download land in the real cache."""
         self.expect_download(hfcache.repo_folder(model_id))
 
-    def _publish(self) -> None:
-        plan = self._catalog.plan(case_insensitive=self._tree.is_case_insensitive)
+    def _restore(self) -> None:
+        """Make the session's folder again if something has removed it, or a part of it. Raises SessionError."""
+        try:
+            if not self._owner.is_intact():
+                self._owner.renew()
+            self._tree.restore()
+        except OSError as error:
+            raise _session_error(self._owner.path, error) from error
+
+    def _bring_home(self) -> None:
+        """Move what programs have finished downloading of repos that tiers hold, too, to the real cache."""
+        if not self.settings.below or self._catalog.why_not_kept() is not None:
+            return
+        try:
+            writeback.bring_home_finished(self._owner.path, self.settings.hub_cache)
+        except OSError as error:
+            logger.debug("downloads stay in the session for now: %s", error)
+
+    def _publish(self, plan: Plan) -> None:
         for warning in self._catalog.warnings(self._fate_of_downloads()):
             logger.warning("%s", warning)
         try:
-            self._tree.publish(plan, is_there=lambda model: self.is_folder(model.path, model.root))
+            self._tree.publish(plan, is_there=self.is_folder)
         except OSError as error:
             raise _session_error(self._owner.path, error) from error
 
@@ -296,6 +348,8 @@ def _has_copy(repo: str) -> bool:
 def open_session(
     model_paths: Sequence[str | os.PathLike[str]] = (),
     *,
+    below: Sequence[str | os.PathLike[str]] = (),
+    maps: Mapping[str, str | os.PathLike[str]] | None = None,
     kind: config.Kind | None = None,
     exclude: Sequence[str] = (),
     gateway: bool = False,
@@ -306,11 +360,14 @@ def open_session(
     """Open an overlay; it is removed when the context ends.
 
     `model_paths` are in order of precedence; without any, MLX_OMNI_MODEL_PATH of `environ` (default: this process's)
-    names them. For the ids in `exclude` they are ignored. With `gateway`, programs keep the network: a Hub on loopback
-    serves the user's models and passes on the rest; without it, a program that asks the Hub may download a model that
-    the user has. `kind` is `mlx` for models that mlx-lm can load, or `any`; None: `mlx` if mlx-lm is installed, else
-    `any`. `trusts_code` also takes models that bring their architecture as a Python file, which mlx-lm runs only
-    when its caller allows it.
+    names them, else the configuration file. `below` are read-only tiers behind the user's own cache, Hugging Face
+    caches or folders of models; without any, HF_OVERLAY_BELOW or the file names them. `maps` says which folder answers
+    to an id, before all else: `org/name`, or `datasets/org/name`. For the ids in `exclude` they are all ignored.
+
+    With `gateway`, programs keep the network: a Hub on loopback serves the user's models and passes on the rest;
+    without it, a program that asks the Hub may download a model that the user has. `kind` is `mlx` for models that
+    mlx-lm can load, or `any`; None: `mlx` if mlx-lm is installed, else `any`. `trusts_code` also takes models that
+    bring their architecture as a Python file, which mlx-lm runs only when its caller allows it.
 
     While the real cache is away or read-only, nothing is downloaded: the gateway refuses, and without one programs are
     put offline. With `hold_downloads` they download all the same; it is held in the session's folder, shown by later
@@ -331,17 +388,23 @@ def open_session(
         exclude=exclude,
         trusts_code=trusts_code,
         holds_downloads=hold_downloads,
+        below=[os.fspath(path) for path in below],
+        maps={name: os.fspath(path) for name, path in (maps or {}).items()},
+        file=configfile.read(environ),
     )
     catalog = Catalog(settings)
     if settings.roots:
         logger.info("model paths: %s", ", ".join(settings.roots))
-    else:
+    elif not settings.below and not settings.maps:
         logger.info("using HuggingFace cache only")
+    if settings.below:
+        logger.info("below the Hugging Face cache: %s", ", ".join(settings.below))
     sessions = lease.sessions_folder(environ)
     for folder in (sessions, settings.hf_home):
         if config.expand(folder, environ) != folder:
             raise UsageError(f"programs would expand the $NAME in {folder}; set HF_OVERLAY_DIR, or HF_HOME, to another")
     try:
+        _clear_earlier(environ)
         clear_dead(sessions)
         others = lease.sessions_in(sessions, warn=False)
         owner = Lease.acquire(sessions, settings)
@@ -363,6 +426,15 @@ def open_session(
             session.stop()
         owner.release()
         _end(sessions, owner.path, others)
+
+
+def _clear_earlier(environ: Mapping[str, str]) -> None:
+    """Clear dead sessions where earlier versions made them; what is wrong there is said, and keeps nothing back."""
+    for folder in lease.all_sessions_folders(environ)[:-1]:
+        try:
+            clear_dead(folder)
+        except (OSError, SessionError) as error:
+            logger.warning("sessions in %s are not cleared: %s", folder, error)
 
 
 def clear_dead(sessions: str) -> list[Cleared]:
@@ -411,21 +483,33 @@ def _clear(path: str) -> Cleared:
             lease.remove(path)
     except OSError as error:
         if os.path.lexists(path):
-            logger.warning("cannot clear the session at %s: %s; remove it by hand", path, error.strerror)
+            what = "it is tried again at the next start" if error.errno in OUT_OF_FILES else "remove it by hand"
+            logger.warning("cannot clear the session at %s: %s; %s", path, error.strerror, what)
         return Cleared(path, (path,))
     return Cleared(path, tuple(kept))
 
 
-def _custom(catalog: Catalog) -> dict[str, Model]:
-    return {model_id: resolution.winner for model_id, resolution in resolve(catalog.sources).items()}
+def _answering(catalog: Catalog, plan: Plan) -> dict[str, Model]:
+    """The user's models, by id: those before the real cache, and those in tiers that stand for the Hub's."""
+    in_front = {model_id: resolution.winner for model_id, resolution in resolve(catalog.sources).items()}
+    linked = (repo.model for repo in plan.linked_repos.values())
+    return {model.id: model for model in linked if model.kind == "models"} | in_front
 
 
 def _origin(model: Model) -> str:
-    return f"model path {model.root}" if model.source == "custom" else "Hugging Face cache"
+    names: Mapping[Layer, str] = {
+        "map": f"map to {model.root}",
+        "custom": f"model path {model.root}",
+        "cache": "Hugging Face cache",
+        "tier": f"folder {model.root} below the cache",
+    }
+    return names[model.source]
 
 
 def _session_error(path: str, error: OSError) -> SessionError:
-    return SessionError(
-        f"cannot build the overlay in {path}: {error.strerror or error}; free some space there, or set "
-        f"{lease.DIRECTORY_VARIABLE} to a folder on a volume that takes symbolic links"
-    )
+    check_descriptors(error)
+    advice = privacy_advice(error)
+    if advice is None:
+        space = "free some space there, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        advice = f"{space}set {lease.DIRECTORY_VARIABLE} to a folder of yours on a volume that takes symbolic links"
+    return SessionError(f"cannot build the overlay in {path}: {error.strerror or error}; {advice}")

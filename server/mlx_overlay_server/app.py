@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,7 +19,9 @@ from mlx_overlay_server.api.guard import Guard
 from mlx_overlay_server.api.openai import routes as openai
 from mlx_overlay_server.api.refusals import add_error_handlers, refuse
 from mlx_overlay_server.api.responses import routes as responses
+from mlx_overlay_server.awake import keep_awake
 from mlx_overlay_server.engine.handle import Engine
+from mlx_overlay_server.errors import ServerError
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.download import Downloader
 from mlx_overlay_server.models.library import Library
@@ -27,6 +30,8 @@ from mlx_overlay_server.preparation import Preparation
 from mlx_overlay_server.preparation.process import Process
 from mlx_overlay_server.service import Service
 from mlx_overlay_server.settings import Settings
+
+logger = logging.getLogger("mlx_overlay_server")
 
 
 def build(settings: Settings, session: hf_overlay.Session, process: Process | None = None) -> tuple[ASGIApp, Service]:
@@ -38,8 +43,12 @@ def build(settings: Settings, session: hf_overlay.Session, process: Process | No
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
         tasks = [
-            asyncio.create_task(preload(service.pool, settings.models)),
+            asyncio.create_task(preload(service.pool, settings.models, service.engine.warm_up)),
+            asyncio.create_task(_log_memory(service.engine, settings.memory_budget)),
             asyncio.create_task(service.pool.sweep()),
+            asyncio.create_task(
+                keep_awake(lambda: service.has_work or (downloader is not None and downloader.has_work))
+            ),
         ]
         try:
             yield
@@ -77,16 +86,39 @@ def build(settings: Settings, session: hf_overlay.Session, process: Process | No
     return guarded, service
 
 
+async def _log_memory(engine: Engine, budget: int | None) -> None:
+    """Log how the memory is divided, and warn of a budget that leaves too little for everything but weights."""
+    try:
+        shares = await engine.memory()
+    except ServerError:
+        return  # the engine has failed, and has logged why
+    logger.info(
+        "memory: %.1f GB for weights, %.1f GB for kept KV caches, of %.1f GB that MLX may use",
+        (shares.weights if budget is None else budget) / 1e9,
+        shares.prefixes / 1e9,
+        shares.usable / 1e9,
+    )
+    if budget is not None and budget > shares.weights:
+        logger.warning(
+            "--memory-budget leaves too little memory for running requests: %.1f GB or less would not",
+            shares.weights / 1e9,
+        )
+
+
 def _service(
     settings: Settings, session: hf_overlay.Session, downloader: Downloader | None, process: Process | None
 ) -> Service:
     engine = Engine(settings.engine)
     library = Library(session, downloader.fetch if downloader is not None else None)
     first = settings.models[:1]
+
+    async def weights() -> int:
+        return (await engine.memory()).weights
+
     pool = Pool(
         library,
         engine,
-        budget=settings.memory_budget,
+        budget=weights if settings.memory_budget is None else settings.memory_budget,
         idle_ttl=settings.idle_ttl,
         pinned=settings.models,
         extras={name: Extras(settings.adapter_path, settings.draft_model) for name in first},

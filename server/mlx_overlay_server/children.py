@@ -10,14 +10,67 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 
 TERMINATE_SECONDS = 5.0
 """Seconds that a program has for ending itself before it is killed."""
-_POLL_SECONDS = 0.02
+BEHIND = 5
+"""The niceness of programs that nobody waits for as long as for an answer: they get a third of a processor's time
+where the server wants it, too."""
+_POLL_SECONDS = 0.01
+
+
+def start(
+    module: str,
+    *arguments: str,
+    stdin: int,
+    stdout: int,
+    stderr: int | None = None,
+    environ: Mapping[str, str] | None = None,
+    inherit: Iterable[int] = (),
+    blocked: Iterable[signal.Signals] = (),
+) -> subprocess.Popen[bytes]:
+    """Start a Python module as a program; the streams are what subprocess.Popen takes.
+
+    `inherit` are descriptors that the program holds open as long as it runs; it does not learn their numbers. The
+    signals in `blocked` do not reach it.
+    """
+    copies = [os.dup(each) for each in inherit]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        for each in copies:
+            os.set_inheritable(each, True)
+        return subprocess.Popen(
+            # -P: the working folder may hold a file of the same name as a module.
+            [sys.executable, "-P", "-m", module, *arguments],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env=None if environ is None else dict(environ),
+            bufsize=0,
+            close_fds=False,  # what lets Popen use posix_spawn
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for each in copies:
+            os.close(each)
+
+
+def step_behind(process: subprocess.Popen[bytes]) -> None:
+    """Let a program have processor time after the server itself."""
+    with suppress(ProcessLookupError):
+        os.setpriority(os.PRIO_PROCESS, process.pid, BEHIND)
+
+
+async def ended(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a program's end, and return its exit status."""
+    while (status := process.poll()) is None:
+        await asyncio.sleep(_POLL_SECONDS)
+    return status
 
 
 class Child:
@@ -40,9 +93,7 @@ class Child:
 
     async def wait(self) -> int:
         """Wait for the program's end, and return its exit status."""
-        while (status := self._process.poll()) is None:
-            await asyncio.sleep(_POLL_SECONDS)
-        return status
+        return await ended(self._process)
 
     async def end(self) -> None:
         """End the program if it still runs."""
@@ -60,13 +111,13 @@ class Child:
 async def running(
     module: str, *arguments: str, environ: Mapping[str, str], inherit: Iterable[int] = ()
 ) -> AsyncIterator[Child]:
-    """Run a Python module as a program; it is ended with the context.
+    """Run a Python module as a program that steps behind the server; it is ended with the context.
 
-    `inherit` are descriptors that the program holds open as long as it runs; it does not learn their numbers.
+    `inherit` is as for `start`.
     """
-    # -P: the working folder may hold a file of the same name as a module.
-    process = _spawn([sys.executable, "-P", "-m", module, *arguments], environ, inherit)
-    assert process.stdout is not None  # noqa: S101 - asked for in _spawn
+    process = start(module, *arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, environ=environ, inherit=inherit)
+    step_behind(process)
+    assert process.stdout is not None  # noqa: S101 - a pipe
     assert process.stdin is not None  # noqa: S101
     out = asyncio.StreamReader()
     transport = None
@@ -82,21 +133,3 @@ async def running(
     finally:
         process.stdin.close()
         (transport or process.stdout).close()
-
-
-def _spawn(command: Sequence[str], environ: Mapping[str, str], inherit: Iterable[int]) -> subprocess.Popen[bytes]:
-    copies = [os.dup(each) for each in inherit]
-    try:
-        for each in copies:
-            os.set_inheritable(each, True)
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=dict(environ),
-            bufsize=0,
-            close_fds=False,  # what lets Popen use posix_spawn
-        )
-    finally:
-        for each in copies:
-            os.close(each)

@@ -22,7 +22,8 @@ examples:
 
 model paths:
   --model-path, which may be repeated (the first folder that has a model wins), else MLX_OMNI_MODEL_PATH (several
-  folders, separated as in PATH), else the Hugging Face cache alone. Your folders are only ever read.
+  folders, separated as in PATH), else the file that `hf-overlay config` names, else the Hugging Face cache alone.
+  Your folders are only ever read.
 
 then:
   curl http://127.0.0.1:10240/v1/models
@@ -64,9 +65,10 @@ def read(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
         raise ValueError("under mlx.launch, mlx-lm loads neither draft models nor adapters")
     given = {name: tuple(each) if isinstance(each, list) else each for name, each in vars(arguments).items()}
     given["aliases"] = dict(arguments.aliases)
+    given["maps"] = dict(arguments.maps)
     given["api_key"] = arguments.api_key or environ.get(API_KEY_VARIABLE) or None
     settings = Settings(**_fields_of(Settings, given))
-    if arguments.cache_bytes is None:
+    if arguments.cache_bytes is None and settings.memory_budget is not None:
         given["cache_bytes"] = settings.memory_budget // 8
     return replace(
         settings,
@@ -90,6 +92,21 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = _Adder(parser, Settings)
     add("model_paths", "--model-path", "a folder of models; may be repeated", many=True, metavar="DIR")
+    add(
+        "below",
+        "--below",
+        "a Hugging Face cache or a folder of models behind your own cache, only read; may be repeated",
+        many=True,
+        metavar="DIR",
+    )
+    add(
+        "maps",
+        "--map",
+        "this folder answers to this id, before all else; may be repeated",
+        many=True,
+        type=_map,
+        metavar="ID=DIR",
+    )
     add(
         "exclude",
         "--exclude",
@@ -135,7 +152,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "memory_budget",
         "--memory-budget",
-        "memory for the weights of all loaded models, such as 24G; default: 3/4 of the machine's",
+        "memory for the weights of all loaded models, such as 24G; default: what other uses leave of the machine's",
         type=_size,
         metavar="SIZE",
     )
@@ -150,9 +167,14 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "cache_bytes",
         "--prompt-cache",
-        "memory for KV caches kept for later prompts; default: 1/8 of the memory budget",
+        "memory for KV caches kept for later prompts; default: 1/8 of --memory-budget, else of the machine's",
         type=_size,
         metavar="SIZE",
+    )
+    add(
+        "no_wired_memory",
+        "--no-wired-memory",
+        "on macOS: let the system page models out; slower for large ones, but no kernel panics of wired memory",
     )
     add("kv_bits", "--kv-bits", "quantise KV caches; disables batching", type=int, choices=[2, 3, 4, 6, 8])
     add(
@@ -286,6 +308,13 @@ def _alias(text: str) -> tuple[str, str]:
     if not (name and separator and id_):
         raise argparse.ArgumentTypeError(f"{text!r} is not an alias; give it as NAME=ID")
     return name, id_
+
+
+def _map(text: str) -> tuple[str, str]:
+    name, separator, folder = text.partition("=")
+    if not (name and separator and folder):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a map; give it as ID=DIR")
+    return name, folder
 
 
 def _origins(text: str) -> list[str]:

@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import hf_overlay
+from hf_overlay import descriptors
 from hf_overlay.text import printable
 
+from mlx_overlay_server.listening import listen, url
 from mlx_overlay_server.settings import Settings, rank
 
 if TYPE_CHECKING:
@@ -30,10 +32,13 @@ GRACE_SECONDS = 4.5
 def serve(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM, and return the exit code."""
     _log_to_stderr(settings.log_level)
+    descriptors.raise_limit()
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"} if settings.is_offline else dict(os.environ)
     try:
         with hf_overlay.open_session(
             settings.model_paths,
+            below=settings.below,
+            maps=settings.maps,
             kind="mlx",
             exclude=settings.exclude,
             trusts_code=settings.engine.trust_remote_code,
@@ -74,7 +79,7 @@ def _follow(settings: Settings) -> int:
 
 def _serve_http(settings: Settings, session: hf_overlay.Session) -> int:
     try:
-        listening = _listen(settings.host, settings.port)
+        sockets = listen(settings.host, settings.port)
     except OSError as error:
         reason = error.strerror or error
         print(f"error: cannot listen on {settings.host}:{settings.port}: {reason}; try --port 0", file=sys.stderr)
@@ -98,27 +103,9 @@ def _serve_http(settings: Settings, session: hf_overlay.Session) -> int:
         timeout_keep_alive=75,  # longer than clients keep idle connections, so that they never meet a closed one
         timeout_graceful_shutdown=int(settings.shutdown_seconds) + 1,
     )
-    host, port = listening.getsockname()[:2]
-    _server_class()(
-        config, service, settings.shutdown_seconds, f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    ).run(sockets=[listening])
+    server = _server_class()(config, service, settings.shutdown_seconds, url(settings.host, sockets))
+    server.run(sockets=sockets)
     return 1 if service.engine.is_stuck else 0
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket. Raises OSError."""
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listening = socket.socket(family, kind, protocol)  # with the protocol: else uvicorn leaves Nagle's delay on
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(2048)
-    except OSError:
-        listening.close()
-        raise
-    return listening
 
 
 def _server_class() -> Any:

@@ -63,6 +63,11 @@ class Service:
         self._open = 0
         self._is_closing = False
 
+    @property
+    def has_work(self) -> bool:
+        """Whether somebody waits for an answer."""
+        return self._open > 0
+
     async def models(self) -> list[Listed]:
         """List every model, aliases included, sorted by id."""
         listed = {each.id: each for each in await self.library.listed()}

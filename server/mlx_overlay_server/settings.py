@@ -1,8 +1,7 @@
-"""The server's settings: their defaults, and how sizes, memory and ranks are read."""
+"""The server's settings: their defaults, and how sizes and ranks are read."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -20,14 +19,6 @@ def size(text: str) -> int:
     if bytes_ < 0:
         raise ValueError("a size is not negative")
     return bytes_
-
-
-def device_memory() -> int:
-    """Return the bytes that models may take by default: three quarters of the machine's memory.
-
-    That is what Metal recommends on Apple silicon, too; asking it would import MLX before the server listens.
-    """
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
 
 
 def rank(environ: Mapping[str, str]) -> int | None:
@@ -48,8 +39,10 @@ class EngineOptions:
     """Tokens of prompts that one pass of a model reads at most."""
     max_stall_ms: int = 250
     """Milliseconds that a decoding sequence waits at most for others' prompts, between two of its tokens."""
-    cache_bytes: int = 1 << 32
-    """Bytes of KV caches that are kept for later prompts."""
+    cache_bytes: int | None = None
+    """Bytes of KV caches that are kept for later prompts; None: a part of the machine's memory (`memory`)."""
+    no_wired_memory: bool = False
+    """On macOS: do not let Metal wire memory, which keeps models from being paged out."""
     kv_bits: int | None = None
     """Bits of each quantised number in the KV cache; None: not quantised."""
     kv_group_size: int = 64
@@ -89,7 +82,11 @@ class Settings:
     """Everything that the command line and the environment say at the server's start."""
 
     model_paths: tuple[str, ...] = ()
-    """Folders of models; (): those in MLX_OMNI_MODEL_PATH, else the Hugging Face cache alone."""
+    """Folders of models; (): those in MLX_OMNI_MODEL_PATH, else those in hf-overlay's configuration file."""
+    below: tuple[str, ...] = ()
+    """Read-only tiers behind the user's own cache; (): those in HF_OVERLAY_BELOW, if any."""
+    maps: Mapping[str, str] = field(default_factory=dict)
+    """Folders that answer to an id, before all else: id -> folder."""
     exclude: tuple[str, ...] = ()
     """Ids that are taken from the Hugging Face cache and the Hub, and not from the folders."""
     is_offline: bool = False
@@ -118,8 +115,8 @@ class Settings:
     adapter_path: str | None = None
     """The folder of LoRA weights for the first of `models`."""
 
-    memory_budget: int = field(default_factory=device_memory)
-    """Bytes that the weights of resident models may take."""
+    memory_budget: int | None = None
+    """Bytes that the weights of resident models may take; None: what other uses of the machine's memory leave."""
     idle_ttl: float = 0
     """Seconds after which an idle model is unloaded; 0: never."""
 

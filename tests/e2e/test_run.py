@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
 import signal
 import stat
 import subprocess
@@ -389,6 +390,47 @@ sys.exit(cli.main())
     run = (PYTHON, "-c", interrupted_before_waiting, *RUN[1:])
     with on_terminal(environ, "sleep", "60", run=run) as (process, _):
         assert process.wait(SECONDS / 4) == 128 + signal.SIGINT
+
+
+# As on macOS: nothing tells who sent a signal.
+WITHOUT_SIGWAITINFO = """
+import signal, sys
+for name in ("sigwaitinfo", "sigtimedwait"):
+    if hasattr(signal, name):
+        delattr(signal, name)
+from hf_overlay.command.cli import main
+sys.exit(main())
+"""
+
+
+def test_a_second_interrupt_reaches_the_program_where_nothing_tells_who_sent_it(
+    environ: dict[str, str], sessions: Path
+) -> None:
+    """A supervisor in the foreground of a terminal (a script, make) sends it to hf-overlay alone."""
+    run = (PYTHON, "-c", WITHOUT_SIGWAITINFO, *RUN[1:])
+    with on_terminal(environ, *takes_signals(interrupts=True), run=run) as (process, person):
+        assert read_line(person) == "ready True"
+        sent = 0
+        while not select.select([person], [], [], 0.3)[0] and sent < 100:  # two that come at once are one
+            process.send_signal(signal.SIGINT)
+            sent += 1
+        assert read_line(person) == "interrupted"
+        assert sent > 1, "the first one was taken for a key press"
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(SECONDS) == 40 + signal.SIGUSR1
+
+
+def test_ctrl_c_reaches_the_program_exactly_once_where_nothing_tells_who_sent_it(
+    environ: dict[str, str], sessions: Path
+) -> None:
+    run = (PYTHON, "-c", WITHOUT_SIGWAITINFO, *RUN[1:])
+    with on_terminal(environ, *takes_signals(interrupts=True), run=run) as (process, person):
+        assert read_line(person) == "ready True"
+        os.write(person, b"\x03")
+        assert read_line(person) == "^Cinterrupted"
+        process.send_signal(signal.SIGUSR1)
+        assert read_line(person) == "1 interrupts, then SIGUSR1"
+        assert process.wait(SECONDS) == 40 + signal.SIGUSR1
 
 
 @pytest.mark.parametrize(("trap", "status"), [("", 128 + signal.SIGINT), ("trap '' INT; ", 0)])

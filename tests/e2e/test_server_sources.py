@@ -313,3 +313,38 @@ def test_a_disk_that_hangs_hides_its_own_models_and_signals_still_end_the_server
             server.process.send_signal(signal.SIGTERM)
             server.process.wait(SECONDS)
             assert time.monotonic() - began < 5, "the server waits for the disk"
+
+
+def test_tiers_stand_behind_the_cache_and_a_mapped_folder_in_front_of_all(
+    home: Path, cache: Path, drive: Path, tmp_path: Path
+) -> None:
+    """P1, P2, P11: a tier answers for what nothing before it has, and nothing is written there."""
+    tier = tmp_path / "shared/hub"
+    for name in ("both", "tiers"):
+        add_repo(tier, f"acme/{name}", files_of(tmp_path / "tier" / name, "From the tier."))
+    mapped = make_model(tmp_path / "elsewhere/experiment 3", "From the mapped folder.")
+    before = listing(tier), listing(mapped)
+    with serving(home, drive, options=["--below", str(tier), "--map", f"acme/cached={mapped}"]) as server:
+        assert ids(server) == ["acme/both", "acme/cached", "acme/mine", "acme/tiers"]
+        assert said(server, "acme/both") == MINE
+        assert said(server, "acme/cached") == "From the mapped folder."
+        assert said(server, "acme/tiers") == "From the tier."
+    with serving(home, options=["--below", str(tier)]) as server:
+        assert said(server, "acme/both") == CACHED
+    assert (listing(tier), listing(mapped)) == before
+
+
+def test_of_a_model_that_a_tier_holds_in_part_only_the_rest_is_downloaded(home: Path, tmp_path: Path) -> None:
+    """P2, P4: somebody has fetched a tokenizer only; the whole model is found where the overlay shows it."""
+    tier, real = tmp_path / "shared/hub", home / ".cache/huggingface/hub"
+    files = files_of(tmp_path / "made", HUBS)
+    some = {name: content for name, content in files.items() if name.startswith("tokenizer")}
+    with LoopbackHub() as hub:
+        add_repo(tier, "acme/part", some, commit=hub.add_repo("acme/part", files))
+        online = hub.environment(home) | {"HF_HUB_OFFLINE": "0"}
+        with serving(home, options=["--below", str(tier)], environ=online) as server:
+            assert said(server, "acme/part") == HUBS
+        fetched = {name for _, name in hub.finished_files()}
+    assert fetched == files.keys() - some.keys()
+    (snapshot,) = (real / repo_folder("acme/part") / "snapshots").iterdir()
+    assert {path.name for path in snapshot.iterdir()} == fetched

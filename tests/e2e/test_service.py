@@ -23,7 +23,11 @@ from tests.support.online import Person, at_a_shell, cached, contents
 from tests.support.processes import OVERLAY, PYTHON, SECONDS, Finished, eventually, finish, start, succeed
 
 MINE, NEW = "acme/mine", "org/new"
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(bytes(range(256)) * 100)}
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": weights(bytes(range(256)) * 100),
+    "tokenizer.json": b"{}",
+}
 NONE_RUNNING = "hf-overlay: error: no overlay is being served; start one: hf-overlay serve --model-path DIR\n"
 ENV = 'eval "$(hf-overlay env)"'
 
@@ -235,7 +239,47 @@ def test_the_shell_of_one_that_has_ended_is_told_so(person: Person) -> None:
         variables = {name: value for name, value in service.variables().items() if value is not None}
     done = finish([OVERLAY, "run", "--", "true"], {**person.environ, **variables})
     assert (done.status, done.out) == (2, "")
-    assert "unset HF_HUB_CACHE" in done.err
+    assert "unset HF_ENDPOINT HF_HUB_CACHE" in done.err
+    hint = finish([OVERLAY, "env"], {**person.environ, **variables})
+    assert (hint.status, hint.out) == (1, "")
+    assert "the overlay of this shell has ended" in hint.err
+    command = hint.err.strip().rpartition("leave it: ")[2]
+    left = in_shell(person, f"{command}; hf-overlay path acme/mine --model-path {person.models}", **variables)
+    assert left.lines() == [str(person.models / MINE)], left.err
+
+
+# Whose login ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variable", "path"), [("HF_HOME", "drive/hf"), ("HF_HUB_CACHE", "drive/hub"), ("XDG_CACHE_HOME", "drive")]
+)
+def test_a_shell_with_a_cache_of_its_own_does_not_lose_it_to_a_service_without(
+    person: Person, tmp_path: Path, variable: str, path: str
+) -> None:
+    """P9: launchd gives a service none of the shell's variables; login and downloads would go to the internal disk."""
+    own = {variable: str(tmp_path / path)}
+    with serving(person) as service:
+        for options in ((), ("--json",), ("--shell", "fish")):
+            done = finish([OVERLAY, "env", *options], {**person.environ, **own})
+            assert (done.status, done.out) == (1, ""), "nothing that a shell would run"
+            assert done.err.count("\n") == 1
+            assert str(tmp_path / path) in done.err
+            assert f"unset {variable}" in done.err
+        assert (
+            finish([OVERLAY, "env"], {**person.environ, "HF_HOME": str(person.home / ".cache/huggingface")}).err == ""
+        )
+        joined = {name: value for name, value in service.variables().items() if value is not None}
+        assert finish([OVERLAY, "env"], {**person.environ, **joined}).err == "", "once joined, again and again"
+
+
+def test_a_shell_that_has_chosen_nothing_takes_the_services_home_and_is_told(person: Person, tmp_path: Path) -> None:
+    """P9: what the service was started with was chosen; the login may be missing there all the same."""
+    with serving(person, more={"HF_HOME": str(tmp_path / "drive/hf")}):
+        done = finish([OVERLAY, "env", "--json"], person.environ)
+        assert done.status == 0
+        assert json.loads(done.out)["HF_HOME"] == str(tmp_path / "drive/hf")
+        assert done.err.startswith("hf-overlay: warning: login and downloads are those of")
 
 
 def test_a_shell_of_one_that_has_ended_finds_the_next(person: Person) -> None:

@@ -148,17 +148,16 @@ def test_a_folder_whose_name_a_program_would_expand_again_works_or_is_refused(
 
 # Where sessions live -------------------------------------------------------------------------------------------
 
-CACHES = "Library/Caches" if sys.platform == "darwin" else ".cache"
 
-
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has a rule of its own")
 @pytest.mark.parametrize("is_own", [True, False], ids=["own environment", "another handed in"])
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, "{home}/" + CACHES + "/hf-overlay/sessions"),
+        ({}, "{home}/.cache/hf-overlay/sessions"),
         ({"XDG_CACHE_HOME": "{home}/xdg"}, "{home}/xdg/hf-overlay/sessions"),
-        ({"XDG_CACHE_HOME": "relative"}, "{home}/" + CACHES + "/hf-overlay/sessions"),
-        ({"XDG_CACHE_HOME": ""}, "{home}/" + CACHES + "/hf-overlay/sessions"),
+        ({"XDG_CACHE_HOME": "relative"}, "{home}/.cache/hf-overlay/sessions"),
+        ({"XDG_CACHE_HOME": ""}, "{home}/.cache/hf-overlay/sessions"),
         ({"XDG_CACHE_HOME": "{home}/xdg", "HF_OVERLAY_DIR": "{home}/mine"}, "{home}/mine"),
     ],
 )
@@ -172,17 +171,18 @@ def test_sessions_live_in_the_users_cache_folder(
     assert sessions_folder(environ) == expected.format(home=tmp_path)
 
 
-@pytest.mark.skipif(sys.platform == "darwin", reason="this is that platform")
-def test_on_macos_sessions_live_in_the_librarys_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_macos_sessions_live_where_no_cleaner_looks_whatever_a_shell_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One place for shells, which may have XDG variables, and for what launchd starts, which has none."""
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert sessions_folder({"HOME": "/Users/me"}) == "/Users/me/Library/Caches/hf-overlay/sessions"
-    assert sessions_folder({"HOME": "/Users/me", "XDG_CACHE_HOME": "/xdg"}) == "/xdg/hf-overlay/sessions"
-    for environ in ({"HOME": "/Users/me"}, {"HOME": "/Users/me", "XDG_CACHE_HOME": "/xdg"}):
-        for name, value in environ.items():
-            monkeypatch.setenv(name, value)
-        own = MacOS("hf-overlay", appauthor=False).user_cache_dir
-        monkeypatch.delenv("HOME")
-        assert f"{own}/sessions" == sessions_folder(environ), "platformdirs puts it elsewhere"
+    expected = "/Users/me/Library/Application Support/hf-overlay/sessions"
+    xdg = {"XDG_CACHE_HOME": "/xdg", "XDG_DATA_HOME": "/xdg"}
+    for environ in ({"HOME": "/Users/me"}, {"HOME": "/Users/me", **xdg}):
+        assert sessions_folder(environ) == expected
+    assert sessions_folder({"HOME": "/Users/me", "HF_OVERLAY_DIR": "/mine", **xdg}) == "/mine"
+    monkeypatch.setenv("HOME", "/Users/me")
+    assert f"{MacOS('hf-overlay', appauthor=False).user_data_dir}/sessions" == expected, (
+        "platformdirs puts it elsewhere"
+    )
 
 
 # Model paths ---------------------------------------------------------------------------------------------------

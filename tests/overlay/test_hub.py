@@ -15,7 +15,11 @@ from hf_overlay.hfcache import LinkedRepo
 from tests.support import hfcache
 from tests.support.folders import lay_model, weights
 
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"from the cache")}
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": weights(b"from the cache"),
+    "tokenizer.json": b"{}",
+}
 
 
 class Clock:

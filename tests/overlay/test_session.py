@@ -17,7 +17,11 @@ from huggingface_hub import scan_cache_dir, snapshot_download
 from tests.support import hfcache
 from tests.support.folders import lay_model, weights
 
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"from the cache")}
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": weights(b"from the cache"),
+    "tokenizer.json": b"{}",
+}
 
 
 def load(session: hf_overlay.Session, model_id: str) -> str:

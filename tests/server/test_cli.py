@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from mlx_overlay_server import cli
-from mlx_overlay_server.settings import EngineOptions, Limits, Settings, device_memory
+from mlx_overlay_server.settings import EngineOptions, Limits, Settings
 
 from tests.support.processes import PYTHON, environment, finish
 
@@ -33,6 +33,7 @@ FLAGS: list[tuple[str, str, str, Any]] = [
     ("--memory-budget", "24G", "memory_budget", 24 * 10**9),
     ("--idle-ttl", "0.5", "idle_ttl", 0.5),
     ("--prompt-cache", "1G", "engine.cache_bytes", 10**9),
+    ("--no-wired-memory", "", "engine.no_wired_memory", True),
     ("--kv-bits", "4", "engine.kv_bits", 4),
     ("--kv-group-size", "32", "engine.kv_group_size", 32),
     ("--quantized-kv-start", "0", "engine.quantized_kv_start", 0),
@@ -116,11 +117,13 @@ def test_by_default_the_server_is_this_machine_s_alone() -> None:
     settings = _read()
     assert (settings.host, settings.port, settings.api_key, settings.origins) == ("127.0.0.1", 10240, None, ())
     assert not settings.engine.trust_remote_code
-    assert settings.memory_budget == device_memory()
+    assert settings.memory_budget is None
 
 
 def test_the_prompt_cache_has_its_share_of_the_budget() -> None:
     assert _read("--memory-budget", "8G").engine.cache_bytes == 10**9
+    assert _read("--memory-budget", "8G", "--prompt-cache", "1M").engine.cache_bytes == 10**6
+    assert _read().engine.cache_bytes is None, "it is found out once the engine knows the machine"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from mlx_overlay_server.api.refusals import refuse
 from mlx_overlay_server.api.responses.routes import Responses
 from mlx_overlay_server.api.responses.store import Store
 from mlx_overlay_server.api.responses.wire import ResponsesRequest
+from mlx_overlay_server.engine.failures import failure
 from mlx_overlay_server.errors import Field, InvalidRequest, PromptTooLong, ServerError
 from pydantic import BaseModel
 
@@ -135,6 +136,18 @@ def test_shared_layers_quote_no_dialect_s_names() -> None:
         for call in _blames(module):
             text = ast.unparse(call.args[0])
             assert not [name for name in own if name in text], f"{module.name}:{call.lineno}"
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(
+    ("ending", "word"), [("ErrorOutOfMemory", "memory"), ("ErrorTimeout", "time"), ("ErrorPageFault", "failed")]
+)
+def test_an_error_of_the_gpu_is_a_503_that_says_what_has_run_out(dialect: str, ending: str, word: str) -> None:
+    error = failure(RuntimeError(f"[METAL] Command buffer execution failed: Error (0:kIOGPUCommandBuffer{ending})."))
+    assert DIALECTS[dialect].refuse(error).status_code == 503
+    told = _told(dialect, error)
+    assert word in told["message"]
+    assert told["type"] == KINDS[errors.Unavailable][2 if dialect == "messages" else 1]
 
 
 # Status and type ------------------------------------------------------------------------------------------------

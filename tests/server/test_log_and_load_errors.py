@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-from mlx_overlay_server.engine.worker import load_failure
+from mlx_overlay_server.engine.failures import load_reason
 from mlx_overlay_server.run import _Printable
 
 _FOLDER = "/Volumes/LLMS/org/name"
@@ -29,4 +29,4 @@ def test_the_log_escapes_what_steers_a_terminal() -> None:
     ],
 )
 def test_a_client_gets_a_whole_sentence_without_paths(error: BaseException, told: str) -> None:
-    assert load_failure(error, _FOLDER) == told
+    assert load_reason(error, _FOLDER) == told

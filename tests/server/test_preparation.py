@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import gc
+import json
 import os
 import pickle
+import sys
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from mlx_lm.tokenizer_utils import load
 from mlx_overlay_server.chat import grammar, prompt
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import ChatRequest, Format, Image, Message, TextRequest
@@ -149,6 +153,36 @@ def test_a_model_is_copied_without_what_belongs_to_a_process(model: Loaded) -> N
     copy: Loaded = pickle.loads(pickle.dumps(model))
     assert copy.tokenizer.encode("Hi!") == model.tokenizer.encode("Hi!")
     assert copy.grammar_tokenizer is not model.grammar_tokenizer
+
+
+def test_a_tokenizer_that_is_code_of_its_model_prepares_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --trust-remote-code, the tokenizer's class is in a module that only the server has found so far."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = make_model(tmp_path / "own", "Hi")
+    plain = loaded(folder)
+    (folder / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}, "tokenizer_class": "OwnTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load(folder, {"trust_remote_code": True}, eos_token_ids=list(plain.tokenizer.eos_token_ids))
+    assert type(tokenizer._tokenizer).__name__ == "OwnTokenizer"
+    own = dataclasses.replace(plain, tokenizer=tokenizer)
+
+    async def main() -> None:
+        preparation = Preparation(Engine(EngineOptions()), Limits())
+        preparation.start()
+        try:
+            (answer,) = await preparation.answers(own, TextRequest("own", prompts=("a",)))
+            assert list(answer.submit.prompt) == plain.tokenizer.encode("a")
+        finally:
+            await preparation.stop()
+
+    asyncio.run(main())
 
 
 def test_a_model_that_was_unloaded_is_forgotten(tmp_path: Path) -> None:

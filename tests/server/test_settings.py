@@ -1,11 +1,9 @@
-"""Sizes, memory and ranks: what settings are read from."""
+"""Sizes and ranks: what settings are read from."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
-from mlx_overlay_server.settings import device_memory, rank, size
+from mlx_overlay_server.settings import rank, size
 
 
 @pytest.mark.parametrize(
@@ -32,11 +30,6 @@ def test_a_size_is_what_people_write(text: str, expected: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         size(text)
-
-
-def test_models_may_take_three_quarters_of_the_machine_by_default() -> None:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert total // 2 < device_memory() < total
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import json
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tests.support.processes import SECONDS, answer_to
+from tests.support.processes import SECONDS, answer_to, answering
 
 _HEAVY = ("filelock", "fsspec", "httpx", "packaging.version", "requests", "tqdm.auto", "typer", "yaml")
 
@@ -28,14 +27,7 @@ class Clients:
     """The process that forks them."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            env=environ,
-        )
+        self._process = answering(__file__, environ)
 
     @contextmanager
     def start(self, environ: Mapping[str, str]) -> Iterator[Callable[..., Any]]:

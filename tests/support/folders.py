@@ -13,10 +13,11 @@ from pathlib import Path
 def lay_model(
     folder: Path, files: Mapping[str, bytes] | None = None, *, model_type: str = "llama", settled: bool = False
 ) -> Path:
-    """A folder with config.json, one weight file and `files`; `settled` dates everything back by a day."""
+    """A folder with config.json, one weight file, a tokenizer and `files`; `settled` dates everything back by a day."""
     contents = {
         "config.json": json.dumps({"model_type": model_type}).encode(),
         "model.safetensors": weights(b"weights of " + str(folder).encode()),
+        "tokenizer.json": b"{}",
         **(files or {}),
     }
     for name, content in contents.items():

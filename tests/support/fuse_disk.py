@@ -1,4 +1,4 @@
-"""A disk that can stop answering: a read-only FUSE file system that mirrors a folder, in a process of its own.
+"""A disk that can stop answering, or ignores case: a read-only FUSE file system that mirrors a folder, in a process.
 
 It speaks the kernel's protocol itself (include/uapi/linux/fuse.h), so that no library is needed, only /dev/fuse and the
 right to mount. A hung one takes requests and never replies, as a network file system whose server is gone: not even
@@ -56,10 +56,10 @@ def why_not() -> str | None:
 
 
 @contextmanager
-def mounted(mirrored: Path, where: Path) -> Iterator[Disk]:
+def mounted(mirrored: Path, where: Path, *, ignores_case: bool = False) -> Iterator[Disk]:
     """A disk at `where` that shows the folder `mirrored`. At the end it goes, and whatever waits for it is let go."""
     where.mkdir(parents=True)
-    command = [PYTHON, "-m", "tests.support.fuse_disk", str(mirrored), str(where)]
+    command = [PYTHON, "-m", "tests.support.fuse_disk", str(mirrored), str(where), *["fold"][: int(ignores_case)]]
     with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0) as process:
         try:
             assert process.stdout is not None
@@ -72,7 +72,8 @@ def mounted(mirrored: Path, where: Path) -> Iterator[Disk]:
 
 
 class _Mirror:
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, *, ignores_case: bool) -> None:
+        self._ignores_case = ignores_case
         self._paths = {1: folder}
         self._numbers = {folder: 1}
         self._is_hung = False
@@ -132,7 +133,7 @@ class _Mirror:
             return struct.pack("<5Q4I24x", 1000, 500, 500, 1000, 500, 4096, 255, 4096, 0)
         path = self._paths[node]
         if opcode == _LOOKUP:
-            child = f"{path}/{os.fsdecode(data.rstrip(bytes(1)))}"
+            child = f"{path}/{self._spelled(path, os.fsdecode(data.rstrip(bytes(1))))}"
             attributes = self._attributes(child)
             number = self._numbers.setdefault(child, len(self._numbers) + 1)
             self._paths[number] = child
@@ -153,6 +154,10 @@ class _Mirror:
         if opcode in (_RELEASE, _RELEASEDIR, _FLUSH):
             return b""
         raise OSError(errno.ENOSYS, "not needed")
+
+    def _spelled(self, folder: str, name: str) -> str:
+        names = os.listdir(folder) if self._ignores_case else [name]
+        return next((each for each in sorted(names) if each.casefold() == name.casefold()), name)
 
     def _attributes(self, path: str) -> bytes:
         status = os.lstat(path)
@@ -186,9 +191,9 @@ class _Mirror:
         return listing
 
 
-def main(folder: str, where: str) -> None:
+def main(folder: str, where: str, *fold: str) -> None:
     """Mount, say so, and serve until the end."""
-    mirror = _Mirror(folder)
+    mirror = _Mirror(folder, ignores_case=bool(fold))
     signal.signal(signal.SIGUSR1, mirror.hang)
     signal.signal(signal.SIGUSR2, mirror.resume)
     device = os.open("/dev/fuse", os.O_RDWR)

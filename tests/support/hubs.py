@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import hf_overlay
 
 from tests.support import hub_process
-from tests.support.processes import SECONDS
+from tests.support.processes import SECONDS, answering
 
 ASIDE = ("0.36.2", "1.31.0", "1.32.0", "1.33.0")
 """As HUB_VERSIONS in the Makefile."""
@@ -91,12 +91,5 @@ def open_hub_process(release: str, home: Path) -> Iterator[HubProcess]:
         "HF_HUB_VERBOSITY": "critical",
         **environment(release),
     }
-    with subprocess.Popen(
-        [sys.executable, "-P", hub_process.__file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        env=environ,
-    ) as process:
+    with answering(hub_process.__file__, environ) as process:
         yield HubProcess(release, process)

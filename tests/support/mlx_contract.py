@@ -142,6 +142,37 @@ def caches_that_can_batch_have_merge_and_the_others_have_not(_: Path) -> None:
         assert not mlx.can_batch(Model(cache.KVCache(), alone))
 
 
+def a_batch_can_be_kept_from_touching_the_wired_limit(folder: Path) -> None:
+    import gc
+
+    import mlx.core as mx
+    from mlx_overlay_server.engine import mlx
+
+    model = _model(folder)
+    original: Any = (mx.device_info, mx.set_wired_limit)
+    limits: list[int] = []
+
+    def wire(nbytes: int) -> int:
+        limits.append(nbytes)
+        return 0
+
+    fakes: Any = (lambda: {"max_recommended_working_set_size": 1000}, wire)
+    mx.device_info, mx.set_wired_limit = fakes
+    try:
+        batch = mlx.make_batch(model)
+        batch.insert_segments(segments=[[[1, 2, 3]]], max_tokens=[1])
+        while not any(row.finish_reason for row in batch.next()[1]):
+            pass
+        batch.close()
+        del batch
+        gc.collect()
+        assert limits == []
+        _batch(model)
+        assert 1000 in limits, "a batch no longer sets the limit by itself: there is nothing to keep it from"
+    finally:
+        mx.device_info, mx.set_wired_limit = original
+
+
 def a_prefill_step_that_is_set_on_a_live_batch_holds_from_its_next_step_on(folder: Path) -> None:
     from mlx_overlay_server.engine import mlx
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import hf_overlay
 import mlx_overlay_server
 
-ASIDE = ("0.32.1", "0.32.2")
+ASIDE = ("0.32.2",)
 """As MLX_LM_VERSIONS in the Makefile: every release in the range of server/pyproject.toml."""
 INSTALLED = "installed"
 ALL = (*ASIDE, INSTALLED)

@@ -144,6 +144,18 @@ def read_line(source: int | IO[bytes] | None) -> str:
     return _text(line).rstrip("\r\n")
 
 
+def answering(script: str, environ: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Start a Python script that answers each line with one, for `answer_to`."""
+    return subprocess.Popen(
+        [sys.executable, "-P", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env=environ,
+    )
+
+
 def answer_to(process: subprocess.Popen[str], line: str) -> str:
     """Say one line to a program and read the one that it answers; nothing when it ended, or hung and was killed."""
     assert process.stdin is not None

@@ -10,14 +10,13 @@ import hashlib
 import importlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.support.processes import SECONDS, answer_to
+from tests.support.processes import SECONDS, answer_to, answering
 
 Call = tuple[str, dict[str, Any]]
 """An operation of this file and its arguments, without the cache."""
@@ -28,14 +27,7 @@ class Reader:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         """`environ` makes that release the one that is imported."""
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            env=environ,
-        )
+        self._process = answering(__file__, environ)
 
     def read(self, cache: str | os.PathLike[str], calls: Sequence[Call]) -> list[Any]:
         """The answer of each call: a value, or `{"raises": its name}`."""

@@ -144,18 +144,19 @@ def serving(
     options: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
     api_key: str = "any",
+    program: Sequence[str] = ("mlx_overlay_server",),
 ) -> Iterator[Server]:
     """A server with these folders of models, in the environment of somebody whose home is `home`, and `environ`.
 
-    `api_key` is what the clients send. In the end it is told to stop: it must exit 0, leave no session and have
-    logged no traceback.
+    `api_key` is what the clients send, `program` the module that is run, with its first arguments. In the end it is
+    told to stop: it must exit 0, leave no session and have logged no traceback.
     """
     home.mkdir(parents=True, exist_ok=True)
     sessions = home / "sessions"
     environ = environment(home, **hubs.environment(hubs.INSTALLED), HF_OVERLAY_DIR=str(sessions), **(environ or {}))
     log = home / f"server-{len(list(home.glob('server-*.log')))}.log"
     folders = [part for path in model_paths for part in ("--model-path", str(path))]
-    command = [PYTHON, "-m", "mlx_overlay_server", "--port", "0", *folders, *options]
+    command = [PYTHON, "-m", *program, "--port", "0", *folders, *options]
     with log.open("wb") as stderr, start(command, environ, stderr=stderr) as process:
         url = _listening(process, log)
         with ExitStack() as clients:

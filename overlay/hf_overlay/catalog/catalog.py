@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
-import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from hf_overlay import hfcache, keeping
+from hf_overlay import config, hfcache, keeping, tiers
 from hf_overlay.catalog import kinds
 from hf_overlay.catalog.files import reason_of
-from hf_overlay.catalog.memo import Memo, stamps
-from hf_overlay.catalog.plan import Entry, Plan, Resolution, plan, resolve
+from hf_overlay.catalog.memo import Memo
+from hf_overlay.catalog.plan import Entry, Plan, Resolution, fold, plan, resolve
+from hf_overlay.catalog.repos import examine_all
 from hf_overlay.catalog.scan import Scanner
+from hf_overlay.catalog.spelling import Spellings
 from hf_overlay.config import Settings
 from hf_overlay.errors import IncompleteModel, InvalidModelId, ModelNotFound, SourceAway, UsageError
 from hf_overlay.hfcache import LinkedRepo
-from hf_overlay.models import Code, Model, Reason, Reject, Source
+from hf_overlay.models import CachedRepo, Code, Layer, Model, Reason, Reject, Source
 from hf_overlay.patience import NoAnswer, Patience
+from hf_overlay.tiers import MergedRepo
+
+_NAMES: Mapping[Layer, str] = {"map": "mapped folder", "custom": "model path", "tier": "folder below the cache"}
+"""What messages call a source."""
 
 
 class Candidate(NamedTuple):
@@ -26,7 +31,7 @@ class Candidate(NamedTuple):
 
     path: str
     source: str
-    """`custom` or `cache`."""
+    """`map`, `custom`, `cache` or `tier`."""
     reason: Reason
     """Code.WINS for the model that answers to the id, else why this place does not."""
 
@@ -44,21 +49,31 @@ class Catalog:
         self.types = kinds.restriction(settings.kind, trusts_code=settings.trusts_code)
         self.patience = Patience()
         """What asks the disks of the model paths and of the real cache."""
-        self._scanner = Scanner(settings.roots, settings.hub_cache, self.types, self.patience)
+        self._scanner = Scanner(
+            settings.roots, settings.hub_cache, self.types, self.patience, below=settings.below, maps=settings.maps
+        )
         self._warned: set[str] = set()
         self._cache_problem: str | None = None
         """Why nothing in the real cache can be seen."""
         self._not_kept: str | None = None
         """Why the real cache keeps no download."""
         self._examined: Memo[hfcache.Examined] = Memo()
-        self._linked: dict[str, LinkedRepo] = {}
-        """Linked repos of the last plan, by entry name."""
+        self._own_repos: Memo[CachedRepo] = Memo()
+        self._made: dict[str, LinkedRepo | MergedRepo] = {}
+        """Repos of the last plan that are made in the tree, by entry name."""
+        self._in_tiers: dict[str, frozenset[str]] = {}
+        """By tier, the names of the repos that the last plan found in it."""
         self.unscannable: dict[str, str] = {}
         """Cached repos that were left out because one of them makes every cache scan fail: path -> why."""
         self._away: dict[str, tuple[int | None, frozenset[str]]] = {}
-        """Model paths that went away since they were seen: the device they were on, and the ids they held."""
-        self._last: dict[str, Model] = {}
-        self.sources: tuple[Source, ...] = ()
+        """Sources that went away since they were seen, and maps to what is not there: the device they were on, and the
+        names of the repos they held."""
+        self._excluded: set[str] = set()
+        """The ids to exclude, as the user's folders spell them."""
+        self._hidden: Mapping[str, str] = {}
+        """Cached repos that share their name with another on the tree's volume: path -> path of that."""
+        self._last: dict[_Key, Model] = {}
+        self._layers: tuple[Source, ...] = ()
         self.scan()
         self._refuse_files()
 
@@ -66,36 +81,59 @@ class Catalog:
         """Count repos as the real cache's from now on, where it has none of that name: name -> path."""
         self._scanner.held = dict(repos)
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The maps and model paths, in order of precedence, which stand in front of the real cache."""
+        return tuple(source for source in self._layers if source.layer != "tier")
+
+    @property
+    def below(self) -> tuple[Source, ...]:
+        """The tiers behind the real cache, in order of precedence."""
+        return tuple(source for source in self._layers if source.layer == "tier")
+
     def _refuse_files(self) -> None:
-        for source in self.sources:
+        for source in self._layers:
             if source.problem is not None and source.problem.code is Code.NOT_A_FOLDER:
-                raise UsageError(f"model path {source.root} is a file; give the folder that holds your models")
+                raise UsageError(
+                    f"{_NAMES[source.layer]} {source.root} is a file; give the folder that holds your models"
+                )
 
     def scan(self, *, only_settled: bool = False) -> None:
-        """Look at the user's folders again.
+        """Look at the user's folders and the tiers again.
 
         `only_settled` is for scanning at short intervals: a model that changed since the last scan is taken over by
         the next scan that finds it unchanged, so that one that is being copied does not count as new every time.
         """
-        found = tuple(map(self._without_excluded, self._scanner.scan()))
-        last, self._last = self._last, {model.path: model for source in found for model in source.models}
+        scanned = self._scanner.scan()
+        if self.settings.exclude:
+            spellings = Spellings(scanned, self.patience)
+            self._excluded = {spellings.of(each) or each for each in self.settings.exclude}
+        found = tuple(map(self._without_excluded, scanned))
+        last, self._last = self._last, {_key(model): model for source in found for model in source.models}
         if only_settled:
-            taken = {model.path: model for source in self.sources for model in source.models}
+            taken = {_key(model): model for source in self._layers for model in source.models}
             found = tuple(_settled(source, last, taken) for source in found)
-        before, self.sources = self.sources, found
+        before, self._layers = self._layers, found
         away = dict(self._away)
-        for old, new in zip(before, self.sources, strict=False):
-            device, ids = away.get(old.root, (old.device, frozenset()))
-            if old.models and (
-                new.problem is not None or new.device != old.device or not self.is_folder(new.root, new.root)
-            ):
-                away[old.root] = (old.device, ids.union(model.id for model in old.models))
+        for old, new in zip(before, found, strict=False):
+            device, names = away.get(old.root, (old.device, frozenset()))
+            held = self._in_tiers.get(old.root, frozenset()).union(map(_repo_name, old.models))
+            # The same drive, mounted again, may have another device number.
+            is_other = new.device != old.device and not new.models
+            if held and (new.problem is not None or is_other or not self.is_folder(new.root, new.root)):
+                away[old.root] = (old.device, names | held)
             elif old.root in away and (new.models or new.device == device):
                 del away[old.root]
+        for new in found:
+            if new.layer == "map" and new.problem is not None:  # what it holds is known before it was ever there
+                mapped = (each for each in self.settings.maps if each.folder == new.root)
+                names = frozenset(hfcache.repo_folder(each.id, each.kind) for each in mapped)
+                away[new.root] = (away.get(new.root, (None, names))[0], names)
+        self._spellings = Spellings(found, self.patience)
         self._away = away  # replaced as a whole: other threads read it
 
     def _without_excluded(self, source: Source) -> Source:
-        out = [model for model in source.models if model.id in self.settings.exclude]
+        out = [model for model in source.models if hfcache.full_id(_repo_name(model)) in self._excluded]
         if not out:
             return source
         reason = Reason(Code.EXCLUDED, "is left out by --exclude")
@@ -103,13 +141,22 @@ class Catalog:
         models = tuple(model for model in source.models if model not in out)
         return source._replace(models=models, rejects=(*source.rejects, *rejects))
 
-    def away(self, model_id: str) -> str | None:
-        """The model path that held a model of this id and has gone away since; None when there is none."""
-        return next((root for root, (_, ids) in self._away.items() if model_id in ids), None)
+    def away(self, repo_id: str, kind: str = "models") -> str | None:
+        """The map, model path or tier that held a repo and has gone away since; None when there is none.
+
+        A tier counts only where nothing else holds the repo. Case does not matter: nobody can see whether it did on
+        that volume, and it does not on the Hub.
+        """
+        name = hfcache.repo_folder(repo_id, kind)
+        roots = [root for root, (_, names) in self._away.items() if fold(name) in map(fold, names)]
+        hub = self.settings.hub_cache
+        is_cached = self.is_cached(repo_id) if kind == "models" else self.is_folder(f"{hub}/{name}", hub)
+        is_held = is_cached or name in self._made
+        return next((root for root in roots if root not in self.settings.below or not is_held), None)
 
     def incomplete(self, model_id: str) -> Reject | None:
         """The user's folder of this id that was left out because a part of it is missing; None when there is none."""
-        if model_id in self.settings.exclude:
+        if model_id in self._excluded:
             return None
         rejects = (reject for source in self.sources for reject in source.rejects if reject.id == model_id)
         return next((reject for reject in rejects if reject.reason.code is Code.INCOMPLETE), None)
@@ -141,21 +188,56 @@ class Catalog:
 
     def resolutions(self) -> dict[str, Resolution]:
         """For each id there is, sorted, the model that answers to it. The real cache is scanned now."""
-        return resolve([*self.sources, self.cache()])
+        cache = self.cache()
+        models = tuple(model._replace(id=self._spellings.of(model.id) or model.id) for model in cache.models)
+        return resolve([*self.sources, cache._replace(models=models), *self.below])
 
     def plan(self, *, case_insensitive: bool) -> Plan:
-        """The tree that shows the user's models in front of the real cache's entries, which are listed now."""
-        made = plan(self.sources, self.examine_cache(), case_insensitive=case_insensitive, earlier=self._linked)
-        self._linked = made.linked_repos
+        """The tree that shows all layers. The real cache's entries, and the repos in tiers, are listed now."""
+        behind = self._behind()
+        names = {each.name for each in behind if isinstance(each, CachedRepo)}
+        made = plan(
+            self.sources,
+            self.examine_cache(names),
+            behind=behind,
+            case_insensitive=case_insensitive,
+            earlier=self._made,
+        )
+        self._made = made.made
+        self._hidden = made.hidden
         return made
 
-    def examine_cache(self) -> list[Entry]:
-        """The entries of the real cache that an overlay can show. The rest is in `unscannable` afterwards."""
+    def tier_repos(self) -> list[CachedRepo]:
+        """What the tiers hold of repos of any kind, as it is now: in order of precedence."""
+        found = self._scanner.tier_repos()
+        self._in_tiers |= {
+            root: frozenset(repo.name for repo in found if repo.root == root) for root in {repo.root for repo in found}
+        }
+        return [repo for repo in found if hfcache.full_id(repo.name) not in self.settings.exclude]
+
+    def _behind(self) -> list[CachedRepo | Model]:
+        """What the tiers hold, as `plan` takes it: in each tier, repos in cache layout before folders."""
+        repos = self.tier_repos()
+        places = {repo.path for repo in repos}
+        behind: list[CachedRepo | Model] = []
+        for source in self.below:
+            behind += [repo for repo in repos if repo.root == source.root]
+            folders = (model for model in source.models if os.path.dirname(os.path.dirname(model.path)) not in places)
+            behind += [tiers.of_model(model) or model for model in folders]
+        return behind
+
+    def examine_cache(self, in_tiers: Collection[str] = ()) -> list[Entry]:
+        """The entries of the real cache that an overlay can show. The rest is in `unscannable` afterwards.
+
+        Of repos that tiers hold as well, by their names, all that they hold is read.
+        """
         hub, memo = self.settings.hub_cache, self._examined.next_round()
+        repos_memo = self._own_repos.next_round()
         problem = None
+        repos: dict[str, CachedRepo] = {}
         try:
-            entries, examined, self._examined = self.patience.ask(
-                hub, partial(_examine_all, hub, memo, self._scanner.held)
+            entries, examined, self._examined, repos, self._own_repos = self.patience.ask(
+                hub, partial(examine_all, hub, memo, self._scanner.held, frozenset(in_tiers), repos_memo)
             )
         except OSError as error:
             problem = _cache_problem(error)
@@ -165,7 +247,7 @@ class Catalog:
             entries.pop(hfcache.LOCKS, None)  # clients cannot write there; they make one of their own
         self.unscannable = {path: repo.problem for path, repo in examined.items() if repo.problem is not None}
         return [
-            Entry(name, path, examined[path].commits if path in examined else ())
+            Entry(name, path, examined[path].commits if path in examined else (), repos.get(name))
             for name, path in entries.items()
             if path not in self.unscannable
         ]
@@ -191,14 +273,18 @@ class Catalog:
 
         Raises InvalidModelId, SourceAway, IncompleteModel or ModelNotFound; the text of each says what to do.
         """
-        model_id = self._as_spelled(model_id)
-        found = [model for source in self.sources for model in source.models if model.id == model_id]
+        model_id = self.spelled(model_id)
+        found = [*_of_id(self.sources, model_id)]
         for model in found:
             if self.is_folder(model.path, model.root):
                 return model
         cached = self._scanner.read_cached(model_id)
         if isinstance(cached, Model):
             return cached
+        for model in (behind := [*_of_id(self.below, model_id)]):
+            if self.is_folder(model.path, model.root):
+                return model
+        found += behind
         unplugged = next((model.root for model in found if not self.is_folder(model.root, model.root)), None)
         if away := unplugged or self.away(model_id):
             state = "does not answer" if self.patience.is_waiting_for(away) else "is not there now"
@@ -207,34 +293,77 @@ class Catalog:
             raise IncompleteModel(incomplete_text(reject), problem=reject.reason.text)
         raise self._not_found(model_id)
 
+    def read_made(self, model_id: str, path: str) -> Model | None:
+        """The model in the merged repo at `path`; None where there is none that can be loaded, or none was made."""
+        if not isinstance(self._made.get(hfcache.repo_folder(model_id)), MergedRepo):
+            return None
+        found = self._scanner.read_repo(path, model_id)
+        return found if isinstance(found, Model) else None
+
     def explain(self, model_id: str) -> list[Candidate]:
         """Every place looked at for an id, the winner first; when none answers, no candidate has Code.WINS.
 
-        Raises InvalidModelId.
+        Ids of other kinds of repo have the kind in front: `datasets/org/name`. Raises InvalidModelId.
         """
-        model_id = self._as_spelled(model_id)
+        model_id = self.spelled(model_id)
+        kind, repo_id = config.kind_and_id(model_id)
+        if kind != "models":
+            return self._explain_repo(kind, repo_id)
         cached = self._scanner.read_cached(model_id)
         in_cache = Source("", None, (cached,) if isinstance(cached, Model) else ())
-        resolution = resolve([*self.sources, in_cache]).get(model_id)
+        resolution = resolve([*self.sources, in_cache, *self.below]).get(model_id)
         candidates: list[Candidate] = []
         found: list[Model] = []
         if resolution is not None:
             winner = resolution.winner
             found = [winner, *resolution.shadows]
-            shadowed = Reason(Code.SHADOWED, f"stands behind {winner.path}")
             candidates.append(Candidate(winner.path, winner.source, Reason(Code.WINS, "wins")))
-            candidates += [Candidate(model.path, model.source, shadowed) for model in resolution.shadows]
-        for source in self.sources:
-            if source.problem is not None:
-                candidates.append(Candidate(source.root, "custom", source.problem))
-                continue
-            rejects = [reject for reject in source.rejects if reject.id == model_id]
-            if not rejects and not any(model.root == source.root for model in found):
-                looked_at = self._scanner.read(f"{source.root}/{model_id}", model_id, source.root)
-                rejects = [looked_at] if isinstance(looked_at, Reject) else []
-            candidates += [Candidate(reject.path, "custom", reject.reason) for reject in rejects]
+            candidates += [Candidate(each.path, each.source, _shadowed(each, winner)) for each in resolution.shadows]
+        candidates += self._not_found_in(self.sources, model_id, found)
         if isinstance(cached, Reject):
             candidates.append(Candidate(cached.path, "cache", cached.reason))
+        return candidates + self._not_found_in(self.below, model_id, found)
+
+    def _explain_repo(self, kind: str, repo_id: str) -> list[Candidate]:
+        """As `explain`, for a dataset, space or kernel: only maps and caches hold any."""
+        name, hub = hfcache.repo_folder(repo_id, kind), self.settings.hub_cache
+        places: list[tuple[str, Layer]] = [
+            (model.path, "map")
+            for source in self.sources
+            for model in source.models
+            if (model.kind, model.id) == (kind, repo_id)
+        ]
+        cached = f"{hub}/{name}"
+        is_cached = self.is_folder(f"{cached}/snapshots", hub)
+        places += [(cached, "cache")] if is_cached else []
+        places += [(repo.path, "tier") for repo in self.tier_repos() if repo.name == name]
+        candidates = []
+        for path, layer in places:
+            first, first_layer = places[0]
+            reason = Reason(Code.SHADOWED, f"stands behind {first}")
+            if path == first:
+                reason = Reason(Code.WINS, "wins")
+            elif first_layer != "map":
+                reason = Reason(Code.SHADOWED, f"is shown together with {first}")
+            candidates.append(Candidate(path, layer, reason))
+        if not is_cached:
+            candidates.append(Candidate(cached, "cache", Reason(Code.MISSING, "does not exist")))
+        problems = ((source, source.problem) for source in self._layers if source.layer != "custom")
+        return candidates + [Candidate(each.root, each.layer, why) for each, why in problems if why is not None]
+
+    def _not_found_in(self, sources: Iterable[Source], model_id: str, found: Sequence[Model]) -> list[Candidate]:
+        """Why each source does not answer to an id, but those in which a model was `found`."""
+        candidates: list[Candidate] = []
+        for source in sources:
+            if source.problem is not None:
+                candidates.append(Candidate(source.root, source.layer, source.problem))
+                continue
+            rejects = [reject for reject in source.rejects if reject.id == model_id]
+            is_looked_up = source.layer != "map" and not any(model.root == source.root for model in found)
+            if not rejects and is_looked_up:
+                looked_at = self._scanner.read(f"{source.root}/{model_id}", model_id, source.root)
+                rejects = [looked_at] if isinstance(looked_at, Reject) else []
+            candidates += [Candidate(reject.path, source.layer, reject.reason) for reject in rejects]
         return candidates
 
     def warnings(self, downloads: str | None = None) -> list[str]:
@@ -243,14 +372,15 @@ class Catalog:
         `downloads` says what becomes of downloads while the real cache keeps none; None where there will be none.
         """
         now: dict[str, None] = {}
-        for source in self.sources:
+        for source in self._layers:
             if source.problem is not None:
                 rest = (
                     "the other model paths and the Hugging Face cache"
                     if len(self.sources) > 1
                     else "the Hugging Face cache"
                 )
-                now[f"model path {source.root} {source.problem.text}; going on with {rest}"] = None
+                end = f"going on with {rest}" if source.layer == "custom" else "going on without it"
+                now[f"{_NAMES[source.layer]} {source.root} {source.problem.text}; {end}"] = None
             for reject in source.rejects:
                 if reject.id is None or reject.reason.code in (Code.NO_PERMISSION, Code.UNREADABLE):
                     now[f"{reject.path} {reject.reason.text}; it is left out"] = None
@@ -263,9 +393,12 @@ class Catalog:
             now[f"Hugging Face cache {self.settings.hub_cache} {self._not_kept}{end}"] = None
         for path, reason in self.unscannable.items():
             now[f"{path} would make every scan of the cache fail ({reason}); it is left out"] = None
+        for path, other in self._hidden.items():
+            now[f"{path} differs from {other} in case only, one name on the overlay's volume; it is left out"] = None
         for root in self._away:
-            if any(source.root == root and source.problem is None for source in self.sources):
-                now[f"model path {root} is empty and on another volume than before; going on without it"] = None
+            if any(source.root == root and source.problem is None for source in self._layers):
+                layer: Layer = "tier" if root in self.settings.below else "custom"
+                now[f"{_NAMES[layer]} {root} is empty and on another volume than before; going on without it"] = None
         fresh = [warning for warning in now if warning not in self._warned]
         self._warned = set(now)
         return fresh
@@ -287,16 +420,13 @@ class Catalog:
             if isinstance(winner, Model) and order[reject.root] <= order.get(winner.root, len(order)):
                 yield reject, winner.path
 
-    def _as_spelled(self, model_id: str) -> str:
-        """The id as the disk spells it: macOS may store either Unicode form, and people type the composed one."""
+    def spelled(self, model_id: str) -> str:
+        """The id as the user's folders spell it, where one of them answers to this spelling; else as it is given.
+
+        Raises InvalidModelId.
+        """
         check_id(model_id)
-        if model_id.isascii():
-            return model_id
-        on_disk = [model.id for source in self.sources for model in source.models]
-        if model_id in on_disk:
-            return model_id
-        typed = unicodedata.normalize("NFC", model_id)
-        return next((spelled for spelled in on_disk if unicodedata.normalize("NFC", spelled) == typed), model_id)
+        return self._spellings.of(model_id) or model_id
 
     def _not_found(self, model_id: str) -> ModelNotFound:
         lost = [f"{candidate.path} {candidate.reason.text}" for candidate in self.explain(model_id)]
@@ -307,42 +437,47 @@ class Catalog:
         return ModelNotFound(f"no model {model_id}: {'; '.join(lost)}{hint}", near=near)
 
 
-def _settled(source: Source, last: Mapping[str, Model], taken: Mapping[str, Model]) -> Source:
+def _settled(source: Source, last: Mapping[_Key, Model], taken: Mapping[_Key, Model]) -> Source:
     """The source in which each model that changed since the scan before is as it was `taken`, or left out."""
-    moving = [model for model in source.models if last.get(model.path) != model]
+    moving = [model for model in source.models if last.get(_key(model)) != model]
     if not moving:
         return source
-    models = (taken.get(model.path) if model in moving else model for model in source.models)
+    models = (taken.get(_key(model)) if model in moving else model for model in source.models)
     reason = Reason(Code.INCOMPLETE, "has just changed: still being copied?")
-    rejects = (Reject(model.path, model.id, reason, model.root) for model in moving if model.path not in taken)
+    rejects = (Reject(model.path, model.id, reason, model.root) for model in moving if _key(model) not in taken)
     return source._replace(
         models=tuple(model for model in models if model is not None), rejects=(*source.rejects, *rejects)
     )
 
 
+_Key = tuple[str, str]
+
+
+def _key(model: Model) -> _Key:
+    """What tells models apart: one folder may be mapped to several ids."""
+    return _repo_name(model), model.path
+
+
+def _repo_name(model: Model) -> str:
+    return hfcache.repo_folder(model.id, model.kind)
+
+
+def _of_id(sources: Iterable[Source], model_id: str) -> Iterator[Model]:
+    for source in sources:
+        yield from (model for model in source.models if model.id == model_id and model.kind == "models")
+
+
+def _shadowed(model: Model, winner: Model) -> Reason:
+    """Why a model does not answer to its id, although nothing is wrong with it."""
+    text = f"stands behind {winner.path}"
+    if model.source == "tier" and model.commit is not None and winner.source in ("cache", "tier"):
+        text += f"; its revision {model.commit[:12]} is shown beside that one"
+    return Reason(Code.SHADOWED, text)
+
+
 def _cache_problem(error: OSError) -> str:
     reason = reason_of(error)
     return reason.text if reason.code is Code.NO_ANSWER else f"cannot be read: {error.strerror}"
-
-
-def _examine_all(
-    hub: str, memo: Memo[hfcache.Examined], held: Mapping[str, str]
-) -> tuple[dict[str, str], dict[str, hfcache.Examined], Memo[hfcache.Examined]]:
-    """The entries of a hub folder and those held for it, what is known of each repo, by path, and the memo of that.
-
-    Raises OSError.
-    """
-    entries = {**held, **hfcache.entries(hub)}
-    return entries, {path: _examine(path, memo) for name, path in entries.items() if "--" in name}, memo
-
-
-def _examine(repo: str, memo: Memo[hfcache.Examined]) -> hfcache.Examined:
-    examined = memo.recall(repo)
-    if examined is None:
-        looked = stamps(hfcache.watched_by_examine(repo))
-        examined = hfcache.examine(repo)
-        memo.remember(repo, examined, looked)
-    return examined
 
 
 def incomplete_text(reject: Reject) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from hf_overlay import hfcache
 from hf_overlay.catalog import links
+from hf_overlay.errors import check_descriptors, privacy_advice
 from hf_overlay.models import Code, File, Reason
 from hf_overlay.patience import NoAnswer
 from hf_overlay.progress import alive
@@ -17,8 +18,12 @@ MAX_JSON_BYTES = 64 * 2**20
 """No real config.json or shard index comes near; a larger one is something else under that name."""
 MAX_DEPTH = 50
 """Folders within folders in one model; no real model comes near."""
+BROKEN = "is a broken link"
+AWAY = "is a link to a file that is not a model's"
+"""Ends of sentences that say why a link does not count."""
 
-_SYSTEM_FOLDERS = frozenset({"$RECYCLE.BIN", "System Volume Information", "lost+found", "__MACOSX", "__pycache__"})
+_DATALESS = 0x40000000
+"""macOS: the flag of a file or folder (`stat.SF_DATALESS`) that is not on this machine."""
 
 
 class Unfit(Exception):
@@ -30,15 +35,18 @@ class Unfit(Exception):
 
 
 def reason_of(error: Unfit | hfcache.NoSnapshot | OSError) -> Reason:
-    """Why a folder is left out, from what reading it raised."""
+    """Why a folder is left out, from what reading it raised. Raises OutOfFiles where that tells nothing of it."""
     if isinstance(error, Unfit):
         return error.reason
     if isinstance(error, hfcache.NoSnapshot):
         return Reason(Code.NO_SNAPSHOT, str(error))
     if isinstance(error, NoAnswer):
         return Reason(Code.NO_ANSWER, "does not answer")
+    check_descriptors(error)
     if isinstance(error, FileNotFoundError):
         return Reason(Code.MISSING, "does not exist")
+    if (advice := privacy_advice(error)) is not None:
+        return Reason(Code.NO_PERMISSION, f"cannot be read: macOS does not allow it; {advice}")
     if isinstance(error, PermissionError):
         return Reason(Code.NO_PERMISSION, "cannot be read: permission denied")
     return Reason(Code.UNREADABLE, f"cannot be read: {error.strerror or error}")
@@ -67,6 +75,8 @@ class Contents(NamedTuple):
     """Number of AppleDouble files."""
     has_links: bool
     """Whether any part is reached through a link."""
+    left_out: Mapping[str, str]
+    """Name of a link that does not count -> the end of a sentence that says why."""
 
 
 def list_folder(path: str) -> Listing:
@@ -83,7 +93,7 @@ def list_folder(path: str) -> Listing:
             has_links = has_links or entry.is_symlink()
             try:
                 if entry.is_dir():
-                    if not name.startswith(".") and name not in _SYSTEM_FOLDERS:
+                    if not name.startswith(".") and name != "__pycache__":
                         folders.append(name)
                 elif entry.is_file():
                     files.append(name)
@@ -99,26 +109,31 @@ def contents(path: str, top: Listing) -> Contents:
 
     Left out are files that links lead away to, by the rule of `links`. A config.json among them is Unfit.
     """
-    home = links.home_of(path)
+    home = ""
     files: list[File] = []
     folders: list[str] = []
     junk = 0
     has_links = False
+    left_out: dict[str, str] = {}
     for prefix, folder in _subfolders(path, top):
         folders.append(f"{path}/{prefix}".rstrip("/"))
         junk += folder.junk
-        has_links = has_links or folder.has_links
+        if folder.has_links and not has_links:
+            has_links, home = True, links.home_of(path)  # not asked before it is needed: it looks at every folder above
+        left_out.update({f"{prefix}{name}": BROKEN for name in folder.broken})
         for name in folder.files:
             # Below a linked folder, whose own files are none, all of them may lie elsewhere.
             if has_links and links.leads_away(path, f"{prefix}{name}", home):
                 if not prefix and name == "config.json":
-                    raise Unfit(Code.BAD_CONFIG, "config.json is a link to a file that is not a model's")
+                    raise Unfit(Code.BAD_CONFIG, f"config.json {AWAY}")
+                left_out[f"{prefix}{name}"] = AWAY
                 continue
             if is_utf8(name):
                 status = os.stat(f"{path}/{prefix}{name}")
                 alive()
+                _refuse_elsewhere(prefix + name, status)
                 files.append(File(prefix + name, status.st_size, status.st_mtime_ns))
-    return Contents(tuple(sorted(files)), tuple(folders), junk, has_links)
+    return Contents(tuple(sorted(files)), tuple(folders), junk, has_links, left_out)
 
 
 def _subfolders(path: str, top: Listing) -> Iterator[tuple[str, Listing]]:
@@ -156,13 +171,23 @@ def is_utf8(name: str) -> bool:
     return True
 
 
+def _refuse_elsewhere(name: str, status: os.stat_result) -> None:
+    """Raise Unfit for a file whose bytes iCloud keeps: whoever reads it waits until all of them are downloaded."""
+    if getattr(status, "st_flags", 0) & _DATALESS:
+        raise Unfit(
+            Code.INCOMPLETE, f"{name} is in iCloud and not on this Mac; in Finder, choose Keep Downloaded for it"
+        )
+
+
 def read_json(path: str) -> dict[str, Any]:
     """The JSON object in a file. Raises Unfit when it holds none, PermissionError when it may not be read."""
     name = os.path.basename(path)
     try:
         with open(path, "rb") as file:
             # Asked first: reading with a limit would set aside the whole of it for each small file.
-            is_small = os.fstat(file.fileno()).st_size <= MAX_JSON_BYTES
+            status = os.fstat(file.fileno())
+            _refuse_elsewhere(name, status)
+            is_small = status.st_size <= MAX_JSON_BYTES
             data = file.read() if is_small else b""
     except PermissionError:
         raise  # a matter of the folder, as for any other file

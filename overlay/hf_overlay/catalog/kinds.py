@@ -17,8 +17,13 @@ from importlib.util import find_spec
 from typing import Any
 
 from hf_overlay.config import Kind
-from hf_overlay.errors import OverlayError
+from hf_overlay.errors import OverlayError, check_descriptors
 from hf_overlay.models import Model
+
+_IN_NAMES_OF_TOKENIZERS = ("token", "vocab")
+_SUFFIXES_OF_TOKENIZERS = (".model", ".tiktoken", ".spm", ".codes")
+_TOKENIZERS = frozenset({"tekken.json", "merges.txt", "dict.txt"})
+_BESIDE_TOKENIZERS = frozenset({"special_tokens_map.json", "added_tokens.json"})
 
 _OF_SENTENCE_TRANSFORMERS = frozenset({"modules.json", "config_sentence_transformers.json"})
 
@@ -51,14 +56,28 @@ def installed(*, trusts_code: bool = False) -> ModelTypes | None:
     return ModelTypes(spec.submodule_search_locations[0], trusts_code=trusts_code)
 
 
+def may_be_tokenizer(name: str) -> bool:
+    """Whether a file directly in a model's folder can be what transformers, and so mlx-lm, makes a tokenizer of.
+
+    In doubt it can: names differ a lot (VOCAB_FILES_NAMES in the modules of transformers 5; DEFAULT_ALLOW_PATTERNS in
+    mlx_lm/utils.py), code may come with a model, and `tokenizer_config.json` may name a class that needs no other file.
+    """
+    if "/" in name or name in _BESIDE_TOKENIZERS:
+        return False
+    is_named_so = any(word in name for word in _IN_NAMES_OF_TOKENIZERS)
+    return is_named_so or name in _TOKENIZERS or name.endswith(_SUFFIXES_OF_TOKENIZERS)
+
+
 def kind_of(model: Model, types: ModelTypes | None) -> str:
     """The kind of a model: `mlx` when `types` say that mlx-lm loads it, else the library its files are made for.
 
     That is `diffusers`, `sentence-transformers`, `adapter`, `gguf`, `transformers`, or `other` for unknown files.
     """
     names = {file.name for file in model.files}
-    has_mlx_weights = any(name.startswith("model") and name.endswith(".safetensors") for name in names)
-    if types is not None and has_mlx_weights and types.why_not(_config(model)) is None:
+    has_mlx_files = any(name.startswith("model") and name.endswith(".safetensors") for name in names) and any(
+        map(may_be_tokenizer, names)
+    )
+    if types is not None and has_mlx_files and types.why_not(_config(model)) is None:
         return "mlx"
     if "model_index.json" in names:
         return "diffusers"
@@ -100,6 +119,8 @@ class ModelTypes:
             with os.scandir(self._models) as entries:
                 self._modules = {entry.name.removesuffix(".py") for entry in entries if entry.name.endswith(".py")}
         except (OSError, ValueError, SyntaxError) as error:
+            if isinstance(error, OSError):
+                check_descriptors(error)
             raise OverlayError(f"cannot read which models mlx-lm at {mlx_lm} loads: {error}; reinstall it") from error
         self._loadable: dict[str, bool] = {}
 

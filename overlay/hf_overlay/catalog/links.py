@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import re
 
+from hf_overlay.errors import check_descriptors
+
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".npz", ".pt", ".pth", ".onnx", ".mlpackage")
 """Ends of the names of weight files, of whatever kind of model."""
 
@@ -58,7 +60,8 @@ def leads_away(folder: str, name: str, home: str) -> bool:
 def _holds_weights(folder: str) -> bool:
     try:
         return any(each.endswith(WEIGHTS) or each == _PIPELINE for each in os.listdir(folder))
-    except OSError:
+    except OSError as error:
+        check_descriptors(error)
         return False
 
 
@@ -69,7 +72,8 @@ def _begins_as_weights(path: str, suffix: str) -> bool:
     try:
         with open(path, "rb") as file:
             start = file.read(9)
-    except OSError:
+    except OSError as error:
+        check_descriptors(error)
         return False
     # A safetensors file has the length of its header first, eight bytes, and then the header, a JSON object.
     return start[:4] == b"GGUF" if suffix == ".gguf" else start[6:] == b"\0\0{"

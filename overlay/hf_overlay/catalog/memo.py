@@ -20,8 +20,13 @@ Stamps = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def stamps(paths: Iterable[str]) -> Stamps:
-    """How paths look now. For a value whose paths are known beforehand, take them before it is worked out."""
+    """Paths, each with how it looks now. Where a value's paths are known beforehand, take these before the value."""
     return tuple((path, _stamp(path)) for path in paths)
+
+
+def stamp(status: os.stat_result) -> tuple[int, ...]:
+    """The part of a path's status that changes when the path is changed or replaced."""
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
 
 class _Kept(NamedTuple, Generic[Value]):
@@ -61,7 +66,6 @@ class Memo(Generic[Value]):
 def _stamp(path: str) -> tuple[int, ...]:
     alive()
     try:
-        status = os.stat(path)
+        return stamp(os.stat(path))
     except OSError as error:
         return (error.errno or 0,)
-    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size

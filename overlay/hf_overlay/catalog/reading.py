@@ -8,8 +8,9 @@ from typing import Any, Literal, NamedTuple
 from hf_overlay import hfcache
 from hf_overlay.catalog import weights
 from hf_overlay.catalog.files import Contents, Listing, Unfit, contents, list_folder, read_json
-from hf_overlay.catalog.kinds import ModelTypes
+from hf_overlay.catalog.kinds import ModelTypes, may_be_tokenizer
 from hf_overlay.catalog.weights import Problems
+from hf_overlay.config import Map
 from hf_overlay.models import Code, File, Model
 
 SETTLED_SECONDS = 600
@@ -68,6 +69,38 @@ def read_cached_repo(repo: str, model_id: str, root: str, types: ModelTypes | No
     return Found(model, inside.junk, watched)
 
 
+def read_mapped(folder: str, mapped: Map, listing: Listing, problems: Problems) -> Model:
+    """What a folder that is mapped to an id stands for: a model or dataset of any kind, or a repo in cache layout.
+
+    Raises Unfit, NoSnapshot or OSError.
+    """
+    path, commit = folder, None
+    if "snapshots" in listing.folders and "blobs" in listing.folders:
+        commit = hfcache.main_commit(folder, any_single=True)
+        path = hfcache.snapshot(folder, commit)
+        listing = list_folder(path)
+    inside = contents(path, listing)
+    if not inside.files:
+        raise Unfit(Code.NO_WEIGHTS, "holds no files")
+    config: dict[str, Any] = {}
+    if mapped.kind == "models":
+        config = read_json(f"{path}/config.json") if "config.json" in listing.files else {}
+        weights.check(path, inside.files, listing.broken, required=False, problems=problems)
+    files, commit = _identified(path, inside.files, commit)
+    model_type = config.get("model_type")
+    return Model(
+        id=mapped.id,
+        source="map",
+        path=path,
+        model_type=model_type if isinstance(model_type, str) else None,
+        size_bytes=sum(file.size for file in files),
+        files=files,
+        root=folder,
+        commit=commit,
+        kind=mapped.kind,
+    )
+
+
 def _read(
     path: str,
     model_id: str,
@@ -81,6 +114,8 @@ def _read(
     config = _checked_config(path, listing, types)
     inside = contents(path, listing)
     weights.check(path, inside.files, listing.broken, required=types is not None, problems=problems)
+    if types is not None:
+        _check_tokenizer(inside)
     files = inside.files
     if source == "custom":
         files, commit = _identified(path, files, commit)
@@ -99,7 +134,7 @@ def _read(
 
 
 def _checked_config(path: str, folder: Listing, types: ModelTypes | None) -> dict[str, Any]:
-    """What config.json says, empty where there is none; raises Unfit unless mlx-lm loads that, if `types` are given."""
+    """The content of config.json, empty where there is none. Raises Unfit if `types` do not hold the model's."""
     if not has_marker(folder, types):
         formats = {name.rsplit(".", 1)[1] for name in folder.files if name.endswith(weights.SUFFIXES)}
         only = f" (only .{', .'.join(sorted(formats))} files)" if formats else ""
@@ -111,6 +146,14 @@ def _checked_config(path: str, folder: Listing, types: ModelTypes | None) -> dic
         if (text := types.why_not(config)) is not None:
             raise Unfit(Code.OTHER_KIND, text)
     return config
+
+
+def _check_tokenizer(inside: Contents) -> None:
+    """Raise Unfit for a model without a tokenizer, without which mlx-lm loads nothing."""
+    if any(may_be_tokenizer(file.name) for file in inside.files):
+        return
+    unusable = next((f"{name} {why}" for name, why in inside.left_out.items() if may_be_tokenizer(name)), None)
+    raise Unfit(Code.INCOMPLETE, f"has no tokenizer ({unusable or 'such as tokenizer.json'}): still being copied?")
 
 
 def _identified(path: str, files: tuple[File, ...], commit: str | None) -> tuple[tuple[File, ...], str | None]:

@@ -12,20 +12,23 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
-from hf_overlay import hfcache
-from hf_overlay.catalog import reading, weights
+from hf_overlay import hfcache, tiers
+from hf_overlay.catalog import reading, repos, weights
 from hf_overlay.catalog.files import Listing, Unfit, holds, is_utf8, list_folder, reason_of
 from hf_overlay.catalog.kinds import ModelTypes
 from hf_overlay.catalog.memo import Memo, stamps
+from hf_overlay.catalog.plan import fold
 from hf_overlay.catalog.reading import Found
 from hf_overlay.catalog.weights import Problems
-from hf_overlay.config import OWNER_FILE
-from hf_overlay.models import Code, Model, Reason, Reject, Source
+from hf_overlay.config import OWNER_FILE, Map
+from hf_overlay.models import CachedRepo, Code, Layer, Model, Reason, Reject, Source
 from hf_overlay.patience import Patience
 from hf_overlay.progress import alive
 
 _CACHE = ""
 """The real cache among the model paths, of which none is empty. It may be one of them as well."""
+_MAP = "\0"
+"""Before the path of a mapped folder, which may be a model path as well."""
 
 
 class Scanner:
@@ -37,30 +40,79 @@ class Scanner:
         hub_cache: str,
         types: ModelTypes | None,
         patience: Patience | None = None,
+        *,
+        below: tuple[str, ...] = (),
+        maps: tuple[Map, ...] = (),
     ) -> None:
-        """`types` None takes every kind of model. `hub_cache` found inside a root stays the cache's."""
+        """`types` None takes every kind of model. `hub_cache` found inside a root stays the cache's.
+
+        `below` are the tiers behind the cache.
+        """
         self._roots = roots
+        self._below = below
+        self._maps = maps
+        self._hub_identity: tuple[int, int] | None = None
+        """Of the real cache, when it was looked at last."""
         self.held: Mapping[str, str] = {}
         """Repos that count as the cache's, where it has none of that name: name -> path."""
         self._hub_cache = hub_cache
         self._types = types
         self._patience = patience or Patience()
+        self._repos: dict[str, Memo[CachedRepo]] = {}
+        """By tier, the repos in it as they were read last."""
         self._seen: dict[str, _Seen] = {}
         """By root, or under `_CACHE`, what its last scan remembers."""
 
     def scan(self) -> tuple[Source, ...]:
-        """Each root in order; never raises for what lies on the disk, nor waits for a disk that does not answer."""
+        """Each map, each root and each tier, in order.
+
+        Never raises for what lies on the disk, nor waits for a disk that does not answer. Raises OutOfFiles when no
+        file descriptor is free, and remembers what it knew.
+        """
         # Asked at once, so that several that do not answer take no longer than one; the scans need the first's answer.
+        folders = dict.fromkeys((*(each.folder for each in self._maps), *self._roots, *self._below))
         known = self._patience.ask_each(
             {self._hub_cache: partial(_identity, self._hub_cache)}
-            | {root: partial(_identity, root) for root in self._roots if root != self._hub_cache}
+            | {folder: partial(_identity, folder) for folder in folders if folder != self._hub_cache}
         )
         identity = known[self._hub_cache]
         hub_identity = None if isinstance(identity, OSError) else identity
-        found = self._patience.ask_each(
-            {root: partial(_scan_root, root, hub_identity, self._types, self._remembered(root)) for root in self._roots}
+        self._hub_identity = hub_identity
+        mapped = self._patience.ask_each(
+            {
+                folder: partial(_scan_mapped, folder, self._mapped_to(folder), self._remembered(_MAP + folder))
+                for folder in dict.fromkeys(each.folder for each in self._maps)
+            }
         )
-        return tuple(self._taken(root, root, found[root]) for root in self._roots)
+        layers: dict[str, Layer] = {**dict.fromkeys(self._below, "tier"), **dict.fromkeys(self._roots, "custom")}
+        found = self._patience.ask_each(
+            {
+                root: partial(_scan_root, root, layer, hub_identity, self._types, self._remembered(root))
+                for root, layer in layers.items()
+            }
+        )
+        return (
+            *(self._taken(_MAP + folder, folder, answer, "map") for folder, answer in mapped.items()),
+            *(self._taken(root, root, found[root], "custom") for root in self._roots),
+            *(self._taken(root, root, found[root], "tier") for root in self._below),
+        )
+
+    def tier_repos(self) -> list[CachedRepo]:
+        """What the tiers hold of repos in cache layout, in order. A tier that does not answer holds none."""
+        memos = {root: self._repos.get(root, Memo()).next_round() for root in self._below}
+        found = self._patience.ask_each(
+            {root: partial(repos.tier_repos, root, self._hub_identity, memo) for root, memo in memos.items()}
+        )
+        held: list[CachedRepo] = []
+        for root in self._below:
+            answer = found[root]
+            if not isinstance(answer, OSError):
+                held += answer[0]
+                self._repos[root] = answer[1]
+        return held
+
+    def _mapped_to(self, folder: str) -> tuple[Map, ...]:
+        return tuple(each for each in self._maps if each.folder == folder)
 
     def scan_cache(self) -> Source:
         """The real cache's models, as `mlx_lm.load(id)` would find them with the network down."""
@@ -68,7 +120,7 @@ class Scanner:
         found = self._patience.ask_each(
             {hub: partial(_scan_cache, hub, self._types, self._remembered(_CACHE), self.held)}
         )
-        return self._taken(_CACHE, hub, found[hub])
+        return self._taken(_CACHE, hub, found[hub], "cache")
 
     def read(self, path: str, model_id: str, root: str) -> Model | Reject:
         """The model in one folder below a model path, else why there is none; also for folders that scans pass over."""
@@ -92,14 +144,24 @@ class Scanner:
         except OSError as error:
             return Reject(repo, model_id, reason_of(error), hub)
 
+    def read_repo(self, repo: str, model_id: str) -> Model | Reject:
+        """The main revision of a repo in cache layout at any place, else why there is none."""
+        look = partial(
+            _read_cached, repo, None, model_id, self._hub_cache, self._types, self._remembered(_CACHE).problems
+        )
+        try:
+            return self._patience.ask(repo, look)
+        except OSError as error:
+            return Reject(repo, model_id, reason_of(error), self._hub_cache)
+
     def _remembered(self, key: str) -> _Seen:
         """What the last scan remembers, for a round of its own."""
         seen = self._seen.get(key)
         return _Seen(Memo(), Memo()) if seen is None else _Seen(seen.found.next_round(), seen.problems.next_round())
 
-    def _taken(self, key: str, root: str, found: tuple[Source, _Seen] | OSError) -> Source:
+    def _taken(self, key: str, root: str, found: tuple[Source, _Seen] | OSError, layer: Layer) -> Source:
         if isinstance(found, OSError):
-            return Source(root, reason_of(found))
+            return Source(root, reason_of(found), layer=layer)
         source, self._seen[key] = found
         return source
 
@@ -126,29 +188,51 @@ def _read_cached(
         if held is not None and not os.path.isdir(repo):
             repo = held
         os.stat(repo)
+        if os.path.dirname(repo) == hub:
+            name = _spelled(hub, os.path.basename(repo))
+            if name != os.path.basename(repo):
+                repo, model_id = f"{hub}/{name}", hfcache.model_id(name) or model_id
         return reading.read_cached_repo(repo, model_id, hub, types, problems).model
     except (Unfit, hfcache.NoSnapshot, OSError) as error:
         return Reject(repo, model_id, reason_of(error), hub)
 
 
 def _scan_root(
-    root: str, hub_identity: tuple[int, int] | None, types: ModelTypes | None, seen: _Seen
+    root: str, layer: Layer, hub_identity: tuple[int, int] | None, types: ModelTypes | None, seen: _Seen
 ) -> tuple[Source, _Seen]:
-    return _RootScan(root, hub_identity, types, seen).source(), seen
+    return _RootScan(root, layer, hub_identity, types, seen).source(), seen
+
+
+def _scan_mapped(folder: str, maps: tuple[Map, ...], seen: _Seen) -> tuple[Source, _Seen]:
+    """The models, and repos of other kinds, that a mapped folder stands for."""
+    models: list[Model] = []
+    rejects: list[Reject] = []
+    device, problem = None, None
+    try:
+        device = os.stat(folder).st_dev
+        listing = list_folder(folder)
+        for each in maps:
+            try:
+                models.append(reading.read_mapped(folder, each, listing, seen.problems))
+            except (Unfit, hfcache.NoSnapshot) as error:
+                rejects.append(Reject(folder, each.id, reason_of(error), folder))
+    except OSError as error:
+        problem = reason_of(error)
+    return Source(folder, problem, tuple(models), tuple(rejects), device=device, layer="map"), seen
 
 
 def _scan_cache(root: str, types: ModelTypes | None, seen: _Seen, held: Mapping[str, str]) -> tuple[Source, _Seen]:
-    found = _Collected(root, seen)
-    repos = dict(held)
+    found = _Collected(root, "cache", seen)
+    paths = dict(held)
     device, problem = None, None
     try:
         device = os.stat(root).st_dev
-        repos |= {name: f"{root}/{name}" for name in os.listdir(root)}
+        paths |= {name: f"{root}/{name}" for name in os.listdir(root)}
     except FileNotFoundError:
         pass
     except OSError as error:
         problem = reason_of(error)
-    for name, path in sorted(repos.items()):
+    for name, path in sorted(paths.items()):
         alive()
         model_id = hfcache.model_id(name)
         if model_id is not None and not found.recall(path):
@@ -159,8 +243,9 @@ def _scan_cache(root: str, types: ModelTypes | None, seen: _Seen, held: Mapping[
 class _Collected:
     """What one scan of one root has found so far."""
 
-    def __init__(self, root: str, seen: _Seen) -> None:
+    def __init__(self, root: str, layer: Layer, seen: _Seen) -> None:
         self._root = root
+        self._layer = layer
         self._memo = seen.found
         self.problems = seen.problems
         self._models: list[Model] = []
@@ -175,6 +260,7 @@ class _Collected:
             rejects=tuple(sorted(self._rejects, key=lambda reject: reject.path)),
             junk=self.junk,
             device=device,
+            layer=self._layer,
         )
 
     def _precedence(self, model: Model) -> tuple[str, bool, str]:
@@ -191,6 +277,8 @@ class _Collected:
 
     def take(self, path: str, found: Found) -> None:
         """Add a model that was read at `path`."""
+        if found.model.source != self._layer:
+            found = found._replace(model=found.model._replace(source=self._layer))
         if found.watched is not None:
             self._memo.remember(path, found, stamps(found.watched))
         self._add(found)
@@ -220,10 +308,14 @@ class _Collected:
 class _RootScan:
     """One scan of one of the user's model paths."""
 
-    def __init__(self, root: str, hub_identity: tuple[int, int] | None, types: ModelTypes | None, seen: _Seen) -> None:
-        self._root = root
+    def __init__(
+        self, root: str, layer: Layer, hub_identity: tuple[int, int] | None, types: ModelTypes | None, seen: _Seen
+    ) -> None:
+        self._given = root
+        self._root = tiers.place(root) if layer == "tier" else root
+        self._layer = layer
         self._types = types
-        self._found = _Collected(root, seen)
+        self._found = _Collected(root, layer, seen)
         self._hub_identity = hub_identity
         self._real_root = os.path.realpath(root)
         self._linked: set[tuple[int, int]] = set()
@@ -233,12 +325,12 @@ class _RootScan:
         try:
             status = os.stat(self._root)
             if not stat.S_ISDIR(status.st_mode):
-                return Source(self._root, Reason(Code.NOT_A_FOLDER, "is not a folder"))
+                return Source(self._given, Reason(Code.NOT_A_FOLDER, "is not a folder"), layer=self._layer)
             top = list_folder(self._root)
         except OSError as error:
-            return Source(self._root, reason_of(error))
+            return Source(self._given, reason_of(error), layer=self._layer)
         if "config.json" in top.files and any(name.endswith(".safetensors") for name in top.files):
-            text = "is itself a model folder; give the folder above it as model path"
+            text = "is itself a model folder; give the folder above it, or --map an id to it"
             self._found.reject(self._root, None, Reason(Code.IS_A_MODEL, text))
         identity = (status.st_dev, status.st_ino)
         if identity == self._hub_identity:
@@ -290,7 +382,8 @@ class _RootScan:
             return None
         cached_id = hfcache.model_id(name)
         if cached_id is not None and "snapshots" in inside.folders:
-            self._found.read(path, cached_id, reading.read_users_repo, self._types)
+            read = reading.read_cached_repo if self._layer == "tier" else reading.read_users_repo
+            self._found.read(path, cached_id, read, self._types)
             return None
         return None if self._is_model(path, model_id, inside) else (inside, here)
 
@@ -301,7 +394,7 @@ class _RootScan:
         if not is_pipeline and not has_weights and not reading.has_marker(folder, self._types):
             return False
         try:
-            found = reading.read_folder(path, model_id, folder, self._root, self._types, self._found.problems)
+            found = reading.read_folder(path, model_id, folder, self._given, self._types, self._found.problems)
             self._found.take(path, found)
         except (Unfit, OSError) as error:
             self._found.reject(path, model_id, reason_of(error))
@@ -322,6 +415,12 @@ class _RootScan:
             return False
         self._linked.add(here)
         return True
+
+
+def _spelled(hub: str, name: str) -> str:
+    """The name of an entry of the cache as the disk spells it: the volume may ignore case."""
+    names = os.listdir(hub)
+    return name if name in names else next((each for each in names if fold(each) == fold(name)), name)
 
 
 def _identity(path: str) -> tuple[int, int] | None:

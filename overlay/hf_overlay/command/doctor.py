@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib import metadata
 from typing import NamedTuple
 
 from hf_overlay import hfcache, keeping
 from hf_overlay.catalog.catalog import Catalog
+from hf_overlay.catalog.files import BROKEN, Unfit, contents, list_folder
 from hf_overlay.catalog.plan import fold, resolve
 from hf_overlay.errors import SessionError
 from hf_overlay.models import Code, Reject
@@ -29,6 +30,7 @@ _PERMISSION = "Give yourself read permission (macOS: System Settings, Privacy & 
 _KIND = "Update mlx-lm if it is new; for other programs use --kind any."
 _CONFIG = "Copy or download config.json and the weights again."
 _GGUF = "GGUF is for llama.cpp and Ollama. For mlx-lm and transformers, download the model's safetensors version."
+_AWAY = "It is left out, so that no private file is handed out. Copy the file here if the model needs it."
 _OTHER = "Correct it if this should be a model; otherwise nothing to do."
 ADVICE: Mapping[Code, str] = {
     Code.EXCLUDED: _OTHER,
@@ -75,12 +77,12 @@ def examine(catalog: Catalog, environ: Mapping[str, str]) -> list[Finding]:
         *_sessions_volume(sessions),
         *_cache(catalog),
         *_deletions(),
-        *_stale(sessions),
+        *(finding for folder in lease.all_sessions_folders(environ) for finding in _stale(folder)),
     ]
 
 
 def _folders(catalog: Catalog) -> Iterator[Finding]:
-    for source in catalog.sources:
+    for source in (*catalog.sources, *catalog.below):
         if source.problem is not None:
             yield Finding(
                 "source",
@@ -100,10 +102,34 @@ def _folders(catalog: Catalog) -> Iterator[Finding]:
                 f"They are left out here; other programs may trip over them. Remove them: dot_clean -m "
                 f"{shlex.quote(source.root)}",
             )
+        found = [model.path for model in source.models]
+        found += [reject.path for reject in source.rejects if reject.id is not None]
         try:
+            yield from catalog.patience.ask(source.root, partial(_links, found))
             yield from catalog.patience.ask(source.root, partial(_ollama, source.root))
         except NoAnswer:
             pass  # that has been found above
+
+
+def _links(found: Sequence[str]) -> list[Finding]:
+    """The links in model folders that do not count, of which no list of models says anything."""
+    findings = []
+    for folder in found:
+        try:
+            left_out = contents(folder, list_folder(folder)).left_out
+        except (Unfit, OSError):  # that is why it is rejected
+            continue
+        for name, why in left_out.items():
+            advice = ADVICE[Code.BROKEN_LINK] if why == BROKEN else _AWAY
+            findings.append(Finding("link", f"{folder}/{name}", f"{why} ({_target(f'{folder}/{name}')})", advice))
+    return findings
+
+
+def _target(link: str) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:  # a file in a linked folder
+        return os.path.realpath(link)
 
 
 def _ollama(root: str) -> list[Finding]:

@@ -24,7 +24,7 @@ def register(environ: Mapping[str, str]) -> str:
     `hf extensions remove overlay` takes it back. Raises OverlayError when another extension of that name is installed,
     the command is not there, or the file cannot be written.
     """
-    executable = _executable()
+    command = executable()
     folder = expand_user(_FOLDER, environ)
     manifest = f"{folder}/manifest.json"
     if os.path.exists(folder) and _owner(manifest) != _OWNER:
@@ -34,7 +34,7 @@ def register(environ: Mapping[str, str]) -> str:
         "repo": "hf-overlay",
         "repo_id": f"{_OWNER}/hf-overlay",
         "short_name": "overlay",
-        "executable_path": executable,
+        "executable_path": command,
         "type": "binary",
         "installed_at": datetime.now(UTC).isoformat(),
         "description": "Your model folders in front of the Hugging Face cache",
@@ -48,8 +48,11 @@ def register(environ: Mapping[str, str]) -> str:
     return manifest
 
 
-def _executable() -> str:
-    """The command as it was started just now, else (python -m hf_overlay) the one of this Python environment."""
+def executable() -> str:
+    """The path of the command hf-overlay: as it was started just now, else the one of this Python environment.
+
+    Raises OverlayError where there is none, as when the package was not installed.
+    """
     installed = os.path.join(sysconfig.get_path("scripts"), "hf-overlay")
     for path in (os.path.abspath(sys.argv[0]), installed):
         if os.path.basename(path) == "hf-overlay" and os.path.isfile(path):

@@ -6,9 +6,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
+from hf_overlay import descriptors
 from hf_overlay.config import Kind, is_offline
 from hf_overlay.session import Session, open_session
 from hf_overlay.text import printable
@@ -27,6 +29,8 @@ _HARMLESS = (signal.SIGCONT, signal.SIGWINCH)
 """Signals that ask nobody to end."""
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 """Ignored in every Python process, but not in the shell that a program expects to be started from."""
+REPEAT_SECONDS = 2.0
+"""Where nothing tells who sent a SIGINT: a second one within so many seconds reaches the program, whoever sent it."""
 # Waited for rather than handled, since that tells who sent it.
 _WAITED_FOR = {*_FROM_KEYBOARD, signal.SIGCHLD} if hasattr(signal, "sigwaitinfo") else set()
 
@@ -35,6 +39,8 @@ def run(
     command: Sequence[str],
     model_paths: Sequence[str],
     *,
+    below: Sequence[str],
+    maps: Mapping[str, str],
     kind: Kind | None,
     exclude: Sequence[str],
     offline: bool,
@@ -46,11 +52,21 @@ def run(
     As a shell does: 127 when there is no such program, 126 when it cannot be run. Raises OverlayError.
     """
     log_to_stderr(verbosity)
+    open_files = descriptors.raise_limit()
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"} if offline else dict(os.environ)
     child: int | None = None
     ended: Session | None = None
     """The session, once its program has ended."""
     early: list[int] = []
+    kept: dict[int, float] = dict.fromkeys(_FROM_KEYBOARD, -REPEAT_SECONDS)
+    """Signals that were taken for key presses -> when the last one came, in monotonic seconds."""
+
+    def is_from_keyboard(number: int) -> bool:
+        """Whether the terminal has sent this signal to the child itself: a guess, where a second one corrects it."""
+        if number not in kept or not _is_in_foreground():
+            return False
+        before, kept[number] = kept[number], time.monotonic()
+        return kept[number] - before > REPEAT_SECONDS
 
     def forward(number: int, _frame: FrameType | None) -> None:
         if ended is not None:  # what the program left running may be getting an answer from the gateway
@@ -58,7 +74,7 @@ def run(
                 ended.cut()
         elif child is None:
             early.append(number)
-        elif not (number in _FROM_KEYBOARD and _is_in_foreground()):  # else the terminal sent it to the child itself
+        elif not is_from_keyboard(number):
             _send(child, number)
 
     # What the shell ignores for us (nohup, a script's background job), the program must ignore too.
@@ -70,6 +86,8 @@ def run(
     try:
         with open_session(
             model_paths,
+            below=below,
+            maps=maps,
             kind=kind,
             exclude=exclude,
             gateway=not is_offline(environ),
@@ -86,9 +104,10 @@ def run(
             try:
                 # Not subprocess.Popen, whose child would inherit the blocked signals. Descriptors that the shell
                 # opened for the program stay open: <(command), a make jobserver.
-                child = os.posix_spawnp(
-                    command[0], list(command), session.environment, setsigmask=mask, setsigdef=_IGNORED_BY_PYTHON
-                )
+                with descriptors.limit_for_programs(open_files):
+                    child = os.posix_spawnp(
+                        command[0], list(command), session.environment, setsigmask=mask, setsigdef=_IGNORED_BY_PYTHON
+                    )
             except OSError as error:
                 print(f"hf-overlay: error: cannot run {command[0]}: {error.strerror}", file=sys.stderr)
                 return 127 if isinstance(error, FileNotFoundError) else 126
@@ -109,7 +128,7 @@ def _wait(child: int) -> int:
     """Wait for the child's end; returns its exit status, -N when signal N ended it.
 
     The terminal sends a key press (Ctrl-C) to the child as well; a SIGINT that a process sent is passed on. Where
-    Python cannot tell the two apart (macOS), the signal handler guesses.
+    Python cannot tell the two apart (macOS), the signal handler takes the first of two in a row for a key press.
     """
     if not _WAITED_FOR:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -9,12 +9,14 @@ import signal
 import threading
 from collections.abc import Mapping, Sequence
 from types import FrameType
+from typing import NamedTuple
 
-from hf_overlay import config
+from hf_overlay import config, descriptors
 from hf_overlay.config import Kind
 from hf_overlay.errors import OverlayError
 from hf_overlay.session import Session, open_session
 from hf_overlay.tree import lease
+from hf_overlay.tree.lease import Owner
 
 logger = logging.getLogger("hf_overlay")
 
@@ -22,6 +24,8 @@ logger = logging.getLogger("hf_overlay")
 def serve(
     model_paths: Sequence[str],
     *,
+    below: Sequence[str],
+    maps: Mapping[str, str],
     kind: Kind | None,
     exclude: Sequence[str],
     offline: bool,
@@ -32,6 +36,7 @@ def serve(
 
     Programs get what the gateway has begun to send them, unless a second signal comes.
     """
+    descriptors.raise_limit()
     stop = threading.Event()
     session: Session | None = None
 
@@ -45,6 +50,8 @@ def serve(
     try:
         with open_session(
             model_paths,
+            below=below,
+            maps=maps,
             kind=kind,
             exclude=exclude,
             gateway=not config.is_offline(environ),
@@ -72,10 +79,22 @@ def serve(
     return 0
 
 
-def offered(environ: Mapping[str, str]) -> dict[str, str | None]:
-    """The variables of the newest overlay being served: name -> value, None to take it out. Raises OverlayError."""
+class Offer(NamedTuple):
+    """What a shell takes over from the overlay that is being served."""
+
+    variables: dict[str, str | None]
+    """Name -> value, None to take it out."""
+    warning: str | None
+    """What differs for programs of this shell, beside their models; None when nothing does."""
+
+
+def offered(environ: Mapping[str, str]) -> Offer:
+    """The variables of the newest overlay being served, for a shell that has `environ`.
+
+    Raises OverlayError when none is being served, and where the shell has chosen another home for login and downloads.
+    """
     sessions = lease.sessions_folder(environ)
-    services = []
+    owners = []
     for path in lease.sessions_in(sessions):
         owner = lease.read_owner(path)
         if owner is None or not owner.service:
@@ -83,11 +102,45 @@ def offered(environ: Mapping[str, str]) -> dict[str, str | None]:
         with lease.dead(sessions, path) as is_dead:
             if not is_dead:
                 _check(owner.service, path)
-                services.append((owner.started, owner.service))
-    if not services:
-        raise OverlayError("no overlay is being served; start one: hf-overlay serve --model-path DIR")
-    variables = max(services, key=lambda service: service[0])[1]
-    return {**variables, **(config.past_proxies(environ) if "HF_ENDPOINT" in variables else {})}
+                owners.append(owner)
+    if not owners:
+        start = "hf-overlay serve --model-path DIR"
+        cache = config.hub_cache(environ)
+        if config.is_overlay(cache) and not os.path.isdir(cache):
+            raise OverlayError(
+                f"the overlay of this shell has ended, and no other is being served; start one: {start}, "
+                f"or leave it: {config.how_to_leave(environ)}"
+            )
+        raise OverlayError(f"no overlay is being served; start one: {start}")
+    owner = max(owners, key=lambda owner: owner.started)
+    variables = owner.service
+    return Offer(
+        {**variables, **(config.past_proxies(environ) if "HF_ENDPOINT" in variables else {})},
+        _other_home(owner, environ),
+    )
+
+
+def _other_home(owner: Owner, environ: Mapping[str, str]) -> str | None:
+    """A warning where the overlay keeps login and downloads elsewhere than the shell would; None where it does not.
+
+    Raises OverlayError when the shell's own variables say where: a service knows nothing of them, and to replace them
+    would lose the login, and put downloads on a disk that was not chosen for them (P9).
+    """
+    own_cache = config.hub_cache(environ)
+    homes = {"hf_home": (config.hf_home(environ), owner.service.get("HF_HOME"))}
+    if not config.is_overlay(own_cache):  # else the shell has joined one, and its own cache is not known
+        homes["hub_cache"] = (own_cache, owner.hub_cache)
+    for folder, (own, theirs) in homes.items():
+        if theirs is None or os.path.realpath(own) == os.path.realpath(theirs):
+            continue
+        name = config.DECIDING_VARIABLES[folder][0]
+        if by := [each for each in config.DECIDING_VARIABLES[folder] if each in environ]:
+            raise OverlayError(
+                f"{name} is {own} in this shell, and {theirs} in the overlay that is being served; start that overlay "
+                f"from this shell (hf-overlay service install, or serve), or use its own: unset {' '.join(by)}"
+            )
+        return f"login and downloads are those of the overlay's {name}, {theirs}, not of {own}"
+    return None
 
 
 def _check(variables: Mapping[str, object], path: str) -> None:

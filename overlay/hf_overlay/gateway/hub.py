@@ -1,14 +1,16 @@
-"""Who answers for a model on the gateway: the user's folder, the real Hub, or nobody for now."""
+"""The decision whether the user's folder, the real Hub, or nobody for now answers for a model on the gateway."""
 
 from __future__ import annotations
 
 import logging
 from typing import NamedTuple, Protocol
 
+from hf_overlay import hfcache
 from hf_overlay.catalog.catalog import check_id
 from hf_overlay.config import Settings
-from hf_overlay.errors import InvalidModelId, SessionError
+from hf_overlay.errors import InvalidModelId, OutOfFiles, SessionError
 from hf_overlay.hfcache import LinkedRepo
+from hf_overlay.tiers import MergedRepo
 
 logger = logging.getLogger("hf_overlay")
 
@@ -31,17 +33,24 @@ class Overlay(Protocol):
     def settings(self) -> Settings:
         """The model paths and the real cache."""
 
-    def linked_repo(self, model_id: str) -> LinkedRepo | None:
-        """The linked repo of the user's model with this id; None when the tree holds none."""
+    @property
+    def is_there(self) -> bool:
+        """Whether the tree is there; when something has removed it, a refresh makes it again."""
+
+    def spelled(self, model_id: str) -> str:
+        """The id as the user's folders spell it, where one of them answers to this spelling; else as it is given."""
+
+    def repo(self, repo_id: str, kind: str = "models") -> LinkedRepo | MergedRepo | None:
+        """The repo with this id that was made in the tree; None when it holds none, or the real cache's."""
 
     def refresh(self) -> object:
-        """Make the tree show what is on the disk now. Raises SessionError."""
+        """Make the tree show what is on the disk now. Raises SessionError, or OutOfFiles when nothing was seen."""
 
     def seconds_since_change(self, model_id: str) -> float:
         """Seconds since a refresh found the user's model added, changed or removed; infinite when none did."""
 
-    def path_away(self, model_id: str) -> str | None:
-        """The model path that held a model of this id and has gone away since; None when there is none."""
+    def path_away(self, repo_id: str, kind: str = "models") -> str | None:
+        """The folder of the user's that held this repo and has gone away since; None when there is none."""
 
     def incomplete(self, model_id: str) -> str | None:
         """A sentence about the user's folder of this id that lacks a part of its weights; None when there is none."""
@@ -69,39 +78,43 @@ class Hub:
     def __init__(self, overlay: Overlay) -> None:
         self._overlay = overlay
 
-    def refresh_and_find(self, model_id: str) -> LinkedRepo | Unavailable | None:
+    def refresh_and_find(self, repo_id: str, kind: str = "models") -> LinkedRepo | Unavailable | None:
         """As `find`, after a refresh of the overlay if the disk shows that the tree is behind it."""
-        if _is_id(model_id) and self._is_behind(model_id):
-            try:
+        try:
+            if _is_id(repo_id) and self._is_behind(repo_id, kind):
                 self._overlay.refresh()
-            except SessionError as error:
-                logger.warning("%s", error)
-        return self.find(model_id)
+        except OutOfFiles as error:  # nobody knows what is there
+            return Unavailable(str(error), False)
+        except SessionError as error:
+            logger.warning("%s", error)
+        return self.find(repo_id, kind)
 
-    def find(self, model_id: str) -> LinkedRepo | Unavailable | None:
-        """The user's model that answers to an id, or why nobody may; None when the real Hub answers.
+    def find(self, repo_id: str, kind: str = "models") -> LinkedRepo | Unavailable | None:
+        """The user's folder that answers to an id, or why nobody may; None when the real Hub answers.
 
-        `model_id` may be any string.
+        The Hub also answers for what the real cache and tiers hold: it names the newest revision, of which a client
+        fetches what is in none of them. `repo_id` may be any string.
         """
-        if not _is_id(model_id):
+        if not _is_id(repo_id):
             return None
-        found = self._overlay.linked_repo(model_id)
-        if found is not None:
-            if self._overlay.seconds_since_change(model_id) >= SETTLE_SECONDS:
+        repo_id = self._spelled(repo_id, kind)
+        found = self._overlay.repo(repo_id, kind)
+        if isinstance(found, LinkedRepo):
+            if self._overlay.seconds_since_change(repo_id) >= SETTLE_SECONDS:
                 return found
             # A load that began before the switch sees the model as it was, one that begins now as it is. If either
             # learned of the other's commit, it would download that. Sent to its cache, each finds its own.
-            return Unavailable(f"{model_id} has just changed on disk; try again in {SETTLE_SECONDS} seconds", True)
-        root = self._overlay.path_away(model_id)
+            return Unavailable(f"{repo_id} has just changed on disk; try again in {SETTLE_SECONDS} seconds", True)
+        root = self._overlay.path_away(repo_id, kind)
         if root is not None:
-            message = (
-                f"{model_id} is in {root}, which is not there now; connect that drive, or use --exclude {model_id}"
-            )
-        elif (incomplete := self._overlay.incomplete(model_id)) is not None:
+            name = hfcache.full_id(hfcache.repo_folder(repo_id, kind))
+            message = f"{name} is in {root}, which is not there now; connect that drive, or use --exclude {name}"
+        elif kind == "models" and (incomplete := self._overlay.incomplete(repo_id)) is not None:
             message = incomplete
         else:
             return None
-        return Unavailable(message, self._overlay.is_cached(model_id))
+        has_copy = kind == "models" and self._overlay.is_cached(repo_id)
+        return Unavailable(message, has_copy or self._overlay.has_copy(hfcache.repo_folder(repo_id, kind)))
 
     def expect_download(self, folder: str) -> None:
         """Let what a client is about to write to a repo folder land in the real cache."""
@@ -112,15 +125,26 @@ class Hub:
         why = self._overlay.why_no_downloads
         return Unavailable(f"{repo_id} is not downloaded: {why}", self._overlay.has_copy(folder)) if why else None
 
-    def _is_behind(self, model_id: str) -> bool:
-        """Whether the model's folder is there and the tree lacks it, or the other way round."""
-        found = self._overlay.linked_repo(model_id)
+    def _is_behind(self, repo_id: str, kind: str) -> bool:
+        """Whether a folder for the repo is there and the tree lacks it, or the other way round; or the tree is gone."""
+        if not self._overlay.is_there:
+            return True
+        repo_id = self._spelled(repo_id, kind)
+        found = self._overlay.repo(repo_id, kind)
         if found is not None:
-            return not self._overlay.is_folder(found.model.path, found.model.root)
-        settings = self._overlay.settings
-        return model_id not in settings.exclude and any(
-            self._overlay.is_folder(f"{root}/{model_id}", root) for root in settings.roots
-        )
+            return not all(self._overlay.is_folder(path, root) for path, root in found.sources)
+        settings, name = self._overlay.settings, hfcache.repo_folder(repo_id, kind)
+        if hfcache.full_id(name) in settings.exclude:
+            return False
+        places = [(each.folder, each.folder) for each in settings.maps if (each.kind, each.id) == (kind, repo_id)]
+        if kind == "models":
+            places += [(f"{root}/{repo_id}", root) for root in settings.roots]
+        if not self._overlay.has_copy(name):
+            places += [(f"{root}{hub}/{name}", root) for root in settings.below for hub in ("", "/hub")]
+        return any(self._overlay.is_folder(path, root) for path, root in places)
+
+    def _spelled(self, repo_id: str, kind: str) -> str:
+        return self._overlay.spelled(repo_id) if kind == "models" else repo_id
 
 
 def _is_id(model_id: str) -> bool:

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import hmac
 import os
+import re
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -43,16 +44,18 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+_OF_A_GATEWAY = re.compile(r"/[0-9a-f]{40}$")
+_ENDED = "the overlay that this program was started in has ended; start it again in one that is open (hf-overlay env)"
 _HOP_BY_HOP = frozenset(
     {
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
     }
 )
 
@@ -144,9 +147,11 @@ class Gateway:
         path: str = request.scope["raw_path"].decode("ascii").partition("?")[0]
         prefix, path = path[: len(self._prefix)], path[len(self._prefix) :]
         if not hmac.compare_digest(prefix, self._prefix) or not path.startswith("/"):
+            if _OF_A_GATEWAY.match(prefix):  # whose port this one has got
+                return routes.error(404, "RepoNotFound", _ENDED)
             return routes.error(404, "EntryNotFound", "no such page")
         target = routes.parse(path, lambda model_id: self._hub.refresh_and_find(model_id) is not None)
-        found = self._hub.refresh_and_find(target.repo_id) if target is not None and target.kind == "models" else None
+        found = self._hub.refresh_and_find(target.repo_id, target.kind) if target is not None else None
         if found is None and target is not None and target.precedes_download(request.method):
             found = self._hub.refuse_download(target.repo_id, target.folder)
         if target is None or found is None:
@@ -163,11 +168,7 @@ class Gateway:
             timeout = httpx2.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
             self._client = httpx2.AsyncClient(limits=limits, timeout=timeout, follow_redirects=False)
         query = request.scope["query_string"].decode("ascii")
-        headers = [
-            (name, value)
-            for name, value in request.headers.raw
-            if name.decode("latin-1") not in _HOP_BY_HOP and name != b"host"
-        ]
+        headers = [(name, value) for name, value in _end_to_end(request.headers.raw) if name != b"host"]
         has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
         # Not `client.build_request`, which would add headers that the program did not send.
         passed = httpx2.Request(
@@ -196,9 +197,8 @@ class Gateway:
 
         response = StreamingResponse(body(), status_code=answer.status_code, background=BackgroundTask(answer.aclose))
         response.raw_headers = [
-            (name.lower(), self._led_back(value) if name.lower() == b"location" else value)
-            for name, value in answer.headers.raw
-            if name.lower().decode("latin-1") not in _HOP_BY_HOP
+            (name, self._led_back(value) if name == b"location" else value)
+            for name, value in _end_to_end(answer.headers.raw)
         ]
         return response
 
@@ -211,3 +211,11 @@ class Gateway:
         elif url.startswith("/") and not url.startswith("//") and url.startswith(f"{base.path}/"):
             url = self._prefix + url[len(base.path) :]
         return url.encode("latin-1")
+
+
+def _end_to_end(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The headers that a proxy passes on, names in small letters (RFC 9110, 7.6.1): not those of one connection, which
+    are the ones of old and those that a `Connection` header names."""
+    lowered = [(name.lower(), value) for name, value in headers]
+    named = {each.strip().lower() for name, value in lowered if name == b"connection" for each in value.split(b",")}
+    return [(name, value) for name, value in lowered if name not in _HOP_BY_HOP | named]

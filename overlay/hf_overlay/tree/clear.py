@@ -47,7 +47,7 @@ def _remove_stray(entry: os.DirEntry[str]) -> list[str]:
 
 def _is_litter(name: str) -> bool:
     """Whether a file of this name holds nothing that anybody wants, such as `.DS_Store`."""
-    return hfcache.is_junk(name) and not name.endswith(".incomplete")
+    return hfcache.is_litter(name) or name.endswith(".lock")
 
 
 def _remove_unless_downloaded(folder: str, unfinished: Collection[str]) -> list[str]:

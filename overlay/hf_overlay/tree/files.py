@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
+from contextlib import suppress
 
 from hf_overlay import hfcache
 
@@ -39,8 +41,8 @@ def has_payload(repo: str) -> bool:
 
 
 def has_bytes(path: str) -> bool:
-    """Whether a file (not a link) at or below a path holds a byte."""
-    if os.path.islink(path):
+    """Whether a file (not a link, nor litter) at or below a path holds a byte."""
+    if os.path.islink(path) or hfcache.is_litter(os.path.basename(path)):
         return False
     if os.path.isfile(path):
         return os.path.getsize(path) > 0
@@ -48,15 +50,43 @@ def has_bytes(path: str) -> bool:
         if entry.is_dir(follow_symlinks=False):
             if has_bytes(entry.path):
                 return True
+        elif hfcache.is_litter(entry.name):
+            continue
         elif entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_size > 0:
             return True
     return False
+
+
+def remove_litter(folder: str) -> None:
+    """Remove what an operating system put for itself into a folder and those below it, as far as that can be done."""
+    for inside, folders, names in os.walk(folder):
+        for name in filter(hfcache.is_litter, (*names, *folders)):
+            path = os.path.join(inside, name)
+            if not os.path.islink(path):  # a link is ours, or a client's
+                with suppress(OSError):
+                    remove(path)
 
 
 def size(folder: str) -> int:
     """The bytes of the files below a folder; links do not count."""
     paths = (os.path.join(inside, name) for inside, _, names in os.walk(folder) for name in names)
     return sum(os.lstat(path).st_size for path in paths if not os.path.islink(path))
+
+
+def sync(path: str) -> None:
+    """Wait until the bytes of a file are on the disk itself. Raises OSError.
+
+    On macOS only F_FULLFSYNC waits for the disk; some file systems, such as network mounts, do not know it.
+    """
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            full: int = fcntl.F_FULLFSYNC  # type: ignore[attr-defined]  # macOS only
+            fcntl.fcntl(fd, full)
+        except (AttributeError, OSError):
+            os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def remove(path: str) -> None:

@@ -17,10 +17,11 @@ import shlex
 import stat
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from hf_overlay.config import OWNER_FILE, Settings, cache_folder
+from hf_overlay import hfcache
+from hf_overlay.config import OWNER_FILE, Settings, earlier_folders, own_folder
 from hf_overlay.errors import SessionError
 from hf_overlay.tree import files
 
@@ -28,13 +29,20 @@ logger = logging.getLogger("hf_overlay")
 
 DIRECTORY_VARIABLE = "HF_OVERLAY_DIR"
 _PREFIX = "session-"
+_NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 
 
 def sessions_folder(environ: Mapping[str, str]) -> str:
-    """The folder that holds all sessions: HF_OVERLAY_DIR, else one in the user's cache folder (never a shared /tmp)."""
+    """The folder that holds all sessions: HF_OVERLAY_DIR, else one of the user's own (never a shared /tmp)."""
     if given := environ.get(DIRECTORY_VARIABLE):
         return os.path.abspath(given)
-    return os.path.join(cache_folder(environ), "sessions")
+    return os.path.join(own_folder(environ), "sessions")
+
+
+def all_sessions_folders(environ: Mapping[str, str]) -> list[str]:
+    """The folder that holds all sessions, after those in which earlier versions may have left some."""
+    earlier = () if environ.get(DIRECTORY_VARIABLE) else earlier_folders(environ)
+    return [*(os.path.join(folder, "sessions") for folder in earlier), sessions_folder(environ)]
 
 
 class Owner(NamedTuple):
@@ -71,7 +79,10 @@ class Lease:
 
     @classmethod
     def acquire(cls, sessions: str, settings: Settings) -> Lease:
-        """Make a new session folder (0700) and own it. Raises OSError, or SessionError for an untrusted folder."""
+        """Make a new session folder (0700) and own it.
+
+        Raises OSError, or SessionError for an untrusted folder, or one on a volume without locks.
+        """
         os.makedirs(sessions, mode=0o700, exist_ok=True)
         check_trusted(sessions)
         with _exclusive(sessions):  # so that nobody takes the folder for dead before it is locked
@@ -80,12 +91,12 @@ class Lease:
             try:
                 lease = cls(path, os.open(os.path.join(path, OWNER_FILE), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
                 try:
-                    fcntl.flock(lease.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _lock(lease.fd, sessions)
                     lease.record(settings, {})
-                except OSError:
-                    lease.release()
+                except (OSError, SessionError):
+                    os.close(lease.fd)
                     raise
-            except OSError:
+            except (OSError, SessionError):
                 remove(path)
                 raise
         return lease
@@ -102,8 +113,38 @@ class Lease:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.ftruncate(self.fd, len(content))
 
+    def is_intact(self) -> bool:
+        """Whether the locked file is still in the session's folder, which a program that cleans up may have removed."""
+        try:
+            return os.path.samestat(os.fstat(self.fd), os.stat(os.path.join(self.path, OWNER_FILE)))
+        except OSError:
+            return False
+
+    def renew(self) -> None:
+        """Make the session's folder and its locked file again, in the same place, after they were removed.
+
+        `fd` is the same number as before. Programs that were started hold the lock of the file that is gone; what
+        keeps their tree if this process is killed is that it is named in their environment. Raises OSError.
+        """
+        record = os.pread(self.fd, os.fstat(self.fd).st_size, 0)
+        sessions = os.path.dirname(self.path)
+        os.makedirs(sessions, mode=0o700, exist_ok=True)
+        check_trusted(sessions)
+        with _exclusive(sessions):
+            os.makedirs(self.path, mode=0o700, exist_ok=True)  # a client may have made it again
+            fd = os.open(os.path.join(self.path, OWNER_FILE), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+            try:
+                _lock(fd, sessions)
+                os.pwrite(fd, record, 0)
+                os.dup2(fd, self.fd, inheritable=os.get_inheritable(self.fd))
+            finally:
+                os.close(fd)
+
     def release(self) -> None:
         """Give up the lock. The session is over unless a child still holds it, which `dead` tells."""
+        if os.path.isdir(self.path) and not self.is_intact():  # a client wrote into it since it was removed
+            with suppress(OSError, SessionError):
+                self.renew()
         os.close(self.fd)
 
 
@@ -126,7 +167,7 @@ def dead(sessions: str, path: str) -> Iterator[bool]:
         # in it, either, where somebody else has cleared it and is about to remove it.
         yield _is_empty(path)
         return
-    except OSError:  # held, or a file system that cannot say: no proof
+    except (OSError, SessionError):  # held, or a file system that cannot say: no proof
         yield False
         return
     try:
@@ -154,7 +195,7 @@ def share(sessions: str, path: str) -> int | None:
             except OSError:
                 os.close(fd)
                 raise
-    except OSError:
+    except (OSError, SessionError):
         return None
     os.set_inheritable(fd, True)
     return fd
@@ -211,7 +252,7 @@ def _why_untrusted(path: str) -> str | None:
 
 def _is_empty(folder: str) -> bool:
     try:
-        return not os.listdir(folder)
+        return all(map(hfcache.is_litter, os.listdir(folder)))
     except OSError:
         return False
 
@@ -227,11 +268,25 @@ def remove(path: str) -> None:
     os.rmdir(path)
 
 
+def _lock(fd: int, sessions: str, how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> None:
+    """Lock a file in the folder of all sessions. Raises OSError, or SessionError where its volume has no locks."""
+    try:
+        fcntl.flock(fd, how)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise SessionError(
+            f"{sessions} is on a volume without file locks ({error.strerror}), as some network mounts are; "
+            f"set {DIRECTORY_VARIABLE} to a folder on another volume"
+        ) from error
+
+
 @contextmanager
 def _exclusive(sessions: str) -> Iterator[None]:
+    """A context that nobody else is in, for one folder of all sessions. Raises as `_lock`."""
     fd = os.open(os.path.join(sessions, "sessions.lock"), os.O_CREAT | os.O_RDWR, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        _lock(fd, sessions, fcntl.LOCK_EX)
         yield
     finally:
         os.close(fd)

@@ -19,9 +19,9 @@ import time
 from collections.abc import Callable
 
 from hf_overlay import hfcache
-from hf_overlay.catalog.plan import Plan
+from hf_overlay.catalog.plan import Plan, fold
 from hf_overlay.hfcache import LinkedRepo
-from hf_overlay.models import Model
+from hf_overlay.tiers import MergedRepo
 from hf_overlay.tree import announced, files, store
 from hf_overlay.tree.store import Placed
 
@@ -42,15 +42,23 @@ class Tree:
         self._earlier: dict[str, set[str]] = {}
         """Hub folders that were replaced: the targets of their links."""
         self._generation = 0
-        for folder in ("home", "hubs", store.FOLDER):
-            os.mkdir(f"{session}/{folder}", 0o700)
-        for name in _home_entries(hf_home):
-            os.symlink(f"{hf_home}/{name}", f"{session}/home/{name}")
+        self._hf_home = hf_home
+        self._make_folders()
 
     @property
     def hub(self) -> str:
         """The folder to use as HF_HUB_CACHE."""
         return f"{self._session}/home/hub"
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the folders of the tree are there, which a program that cleans up may have removed."""
+        return os.path.islink(self.hub) and os.path.isdir(self.hub) and os.path.isdir(f"{self._session}/{store.FOLDER}")
+
+    def restore(self) -> None:
+        """Make the folders of the tree again, empty, if something has removed them. Raises OSError."""
+        if not self.is_there:
+            self._make_folders()
 
     @property
     def is_case_insensitive(self) -> bool:
@@ -62,10 +70,10 @@ class Tree:
         """The folder to use as HF_HOME, for programs that know no other variable."""
         return f"{self._session}/home"
 
-    def publish(self, plan: Plan, *, is_there: Callable[[Model], bool]) -> None:
+    def publish(self, plan: Plan, *, is_there: Callable[[str, str], bool]) -> None:
         """Make the tree hold what the plan says; do nothing if it does. Raises OSError, the old tree intact.
 
-        `is_there` says whether the folder of a user's model is there.
+        `is_there` says whether a folder, in a model path, cache or tier, is there.
         """
         placed: dict[str, Placed] = {}
         entries: dict[str, str] = {}
@@ -78,9 +86,17 @@ class Tree:
                 there = store.place(self._session, name, entry)
             placed[name] = there
             entries[name] = there.link
-        entries |= {name: path for name, path in self._written().items() if name not in placed}
+        # Folders that clients wrote stand where links to the cache would, but not where repos made here do.
+        key = fold if self.is_case_insensitive else str
+        written = {key(name): (name, path) for name, path in self._written().items()}
+        entries = {name: target for name, target in entries.items() if name in placed or key(name) not in written}
+        entries |= dict(written[folded] for folded in written.keys() - {key(name) for name in placed})
         if self._generation == 0 or entries != self._entries or not self._is_whole():
-            gone = {name for name, each in self._placed.items() if not is_there(each.repo.model)}
+            gone = {
+                name
+                for name, each in self._placed.items()
+                if not all(is_there(path, root) for path, root in each.repo.sources)
+            }
             self._switch(entries)
             self._placed = placed
             try:
@@ -89,10 +105,15 @@ class Tree:
                 pass  # only older loads miss something; the tree is switched
         self._placed = placed
 
-    def linked_repo(self, model_id: str) -> LinkedRepo | None:
-        """The linked repo of the user's model with this id; None when the tree holds none."""
-        found = self._placed.get(hfcache.repo_folder(model_id))
-        return found.repo if found is not None and found.repo.model.id == model_id else None
+    def repo(self, repo_id: str, kind: str = "models") -> LinkedRepo | MergedRepo | None:
+        """The repo with this id that was made in the tree; None when it holds none, or the real cache's."""
+        found = self._placed.get(hfcache.repo_folder(repo_id, kind))
+        is_other = found is not None and isinstance(found.repo, LinkedRepo) and found.repo.model.id != repo_id
+        return found.repo if found is not None and not is_other else None
+
+    def path_of(self, name: str) -> str:
+        """The path of an entry in the current hub folder, which a refresh does not change."""
+        return f"{self._session}/hubs/{self._generation}/{name}"
 
     def expect(self, name: str, real_hub: str) -> None:
         """Make the real cache's folder for a repo, and link it, so that a download lands there. Raises OSError.
@@ -111,6 +132,17 @@ class Tree:
                 if not os.path.lexists(f"{hub.path}/{entry}"):
                     os.symlink(folder, f"{hub.path}/{entry}")
 
+    def _make_folders(self) -> None:
+        """Make what every generation needs, as far as it is not there. Raises OSError."""
+        for folder in ("home", "hubs", store.FOLDER):
+            os.makedirs(f"{self._session}/{folder}", 0o700, exist_ok=True)
+        for name in _home_entries(self._hf_home):
+            if not os.path.lexists(f"{self._session}/home/{name}"):
+                os.symlink(f"{self._hf_home}/{name}", f"{self._session}/home/{name}")
+        if os.path.isdir(self.hub) and not os.path.islink(self.hub):  # a client made it after the link was removed
+            self._generation += 1
+            os.rename(self.hub, f"{self._session}/hubs/{self._generation}")
+
     def _hubs(self) -> list[os.DirEntry[str]]:
         """The hub folders, without what others may put beside them, such as `.DS_Store`."""
         found = files.entries(f"{self._session}/hubs")
@@ -127,7 +159,7 @@ class Tree:
 
     def _is_whole(self) -> bool:
         """Whether every entry is still there: a client's `hf cache rm` takes links away."""
-        return set(os.listdir(f"{self._session}/hubs/{self._generation}")) >= self._entries.keys()
+        return self.is_there and set(os.listdir(self.hub)) >= self._entries.keys()
 
     def _switch(self, entries: dict[str, str]) -> None:
         generation = self._generation + 1
@@ -143,7 +175,7 @@ class Tree:
             os.unlink(link)
         os.symlink(f"../hubs/{generation}", link)
         os.replace(link, self.hub)
-        if self._generation:
+        if os.path.isdir(f"{self._session}/hubs/{self._generation}"):
             os.utime(f"{self._session}/hubs/{self._generation}")  # from now on its hour runs
             self._earlier[str(self._generation)] = set(self._entries.values())
         self._generation = generation

@@ -1,4 +1,6 @@
-"""The linked repos in a session's folder: made as the plan says, looked at for damage, removed when nothing needs them.
+"""The linked and merged repos in a session's folder.
+
+They are made as the plan says, looked at for damage, and removed when nothing needs them.
 
 A linked repo is made once, under another name, and renamed when it is whole. It is never edited afterwards: where a
 client deleted something in it, another one is made beside it, because loads may still be reading the first.
@@ -12,6 +14,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from hf_overlay.hfcache import LinkedRepo
+from hf_overlay.tiers import MergedRepo
 from hf_overlay.tree import files
 
 FOLDER = "repos"
@@ -24,17 +27,21 @@ _UNTOUCHED_NS = 10**18
 """Time of a linked repo's folders until a client changes something in them: no clock is too coarse to tell that."""
 
 
+Repo = LinkedRepo | MergedRepo
+"""What can be made: of a user's model, or of what the real cache and tiers hold."""
+
+
 class Placed(NamedTuple):
     """A linked repo that was made on disk."""
 
-    repo: LinkedRepo
+    repo: Repo
     link: str
     """Target of a link in a hub folder that leads to it."""
     watched: tuple[str, ...]
     """Absolute paths of the folders that are touched when a client deletes in it."""
 
 
-def place(session: str, name: str, repo: LinkedRepo) -> Placed:
+def place(session: str, name: str, repo: Repo) -> Placed:
     """Make the linked repo whose entry in a hub folder is called `name`. Raises OSError."""
     for number in itertools.count():
         folder = f"{name}.{repo.fingerprint[:12]}{number:04x}"
@@ -56,6 +63,13 @@ def is_untouched(placed: Placed) -> bool:
         return False
 
 
+def is_written(repo: str) -> bool:
+    """Whether a client may have written into a repo that was made here: one `stat`, and one listing. Raises OSError."""
+    if os.stat(f"{repo}/blobs").st_mtime_ns != _UNTOUCHED_NS:
+        return True
+    return any(not entry.is_symlink() for entry in files.entries(f"{repo}/snapshots"))
+
+
 def prune(session: str, needed: Collection[str]) -> None:
     """Remove the linked repos to which no link in `needed` leads, unless a client downloaded into them."""
     for entry in files.entries(f"{session}/{FOLDER}"):
@@ -68,7 +82,7 @@ def repo_folder(folder: str) -> str:
     return folder.rpartition(".")[0]
 
 
-def _make(repo: LinkedRepo, aside: str, path: str) -> None:
+def _make(repo: Repo, aside: str, path: str) -> None:
     if os.path.isdir(aside):  # cut short by a full disk
         files.remove(aside)
     os.mkdir(aside)
@@ -85,7 +99,7 @@ def _make(repo: LinkedRepo, aside: str, path: str) -> None:
         os.chmod(f"{path}/{where}", 0o500)
 
 
-def _is_whole(path: str, repo: LinkedRepo) -> bool:
+def _is_whole(path: str, repo: Repo) -> bool:
     """Whether all that was made is still there; if so, it counts as untouched from now on.
 
     Looked at before and after the mark, so that the mark covers nothing that is missing or goes meanwhile.
@@ -100,6 +114,6 @@ def _is_whole(path: str, repo: LinkedRepo) -> bool:
     return all(map(os.path.lexists, made))
 
 
-def _mark_untouched(path: str, repo: LinkedRepo) -> None:
+def _mark_untouched(path: str, repo: Repo) -> None:
     for folder in repo.watched:
         os.utime(f"{path}/{folder}", ns=(_UNTOUCHED_NS, _UNTOUCHED_NS))

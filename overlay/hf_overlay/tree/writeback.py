@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from hf_overlay import hfcache, keeping
 from hf_overlay.tree import files, store, usage
@@ -46,19 +47,13 @@ def bring_home(session: str, hub: str) -> dict[str, str]:
 
     Returns the paths that must stay because not all of each could be moved: path -> why.
     """
+    for folder in ("home", "hubs", *store.FOLDERS):
+        files.remove_litter(f"{session}/{folder}")
     stuck: dict[str, str] = {}
     for repo, name in _written_repos(session):
-        # One name a session, so that what a kill leaves of it is overwritten when it is done again.
-        place = _Place(
-            f"{hub}/{name}",
-            tuple(f"{each}/{hfcache.LOCKS}/{name}" for each in (hub, *_hubs(session))),
-            f"{hub}/{name}/{os.path.basename(session)}.incomplete",
-        )
+        place = _place(session, hub, name)
         try:
-            problem = keeping.problem(hub)
-            if problem is not None and problem.kind == "away":  # a folder made in its place would hide the drive
-                raise OSError(errno.ENODEV, f"the Hugging Face cache {problem.text}")
-            os.makedirs(hub, exist_ok=True)
+            _make_hub(hub)
             if not _move_whole(repo, place):
                 _merge(repo, place)
             if place.is_busy:
@@ -74,6 +69,31 @@ def bring_home(session: str, hub: str) -> dict[str, str]:
             except OSError:  # another volume: the next client makes one
                 pass
     return stuck
+
+
+def bring_home_finished(session: str, hub: str) -> None:
+    """Move what clients have finished downloading into the merged repos of a living session to the real cache `hub`.
+
+    The tree goes on showing it, by a link in its place. Raises OSError; can be repeated.
+    """
+    for folder in _names(f"{session}/{store.FOLDER}"):
+        repo = f"{session}/{store.FOLDER}/{folder}"
+        if store.is_written(repo) and _is_merged(repo):
+            _make_hub(hub)
+            _merge(repo, _place(session, hub, store.repo_folder(folder)), link=f"{session}/link.next")
+
+
+def _place(session: str, hub: str, name: str) -> _Place:
+    # One name a session, so that what a kill leaves of it is overwritten when it is done again.
+    aside = f"{hub}/{name}/{os.path.basename(session)}.incomplete"
+    return _Place(f"{hub}/{name}", tuple(f"{each}/{hfcache.LOCKS}/{name}" for each in (hub, *_hubs(session))), aside)
+
+
+def _make_hub(hub: str) -> None:
+    problem = keeping.problem(hub)
+    if problem is not None and problem.kind == "away":  # a folder made in its place would hide the drive
+        raise OSError(errno.ENODEV, f"the Hugging Face cache {problem.text}")
+    os.makedirs(hub, exist_ok=True)
 
 
 def _written_repos(session: str) -> Iterator[tuple[str, str]]:
@@ -95,7 +115,10 @@ def _written_repos(session: str) -> Iterator[tuple[str, str]]:
 
 
 def _hubs(session: str) -> list[str]:
-    return [f"{session}/hubs/{name}" for name in _names(f"{session}/hubs")]
+    """The hub folders, and the one that a client made itself, after something had removed the link to them."""
+    made = f"{session}/home/hub"
+    is_made = os.path.isdir(made) and not os.path.islink(made)
+    return [*(f"{session}/hubs/{name}" for name in _names(f"{session}/hubs")), *([made] if is_made else [])]
 
 
 def _is_worth_keeping(repo: str) -> bool:
@@ -124,8 +147,11 @@ def _move_whole(repo: str, place: _Place) -> bool:
     return True
 
 
-def _merge(repo: str, place: _Place) -> None:
-    """Add a repo's downloads to the same repo in the cache, revision by revision. Raises OSError; can be repeated."""
+def _merge(repo: str, place: _Place, *, link: str | None = None) -> None:
+    """Add a repo's downloads to the same repo in the cache, revision by revision. Raises OSError; can be repeated.
+
+    `link` is set while programs use the repo: whatever is moved leaves a link in its place, which is made there first.
+    """
     target, aside = place.path, place.aside
     own = _own_commit(repo)
     if has_payload(repo):
@@ -134,7 +160,10 @@ def _merge(repo: str, place: _Place) -> None:
         path = f"{repo}/blobs/{name}"
         if os.path.islink(path) or not os.path.isfile(path) or not place.is_free(name):
             continue
-        if name.endswith(".incomplete"):
+        if link is not None:
+            if not name.endswith(".incomplete"):
+                _share(path, f"{target}/blobs/{name}", place.aside, link)
+        elif name.endswith(".incomplete"):
             _move_incomplete(path, f"{target}/blobs/{name}", f"{place.locks[0]}/{hfcache.lock_name(name)}", aside)
         elif not os.path.exists(f"{target}/blobs/{name}"):
             _move(path, f"{target}/blobs/{name}", aside)
@@ -142,16 +171,26 @@ def _merge(repo: str, place: _Place) -> None:
             os.unlink(path)  # named by its content: the cache has it already
     complete: set[str] = set()
     for commit in _names(f"{repo}/snapshots"):
-        if commit != own and _merge_snapshot(f"{repo}/snapshots/{commit}", commit, place):
+        if commit != own and _merge_snapshot(_revision(repo, commit), commit, place, is_used=link is not None):
             complete.add(commit)
+    shown = _shown_refs(repo)
     for folder in ("trees", ".no_exist", "refs"):
         for relative in _files(f"{repo}/{folder}"):
             path = f"{repo}/{folder}/{relative}"
             content = files.read(path)
             commit = content.decode("ascii", "replace") if folder == "refs" else relative.split("/")[0].split(".")[0]
             wanted = f"{target}/{folder}/{relative}"
+            if folder == "refs" and shown.get(relative) == commit:
+                continue  # nobody wrote it: it is a tier's, or the cache's own
             if commit in complete and not _is_newer(wanted, path):
                 _write(wanted, content, aside)
+
+
+def _revision(repo: str, commit: str) -> str:
+    """The folder of one revision; in a merged repo, clients add files to those that we made, which are views."""
+    view = f"{repo}/{hfcache.VIEWS}/{commit}"
+    is_view = os.path.islink(f"{repo}/snapshots/{commit}") and os.path.isdir(view)
+    return view if is_view else f"{repo}/snapshots/{commit}"
 
 
 def _is_newer(path: str, other: str) -> bool:
@@ -159,8 +198,10 @@ def _is_newer(path: str, other: str) -> bool:
     return os.path.exists(path) and os.path.getmtime(path) > os.path.getmtime(other)
 
 
-def _merge_snapshot(snapshot: str, commit: str, place: _Place) -> bool:
+def _merge_snapshot(snapshot: str, commit: str, place: _Place, *, is_used: bool) -> bool:
     """Add one revision's links to the cache's repo; False when nothing or only a part of it may be in the cache.
+
+    While programs use it, files that are no links stay where they are.
 
     No folder is made before there is something to put into it, because clients take an empty one for a revision.
     """
@@ -169,6 +210,9 @@ def _merge_snapshot(snapshot: str, commit: str, place: _Place) -> bool:
     for relative in _files(snapshot):
         path, wanted = f"{snapshot}/{relative}", f"{target}/{relative}"
         is_link = os.path.islink(path)
+        if not is_link and is_used:
+            is_complete = False
+            continue
         if os.path.lexists(wanted):
             if not is_link and os.path.isfile(wanted) and os.path.getsize(wanted) == os.path.getsize(path):
                 os.unlink(path)  # one commit's file is one file
@@ -240,20 +284,37 @@ def _move(path: str, target: str, aside: str) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
+    _copy(path, target, aside)
+    os.unlink(path)
+
+
+def _copy(path: str, target: str, aside: str) -> None:
+    """Copy a file aside, sync and rename, so that under its name it is complete. Raises OSError."""
     try:
         shutil.copyfile(path, aside)
         shutil.copystat(path, aside)
-        fd = os.open(aside, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        files.sync(aside)
         os.rename(aside, target)
     except OSError:
         if os.path.exists(aside):
             os.unlink(aside)
         raise
-    os.unlink(path)
+
+
+def _share(path: str, target: str, aside: str, link: str) -> None:
+    """Have the file under another name as well, or a copy of it on another volume, and a link to that in its place."""
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if not os.path.exists(target):
+        try:
+            os.link(path, target)
+        except OSError:
+            _copy(path, target, aside)
+    elif os.path.getsize(target) != os.path.getsize(path):
+        return
+    if os.path.lexists(link):
+        os.unlink(link)
+    os.symlink(target, link)
+    os.replace(link, path)
 
 
 def _write(path: str, content: bytes, aside: str) -> None:
@@ -283,12 +344,28 @@ def _own_commit(repo: str) -> str | None:
 
 
 def _origin(repo: str) -> dict[str, str] | None:
+    origin = _recorded(repo)
+    is_model = all(isinstance(origin.get(name), str) for name in ("folder", "commit"))
+    return origin if is_model else None
+
+
+def _is_merged(repo: str) -> bool:
+    return "refs" in _recorded(repo)
+
+
+def _shown_refs(repo: str) -> dict[str, str]:
+    """The refs that a merged repo was made with: name -> commit; none for any other repo."""
+    refs = _recorded(repo).get("refs")
+    return refs if isinstance(refs, dict) else {}
+
+
+def _recorded(repo: str) -> dict[str, Any]:
+    """What the file says that tells repos of ours from a client's; empty where there is none."""
     try:
         origin = json.loads(files.read(f"{repo}/{hfcache.ORIGIN}"))
     except (OSError, ValueError, RecursionError):
-        return None
-    is_ours = isinstance(origin, dict) and all(isinstance(origin.get(name), str) for name in ("folder", "commit"))
-    return origin if is_ours else None
+        return {}
+    return origin if isinstance(origin, dict) else {}
 
 
 def _files(folder: str) -> list[str]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
@@ -40,7 +43,7 @@ class Guard:
         """
         self._app = app
         self._key = api_key.encode() if api_key else None
-        self._hosts = {"localhost", host.lower(), socket.gethostname().lower(), f"{socket.gethostname().lower()}.local"}
+        self._hosts = {"localhost", host.lower(), *names_of_this_machine()}
         self._origins = frozenset(origins)
         self._max_body = max_body
         self._refuse = refuse
@@ -123,8 +126,11 @@ class Guard:
             )
 
     def _is_ours(self, name: str | None) -> bool:
-        if name is None or name in self._hosts:
-            return name is not None
+        if name is None:
+            return False
+        name = name.removesuffix(".")
+        if name in self._hosts or name in _host_names():  # which a network may have changed since the start
+            return True
         try:
             ipaddress.ip_address(name)  # a page's name cannot be made to look like a plain address
         except ValueError:
@@ -133,6 +139,31 @@ class Guard:
 
     def _too_large(self) -> TooLarge:
         return TooLarge(f"the body is larger than {self._max_body} bytes, or has more than {MAX_VALUES} values")
+
+
+def names_of_this_machine(local_name: Callable[[], str] | None = None) -> set[str]:
+    """Return the names that this machine has in its network, in lower case.
+
+    `local_name` returns the name that it announces there, which on macOS stays what its owner has chosen, while the
+    host name is what the network calls it.
+    """
+    announced = (local_name or _announced_name)().strip().lower()
+    return _host_names() | ({announced, f"{announced}.local"} if announced else set())
+
+
+def _host_names() -> set[str]:
+    name = socket.gethostname().lower()
+    return {name, f"{name}.local"}
+
+
+def _announced_name() -> str:
+    """Return LocalHostName on macOS; empty where there is none, or it cannot be found out."""
+    if sys.platform == "darwin":
+        command = ["/usr/sbin/scutil", "--get", "LocalHostName"]
+        with suppress(OSError, subprocess.SubprocessError):
+            # Without closing descriptors, so that it is spawned and not forked (see `children`).
+            return subprocess.run(command, capture_output=True, text=True, timeout=2, close_fds=False).stdout
+    return ""
 
 
 def _split(url: str) -> SplitResult:

@@ -16,7 +16,7 @@ _OURS = frozenset({"messages", "conversation", "tools", "documents", "chat_templ
                    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"})  # fmt: skip
 
 _FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
-"""What the dialects know. Pillow reads more, some by starting other programs."""
+"""The formats that the dialects know. Pillow reads more, some by starting other programs."""
 
 MAX_PIXELS = 100_000_000
 """Pixels of all images of a request together, checked before any of them is decoded.

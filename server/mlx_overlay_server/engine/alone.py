@@ -12,12 +12,13 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.engine import mlx
 from mlx_overlay_server.engine.commands import Item, Prefilled, Sampled, Submit
+from mlx_overlay_server.engine.failures import failure, is_late
 from mlx_overlay_server.engine.generation import Generation
 from mlx_overlay_server.engine.likely import Row, likeliest
 from mlx_overlay_server.engine.mlx import Cache
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.sampling import Matcher, Sampling, sampler
-from mlx_overlay_server.errors import Failed
+from mlx_overlay_server.errors import Failed, ServerError
 from mlx_overlay_server.settings import EngineOptions
 
 PIECE = 256
@@ -50,7 +51,9 @@ class Alone:
         """Start a sequence. Raises what mlx-lm raises on parameters it does not like."""
         # A grammar and a budget keep count of tokens, and cannot take back what a draft model guessed.
         has_draft = self._draft is not None and submit.constraint is None and submit.budget is None
-        may_reuse = not is_seeded and not submit.images and has_draft == (self._draft is not None)
+        may_reuse = (
+            submit.keeps_cache and not is_seeded and not submit.images and has_draft == (self._draft is not None)
+        )
         cache, cached = self._prefixes.fetch(self._loaded.key, submit.prompt) if may_reuse else (None, 0)
         if cache is None:
             cache = make_prompt_cache(self._model)
@@ -116,10 +119,12 @@ class Alone:
                 self._running[id_] = self._running.pop(id_)  # the next piece is another's, if one waits
             try:
                 item = next(running.items)
-            except Exception as error:  # noqa: BLE001 - alone, it harms no other
-                item = Failed(f"the engine failed: {type(error).__name__}")
+            except Exception as error:
+                if is_late(error):
+                    raise
+                item = failure(error)  # alone, it harms no other
             made.append((id_, item))
-            if isinstance(item, Failed) or (isinstance(item, Sampled) and item.finish is not None):
+            if isinstance(item, ServerError) or (isinstance(item, Sampled) and item.finish is not None):
                 del self._running[id_]
         return made
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from mlx_overlay_server.chat.grammar import Budget, Constraint
 from mlx_overlay_server.chat.requests import Params
 from mlx_overlay_server.errors import ServerError
+from mlx_overlay_server.memory import Shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ class Submit:
     constraint: Constraint | None = None
     budget: Budget | None = None
     images: tuple[Any, ...] = ()
+    keeps_cache: bool = True
+    """Whether its KV cache may serve later prompts."""
     matcher: Any = None
     """The constraint's `Matcher`. A rank other than 0 gets None and makes its own."""
 
@@ -101,3 +104,5 @@ class Stats(NamedTuple):
     """Batches lost to an error."""
     is_alive: bool = False
     last_failure: str | None = None
+    memory: Shares | None = None
+    """How the machine's memory is divided; None until the engine knows the machine."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from mlx_overlay_server.chat.grammar import Constraint
 from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.chat.requests import Params
 from mlx_overlay_server.engine.commands import (
     Cancel,
     Command,
@@ -25,10 +26,14 @@ from mlx_overlay_server.engine.commands import (
 )
 from mlx_overlay_server.engine.worker import Worker
 from mlx_overlay_server.errors import Failed, ServerError, Unavailable
+from mlx_overlay_server.memory import Shares
 from mlx_overlay_server.settings import EngineOptions
 
 STOP_SECONDS = 3
 """Seconds that the engine's last step may take once the server stops."""
+
+WARM_UP_TOKENS = 32
+"""Tokens of the prompt that warms a model up: several are read by other kernels than one."""
 
 
 class Mailbox:
@@ -69,6 +74,8 @@ class Engine:
         self._keys = itertools.count()
         self._is_aborted = False
         self._failure: str | None = None
+        self._is_prepared = asyncio.Event()
+        """Set when the thread has begun its work, or never will."""
 
     def start(self) -> None:
         """Start the thread, and return while it imports mlx-lm, which takes a second or two."""
@@ -100,6 +107,28 @@ class Engine:
             raise
         finally:
             self._loads.pop(key, None)
+
+    async def memory(self) -> Shares:
+        """Return how the machine's memory is divided, once the thread knows the machine. Raises ServerError."""
+        await self._is_prepared.wait()
+        self._check()
+        assert self.stats.memory is not None  # noqa: S101 - it comes with the thread's first stats
+        return self.stats.memory
+
+    async def warm_up(self, model: Loaded) -> None:
+        """Let a model generate one token, which compiles what its first request would wait for. Raises ServerError."""
+        size = min(WARM_UP_TOKENS, model.vocab_size, model.context or WARM_UP_TOKENS)
+        submit = Submit(self.new_id(), model.key, tuple(range(size)), Params(), 1, keeps_cache=False)
+        mailbox = self.submit([submit])
+        try:
+            while True:
+                for _, item in await mailbox.take():
+                    if isinstance(item, ServerError):
+                        raise item
+                    if isinstance(item, Sampled):
+                        return
+        finally:
+            self.cancel([submit.id])
 
     def unload(self, model: Loaded) -> None:
         """Drop a model. Its running sequences get Unavailable."""
@@ -212,6 +241,7 @@ class Engine:
 
     def _deliver(self, items: list[tuple[int, Item]], stats: Stats) -> None:
         self.stats = stats
+        self._is_prepared.set()
         for id_, item in items:
             mailbox = self._mailboxes.get(id_)
             if mailbox is None:  # cancelled meanwhile
@@ -222,6 +252,7 @@ class Engine:
 
     def _end(self, reason: str) -> None:
         self._failure = reason
+        self._is_prepared.set()
         self._fail_all(Failed(f"the engine has failed: {reason}"))
 
     def _settle(self, key: str, result: Loaded | ServerError) -> None:

@@ -9,6 +9,7 @@ Import this module before anything else that imports mlx-lm: it keeps that impor
 from __future__ import annotations
 
 import copy
+import importlib
 import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_map
+
+from mlx_overlay_server.memory import Machine
 
 
 @contextmanager
@@ -47,12 +50,74 @@ with _file_limit_kept():
 Cache = list[Any]
 """mlx-lm's KV cache of one sequence: one cache object per layer."""
 
+# Memory ----------------------------------------------------------------------------------------------------------
+
+
+def machine() -> Machine:
+    """Return what MLX says about the memory it takes from."""
+    facts = mx.device_info()
+    recommended = facts.get("max_recommended_working_set_size")  # Metal alone has it
+    if recommended is None:
+        return Machine(mx.get_memory_limit())
+    return Machine(int(recommended), is_metal=True)
+
+
+def wire(nbytes: int) -> None:
+    """Let Metal wire so many bytes, which keeps models from being paged out.
+
+    Call it before anything is computed: the limit must not change while something is. On macOS before 15 and on other
+    systems nothing is wired.
+    """
+    mx.set_wired_limit(nbytes)
+
+
+def limit_pool(nbytes: int) -> None:
+    """Let MLX keep at most so many bytes of freed buffers to use again. A limit that is lower already stays."""
+    before = mx.set_cache_limit(nbytes)
+    if before < nbytes:
+        mx.set_cache_limit(before)
+
+
+def clear_pool() -> None:
+    """Give the freed buffers that MLX keeps back to the system."""
+    mx.clear_cache()
+
+
+def drain() -> None:
+    """Wait until nothing is computed any more, and drop the errors that MLX keeps for whoever uses it next.
+
+    An error of the GPU is handed on to the CPU's stream where that waits for the GPU, and stays there as well.
+    """
+    for device in (mx.default_device(), mx.Device(mx.cpu)):
+        for _ in range(2):  # the first call raises an error that is kept, and thereby ends it
+            try:
+                mx.synchronize(mx.default_stream(device))
+            except RuntimeError:
+                continue
+            break
+
+
 # Batches ---------------------------------------------------------------------------------------------------------
 
 
 def can_batch(model: Any) -> bool:
     """Return whether a model's sequences can share a continuous batch: each layer's cache must be able to merge."""
     return all(hasattr(layer, "merge") for layer in make_prompt_cache(model))
+
+
+def make_batch(model: Any, **options: Any) -> BatchGenerator:
+    """Return a BatchGenerator that leaves the wired limit alone.
+
+    By itself it sets the limit, and when it goes it restores the one that it found: in the middle of what another
+    model computes, which MLX forbids, and to nothing at all where it was the first of several.
+    """
+    generate: Any = importlib.import_module("mlx_lm.generate")  # the package has a function of that name
+    original = generate.maybe_set_recommended_wired_limit
+    generate.maybe_set_recommended_wired_limit = lambda: None  # "no limit was set": then it restores none, either
+    try:
+        return BatchGenerator(model, **options)
+    finally:
+        generate.maybe_set_recommended_wired_limit = original
 
 
 def set_prefill_step(batch: BatchGenerator, tokens: int) -> None:

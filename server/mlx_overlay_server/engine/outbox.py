@@ -1,4 +1,4 @@
-"""What the engine has made and not handed to the event loop yet."""
+"""The items that the engine has made and not handed to the event loop yet."""
 
 from __future__ import annotations
 

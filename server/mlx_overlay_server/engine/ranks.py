@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_overlay_server.engine.commands import Command, Submit
+from mlx_overlay_server.settings import rank
 
 
 class Ranks:
     """This process's place among the ranks, and the way from rank 0's commands to the others."""
 
-    def __init__(self) -> None:
-        """Join the group, and give all ranks one random seed, so that they draw the same tokens."""
-        group = mx.distributed.init()
-        self.group: Any = group if group.size() > 1 else None
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        """Join the group, and give all ranks one random seed, so that they draw the same tokens.
+
+        Without a launcher there is no group to look for: MLX would try MPI, which starts a daemon, listens, and has
+        been seen to hang.
+        """
+        group = mx.distributed.init() if rank(environ) is not None else None
+        self.group: Any = group if group is not None and group.size() > 1 else None
         """MLX's group; None for a process on its own."""
         if self.group is not None:
             state: Any = mx.random.state
@@ -30,6 +36,13 @@ class Ranks:
         if self.group is None:
             return list(commands)
         return self._send(commands) if self.group.rank() == 0 else self._receive()
+
+    def least(self, number: int) -> int:
+        """Return the smallest of the numbers that the ranks have, so that all of them go by the same one."""
+        if self.group is None:
+            return number
+        smallest: Any = mx.distributed.all_min(mx.array(number, dtype=mx.int64), stream=mx.cpu).item()
+        return int(smallest)
 
     @staticmethod
     def _send(commands: Sequence[Command]) -> list[Command]:

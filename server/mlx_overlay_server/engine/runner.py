@@ -186,9 +186,9 @@ class Runner:
 
     @property
     def _batch(self) -> BatchGenerator:
-        """The batch, made when it is needed: it raises MLX's wired limit, and restores it when it goes."""
+        """The batch, made when it is needed."""
         if self._generator is None:
-            self._generator = BatchGenerator(
+            self._generator = mlx.make_batch(
                 self._model,
                 completion_batch_size=self._options.batch_size,
                 prefill_batch_size=self._options.batch_size,
@@ -325,4 +325,6 @@ class Runner:
         return id_, item
 
     def _keep(self, sequence: _Sequence, cache: Cache, tokens: list[int]) -> None:
-        self._prefixes.insert(self.loaded.key, tokens, cache, system=sequence.generation.submit.system)
+        submit = sequence.generation.submit
+        if submit.keeps_cache:
+            self._prefixes.insert(self.loaded.key, tokens, cache, system=submit.system)

@@ -1,4 +1,4 @@
-"""How the next token is chosen: samplers and logits processors for mlx-lm, one set for each request."""
+"""The choice of the next token: samplers and logits processors for mlx-lm, one set for each request."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from mlx_lm.sample_utils import (
 
 from mlx_overlay_server.chat.grammar import Budget, Constraint
 from mlx_overlay_server.chat.requests import Params
+from mlx_overlay_server.engine.failures import is_late
 
 Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]
@@ -169,7 +170,10 @@ class Guarded:
                 self._is_first = False
                 for mask in self._masks:
                     logits = mask(last, logits)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the rows beside this one are well
+        except Exception as error:
+            if is_late(error):  # reading the last token waits for the device
+                raise
+            # Whatever else it is, the rows beside this one are well.
             self._error = f"the engine failed: {type(error).__name__}"
         return logits
 

@@ -7,8 +7,9 @@ commands and by what the model says alone.
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from mlx_overlay_server.chat.loaded import Loaded
@@ -23,8 +24,10 @@ from mlx_overlay_server.engine.commands import (
     Submit,
     Unload,
 )
+from mlx_overlay_server.engine.failures import failure, first_line, is_late, load_failure
 from mlx_overlay_server.engine.outbox import Outbox
-from mlx_overlay_server.errors import Failed, ServerError, Unavailable
+from mlx_overlay_server.errors import ServerError, Unavailable
+from mlx_overlay_server.memory import Shares, shares
 from mlx_overlay_server.settings import EngineOptions
 
 if TYPE_CHECKING:
@@ -34,11 +37,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mlx_overlay_server")
 
-_PATH = re.compile(r"(?<![\w/.])~?/[\w.-]+/")
-_REASON_CHARACTERS = 400
-
 IDLE_SECONDS = 0.1
 """Seconds that other ranks wait at most for rank 0 when nothing happens."""
+
+POOL_SECONDS = 2.0
+"""Seconds without work after which MLX's pool of freed buffers is given back to the system.
+
+Between the requests of one client it is worth keeping: the next one needs buffers of the same sizes.
+"""
 
 
 class Handle(Protocol):
@@ -55,9 +61,13 @@ class Handle(Protocol):
 class Worker:
     """The loop of the engine's thread, on every rank."""
 
-    def __init__(self, engine: Handle) -> None:
+    def __init__(self, engine: Handle, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` gives monotonic seconds."""
         self._engine = engine
         self._options = engine.options
+        self._clock = clock
+        self._commands: deque[Command] = deque()
+        """Commands that were taken and not carried out yet."""
         self._runners: dict[str, Runner] = {}
         self._loading: dict[str, Iterator[Runner | None]] = {}
         self._owner: dict[int, str] = {}
@@ -65,6 +75,9 @@ class Worker:
         self._steps = self._failures = 0
         self._last_failure: str | None = None
         self._outbox = Outbox()
+        self._worked_at: float | None = None
+        """When there was work last; None when MLX's pool is empty since."""
+        self._memory: Shares | None = None
         self._ranks: Ranks
         self._prefixes: PrefixCache
 
@@ -74,23 +87,30 @@ class Worker:
             self._prepare()
             self._run()
         except Exception as error:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
-            reason = f"{type(error).__name__}: {_first_line(error)}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
             logger.error("the engine has failed: %s", reason)
             self._engine.end(reason)
         self._runners.clear()
         self._loading.clear()
 
     def _prepare(self) -> None:
-        """Import MLX and mlx-lm, which the first load would have to wait for."""
-        import mlx_overlay_server.engine.mlx  # before anything else imports mlx-lm
+        """Import MLX and mlx-lm, which the first load would have to wait for, and set MLX's limits."""
+        from mlx_overlay_server.engine import mlx  # before anything else imports mlx-lm
 
         # isort: split
         import mlx_overlay_server.engine.loading  # noqa: F401
         from mlx_overlay_server.engine.prefix_cache import PrefixCache
         from mlx_overlay_server.engine.ranks import Ranks
 
+        machine = mlx.machine()
+        if machine.is_metal:  # elsewhere nothing can be wired, and the pool is small, or on a card that nobody shares
+            if not self._options.no_wired_memory:
+                mlx.wire(machine.usable)
+            mlx.limit_pool(shares(machine).pool)
         self._ranks = Ranks()
-        self._prefixes = PrefixCache(self._options.cache_bytes)
+        kept = self._ranks.least(shares(machine, prefixes=self._options.cache_bytes).prefixes)
+        self._memory = shares(machine, prefixes=kept)
+        self._prefixes = PrefixCache(kept)
         self._publish([])
 
     def _run(self) -> None:
@@ -105,47 +125,65 @@ class Worker:
                 self._reset(error)
 
     def _turn(self) -> bool:
-        is_busy = bool(self._loading) or any(runner.is_busy for runner in self._runners.values())
-        seconds = 0 if is_busy else IDLE_SECONDS if self._ranks.group is not None else 3600
-        commands = self._ranks.share(self._engine.take(seconds))
-        items: list[tuple[int, Item]] = []
-        for command in commands:
+        commands = self._ranks.share(self._engine.take(self._seconds()))
+        self._commands.extend(commands)
+        while self._commands:  # one by one: after an error the rest is still there
+            command = self._commands.popleft()
             if isinstance(command, Stop):
                 return False
-            self._apply(command, items)
+            self._apply(command)
         for key, steps in list(self._loading.items()):
             self._go_on_loading(key, steps)
         for key, runner in list(self._runners.items()):
             if runner.is_busy:
-                self._step(key, runner, items)
-        self._outbox.add(items)
+                self._step(key, runner)
         if commands or self._outbox.is_due:
             self._publish(self._outbox.items)
             self._outbox.sent(len(self._owner))
         return True
 
-    def _apply(self, command: Command, items: list[tuple[int, Item]]) -> None:
+    def _seconds(self) -> float:
+        """Return how many seconds the next turn may wait for commands. Empties MLX's pool when that is due."""
+        if self._commands or self._loading or any(runner.is_busy for runner in self._runners.values()):
+            self._worked_at = self._clock()
+            return 0
+        longest = IDLE_SECONDS if self._ranks.group is not None else 3600
+        if self._worked_at is None:
+            return longest
+        left = self._worked_at + POOL_SECONDS - self._clock()
+        if left > 0:
+            return min(left, longest)
+        from mlx_overlay_server.engine import mlx
+
+        self._worked_at = None
+        mlx.clear_pool()
+        return longest
+
+    def _apply(self, command: Command) -> None:
         if isinstance(command, Load):
             self._loading[command.key] = self._load(command)
         elif isinstance(command, Unload):
             if self._loading.pop(command.key, None) is not None:  # nobody waits for it any more
                 self._clear_memory()
             if (runner := self._runners.pop(command.key, None)) is not None:
-                items += [(id_, Unavailable("the model was unloaded")) for id_ in self._forget(command.key)]
+                self._outbox.add((id_, Unavailable("the model was unloaded")) for id_ in self._forget(command.key))
                 runner.close()
                 del runner
                 self._clear_memory()
         elif isinstance(command, Submit):
             runner = self._runners.get(command.key)
             if runner is None:
-                items.append((command.id, Unavailable("the model was unloaded; try again")))
+                self._outbox.add([(command.id, Unavailable("the model was unloaded; try again"))])
                 return
+            self._owner[command.id] = command.key
             try:
                 runner.add(command)
-                self._owner[command.id] = command.key
                 self._outbox.expect(command.id)
-            except Exception as error:  # noqa: BLE001 - one request's trouble is not the others'
-                items.append((command.id, _failed(error)))
+            except Exception as error:
+                if is_late(error):
+                    raise
+                del self._owner[command.id]  # one request's trouble is not the others'
+                self._outbox.add([(command.id, failure(error))])
         elif isinstance(command, Cancel) and (key := self._owner.pop(command.id, None)) is not None:
             self._outbox.forget([command.id])
             self._runners[key].cancel(command.id)
@@ -159,12 +197,10 @@ class Worker:
         """Load one slice of a model; sequences of other models go on between slices."""
         try:
             runner = next(steps)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - loading runs the model's code; some of mlx-lm's calls sys.exit
-            self._loading.pop(key, None)
-            path = key.partition(":")[2]
-            logger.warning("cannot load %s: %s", path, str(error).strip() or type(error).__name__)
-            reason = load_failure(error, path)
-            self._engine.settle(key, Unavailable(f"the model cannot be loaded: {reason}", code="model_load_failed"))
+        except (Exception, SystemExit) as error:  # loading runs the model's code; some of mlx-lm's calls sys.exit
+            if is_late(error):
+                raise
+            self._end_load(key, error)
             self._clear_memory()
             return
         if runner is not None:
@@ -172,32 +208,55 @@ class Worker:
             self._runners[key] = runner
             self._engine.settle(key, runner.loaded)
 
-    def _step(self, key: str, runner: Runner, items: list[tuple[int, Item]]) -> None:
+    def _end_load(self, key: str, error: BaseException) -> None:
+        """Give up a load because of an error."""
+        self._loading.pop(key, None)
+        path = key.partition(":")[2]
+        logger.warning("cannot load %s: %s", path, str(error).strip() or type(error).__name__)
+        self._engine.settle(key, load_failure(error, path))
+
+    def _step(self, key: str, runner: Runner) -> None:
         self._steps += 1
         try:
             made = runner.step()
-        except Exception as error:  # noqa: BLE001 - a batch that failed is lost; the model and the others are not
-            self._failures += 1
-            self._last_failure = f"{type(error).__name__} in a batch of {key.partition(':')[2]}"
-            logger.error("%s: %s", self._last_failure, _first_line(error))
-            made = [(id_, _failed(error)) for id_ in self._forget(key)]
+        except Exception as error:
+            if is_late(error):
+                raise
+            # A batch that failed is lost; the model and the others are not.
+            self._note(error, f"in a batch of {key.partition(':')[2]}")
+            made = [(id_, failure(error)) for id_ in self._forget(key)]
             runner.reset()
+            self._prefixes.drop(key)  # one of them may be among what was not computed
             self._clear_memory()
         for id_, item in made:
             if isinstance(item, ServerError) or (isinstance(item, Sampled) and item.finish is not None):
                 self._owner.pop(id_, None)
-        items += made
+        self._outbox.add(made)
 
     def _reset(self, error: Exception) -> None:
-        self._failures += 1
-        self._last_failure = f"{type(error).__name__} in the engine"
-        logger.error("%s: %s", self._last_failure, _first_line(error))
-        items: list[tuple[int, Item]] = [*self._outbox.items, *((id_, _failed(error)) for id_ in self._owner)]
+        """End every sequence; after a late error of the GPU also the loads, and all that may have come of either."""
+        from mlx_overlay_server.engine import mlx
+
+        self._note(error, "in the engine")
+        items: list[tuple[int, Item]] = [*self._outbox.items, *((id_, failure(error)) for id_ in self._owner)]
         self._outbox.reset()
         self._owner.clear()
         for runner in self._runners.values():
             runner.reset()
+        if is_late(error):
+            for key in list(self._loading):
+                self._end_load(key, error)
+            for key in self._runners:
+                self._prefixes.drop(key)
+            mlx.drain()
+            self._clear_memory()
         self._publish(items)
+
+    def _note(self, error: Exception, where: str) -> None:
+        """Count an error, for the log and for /health."""
+        self._failures += 1
+        self._last_failure = f"{type(error).__name__} {where}"
+        logger.error("%s: %s", self._last_failure, first_line(error))
 
     def _forget(self, key: str) -> list[int]:
         """Forget the sequences of a model, and return their ids."""
@@ -218,6 +277,7 @@ class Worker:
             failures=self._failures,
             is_alive=True,
             last_failure=self._last_failure,
+            memory=self._memory,
         )
         self._engine.post(items, stats)
 
@@ -225,23 +285,7 @@ class Worker:
     def _clear_memory() -> None:
         import gc
 
-        import mlx.core as mx
+        from mlx_overlay_server.engine import mlx
 
         gc.collect()
-        mx.clear_cache()
-
-
-def _failed(error: Exception) -> ServerError:
-    return error if isinstance(error, ServerError) else Failed(f"the engine failed: {type(error).__name__}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else ""
-
-
-def load_failure(error: BaseException, folder: str) -> str:
-    """Return in one line why a model cannot be loaded, for clients: without the paths of this machine."""
-    text = " ".join(str(error).replace(f"{folder}/", "").replace(folder, "its folder").split())
-    if not text or _PATH.search(text):  # of another place than its folder: the log has it
-        return f"{type(error).__name__}; the server's log says why"
-    return text if len(text) <= _REASON_CHARACTERS else f"{type(error).__name__}; the server's log says why"
+        mlx.clear_pool()

@@ -43,7 +43,7 @@ class _Download:
 
     progress: Callable[[str], None]
     waiting: int = 0
-    """How many wait for it."""
+    """Number of callers that wait for it."""
     is_found: bool = False
     """Whether the Hub has the model. From then on it goes on when nobody waits: the next request finds it there."""
     task: asyncio.Task[None] | None = None
@@ -59,6 +59,11 @@ class Downloader:
         self._downloads = asyncio.Semaphore(DOWNLOADS)
         self._unknown: dict[str, float] = {}
         """Ids that the Hub does not have -> when it said so, in monotonic seconds; oldest first."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a model is being downloaded, or looked up."""
+        return bool(self._running)
 
     async def fetch(self, model_id: str, progress: Callable[[str], None]) -> None:
         """Download a model.

@@ -23,10 +23,12 @@ class Listed(NamedTuple):
 
 
 class Located(NamedTuple):
-    """The folder of a model, and the bytes of its weights."""
+    """The folder of a model, the bytes of its weights, and its id."""
 
     path: str
     nbytes: int
+    id: str
+    """As the disk spells it: its volume may take several spellings of a name for one."""
 
 
 class _NotHere(NamedTuple):
@@ -60,11 +62,12 @@ class Library:
         return await asyncio.to_thread(self._list)
 
     def _list(self) -> list[Listed]:
-        self._refresh()
-        return [
-            Listed(model.id, max((file.mtime_ns for file in model.files), default=0) // 10**9)
-            for model in self._session.models
-        ]
+        try:
+            self._session.refresh()
+            models = self._session.models
+        except hf_overlay.SessionError as error:
+            raise Unavailable(str(error)) from None
+        return [Listed(each.id, max((file.mtime_ns for file in each.files), default=0) // 10**9) for each in models]
 
     async def locate(self, model_id: str) -> Located:
         """Return where to load a model from, after downloading it if it is not found locally. Raises ServerError."""
@@ -86,11 +89,13 @@ class Library:
         return isinstance(await asyncio.to_thread(self._locate, model_id), Located)
 
     def _locate(self, model_id: str) -> Located | _NotHere:
-        self._refresh()
         try:
+            self._session.refresh()
             model = self._session.find(model_id)
         except hf_overlay.InvalidModelId as error:
             raise InvalidRequest(str(error), field="model") from None
+        except hf_overlay.SessionError as error:  # the overlay cannot be brought up to date: not now
+            raise Unavailable(str(error), field="model") from None
         except hf_overlay.SourceAway as error:
             raise Unavailable(str(error), field="model", code="model_away") from None
         except hf_overlay.IncompleteModel as error:
@@ -103,10 +108,4 @@ class Library:
             near = f"; did you mean {error.near}?" if error.near is not None else ""
             return _NotHere(model_id, near)
         weights = (file for file in model.files if file.name.endswith(".safetensors") and "/" not in file.name)
-        return Located(model.path, sum(file.size for file in weights))
-
-    def _refresh(self) -> None:
-        try:
-            self._session.refresh()
-        except hf_overlay.SessionError as error:
-            raise Unavailable(str(error)) from None
+        return Located(model.path, sum(file.size for file in weights), model.id)

@@ -11,11 +11,12 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from mlx_overlay_server import memory
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.errors import ServerError, Unavailable
 from mlx_overlay_server.models import room
@@ -38,7 +39,7 @@ class Loader(Protocol):
 
 
 class Extras(NamedTuple):
-    """What is loaded together with a model: LoRA weights and a draft model."""
+    """The folders that are loaded together with a model: of LoRA weights and of a draft model."""
 
     adapter_path: str | None = None
     draft: str | None = None
@@ -71,7 +72,8 @@ class _Load:
     """When it began to wait for room, in monotonic seconds."""
     has_room: bool = False
     """Whether it has begun to read weights, and takes memory."""
-    task: asyncio.Task[Resident] | None = None
+    task: asyncio.Task[Resident | str] | None = None
+    """Ends with the model, or with the id that the disk spells otherwise, under which the model is loaded."""
     _room: asyncio.Future[None] | None = None
 
     @property
@@ -105,27 +107,29 @@ class Pool:
         source: Source,
         loader: Loader,
         *,
-        budget: int,
+        budget: int | Callable[[], Awaitable[int]],
         idle_ttl: float = 0,
         pinned: tuple[str, ...] = (),
         extras: Mapping[str, Extras] | None = None,
     ) -> None:
-        """`budget`: bytes that weights may take; `idle_ttl`: seconds until an idle model is unloaded, 0: never.
+        """`budget`: bytes that weights may take, or what returns them once the machine is known.
 
+        `idle_ttl`: seconds until an idle model is unloaded, 0: never.
         `pinned`: ids that are never unloaded; `extras`: what is loaded together with an id.
         """
         self._source = source
         self._loader = loader
-        self._budget = budget
+        self._find_budget = budget if callable(budget) else None
+        self._budget = 0 if callable(budget) else budget
         self._idle_ttl = idle_ttl
         self._pinned = frozenset(pinned)
-        self._extras = extras or {}
+        self._extras = dict(extras or {})
         self._resident: dict[str, Resident] = {}
         self._users: Counter[str] = Counter()
         """How many requests use a model or wait for it: while there are any, it is not unloaded."""
         self._loads: dict[str, _Load] = {}
         """The loads that requests can join, by the model's id."""
-        self._tasks: dict[asyncio.Task[Resident], _Load] = {}
+        self._tasks: dict[asyncio.Task[Resident | str], _Load] = {}
         """All loads that have not ended, those that were cancelled included."""
         self._numbers = itertools.count()
 
@@ -153,8 +157,12 @@ class Pool:
         """Give a loaded model, which is not unloaded while the context is open. Raises ServerError."""
         self._users[model_id] += 1  # before anything is awaited: it must not be unloaded between load and use
         try:
-            resident = self._resident.get(model_id) or await self._load(model_id)
-            yield resident.model
+            found = self._resident.get(model_id) or await self._load(model_id)
+            if isinstance(found, Resident):
+                yield found.model
+            else:
+                async with self.use(found) as model:
+                    yield model
         finally:
             self._users[model_id] -= 1
             if not self._users[model_id]:
@@ -182,8 +190,8 @@ class Pool:
         self.abort()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _load(self, model_id: str) -> Resident:
-        """Load a model once, however many requests wait for it."""
+    async def _load(self, model_id: str) -> Resident | str:
+        """Load a model once, however many requests wait for it; or return the id under which to load it."""
         load = self._loads.get(model_id)
         if load is None:
             load = self._loads[model_id] = _Load(model_id)
@@ -215,7 +223,7 @@ class Pool:
         if load.task is not None:
             load.task.cancel()
 
-    def _ended(self, task: asyncio.Task[Resident]) -> None:
+    def _ended(self, task: asyncio.Task[Resident | str]) -> None:
         load = self._tasks.pop(task)
         if self._loads.get(load.id) is load:
             del self._loads[load.id]
@@ -223,11 +231,16 @@ class Pool:
             task.exception()  # whoever waited has got it; asyncio warns of errors that nobody has read
         self._admit()
 
-    async def _run(self, load: _Load) -> Resident:
+    async def _run(self, load: _Load) -> Resident | str:
         extras = self._extras.get(load.id, Extras())
         located = await self._source.locate(load.id)
+        if located.id != load.id:  # one model, which must not be in memory twice
+            self._is_given_for(load.id, located.id)
+            return located.id
         draft = await self._source.locate(extras.draft) if extras.draft is not None else None
         load.nbytes = located.nbytes + (draft.nbytes if draft is not None else 0)
+        if self._find_budget is not None:
+            self._budget = await self._find_budget()
         has_room = load.wait(next(self._numbers))
         self._admit()
         await has_room
@@ -239,6 +252,13 @@ class Pool:
         self._resident[load.id] = resident
         logger.info("loaded %s from %s in %.1f s", load.id, located.path, time.monotonic() - load.since)
         return resident
+
+    def _is_given_for(self, given: str, model_id: str) -> None:
+        """Apply what was asked for under one spelling of an id to the id as the disk spells it."""
+        if given in self._pinned:
+            self._pinned |= {model_id}
+        if given in self._extras:
+            self._extras.setdefault(model_id, self._extras[given])
 
     def _admit(self) -> None:
         """Let loads begin for which there is room, or can be made, by the rules of `room`."""
@@ -265,7 +285,7 @@ class Pool:
                 load.refuse(
                     Unavailable(
                         f"{load.id} needs {_gb(load.nbytes)} and the memory budget is {_gb(self._budget)}{held}; "
-                        "raise --memory-budget",
+                        + memory.advice(),
                         code="model_too_large",
                     )
                 )
@@ -315,12 +335,18 @@ class Pool:
         logger.info("unloaded %s (%s)", resident.id, why)
 
 
-async def preload(pool: Pool, model_ids: tuple[str, ...]) -> None:
-    """Load models before they are asked for. Failures are logged; a request for such a model tries again."""
+async def preload(
+    pool: Pool, model_ids: tuple[str, ...], warm_up: Callable[[Loaded], Awaitable[None]] | None = None
+) -> None:
+    """Load models before they are asked for, and call `warm_up` with each.
+
+    Failures are logged; a request for such a model tries again.
+    """
     for model_id in model_ids:
         try:
-            async with pool.use(model_id):
-                pass
+            async with pool.use(model_id) as model:
+                if warm_up is not None:
+                    await warm_up(model)
         except ServerError as error:
             logger.error("%s: %s", model_id, error.message)
 

@@ -1,10 +1,10 @@
-"""What the server and its preparation processes say to each other.
+"""The messages between the server and its preparation processes.
 
 They speak frames over a socket: eight bytes with a length, then a pickled value.
 
     to the process                                          from the process
                                                             None, once it is ready
-    ("model", key, the pickled Loaded)                      Result
+    ("model", key, the pickled Loaded, sys.path)            Result
     ("forget", key)                                         nothing
     ("work", name, key of a model, pickled arguments)       Result
 """
@@ -21,7 +21,7 @@ LENGTH = struct.Struct("<Q")
 
 
 class Result(NamedTuple):
-    """What came of a piece of work: a value, or an error for the client, or an error that nobody expected."""
+    """The outcome of a piece of work: a value, an error for the client, or an error that nobody expected."""
 
     value: Any = None
     refusal: ServerError | None = None

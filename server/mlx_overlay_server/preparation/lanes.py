@@ -1,4 +1,4 @@
-"""Which preparation process does what when: work that is quick never waits for work that is slow."""
+"""The schedule of the preparation processes: work that is quick never waits for work that is slow."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Work:
     """Whether it is expected to be slow, or was found to be."""
     result: asyncio.Future[Result] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     process: Process | None = None
-    """Where it runs; None while it waits."""
+    """The process that it runs in; None while it waits."""
 
     identity: int = 0
     """A number that is the same for the same work."""
@@ -74,7 +74,7 @@ class Lanes:
         self._idle: list[Process] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._at_rest = 1
-        """The spare process starts after the first work: until then, it would take time from what that waits for."""
+        """The spare process starts once the first is ready: until then, it would take time from that one's start."""
         self._is_stopped = False
 
     def start(self) -> None:
@@ -170,7 +170,6 @@ class Lanes:
                     loop.call_later(self._seconds, self._is_over, process, work),
                 ]
                 result = await process.work(work.name, work.key, work.arguments)
-                self._at_rest = AT_REST
             if not work.result.done():
                 work.result.set_result(result)
             self._idle.append(process)
@@ -263,6 +262,7 @@ class Lanes:
         try:
             await process.ready()
             self._idle.append(process)
+            self._at_rest = AT_REST
         except Ended:
             self._processes.discard(process)
             status = await process.close()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from typing import Any
 
+from mlx_overlay_server import children
 from mlx_overlay_server.preparation.frames import LENGTH, Result, packed
 
 logger = logging.getLogger("mlx_overlay_server")
@@ -30,22 +31,16 @@ class Process:
         self._socket, theirs = socket.socketpair()
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
-        # What a tokenizer in trouble writes may hold the prompt.
-        stderr = None if logger.isEnabledFor(logging.DEBUG) else subprocess.DEVNULL
-        # Ctrl-C reaches all processes of a terminal. These end when the server closes the socket, not before.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        try:
-            with theirs:
-                # With close_fds=False, Python takes posix_spawn. A fork can hang in a process with BLAS threads.
-                self._popen: subprocess.Popen[bytes] = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "mlx_overlay_server.preparation.program"],
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    stderr=stderr,
-                    close_fds=False,
-                )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        with theirs:
+            self._popen = children.start(
+                "mlx_overlay_server.preparation.program",
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                # What a tokenizer in trouble writes may hold the prompt.
+                stderr=None if logger.isEnabledFor(logging.DEBUG) else subprocess.DEVNULL,
+                # Ctrl-C reaches all processes of a terminal. These end when the server closes the socket, not before.
+                blocked=(signal.SIGINT, signal.SIGTERM),
+            )
 
     @property
     def pid(self) -> int:
@@ -59,7 +54,7 @@ class Process:
 
     async def teach(self, key: str, data: bytes) -> Result:
         """Give it a model, which is pickled. Raises Ended."""
-        result = await self._ask(("model", key, data))
+        result = await self._ask(("model", key, data, sys.path))
         if result.unexpected is None:
             self.models.add(key)
         return result
@@ -84,9 +79,7 @@ class Process:
         self.kill()
         if self._writer is not None:
             self._writer.close()
-        while self._popen.poll() is None:
-            await asyncio.sleep(0.01)
-        return self._popen.returncode
+        return await children.ended(self._popen)
 
     async def _ask(self, question: object) -> Result:
         assert self._writer is not None  # noqa: S101 - it is ready

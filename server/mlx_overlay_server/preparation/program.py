@@ -6,6 +6,7 @@ import os
 import pickle
 import queue
 import socket
+import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -31,7 +32,9 @@ def main() -> None:
         if kind == "forget":
             models.pop(rest[0], None)
         elif kind == "model":
-            key, data = rest
+            key, data, path = rest
+            # A tokenizer may be code that came with its model: it is where the server has found it.
+            sys.path += [folder for folder in path if folder not in sys.path]
             server.sendall(packed(_result(lambda: models.__setitem__(key, pickle.loads(data)))))  # noqa: B023, S301
         else:
             name, key, arguments = rest

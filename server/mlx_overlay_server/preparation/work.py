@@ -1,4 +1,4 @@
-"""What is done to prepare a request: plain functions of plain values, which run in the preparation processes."""
+"""The work of preparing a request: plain functions of plain values, which run in the preparation processes."""
 
 from __future__ import annotations
 

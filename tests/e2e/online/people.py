@@ -22,6 +22,7 @@ NEW_SAYS = "the Hub alone has this."
 FILES = {
     "config.json": b'{"model_type": "llama"}',
     "model.safetensors": weights(bytes(range(256)) * 500),
+    "tokenizer.json": b"{}",
     "sub/note é.txt": b"a note",
 }
 RELEASES = ("0.36.2", "1.31.0", "1.33.0", hubs.INSTALLED)

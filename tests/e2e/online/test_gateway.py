@@ -15,7 +15,7 @@ from tests.e2e.online.people import FILES, MINE, NEW, NOWHERE, RELEASES, Reply, 
 from tests.support.hfcache import listing
 from tests.support.loopback_hub import TOKEN
 from tests.support.online import Client, Person, cached, contents
-from tests.support.processes import SECONDS
+from tests.support.processes import PYTHON, SECONDS, finish
 
 # The gateway itself ---------------------------------------------------------------------------------------------
 
@@ -35,6 +35,17 @@ def test_without_the_secret_nothing_is_reachable(speaking: Person, session: Clie
             assert reply.status == 404, f"{prefix + path} is answered"
             assert not any(name in reply.body.decode() for name in (secret, MINE, NEW, str(speaking.models)))
     assert speaking.hub.requests == []
+
+
+def test_a_program_of_an_overlay_that_has_ended_learns_so_where_the_port_is_used_again(session: Client) -> None:
+    """P12: not "no such model", for which it would be sought elsewhere."""
+    endpoint = session.environ["HF_ENDPOINT"]
+    earlier = f"{endpoint.rpartition('/')[0]}/{hashlib.sha1(b'earlier').hexdigest()}"
+    program = "import huggingface_hub as h, sys; h.hf_hub_download(sys.argv[1], 'config.json')"
+    environ = {**session.environ, "HF_ENDPOINT": earlier, "HF_HUB_CACHE": session.environ["HOME"] + "/gone"}
+    done = finish([PYTHON, "-c", program, MINE], environ)
+    assert done.status != 0
+    assert "the overlay that this program was started in has ended" in done.err
 
 
 def test_it_listens_on_loopback_alone(session: Client) -> None:

@@ -15,7 +15,11 @@ from tests.support import hfcache
 from tests.support.folders import lay_model, settle, weights
 
 TYPES = installed()
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"w")}
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": weights(b"w"),
+    "tokenizer.json": b"{}",
+}
 
 
 def scan(root: Path, *, types: ModelTypes | None = TYPES, hub: Path = Path("/nonexistent")) -> Source:
@@ -44,7 +48,7 @@ def test_flat_nested_and_deeper_folders_keep_their_whole_path_as_id(models: Path
 def test_folders_inside_a_model_are_its_own_and_not_models(models: Path) -> None:
     lay_model(models / "org/name", {f"original/{name}": content for name, content in FILES.items()})
     [model] = scan(models).models
-    assert [file.name for file in model.files] == [*FILES, *(f"original/{name}" for name in FILES)]
+    assert [file.name for file in model.files] == sorted([*FILES, *(f"original/{name}" for name in FILES)])
 
 
 def test_a_model_tells_its_type_size_and_files(models: Path) -> None:
@@ -137,11 +141,11 @@ def test_scanning_again_sees_every_change_of_a_folder(models: Path, settled: boo
                     os.utime(path, (1, 1))
         return [file.name for model in scanner.scan()[0].models for file in model.files]
 
-    assert names() == ["config.json", "model.safetensors", "sub/a.txt"]
+    assert names() == ["config.json", "model.safetensors", "sub/a.txt", "tokenizer.json"]
     (folder / "b.txt").write_bytes(b"b")
     assert "b.txt" in names()
     (folder / "b.txt").rename(folder / "c.txt")
-    assert names() == ["c.txt", "config.json", "model.safetensors", "sub/a.txt"]
+    assert names() == ["c.txt", "config.json", "model.safetensors", "sub/a.txt", "tokenizer.json"]
     (folder / "sub/d.txt").write_bytes(b"d")
     assert "sub/d.txt" in names()
     (folder / "config.json").write_bytes(b'{"model_type": "qwen3"}')

@@ -176,12 +176,13 @@ def lay(folder: Path, *names: str, model_type: str | None = None) -> Model:
 @pytest.mark.parametrize(
     ("names", "model_type", "with_mlx_lm", "without"),
     [
-        (("model.safetensors",), "llama", "mlx", "transformers"),
+        (("model.safetensors", "tokenizer.json"), "llama", "mlx", "transformers"),
+        (("model.safetensors",), "llama", "transformers", "transformers"),
         (("model.safetensors",), "no_such", "transformers", "transformers"),
         (("pytorch_model.bin",), "llama", "transformers", "transformers"),
         (("model_index.json", "unet/diffusion_pytorch_model.safetensors"), None, "diffusers", "diffusers"),
         (("modules.json", "model.safetensors"), "bert", "sentence-transformers", "sentence-transformers"),
-        (("modules.json", "model.safetensors"), "qwen3", "mlx", "sentence-transformers"),
+        (("modules.json", "model.safetensors", "tokenizer.json"), "qwen3", "mlx", "sentence-transformers"),
         (("adapter_config.json", "adapter_model.safetensors"), None, "adapter", "adapter"),
         (("llama-Q4.gguf",), "llama", "gguf", "gguf"),
         (("model.onnx",), None, "other", "other"),

@@ -33,7 +33,7 @@ def scanner(models: Path, folder: Path) -> Scanner:
 
 def _record(folder: Path, commit: str, etag: str) -> None:
     """What a download of a commit writes, also for files that are in it as they were."""
-    for name in ("config.json", "model.safetensors"):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
         record = folder / ".cache/huggingface/download" / f"{name}.metadata"
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(f"{commit}\n{etag}\n{int((folder / name).stat().st_mtime) + 10}\n")

@@ -20,7 +20,11 @@ from hf_overlay.command import cli
 from tests.support import hfcache, processes
 from tests.support.folders import lay_model, weights
 
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"from the cache")}
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": weights(b"from the cache"),
+    "tokenizer.json": b"{}",
+}
 
 
 class Result(NamedTuple):
@@ -218,6 +222,55 @@ def test_an_id_that_could_leave_its_folder_is_a_usage_error(hf_overlay: Callable
         assert hf_overlay(command, bad).status == 2
 
 
+def test_config_says_what_is_in_force_and_where_each_comes_from(
+    hf_overlay: Callable[..., Result], home: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = home / ".config/hf-overlay/config.toml"
+    assert hf_overlay("config").out.splitlines()[0] == f"{file} (there is none)"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        f'# mine\nmodel_path = ["{models}", "~/more"]\n\nexclude = ["org/mine"]\n'
+        'below = ["/shared"]\n[map]\n"datasets/a/b" = "/rows"\n'
+    )
+    monkeypatch.setenv("HF_HOME", "/Volumes/X/hf")
+    found = hf_overlay("config", "--json").json
+    assert (found["file"], found["is_there"]) == (str(file), True)
+    assert {row["name"]: (row["value"], row["origin"]) for row in found["settings"]} | {"sessions": None} == {
+        "model_path": ([str(models), f"{home}/more"], f"{file}:2"),
+        "below": (["/shared"], f"{file}:5"),
+        "map": (["datasets/a/b=/rows"], f"{file}:6"),
+        "exclude": (["org/mine"], f"{file}:4"),
+        "hub_cache": ("/Volumes/X/hf/hub", "HF_HOME"),
+        "hf_home": ("/Volumes/X/hf", "HF_HOME"),
+        "sessions": None,
+    }
+    monkeypatch.setenv("MLX_OMNI_MODEL_PATH", "/by/variable")
+    shown = hf_overlay("config", "--exclude", "a/b").out.splitlines()
+    assert shown[0] == str(file)
+    assert [line.split() for line in shown[1:6]] == [
+        ["SETTING", "VALUE", "ORIGIN"],
+        ["model_path", "/by/variable", "MLX_OMNI_MODEL_PATH"],
+        ["below", "/shared", f"{file}:5"],
+        ["map", "datasets/a/b=/rows", f"{file}:6"],
+        ["exclude", "a/b", "--exclude"],
+    ]
+
+
+def test_every_command_honours_the_file_and_names_a_mistake_in_it(
+    hf_overlay: Callable[..., Result], home: Path, models: Path, sessions: Path
+) -> None:
+    mine = lay_model(models / "org/mine")
+    file = home / ".config/hf-overlay/config.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text(f'model_path = ["{models}"]\n')
+    assert hf_overlay("path", "org/mine").out == f"{mine}\n"
+    file.write_text('\nmodel_paths = ["/a"]\n')
+    for command in (["ls"], ["config"], ["doctor"], ["run", "--", "true"], ["serve"]):
+        done = hf_overlay(*command)
+        assert (done.status, done.out) == (2, "")
+        assert done.err == f"hf-overlay: error: {file}:2: there is no setting 'model_paths'; write model_path\n"
+
+
 def test_clean_clears_what_a_killed_program_left_and_says_so(hf_overlay: Callable[..., Result], sessions: Path) -> None:
     dead = sessions / "session-1-1"
     (dead / "home").mkdir(parents=True)
@@ -239,6 +292,13 @@ def test_help_has_examples_and_is_what_the_bare_command_prints(hf_overlay: Calla
     assert hf_overlay() == shown
 
 
+@pytest.mark.parametrize("command", ["config", "env", "service"])
+def test_the_help_of_a_command_for_once_has_examples(hf_overlay: Callable[..., Result], command: str) -> None:
+    done = hf_overlay(command, "--help")
+    assert done.status == 0
+    assert f"hf-overlay {command}" in done.out.partition("examples:")[2]
+
+
 def test_the_version_is_the_distributions(hf_overlay: Callable[..., Result]) -> None:
     assert hf_overlay("--version") == (0, f"hf-overlay {metadata.version('hf-overlay')}\n", "")
 
@@ -246,7 +306,7 @@ def test_the_version_is_the_distributions(hf_overlay: Callable[..., Result]) -> 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "tcsh"])
 def test_completion_knows_every_command(hf_overlay: Callable[..., Result], shell: str) -> None:
     script = hf_overlay("completion", shell).out
-    for command in ("run", "ls", "path", "why", "plan", "doctor", "clean"):
+    for command in ("run", "ls", "path", "why", "plan", "doctor", "clean", "config", "service", "uninstall"):
         assert re.search(rf"\b{command}\b", script)
 
 
@@ -400,3 +460,83 @@ def test_finding_models_imports_none_of_the_heavy_libraries(models: Path) -> Non
         [sys.executable, "-c", script, "ls", "--model-path", models], capture_output=True, text=True, check=True
     )
     assert done.stderr == "set()\n"
+
+
+# Layers ------------------------------------------------------------------------------------------------------------
+
+
+def test_ls_and_why_tell_of_maps_and_tiers(
+    hf_overlay: Callable[..., Result], models: Path, hub: Path, tmp_path: Path
+) -> None:
+    """P11: a map, model paths, the own cache, tiers; of one repo the cache and tiers show all revisions."""
+    tier, mapped = tmp_path / "shared/hub", lay_model(tmp_path / "elsewhere/experiment 3")
+    mine = lay_model(models / "org/mine")
+    own = hfcache.add_repo(hub, "org/both", FILES)
+    lower = hfcache.add_repo(tier, "org/both", FILES | {"more.txt": b"more"})
+    only = hfcache.add_repo(tier, "org/only", FILES)
+    plain = lay_model(tier / "org/plain")
+    layers = ("--model-path", models, "--below", tier, "--map", f"org/mapped={mapped}", "--map", f"org/both2={mapped}")
+    rows = {row["id"]: (row["source"], row["path"], row["shadows"]) for row in hf_overlay("ls", "--json", *layers).json}
+    assert rows == {
+        "org/both": ("cache", str(own), [str(lower)]),
+        "org/both2": ("map", str(mapped), []),
+        "org/mapped": ("map", str(mapped), []),
+        "org/mine": ("custom", str(mine), []),
+        "org/only": ("tier", str(only), []),
+        "org/plain": ("tier", str(plain), []),
+    }
+    why = hf_overlay("why", "org/both", *layers)
+    assert why.status == 0
+    assert f"{own} (cache): wins\n" in why.out
+    assert f"{lower} (tier): stands behind {own}; its revision {lower.name[:12]} is shown beside that one\n" in why.out
+    assert hf_overlay("path", "org/plain", *layers).out == f"{plain}\n"
+
+
+def test_why_tells_of_datasets_that_are_mapped_and_in_tiers(
+    hf_overlay: Callable[..., Result], hub: Path, tmp_path: Path
+) -> None:
+    tier, rows = tmp_path / "shared", tmp_path / "rows"
+    rows.mkdir()
+    (rows / "train.csv").write_bytes(b"a\n1\n")
+    for cache in (hub, tier):
+        hfcache.add_repo(cache, "org/data", {f"{cache.name}.csv": b"1"}, repo_type="dataset")
+    name = "datasets--org--data"
+    shown = hf_overlay("why", "datasets/org/data", "--below", tier)
+    assert shown.out.splitlines() == [
+        f"{hub / name} (cache): wins",
+        f"{tier / name} (tier): is shown together with {hub / name}",
+    ]
+    mapped = hf_overlay("why", "datasets/org/data", "--below", tier, "--map", f"datasets/org/data={rows}")
+    assert mapped.out.splitlines()[:2] == [f"{rows} (map): wins", f"{hub / name} (cache): stands behind {rows}"]
+    assert hf_overlay("why", "datasets/org/none", "--below", tier).status == 1
+
+
+def test_plan_and_doctor_tell_of_tiers(
+    hf_overlay: Callable[..., Result], hub: Path, tmp_path: Path, sessions: Path
+) -> None:
+    tier = tmp_path / "shared"
+    snapshot = hfcache.add_repo(tier, "org/data", {"rows.csv": b"1"}, repo_type="dataset")
+    lay_model(tier / "org/broken", {"model.safetensors": b""})
+    plan = hf_overlay("plan", "--json", "--below", tier).json
+    assert str(snapshot / "rows.csv") in {link["target"] for link in plan["links"]}
+    found = hf_overlay("doctor", "--json", "--below", tier, "--below", tmp_path / "away").json
+    where = {each["where"]: each["what"] for each in found}
+    assert where[str(tier / "org/broken")] == "model.safetensors is empty: still being copied?"
+    assert where[str(tmp_path / "away")] == "does not exist"
+
+
+@pytest.mark.parametrize("bad", ["org/name", "=/data", "../x=/data", "org/name="])
+def test_a_malformed_map_is_a_usage_error(hf_overlay: Callable[..., Result], bad: str) -> None:
+    result = hf_overlay("ls", "--map", bad)
+    assert result.status == 2
+    assert result.err.count("\n") == 1
+
+
+def test_the_variable_names_tiers_as_path_does_and_the_flag_wins(
+    hf_overlay: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        hfcache.add_repo(tmp_path / name, f"org/{name}", FILES)
+    monkeypatch.setenv("HF_OVERLAY_BELOW", os.pathsep.join([str(tmp_path / "a"), "", str(tmp_path / "b")]))
+    assert [row["id"] for row in hf_overlay("ls", "--json").json] == ["org/a", "org/b"]
+    assert [row["id"] for row in hf_overlay("ls", "--json", "--below", tmp_path / "c").json] == ["org/c"]

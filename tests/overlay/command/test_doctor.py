@@ -20,7 +20,11 @@ from hf_overlay.models import Code
 from tests.support import hfcache
 from tests.support.folders import lay_model, weights
 
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"w")}
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": weights(b"w"),
+    "tokenizer.json": b"{}",
+}
 
 
 def examine(*roots: Path) -> list[Finding]:
@@ -54,6 +58,29 @@ def test_every_reason_to_leave_a_folder_out_has_advice() -> None:
 def test_a_model_of_another_kind_is_no_reason_to_copy_it_again(models: Path) -> None:
     lay_model(models / "org/name", {"config.json": b'{"model_file": "mine.py", "model_type": "x"}'})
     assert "--kind any" in found("rejected", models).advice
+
+
+def test_links_that_do_not_count_are_named_with_the_reason(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "private").write_text("secret")
+    folder = lay_model(models / "org/name", {"sub/notes.txt": b"notes"})
+    (folder / "chat_template.jinja").symlink_to(tmp_path / "private")
+    (folder / "sub/vocab.json").symlink_to("/unplugged/vocab.json")
+    away, broken = (each for each in examine(models) if each.kind == "link")
+    assert away.where == f"{folder}/chat_template.jinja"
+    assert away.what == f"is a link to a file that is not a model's ({tmp_path}/private)"
+    assert "Copy the file here" in away.advice
+    assert broken.where == f"{folder}/sub/vocab.json"
+    assert broken.what == "is a broken link (/unplugged/vocab.json)"
+    assert "Connect the drive" in broken.advice
+
+
+def test_links_of_folders_that_are_left_out_are_named_too(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "private").write_text("secret")
+    folder = lay_model(models / "org/name")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to(tmp_path / "private")
+    assert found("rejected", models).what.startswith("has no tokenizer (tokenizer.json is a link to a file that is not")
+    assert found("link", models).where == f"{folder}/tokenizer.json"
 
 
 def test_apple_double_files(models: Path) -> None:

@@ -142,7 +142,7 @@ def test_no_shell_gets_a_name_that_no_overlay_sets(folder: Path, service: dict[s
 def test_every_variable_that_a_session_changes_is_one_that_shells_may_get(models: Path, sessions: Path) -> None:
     with hf_overlay.open_session([models], gateway=True) as session:
         session.offer()
-        offered = serve.offered({**os.environ, "http_proxy": "http://proxy"})
+        offered = serve.offered({**os.environ, "http_proxy": "http://proxy"}).variables
     assert {"HF_HUB_CACHE", "HF_ENDPOINT", "no_proxy", "TRANSFORMERS_CACHE"} <= offered.keys()
 
 

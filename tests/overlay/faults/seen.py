@@ -16,7 +16,7 @@ from huggingface_hub import scan_cache_dir, snapshot_download
 from tests.support.folders import weights
 
 CONFIG = b'{"model_type": "llama"}'
-CACHED = {"config.json": CONFIG, "model.safetensors": weights(b"from the cache")}
+CACHED = {"config.json": CONFIG, "model.safetensors": weights(b"from the cache"), "tokenizer.json": b"{}"}
 WEIGHTS = "model.safetensors"
 
 

@@ -64,6 +64,7 @@ hub = Path(sys.argv[1])
 for number in range(300):
     name = f"org/model-{number % 4}"
     files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"%d" % number)}
+    files["tokenizer.json"] = b"{}"
     snapshot = add_repo(hub, name, files)
     if number % 3 == 0:
         shutil.rmtree(snapshot.parents[1])

@@ -130,6 +130,27 @@ def test_an_empty_mount_point_is_a_drive_that_is_gone(
                 assert session.resolve("org/mine") == mounted / "org/mine"
 
 
+def test_a_drive_that_is_mounted_again_under_another_number_is_the_same_drive(
+    tmp_path: Path, models: Path, sessions: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P12: its device number changes with each mount, and nothing is gone while its models are there."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second volume here")
+    lay_model(models / "org/mine", settled=True)
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        again = Path(shutil.copytree(models, Path(folder, "drive")))
+        mounted = tmp_path / "mount point"
+        mounted.symlink_to(models)
+        with hf_overlay.open_session([mounted]) as session:
+            for drive in (again, models):
+                mounted.unlink()
+                mounted.symlink_to(drive)
+                assert session.refresh() == hf_overlay.Changes((), (), ())
+                assert said(caplog) == []
+                assert session.path_away("org/mine") is None
+
+
 def test_a_model_path_that_turns_into_a_file_hides_its_own_models(
     models: Path, away: Path, hub: Path, sessions: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -196,6 +196,7 @@ def test_two_thousand_folders_are_listed_shown_refreshed_and_cleared(models: Pat
         folder.mkdir(parents=True)
         (folder / "config.json").write_bytes(CONFIG if number % 100 else b"{")
         (folder / WEIGHTS).write_bytes(weights(b"%d" % number))
+        (folder / "tokenizer.json").write_bytes(b"{}")
     with hf_overlay.open_session([models]) as session:
         assert len(ids(session)) == 1980
         assert scanned(session) == ids(session)

@@ -19,7 +19,10 @@ _HOP_BY_HOP = {
     "TE": "trailers",
     "Trailer": "X-Checksum",
     "Upgrade": "h2c",
+    "X-Next-Hop": "named in Connection",
+    "X-Other-Hop": "named in Connection in capitals",
 }
+_CONNECTION = "keep-alive, x-next-hop,X-OTHER-HOP"
 _END_TO_END = {"ETag": '"abc"', "X-Repo-Commit": "a" * 40, "X-Linked-Size": "5", "Link": "<x>; rel=next"}
 _BODY = b"hello"
 
@@ -37,7 +40,7 @@ class _Hub(BaseHTTPRequestHandler):
             self.send_header(name, value)
         is_chunked = self.path.endswith("/chunked")
         self.send_header(*(("Transfer-Encoding", "chunked") if is_chunked else ("Content-Length", str(len(_BODY)))))
-        self.send_header("Connection", "keep-alive")
+        self.send_header("Connection", _CONNECTION)
         self.end_headers()
         self.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(_BODY), _BODY) if is_chunked else _BODY)
 
@@ -72,7 +75,8 @@ def _ask(gateway: Gateway, path: str) -> tuple[dict[str, str], bytes]:
     assert url.hostname is not None
     connection = http.client.HTTPConnection(url.hostname, url.port, timeout=30)
     try:
-        connection.request("GET", url.path + path, headers={**_HOP_BY_HOP, "Authorization": "Bearer x", "X-Own": "1"})
+        headers = {**_HOP_BY_HOP, "Connection": _CONNECTION, "Authorization": "Bearer x", "X-Own": "1"}
+        connection.request("GET", url.path + path, headers=headers)
         answer = connection.getresponse()
         assert answer.status == 200
         return {name.lower(): value for name, value in answer.getheaders()}, answer.read()

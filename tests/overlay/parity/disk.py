@@ -94,6 +94,7 @@ def lay_cached(hub: Path, cached: Cached) -> None:
             {
                 "config.json": b'{"model_type": "llama"}',
                 "model.safetensors": weights(f"{cached.id} {revision} {cached.salt}".encode()),
+                "tokenizer.json": b"{}",
                 "nested/deep/file.txt": b"nested",
             },
             repo_type=cached.type,

@@ -25,7 +25,7 @@ LOADED_BY_ANY = (*LOADED_BY_MLX, "pipeline", "other type", "no weights")
 IDS = ("acme/tiny", "zoo/tiny", "solo", "org/sub/deep", "my org/odd é")
 BY_PATH_ONLY = "acme/x--y"
 """An id that a cache's layout cannot hold; as a cached repo the name stands for another id."""
-EXTRAS = ("tokenizer.json", "nested/deep/file.txt", "1_Pooling/config.json", ".gitattributes", "a b é.txt")
+EXTRAS = ("merges.txt", "nested/deep/file.txt", "1_Pooling/config.json", ".gitattributes", "a b é.txt")
 TWINS = ("twin-1.txt", "twin-2.txt")
 """Equal bytes, which are one blob where the Hub's etags are known."""
 JUNK = (
@@ -74,7 +74,7 @@ class Custom:
                 {"weight_map": dict.fromkeys("ab", shards[0]) | {"c": shards[1]}}
             ).encode()
             names[self.kind] = shards if self.kind == "sharded" else shards[:1]
-        for name in [*names.get(self.kind, []), *self.extras]:
+        for name in [*names.get(self.kind, []), "tokenizer.json", *self.extras]:
             content = f"{name} of {self.id} in {root}, {self.salt}".encode()
             files[name] = weights(content) if name.endswith(".safetensors") else content
         return files | (dict.fromkeys(TWINS, b"twins") if self.is_identified else {})

@@ -42,9 +42,9 @@ def test_nobody_else_may_read_or_write_a_session(tmp_path: Path, open_umask: Non
     ("platform", "environ", "folder"),
     [
         ("linux", {"HOME": "/me"}, "/me/.cache/hf-overlay/sessions"),
-        ("darwin", {"HOME": "/me"}, "/me/Library/Caches/hf-overlay/sessions"),
+        ("darwin", {"HOME": "/me"}, "/me/Library/Application Support/hf-overlay/sessions"),
         ("linux", {"HOME": "/me", "XDG_CACHE_HOME": "/fast"}, "/fast/hf-overlay/sessions"),
-        ("darwin", {"HOME": "/me", "XDG_CACHE_HOME": "/fast"}, "/fast/hf-overlay/sessions"),
+        ("darwin", {"HOME": "/me", "XDG_CACHE_HOME": "/fast"}, "/me/Library/Application Support/hf-overlay/sessions"),
         ("linux", {"HOME": "/me", "XDG_CACHE_HOME": "relative"}, "/me/.cache/hf-overlay/sessions"),
         ("linux", {"HOME": "/me", "XDG_CACHE_HOME": ""}, "/me/.cache/hf-overlay/sessions"),
         ("linux", {"HOME": "/me", "HF_OVERLAY_DIR": "/own", "XDG_CACHE_HOME": "/fast"}, "/own"),

@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 )
 
 from tests.overlay.users_bytes.world import (
+    BELOW,
     CACHED,
     CUSTOM,
     OPERATIONS,
@@ -41,7 +42,7 @@ from tests.support.hubs import Answer, HubProcess
 CHANGING = ("acme/added", "acme/tiny", "org/front", "solo")
 """What the user adds, changes and removes."""
 
-IDS = st.sampled_from([*CUSTOM, *CACHED, "acme/added", "org/new0", "org/absent"])
+IDS = st.sampled_from([*CUSTOM, *CACHED, *BELOW, "acme/added", "org/new0", "org/absent"])
 WHICH = st.integers(0, 1)
 is_open = precondition(lambda self: bool(self.open))
 
@@ -169,7 +170,10 @@ class Lives(RuleBasedStateMachine):
         download(self.world, hub, f"org/new{len(self.payloads)}", self.new_payload())
 
     @is_open
-    @rule(which=WHICH, model_id=st.sampled_from(["acme/tiny", "org/both", "org/front", "org/second", "solo", "twin"]))
+    @rule(
+        which=WHICH,
+        model_id=st.sampled_from(["acme/tiny", "org/both", "org/front", "org/second", "solo", "twin", *BELOW]),
+    )
     def download_a_newer_revision(self, which: int, model_id: str) -> None:
         hub = self.session(which).hub_cache
         if repo_folder(model_id) not in self.world.shown(hub):

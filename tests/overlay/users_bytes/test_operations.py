@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.overlay.users_bytes.world import (
+    BELOW,
     CACHED,
     CUSTOM,
     OPERATIONS,
@@ -29,7 +30,7 @@ def test_no_operation_touches_a_users_file_or_another_cached_model(
 ) -> None:
     """On every model, and neither do a refresh, the session's end and the next start after it."""
     with world.open() as session:
-        for model_id in (*CUSTOM, *CACHED):
+        for model_id in (*CUSTOM, *CACHED, *BELOW):
             operation(world, client, session.hub_cache, model_id)
             session.refresh()
             world.check()

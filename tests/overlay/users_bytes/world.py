@@ -38,6 +38,8 @@ CUSTOM = (
 """The user's models at first (see `World`)."""
 CACHED = ("org/cached", "org/many")
 """What only the real cache holds."""
+BELOW = ("acme/behind", "org/shared", "tier/only")
+"""What a tier below the real cache holds: a plain folder, revisions beside the cache's own, and a repo of its own."""
 CONFIG = b'{"model_type": "llama"}'
 
 
@@ -48,6 +50,7 @@ class World:
         self.users = base / "users"
         self.drive = self.users / "drive"
         self.roots = [self.drive / "models", self.users / "second"]
+        self.tier = self.users / "shared"
         self.hf_home = base / "home/.cache/huggingface"
         self.hub = self.hf_home / "hub"
         self.sessions = base / "sessions"
@@ -56,11 +59,13 @@ class World:
             "HOME": str(base / "home"),
             "PATH": os.environ["PATH"],
             "HF_OVERLAY_DIR": str(self.sessions),
+            "HF_OVERLAY_BELOW": str(self.tier),
             "HF_HUB_OFFLINE": "1",
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
         }
         self._lay_cache()
         self._lay_folders()
+        self._lay_tier()
         self.mine = listing(self.users)
         self.cache = listing(self.hf_home)
         self.may_go: set[str] = set()
@@ -111,6 +116,18 @@ class World:
         _lay_local_dir(models / "twin", model_files("cached"), old)
         add_repo(second, "org/second", model_files("second, at first"), refs=("v1",), tree=True)
         add_repo(second, "org/second", model_files("second, now"), tree=True)
+
+    def _lay_tier(self) -> None:
+        """Revisions that share files with each other, and with what the real cache has of the same repo."""
+        add = partial(add_repo, self.tier, tree=True, locks=True)
+        add("tier/only", model_files("only, at first"), refs=("v1",), no_exist=("absent.json",))
+        add("tier/only", model_files("only, now"))
+        add("org/shared", model_files("shared, at first"))
+        add("org/shared", model_files("shared, in both"), refs=("v2",))
+        add_repo(self.hub, "org/shared", model_files("shared, in both"), refs=())
+        add_repo(self.hub, "org/shared", model_files("shared, now") | {"own.json": b"{}"}, tree=True)
+        add_repo(self.tier, "org/data", {"data.csv": b"5,6"}, repo_type="dataset")
+        lay_model(self.tier / "acme/behind")
 
     def open(self) -> AbstractContextManager[hf_overlay.Session]:
         return hf_overlay.open_session(self.roots, environ=self.environ)
@@ -221,7 +238,12 @@ def _lay_local_dir(folder: Path, files: Mapping[str, bytes], commit: str) -> Non
 
 
 def model_files(name: str) -> dict[str, bytes]:
-    return {"config.json": CONFIG, "model.safetensors": weights(f"weights of {name}".encode()), "sub/vocab.json": b"{}"}
+    return {
+        "config.json": CONFIG,
+        "model.safetensors": weights(f"weights of {name}".encode()),
+        "tokenizer.json": b"{}",
+        "sub/vocab.json": b"{}",
+    }
 
 
 def _changes(before: Mapping[str, Entry], after: Mapping[str, Entry]) -> str:
@@ -354,7 +376,7 @@ def download(world: World, hub: Path, model_id: str, payload: bytes) -> None:
     config = repo / "blobs" / etag("config.json", CONFIG)
     if config.is_symlink() and not config.exists():
         config.unlink()  # a client renames over it
-    add_repo(hub, model_id, {"config.json": CONFIG, "model.safetensors": payload}, tree=True)
+    add_repo(hub, model_id, {"config.json": CONFIG, "model.safetensors": payload, "tokenizer.json": b"{}"}, tree=True)
 
 
 def held(world: World, payloads: Collection[bytes]) -> set[bytes]:

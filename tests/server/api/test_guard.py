@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +14,8 @@ import pytest
 from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_overlay_server.api.guard import Guard
+from mlx_overlay_server.api import guard as guard_module
+from mlx_overlay_server.api.guard import Guard, names_of_this_machine
 from mlx_overlay_server.errors import ServerError
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -59,17 +62,10 @@ class Door:
         body: Iterable[bytes] = (),
         path: str = "/v1/models",
         method: str = "POST",
+        guard: Guard | None = None,
     ) -> int:
-        """The status of the answer."""
-        guard = Guard(
-            self.app,
-            api_key=self.api_key,
-            host=self.host,
-            origins=self.origins,
-            max_body=_LIMIT,
-            refuse=self._refuse,
-            count=lambda path, status: self.counted.append((path, status)),
-        )
+        """The status of the answer, from a guard of its own, or the one given."""
+        guard = guard or self.guard()
         pairs = [*ours, *headers]
         scope: Scope = {
             "type": "http",
@@ -96,6 +92,17 @@ class Door:
         (status,) = [message["status"] for message in sent if message["type"] == "http.response.start"]
         assert not sent[-1].get("more_body", False)
         return int(status)
+
+    def guard(self) -> Guard:
+        return Guard(
+            self.app,
+            api_key=self.api_key,
+            host=self.host,
+            origins=self.origins,
+            max_body=_LIMIT,
+            refuse=self._refuse,
+            count=lambda path, status: self.counted.append((path, status)),
+        )
 
     def _refuse(self, _: Scope, error: ServerError) -> Response:
         self.refused = error
@@ -303,3 +310,52 @@ def test_what_is_no_http_passes() -> None:
     )
     asyncio.run(guard({"type": "lifespan"}, nothing, nothing))
     assert seen == ["lifespan"]
+
+
+# Names of a Mac ------------------------------------------------------------------------------------------------------
+
+
+def test_the_name_that_a_mac_announces_is_its_own_also_where_the_network_calls_it_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "dhcp-17.example.org")
+    assert names_of_this_machine(lambda: "Anns-MacBook\n") == {
+        "anns-macbook",
+        "anns-macbook.local",
+        "dhcp-17.example.org",
+        "dhcp-17.example.org.local",
+    }
+    monkeypatch.setattr(guard_module, "_announced_name", lambda: "Anns-MacBook")
+    door = Door(host="0.0.0.0")
+    for name in ("Anns-MacBook.local:10240", "anns-macbook.local.", "dhcp-17.example.org"):
+        assert door.ask(ours=[("host", name)]) == 200, name
+    assert door.ask(ours=[("host", "bobs-macbook.local")]) == 403
+
+
+def test_a_name_that_the_network_gives_later_is_its_own_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    door = Door(host="0.0.0.0")
+    guard = door.guard()
+    assert door.ask(ours=[("host", "renamed.example.org:10240")], guard=guard) == 403
+    monkeypatch.setattr(socket, "gethostname", lambda: "renamed.example.org")
+    assert door.ask(ours=[("host", "renamed.example.org:10240")], guard=guard) == 200
+
+
+def test_the_announced_name_is_asked_for_on_macos_alone_and_its_failure_does_no_harm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Sequence[str]] = []
+
+    def scutil(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        if len(asked) > 1:
+            raise subprocess.TimeoutExpired(command, 2)
+        return subprocess.CompletedProcess(command, 0, "Anns-MacBook\n", "")
+
+    monkeypatch.setattr(subprocess, "run", scutil)
+    monkeypatch.setattr(sys, "platform", "linux")
+    names_of_this_machine()
+    assert asked == []
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert "anns-macbook.local" in names_of_this_machine()
+    assert asked == [["/usr/sbin/scutil", "--get", "LocalHostName"]]
+    assert "anns-macbook.local" not in names_of_this_machine()

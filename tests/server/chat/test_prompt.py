@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import copy
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +17,12 @@ from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.prompt import Prompt, render
 from mlx_overlay_server.chat.requests import Call, ChatRequest, Image, Message, ToolChoice
 from mlx_overlay_server.errors import InvalidRequest
+from PIL import Image as Pillow
 
 from tests.server.chat.answers import TOOLS
 from tests.support.loaded import loaded
 from tests.support.models import make_model
+from tests.support.soak.requests import bomb
 
 _CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -217,6 +222,17 @@ def test_a_template_that_opens_the_reasoning_is_noticed(tmp_path: Path) -> None:
     assert not render(loaded(folder), _ask(_user("Hi"))).is_reasoning
 
 
+@pytest.mark.parametrize(("state", "opens"), [("reasoning", True), ("normal", False), (None, False)])
+def test_a_format_whose_answers_begin_with_reasoning_is_noticed(
+    state: str | None, opens: bool, templated: Templated
+) -> None:
+    model = templated(_CHATML)
+    tokenizer = copy.copy(model.tokenizer)
+    tokenizer._response_format = {"initial_state": state} if state else {}  # type: ignore[attr-defined]
+    prompt = render(replace(model, tokenizer=tokenizer), _ask(_user("Hi")))
+    assert prompt.is_reasoning is opens
+
+
 @pytest.mark.parametrize("text", ["<think>", "Say <think>\n", "<|im_end|>\n<|im_start|>assistant\n<think>"])
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
 def test_a_quoted_mark_does_not_open_the_reasoning(text: str, role: Any, model: Loaded) -> None:
@@ -264,3 +280,64 @@ def test_without_system_messages_and_tools_nothing_is_shared(template: str, temp
 def test_a_prompt_of_which_the_shared_part_cannot_be_told_shares_nothing(templated: Templated) -> None:
     prompt = render(templated(_ALTERNATING), _ask(_system("Be brief."), _user("Hi")))
     assert prompt.system == 0
+
+
+def test_a_template_that_fails_on_the_shared_part_alone_is_used_all_the_same(templated: Templated) -> None:
+    picky = "{% if not messages[-1].content %}{{ raise_exception('Say something.') }}{% endif %}" + _CHATML
+    prompt = render(templated(picky), _ask(_system("Be brief."), _user("Hi")))
+    assert prompt.system == 0
+    assert prompt.tokens == render(templated(_CHATML), _ask(_system("Be brief."), _user("Hi"))).tokens
+
+
+# Ends and images -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("turns", "continues"),
+    [
+        ((_user("Hi"), _assistant("So")), True),
+        ((_user("Hi"), _assistant("")), False),
+        ((_user("Hi"), _assistant("So"), _user("And?"), _assistant("")), False),
+        ((_user(""), _assistant(""), _user("And?"), _assistant("Then")), True),
+        ((_user("Hi"), _assistant("So"), _user("And?")), False),
+    ],
+)
+def test_whether_an_answer_goes_on_with_text_is_told_by_the_last_message(
+    turns: tuple[Message, ...], continues: bool, templated: Templated
+) -> None:
+    assert render(templated(_CHATML), _ask(*turns, continues=True)).continues_text is continues
+    assert render(templated(_CHATML), _ask(*turns)).continues_text is False
+
+
+def test_half_a_surrogate_pair_is_refused_by_the_field_that_has_it(templated: Templated) -> None:
+    with pytest.raises(InvalidRequest, match="surrogate") as caught:
+        render(templated(_CHATML), _ask(_user("a \ud800")))
+    assert caught.value.field == "messages"
+
+
+def test_images_reach_the_processor_as_pixels_in_their_order(templated: Templated) -> None:
+    def png(red: int) -> Image:
+        file = io.BytesIO()
+        Pillow.new("RGBA", (3, 2), (red, 0, 0, 255)).save(file, "PNG")
+        return Image(file.getvalue(), f"messages[0].content[{red}]")
+
+    given: list[Any] = []
+
+    def processor(text: str, images: list[Any]) -> tuple[str, list[Any]]:
+        given.extend(images)
+        return text.replace("PLACE", "there"), [image * 2 for image in images]
+
+    model = replace(templated("PLACE {{ messages[0].content[1].text }}"), processor=processor)
+    prompt = render(model, _ask(Message("user", (png(1), "See", png(2)))))
+    assert model.tokenizer.decode(list(prompt.tokens)) == "there See"
+    assert [image.shape for image in given] == [(2, 3, 3), (2, 3, 3)]
+    assert [int(image[0, 0, 0]) for image in given] == [1, 2]
+    assert [int(image[0, 0, 0]) for image in prompt.images] == [2, 4]
+
+
+def test_an_image_of_more_pixels_than_pillow_opens_is_refused_as_one_of_too_many(templated: Templated) -> None:
+    image = base64.b64decode(bomb(14_000).partition(",")[2])
+    model = replace(templated(_CHATML), processor=lambda text, images: (text, images))
+    with pytest.raises(InvalidRequest, match="pixels together") as caught:
+        render(model, _ask(Message("user", (Image(image, "messages[0].content[0]"),))))
+    assert caught.value.param == "messages[0].content[0]"

@@ -221,6 +221,12 @@ def test_a_call_that_the_end_of_the_turn_closes_is_a_call(model: Loaded) -> None
     assert _answer(reader, _read(reader, list(written.encode()))) == Answer("", "", [("find", {"a": 1})], "tool_calls")
 
 
+def test_an_unparseable_call_that_the_end_of_the_turn_closes_is_given_as_it_was_written(model: Loaded) -> None:
+    reader = Reader(model, tools=TOOLS)
+    answer = _answer(reader, _read(reader, list(b"Well. <tool_call>{")))
+    assert answer == Answer("", "Well. <tool_call>{", [], "stop"), "with a closing mark that the model did not write"
+
+
 def test_without_parallel_calls_the_answer_ends_with_the_first(model: Loaded) -> None:
     reader = Reader(model, tools=TOOLS, is_parallel=False)
     one = '<tool_call>{"name": "find", "arguments": {}}</tool_call>'
@@ -241,6 +247,16 @@ def test_a_stop_string_in_a_call_or_in_reasoning_ends_the_answer(model: Loaded) 
     reader = Reader(model, tools=TOOLS, stop=["units"])
     answer = _answer(reader, _read(reader, list(b"<think>Hm, units?</think>Yes")))
     assert (answer, reader.stop_sequence) == (Answer("Hm, ", "", [], "stop_sequence"), "units")
+
+
+@pytest.mark.parametrize("finish", ["stop", "length"])
+def test_what_only_begins_as_a_stop_string_is_given_out_at_the_end(finish: FinishReason, model: Loaded) -> None:
+    reader = Reader(model, stop=["END", "THE LAST"], tools=TOOLS)
+    events = reader.feed([Token(each, TokenLogprob("", bytes([each]), -1.0)) for each in b"This is THE"])
+    assert _answer(reader, events).text == "This is "
+    events += reader.feed([], finish)
+    assert _answer(reader, events) == Answer("", "This is THE", [], finish)
+    assert _data(events) == b"This is THE", "log probabilities of what was held back"
 
 
 def test_a_turn_gives_one_event_of_a_kind(model: Loaded) -> None:

@@ -176,6 +176,14 @@ def test_a_system_prompt_that_another_sequence_begins_with_stays_one_when_its_ow
     assert _found(prefixes, [1, 1, 0]) == 2
 
 
+def test_a_system_prompt_that_another_sequence_begins_with_is_not_kept_twice() -> None:
+    prefixes = PrefixCache(7 * _BYTES)
+    _insert(prefixes, 1, 2, 3, 4, 5, system=2)
+    _insert(prefixes, 1, 2, 6, system=2)  # the first has to go
+    assert _found(prefixes, [1, 2, 6, 7]) == 3
+    assert (len(prefixes), prefixes.nbytes) == (1, 3 * _BYTES)
+
+
 def _key_values(kind: Any) -> Any:
     def layer(view: mx.array) -> Any:
         made = kind()
@@ -258,6 +266,17 @@ def test_a_cache_that_cannot_be_cut_is_found_for_what_goes_on_after_it_alone() -
 
 _keys = st.sampled_from(["m", "other"])
 _sequences = st.lists(st.integers(0, 2), min_size=1, max_size=8).map(tuple)
+
+
+def test_a_cache_that_cannot_be_cut_goes_with_its_system_prompt() -> None:
+    prefixes = PrefixCache(4 * 4)
+    for token in (1, 2):  # the second one's room is the first one's
+        layer = ArraysCache(1)
+        layer[0] = mx.zeros((1, 3))
+        prefixes.insert("m", [token, 3], [layer], system=1)
+    assert len(prefixes) == 1
+    assert prefixes.fetch("m", [2, 3, 4])[1] == 2
+    assert prefixes.fetch("m", [1, 3, 4])[1] == 0
 
 
 @st.composite

@@ -36,7 +36,7 @@ class Shelf:
     async def locate(self, model_id: str) -> Located:
         if model_id not in self.sizes:
             raise UnknownModel(f"there is no model {model_id}")
-        return Located(f"/{model_id}", self.sizes[model_id])
+        return Located(f"/{model_id}", self.sizes[model_id], model_id)
 
     async def load(self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None) -> Loaded:
         self.loads.append((path[1:], adapter_path, draft_path))
@@ -447,3 +447,47 @@ def test_preloading_goes_on_after_a_model_that_fails(caplog: pytest.LogCaptureFi
 
     run(scenario())
     assert "there is no model nowhere" in caplog.text
+
+
+# One name, several spellings -----------------------------------------------------------------------------------------
+
+
+class FoldingShelf(Shelf):
+    """A library on a volume that ignores case."""
+
+    async def locate(self, model_id: str) -> Located:
+        await asyncio.sleep(0)
+        return await super().locate(model_id.lower())
+
+
+def test_a_model_is_in_memory_once_however_its_id_is_spelled() -> None:
+    async def work() -> None:
+        shelf = FoldingShelf()
+        pool = Pool(shelf, shelf, budget=BUDGET)
+        async with AsyncExitStack() as users:
+            models = await asyncio.gather(*(users.enter_async_context(pool.use(each)) for each in ("A", "a", "A")))
+            assert {model.key for model in models} == {"a"}
+            assert (shelf.loaded, pool.resident, pool.nbytes) == (["a"], ["a"], SIZES["a"])
+            async with pool.use("A"), pool.use("b"):
+                assert shelf.unloads == [], "another spelling is a use of it, too"
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(users.enter_async_context(pool.use("c")), 0.05)
+        async with pool.use("c"):
+            assert shelf.unloads
+        assert pool._users == {}
+
+    run(work())
+
+
+def test_what_is_given_for_one_spelling_of_an_id_counts_for_the_model() -> None:
+    async def work() -> None:
+        shelf = FoldingShelf()
+        pool = Pool(shelf, shelf, budget=BUDGET, pinned=("A",), extras={"A": Extras(draft="draft")})
+        await preload(pool, ("A",))
+        assert shelf.loads == [("a", None, "/draft")]
+        async with pool.use("b"), pool.use("a"):
+            pass
+        async with pool.use("c"):
+            assert shelf.unloads == ["b"], "it is pinned"
+
+    run(work())

@@ -26,7 +26,7 @@ class Shelf:
         self._nbytes = nbytes
 
     async def locate(self, model_id: str) -> Located:
-        return Located(f"/{model_id}", self._nbytes)
+        return Located(f"/{model_id}", self._nbytes, model_id)
 
     async def load(self, path: str, **_: Any) -> Loaded:
         await self.go_on.wait()

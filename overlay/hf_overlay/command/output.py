@@ -1,0 +1,48 @@
+"""How commands print: data to stdout, everything else to stderr, nothing that could steer a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from hf_overlay.models import Model
+from hf_overlay.text import printable
+
+
+def print_json(value: Any) -> int:
+    """Print a value as JSON; returns the exit code 0."""
+    print(json.dumps(value, indent=2))
+    return 0
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Print rows below a header, in columns; returns the exit code 0."""
+    rows = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    for number, row in enumerate([header, *rows]):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        print(_bold(line) if number == 0 else line)
+    return 0
+
+
+def _bold(text: str) -> str:
+    is_plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    return text if is_plain else f"\033[1m{text}\033[0m"
+
+
+def size(model: Model) -> str:
+    """A model's size in three digits with a unit."""
+    size = float(model.size_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def say(text: str) -> None:
+    """Tell a person something: one line on stderr."""
+    print(f"hf-overlay: {printable(text)}", file=sys.stderr)

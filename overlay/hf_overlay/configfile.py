@@ -1,0 +1,125 @@
+"""The configuration file: TOML that says once for all which folders there are.
+
+    model_path = ["/Volumes/LLMS/models", "~/models"]
+    below = ["/shared/huggingface/hub"]
+    exclude = ["org/name"]
+
+    [map]
+    "org/name" = "/data/my-model"
+
+Every mistake in it is a UsageError that names the file, the line, and what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+from hf_overlay import config
+from hf_overlay.config import ConfigFile
+from hf_overlay.errors import UsageError, check_descriptors
+
+_LISTS = {"model_path": "folders", "below": "folders", "exclude": "ids"}
+"""Settings that are lists of texts, and of what."""
+_KEYS = (*_LISTS, "map")
+
+
+def read(environ: Mapping[str, str]) -> ConfigFile:
+    """Read the configuration file of an environment; it need not exist. Raises UsageError for a mistake in it."""
+    path = config.file_path(environ)
+    if path is None:
+        return config.NO_FILE
+    try:
+        with open(path, "rb") as file:
+            text = file.read().decode("utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        if config.FILE_VARIABLE in environ:
+            raise UsageError(f"{config.FILE_VARIABLE} names {path}, which is not there; correct or unset it") from None
+        return ConfigFile(path)
+    except OSError as error:
+        check_descriptors(error)
+        raise UsageError(
+            f"cannot read {path}: {error.strerror}; correct that, or go without it: {config.FILE_VARIABLE}="
+        ) from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{path}:{line}: this is not UTF-8; save the file as UTF-8") from error
+    return parse(path, text)
+
+
+def parse(path: str, text: str) -> ConfigFile:
+    """The settings in the text of a configuration file. Raises UsageError."""
+    import tomllib  # some milliseconds, for those who have such a file
+
+    try:
+        found = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        what, _, where = str(error).partition(" (at ")
+        line = re.search(r"line (\d+)", where)
+        number = int(line[1]) if line else len(text.splitlines())
+        raise UsageError(f"{path}:{number}: this is not TOML ({what}); correct the line") from error
+    for key, value in found.items():
+        if (mistake := _mistake(key, value)) is not None:
+            raise UsageError(f"{path}:{line_of(text, key)}: {mistake}")
+    for name, folder in found.get("map", {}).items():
+        if (mistake := _not_mapped(name, folder)) is not None:
+            raise UsageError(f"{path}:{line_of(text, 'map', name)}: {mistake}")
+    return ConfigFile(path, text, map=found.get("map", {}), **{key: tuple(found.get(key, ())) for key in _LISTS})
+
+
+def line_of(text: str, *keys: str) -> int:
+    """The number of the line at which a key's statement begins; further keys are those of the table below it.
+
+    The parser tells no lines. So ever more lines are read, until the key is there.
+    """
+    import tomllib
+
+    lines = text.splitlines(keepends=True)
+    begin = 0
+    for end in range(len(lines) + 1):
+        try:
+            tables = tomllib.loads("".join(lines[:end]))
+        except tomllib.TOMLDecodeError:  # in the middle of a statement
+            continue
+        if _holds(tables, keys):
+            break
+        begin = end
+    return begin + 1
+
+
+def _holds(tables: object, keys: Sequence[str]) -> bool:
+    return not keys or (isinstance(tables, dict) and keys[0] in tables and _holds(tables[keys[0]], keys[1:]))
+
+
+def _mistake(key: str, value: object) -> str | None:
+    """What is wrong with a setting, and what to do; None when nothing is."""
+    if key not in _KEYS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(key.replace("-", "_"), _KEYS, 1)
+        return f"there is no setting {key!r}; " + (f"write {near[0]}" if near else f"there are {', '.join(_KEYS)}")
+    if key == "map":
+        if isinstance(value, dict):
+            return None
+        return 'map must be a table of folders; write [map], and below it "org/name" = "/data/my-model"'
+    if not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
+        return f'{key} must be a list of {_LISTS[key]}; write {key} = ["…", "…"]'
+    return next((mistake for each in value if (mistake := _not_good(key, each))), None)
+
+
+def _not_mapped(name: str, folder: object) -> str | None:
+    """What is wrong with a line of the table of maps, and what to do; None when nothing is."""
+    if name in _KEYS:
+        return f"{name} is in the table map; put it above [map]"
+    if not isinstance(folder, str):
+        return f'{name!r} must lead to a folder; write "{name}" = "/data/my-model"'
+    return config.why_not_mappable(name) or _not_good("map", folder)
+
+
+def _not_good(key: str, text: str) -> str | None:
+    if not text or "\0" in text:
+        return f"{key} holds an empty or malformed text, {text!r}; remove it"
+    if key != "exclude" and not (os.path.isabs(text) or text.startswith("~")):
+        return f"{text!r} is a relative path; write the whole path, or one that begins with ~/"
+    return None

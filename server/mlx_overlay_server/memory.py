@@ -1,0 +1,69 @@
+"""How a machine's memory is divided: from facts about it, and what the user chose, to limits in bytes. Pure functions.
+
+All numbers of this kind are here. The engine's thread finds the facts out when it starts (`engine/mlx.py`), since they
+take MLX, and tells the shares to everybody else.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+PREFIXES = 1 / 8
+"""The part of the memory for KV caches that are kept for later prompts."""
+RUNNING = 1 / 8
+"""The part for what is needed while sequences run: their KV caches, and what a prefill computes with."""
+MAX_RUNNING = 32 * 10**9
+POOL = 1 / 32
+"""The part for MLX's buffer pool: buffers that were freed and are kept to be used again."""
+MAX_POOL = 2 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What is known about the memory that MLX takes from."""
+
+    usable: int
+    """Bytes that MLX may take: what Metal recommends; elsewhere the limit that MLX sets itself."""
+    is_metal: bool = False
+    """Whether it is a GPU of Apple's, which shares its memory with all other programs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """The bytes that each use of the memory may take."""
+
+    usable: int
+    """All that MLX may take."""
+    pool: int
+    """MLX's buffer pool."""
+    running: int
+    """KV caches of running sequences, and what a prefill computes with."""
+    prefixes: int
+    """KV caches that are kept for later prompts."""
+
+    @property
+    def weights(self) -> int:
+        """The weights of all resident models: what the other uses leave."""
+        return max(0, self.usable - self.pool - self.running - self.prefixes)
+
+
+def shares(machine: Machine, *, prefixes: int | None = None) -> Shares:
+    """Divide a machine's memory. `prefixes`: the bytes that the user chose for kept KV caches; None: a part of all."""
+    usable = machine.usable
+    return Shares(
+        usable,
+        pool=min(int(usable * POOL), MAX_POOL),
+        running=min(int(usable * RUNNING), MAX_RUNNING),
+        prefixes=int(usable * PREFIXES) if prefixes is None else prefixes,
+    )
+
+
+def advice(platform: str | None = None) -> str:
+    """Return what to do about a model that the memory budget is too small for; `platform` as in `sys.platform`."""
+    if (platform or sys.platform) != "darwin":
+        return "raise --memory-budget"
+    return (
+        "raise --memory-budget, or let the GPU use more of the memory: "
+        "`sudo sysctl iogpu.wired_limit_mb=MEGABYTES`, then start the server again"
+    )
