@@ -99,7 +99,7 @@ def load(
         has_own_calls=has_own_calls,
         processor=load_processor(model, config) if group is None else None,
     )
-    yield Runner(loaded, model, draft, options, prefixes)
+    yield Runner(loaded, model, draft, options, prefixes, group=group)
 
 
 def _check(command: Load, options: EngineOptions) -> None:

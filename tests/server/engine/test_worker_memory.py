@@ -133,7 +133,9 @@ def check_forgotten(worker: Worker) -> None:
     left = {name: held for name, held in remembered(worker).items() if name != "_runners"}
     assert left == {}, "the worker still remembers the sequence"
     for runner in runners.values():
-        assert remembered(runner) == {}, "the runner still remembers the sequence"
+        held = remembered(runner)
+        held.pop("_pace._rates", None)  # the model's speed: one number for each doubling of the context
+        assert held == {}, "the runner still remembers the sequence"
 
 
 @pytest.fixture(scope="module")
