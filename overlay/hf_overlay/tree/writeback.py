@@ -112,6 +112,7 @@ def _written_repos(session: str) -> Iterator[tuple[str, str]]:
     for folder in store.FOLDERS:
         for linked_repo in _names(f"{session}/{folder}"):
             path = f"{session}/{folder}/{linked_repo}"
+            alive()
             if os.path.islink(path):
                 continue
             if has_payload(path):
