@@ -240,6 +240,13 @@ def make_parser() -> argparse.ArgumentParser:
         type=_positive,
         metavar="TOKENS",
     )
+    add(
+        "max_stall_ms",
+        "--max-stall-ms",
+        "longest pause of running answers while prompts are read",
+        type=_positive,
+        metavar="MILLISECONDS",
+    )
     add = add.of(Settings)
     add(
         "shutdown_seconds",

@@ -37,6 +37,8 @@ class EngineOptions:
     """Sequences of one model that generate at once."""
     prefill_step: int = 2048
     """Tokens of prompts that one pass of a model reads at most."""
+    max_stall_ms: int = 250
+    """Milliseconds that a decoding sequence waits at most for others' prompts, between two of its tokens."""
     cache_bytes: int | None = None
     """Bytes of KV caches that are kept for later prompts; None: a part of the machine's memory (`memory`)."""
     no_wired_memory: bool = False

@@ -462,13 +462,13 @@ def test_an_interrupt_while_the_overlay_is_made_ends_it_unless_the_shell_ignores
 ) -> None:
     interrupted_early = """
 import os, signal, sys
-from hf_overlay import session
 from hf_overlay.command.cli import main
-clear = session.clear_dead
-def clear_after_a_signal(sessions):
+from hf_overlay.tree import clear
+clear_dead = clear.clear_dead
+def clear_after_a_signal(*arguments):
     os.kill(os.getpid(), signal.SIGINT)
-    return clear(sessions)
-session.clear_dead = clear_after_a_signal
+    return clear_dead(*arguments)
+clear.clear_dead = clear_after_a_signal
 sys.exit(main())
 """
     shell = ["sh", "-c", f'{trap}exec "$@"', "sh"]

@@ -45,6 +45,7 @@ FLAGS: list[tuple[str, str, str, Any]] = [
     ("--max-prompt", "100", "limits.prompt_tokens", 100),
     ("--max-tokens", "100", "limits.answer_tokens", 100),
     ("--prefill-step", "64", "engine.prefill_step", 64),
+    ("--max-stall-ms", "100", "engine.max_stall_ms", 100),
     ("--shutdown-seconds", "0", "shutdown_seconds", 0.0),
     ("--load-seconds", "30", "engine.load_seconds", 30.0),
     ("--draft-model", "org/d", "draft_model", "org/d"),

@@ -296,7 +296,8 @@ class Catalog:
 
     def read_made(self, model_id: str, path: str) -> Model | None:
         """The model in the merged repo at `path`; None where there is none that can be loaded, or none was made."""
-        if not isinstance(self._made.get(hfcache.repo_folder(model_id)), MergedRepo):
+        made = self._made.get(hfcache.repo_folder(model_id))
+        if not isinstance(made, MergedRepo) or not all(self.is_folder(each, root) for each, root in made.sources):
             return None
         found = self._scanner.read_repo(path, model_id)
         return found if isinstance(found, Model) else None

@@ -17,7 +17,7 @@ from hf_overlay.config import Kind
 from hf_overlay.errors import OverlayError
 from hf_overlay.patience import Patience
 from hf_overlay.session import Session, open_session
-from hf_overlay.tree import lease
+from hf_overlay.tree import clear, lease
 from hf_overlay.tree.lease import Owner
 
 logger = logging.getLogger("hf_overlay")
@@ -96,6 +96,7 @@ def offered(environ: Mapping[str, str]) -> Offer:
     Raises OverlayError when none is being served, and where the shell has chosen another home for login and downloads.
     """
     sessions = lease.sessions_folder(environ)
+    clear.check_answers(sessions, Patience())
     owners = []
     for path in lease.sessions_in(sessions):
         owner = lease.read_owner(path)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-_HALF_CONTEXT = 8192
-"""A pass over tokens that follow so many others reads half as much: attention takes time and memory for each."""
+LEAST_SHARED = 64
+"""Tokens that two prompts must begin with, beyond what is known of them, for one to wait for the other."""
 
 
 @dataclass(slots=True)
@@ -29,6 +29,10 @@ class Prompt:
     """Tokens at its start that need not be read: they are in its KV cache, or known to be in a kept one."""
     stops: list[int] = field(default_factory=list)
     """Sizes of beginnings whose KV caches shall be kept: reading pauses there."""
+    shared: dict[int, int] = field(default_factory=dict)
+    """Id of another prompt -> how many tokens both begin with, where one can take them from the other."""
+    has_begun: bool = False
+    """Whether it has a KV cache of its own."""
 
     @property
     def left(self) -> int:
@@ -39,6 +43,11 @@ class Prompt:
         """Return what is left of the prompt's tokens, cut at the stops."""
         cuts = [self.done, *sorted(stop for stop in self.stops if stop > self.done), self.size]
         return [list(tokens[start:end]) for start, end in itertools.pairwise(cuts)]
+
+    def waits_for(self, other: Prompt) -> bool:
+        """Return whether it is better to wait until another prompt has been read, for the part that both begin with."""
+        shared = self.shared.get(other.id, 0)
+        return not self.has_begun and other.done < shared and shared - self.done >= LEAST_SHARED
 
 
 class Pass(NamedTuple):
@@ -54,8 +63,10 @@ class Pass(NamedTuple):
     """The most tokens that one of the prompts has before its piece."""
 
 
+NOTHING = Pass((), 0, 0, 0)
+
 Room = Callable[[int], int]
-"""How many tokens a pass may read that follow so many others."""
+"""(tokens that come before) -> tokens that a pass may read after them."""
 
 
 def rank(read: int, unread: int) -> int:
@@ -71,13 +82,19 @@ def plan(prompts: Iterable[Prompt], *, slots: int, room: Room) -> Pass:
     """Return what the next pass reads, of prompts for which the batch has `slots` more places.
 
     The first in order is always read. Others join it where all of them are read to their ends, or next stops, within
-    the room. A prompt that is longer than that is read alone, in pieces of equal length.
+    the room. A prompt that is longer than that is read alone, in pieces of equal length. One that begins like another
+    one before it waits until that one has read what both begin with.
     """
     chosen: list[int] = []
     readers = tokens = context = 0
+    ahead: dict[int, Prompt] = {}
     for prompt in sorted(prompts, key=lambda prompt: (prompt.rank, prompt.id)):
         if len(chosen) >= slots:
             break
+        is_waiting = any(id_ in ahead and prompt.waits_for(ahead[id_]) for id_ in prompt.shared)
+        ahead[prompt.id] = prompt
+        if is_waiting:
+            continue
         left = prompt.left
         if left == 0:
             chosen.append(prompt.id)
@@ -89,8 +106,3 @@ def plan(prompts: Iterable[Prompt], *, slots: int, room: Room) -> Pass:
             readers, tokens, context = readers + 1, max(tokens, left), max(context, prompt.done)
             chosen.append(prompt.id)
     return Pass(tuple(chosen), tokens, readers * tokens, context)
-
-
-def bounded(most: int, context: int) -> int:
-    """Return how many tokens a pass may read at most, of `most` at a prompt's start, that follow so many others."""
-    return max(1, most * _HALF_CONTEXT // (_HALF_CONTEXT + context))

@@ -47,7 +47,7 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def fetch(self, key: str, prompt: Sequence[int]) -> tuple[Cache | None, int]:
+    def fetch(self, key: str, prompt: Sequence[int] | Tokens) -> tuple[Cache | None, int]:
         """Return the KV cache of a prompt's longest known beginning, and its number of tokens; (None, 0) without one.
 
         At least one token of the prompt is left to read. The caller may change the cache.
@@ -61,11 +61,11 @@ class PrefixCache:
             trim_prompt_cache(cache, len(best.tokens) - length)
         return cache, length
 
-    def known(self, key: str, prompt: Sequence[int]) -> int:
+    def known(self, key: str, prompt: Sequence[int] | Tokens) -> int:
         """Return how many tokens of a prompt `fetch` would return the KV cache of."""
         return self._longest(key, prompt)[1]
 
-    def _longest(self, key: str, prompt: Sequence[int]) -> tuple[_Entry | None, int]:
+    def _longest(self, key: str, prompt: Sequence[int] | Tokens) -> tuple[_Entry | None, int]:
         """Return the entry that serves for most of a prompt, and how many tokens that is; (None, 0) without one."""
         tokens = np.asarray(prompt, dtype=np.int64)
         best: _Entry | None = None
@@ -73,10 +73,10 @@ class PrefixCache:
         for entry in self._entries:
             if entry.key != key:
                 continue
-            common = min(_common(entry.tokens, tokens), len(tokens) - 1)
-            is_usable = common == len(entry.tokens) or can_trim_prompt_cache(entry.cache)
-            if is_usable and common > length:
-                best, length = entry, common
+            shared = min(common(entry.tokens, tokens), len(tokens) - 1)
+            is_usable = shared == len(entry.tokens) or can_trim_prompt_cache(entry.cache)
+            if is_usable and shared > length:
+                best, length = entry, shared
         return best, length
 
     def insert(self, key: str, prompt: Sequence[int], cache: Cache, *, system: int) -> None:
@@ -86,12 +86,12 @@ class PrefixCache:
         tokens = np.asarray(prompt, dtype=np.int64)
         can_trim = can_trim_prompt_cache(cache)
         for entry in [each for each in self._entries if each.key == key]:
-            common = _common(entry.tokens, tokens)
-            if common == len(tokens) and (can_trim or common == len(entry.tokens)):
+            shared = common(entry.tokens, tokens)
+            if shared == len(tokens) and (can_trim or shared == len(entry.tokens)):
                 entry.used = next(self._clock)  # known already
                 entry.system = max(entry.system, system)
                 return
-            if common == len(entry.tokens) and can_trim:  # the new one serves for it
+            if shared == len(entry.tokens) and can_trim:  # the new one serves for it
                 self._remove(entry)
                 system = max(system, entry.system)
         kept = mlx.compact(cache)
@@ -123,7 +123,7 @@ class PrefixCache:
         """Return another entry that begins with an entry's shared beginning; None without one."""
         shared = entry.tokens[: entry.system]
         same = (each for each in self._entries if each.key == entry.key)
-        return next((each for each in same if _common(each.tokens, shared) == entry.system), None)
+        return next((each for each in same if common(each.tokens, shared) == entry.system), None)
 
     def _add(self, entry: _Entry) -> None:
         self._entries.append(entry)
@@ -156,7 +156,7 @@ def _nbytes(cache: Cache) -> int:
     return sum(layer.nbytes for layer in cache)
 
 
-def _common(a: Tokens, b: Tokens) -> int:
+def common(a: Tokens, b: Tokens) -> int:
     """Return how many tokens two sequences share at their start."""
     size = min(len(a), len(b))
     differs = a[:size] != b[:size]

@@ -64,3 +64,11 @@ class Ranks:
         data = mx.distributed.all_sum(mx.zeros(size, dtype=mx.uint8), stream=mx.cpu)
         content: Any = data.tolist()
         return list(pickle.loads(bytes(content)))  # noqa: S301 - from rank 0, which started us
+
+
+def slowest(seconds: float, group: Any) -> float:
+    """Return the longest of the seconds that a group's ranks took, the same on each; `group`: None for one process."""
+    if group is None:
+        return seconds
+    longest: Any = mx.distributed.all_max(mx.array(seconds), group=group, stream=mx.cpu).item()
+    return float(longest)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.generate import BatchGenerator, StopSequences
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 
@@ -16,14 +20,16 @@ from mlx_overlay_server.engine.commands import Item, Prefilled, Submit
 from mlx_overlay_server.engine.generation import Generation, matcher_of
 from mlx_overlay_server.engine.likely import Likely, Row, likeliest
 from mlx_overlay_server.engine.mlx import Cache
-from mlx_overlay_server.engine.prefill import Prompt, bounded, plan, rank
-from mlx_overlay_server.engine.prefix_cache import PrefixCache
+from mlx_overlay_server.engine.pace import Pace
+from mlx_overlay_server.engine.prefill import LEAST_SHARED, NOTHING, Pass, Prompt, plan, rank
+from mlx_overlay_server.engine.prefix_cache import PrefixCache, Tokens, common
+from mlx_overlay_server.engine.ranks import slowest
 from mlx_overlay_server.engine.sampling import Sampler, Sampling, effective, sampler
 from mlx_overlay_server.errors import Failed
 from mlx_overlay_server.settings import EngineOptions
 
-WHILE_DECODING = 4
-"""While sequences decode, a pass over prompts is so many times smaller, because they wait for it."""
+_MOST_STOPS = 4
+"""Stops of one prompt: each ends a pass early."""
 
 
 @dataclass(slots=True)
@@ -32,6 +38,7 @@ class _Sequence:
 
     generation: Generation
     sampler: Sampler
+    tokens: Tokens
     prompt: Prompt
     uid: int | None = None
     """BatchGenerator's number for it; None while it is not in the batch."""
@@ -44,8 +51,21 @@ class _Sequence:
 class Runner:
     """Steps everything that one model generates."""
 
-    def __init__(self, loaded: Loaded, model: Any, draft: Any, options: EngineOptions, prefixes: PrefixCache) -> None:
-        """`draft`: the model for speculative decoding, or None; `prefixes` is shared with the other models."""
+    def __init__(
+        self,
+        loaded: Loaded,
+        model: Any,
+        draft: Any,
+        options: EngineOptions,
+        prefixes: PrefixCache,
+        *,
+        group: Any = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`draft`: the model for speculative decoding, or None; `prefixes` is shared with the other models.
+
+        `group`: MLX's group of the ranks that run the same, or None; `clock` gives seconds.
+        """
         self.loaded = loaded
         self._model = model
         self._draft = draft
@@ -55,6 +75,9 @@ class Runner:
         self._stream = mx.default_stream(mx.default_device())
         self._can_batch = draft is None and options.kv_bits is None and mlx.can_batch(model)
         self._can_trim = can_trim_prompt_cache(make_prompt_cache(model))
+        self._group = group
+        self._clock = clock
+        self._pace = Pace(options.prefill_step, options.max_stall_ms / 1000)
         self.reset()
 
     def reset(self) -> None:
@@ -107,12 +130,59 @@ class Runner:
         if not submit.prompt or submit.max_tokens <= 0:
             raise ValueError("nothing to read, or nothing to generate")
         generation = Generation(submit, sampling, matcher_of(submit, self.loaded), cached=0)
-        size, known = len(submit.prompt), self._prefixes.known(self.loaded.key, submit.prompt)
-        prompt = Prompt(submit.id, size, rank(self._read, size - known), known)
-        if not self._can_trim and known < submit.system < size:  # it cannot be cut out of what is kept later
+        tokens = np.asarray(submit.prompt, dtype=np.int64)
+        prompt = Prompt(submit.id, len(tokens), rank=0)
+        self._share(prompt, tokens)
+        prompt.done = self._known(tokens)
+        prompt.rank = rank(self._read, prompt.size - prompt.done)
+        if not self._can_trim and prompt.done < submit.system < prompt.size:  # what is kept later cannot be cut there
             prompt.stops.append(submit.system)
-        self._sequences[submit.id] = _Sequence(generation, sampler(sampling, None), prompt)
+        self._sequences[submit.id] = _Sequence(generation, sampler(sampling, None), tokens, prompt)
         self._unread[submit.id] = prompt
+
+    def _share(self, prompt: Prompt, tokens: Tokens) -> None:
+        """Note what a new prompt has in common with others, and keep the KV cache of what is read of it already."""
+        best: tuple[int, _Sequence | None] = (0, None)
+        for other in self._sequences.values():
+            shared = min(common(tokens, other.tokens), prompt.size - 1, other.prompt.size - 1)
+            if shared < LEAST_SHARED:
+                continue
+            if shared > other.prompt.done and self._can_share(prompt, other, shared):
+                prompt.shared[other.prompt.id] = other.prompt.shared[prompt.id] = shared
+            if other.prompt.has_begun:
+                best = max(best, (min(shared, other.prompt.done), other), key=lambda pair: pair[0])
+        size, source = best
+        if source is not None and size - self._known(tokens) >= LEAST_SHARED:
+            self._keep_head(source, size)
+
+    def _can_share(self, prompt: Prompt, other: _Sequence, size: int) -> bool:
+        """Return whether two prompts can share so many tokens: a KV cache that cannot be cut is kept exactly there."""
+        if self._can_trim:
+            return True
+        both = (prompt.stops, other.prompt.stops)
+        if any(size not in stops and len(stops) >= _MOST_STOPS for stops in both):
+            return False
+        for stops in both:
+            if size not in stops:
+                stops.append(size)
+        if other.uid is not None:
+            self._take_out(other, other.uid)  # the batch would read past the stop
+        return True
+
+    def _keep_head(self, sequence: _Sequence, size: int) -> None:
+        """Keep the KV cache of the first `size` tokens that a sequence has read, where it can be cut."""
+        if not self._can_trim:
+            return
+        cache, count = sequence.cache, sequence.prompt.done
+        if sequence.uid is not None:
+            ((cache, tokens),) = self._batch.extract_cache([sequence.uid]).values()
+            count = len(tokens)
+        if cache is not None and (part := mlx.head(cache, dropping=count - size)) is not None:
+            self._keep(sequence, part, sequence.tokens[:size].tolist())
+
+    def _known(self, tokens: Tokens) -> int:
+        """Return how many tokens at a prompt's start need not be read."""
+        return self._prefixes.known(self.loaded.key, tokens)
 
     @property
     def _batch(self) -> BatchGenerator:
@@ -149,24 +219,27 @@ class Runner:
         return made + self._alone.step(may_read=self._is_alone_next)
 
     def _step_batch(self, *, may_read: bool) -> list[tuple[int, Item]]:
-        if may_read:
-            self._arrange()
-        else:
-            mlx.set_prefill_step(self._batch, 0)
+        started = self._clock()
+        is_decoding = len(self._sequences) > len(self._unread)
+        chosen = self._arrange(may_read=may_read)
         read, drawn = self._batch.next()
         self._current.forget()
+        seconds = slowest(self._clock() - started, self._group)
+        self._pace.note(chosen.size, chosen.context, seconds, is_decoding=is_decoding)
         made = [self._note_read(part) for part in read]
         told = likeliest([self._row(row) for row in drawn])
         return made + [self._note_drawn(row, likely) for row, likely in zip(drawn, told, strict=True)]
 
-    def _arrange(self) -> None:
+    def _arrange(self, *, may_read: bool) -> Pass:
         """Have the batch read in its next step what is planned, and nothing else: it reads of all prompts in it."""
+        if not may_read:
+            mlx.set_prefill_step(self._batch, 0)
+            return NOTHING
         decoding = len(self._sequences) - len(self._unread)
-        most = self._options.prefill_step // (WHILE_DECODING if decoding else 1)
         chosen = plan(
             self._unread.values(),
             slots=self._options.batch_size - decoding,
-            room=lambda context: bounded(most, context),
+            room=partial(self._pace.room, is_decoding=decoding > 0),
         )
         for id_ in self._unread.keys() - set(chosen.ids):
             if (uid := self._sequences[id_].uid) is not None:
@@ -176,11 +249,13 @@ class Runner:
                 self._put_in(self._sequences[id_])
             if self._sequences[id_].prompt.left == 0:
                 del self._unread[id_]
-        mlx.set_prefill_step(self._batch, max(1, chosen.tokens))
+        mlx.set_prefill_step(self._batch, chosen.tokens)
+        return chosen
 
     def _put_in(self, sequence: _Sequence) -> None:
         """Put a sequence into the batch: a new one, or one that was taken out."""
         generation, submit = sequence.generation, sequence.generation.submit
+        sequence.prompt.has_begun = True
         cache, done = sequence.cache, sequence.prompt.done
         if cache is None:
             cache, done = self._prefixes.fetch(self.loaded.key, submit.prompt)
@@ -210,15 +285,26 @@ class Runner:
         sequence = self._sequences[self._ids[part.uid]]
         prompt, generation = sequence.prompt, sequence.generation
         done = sequence.base + part.progress[0]
-        self._read += done - prompt.done
-        prompt.done = done
+        before, prompt.done = prompt.done, done
+        self._read += done - before
         if done in prompt.stops:
             prompt.stops.remove(done)
             for cache, tokens in self._batch.extract_cache([part.uid]).values():
                 self._keep(sequence, cache, tokens)
         if done >= prompt.size - 1:
             self._unread.pop(prompt.id, None)
+        self._hand_on(sequence, before)
         return prompt.id, Prefilled(done, prompt.size, generation.cached)
+
+    def _hand_on(self, sequence: _Sequence, before: int) -> None:
+        """Keep what a prompt has read since it had `before` tokens and others wait for, and tell them."""
+        prompt = sequence.prompt
+        sizes = {id_: size for id_, size in prompt.shared.items() if before < size <= prompt.done}
+        waiting = [id_ for id_ in sizes if id_ in self._unread and not self._unread[id_].has_begun]
+        if waiting:
+            self._keep_head(sequence, max(sizes[id_] for id_ in waiting))
+        for id_ in waiting:
+            self._unread[id_].done = self._known(self._sequences[id_].tokens)
 
     def _row(self, row: Any) -> Row:
         generation = self._sequences[self._ids[row.uid]].generation

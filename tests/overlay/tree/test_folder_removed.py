@@ -11,8 +11,8 @@ import hf_overlay
 import pytest
 from hf_overlay import config
 from hf_overlay.gateway.hub import Hub, Unavailable
-from hf_overlay.session import clear_dead
 from hf_overlay.tree import lease
+from hf_overlay.tree.clear import clear_dead
 from hf_overlay.tree.lease import Lease
 from huggingface_hub import snapshot_download
 

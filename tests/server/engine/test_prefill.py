@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx_overlay_server.engine.prefill import Prompt, bounded, plan, rank
+from mlx_overlay_server.engine.prefill import LEAST_SHARED, Prompt, plan, rank
 
 _ROOM = 64
 
@@ -118,11 +118,6 @@ def test_a_prompt_is_cut_at_the_stops_that_lie_ahead() -> None:
     assert prompt.segments([10, 11, 12, 13, 14, 15]) == [[11], [12, 13], [14, 15]]
 
 
-def test_the_more_came_before_the_less_is_read_at_once() -> None:
-    sizes = [bounded(2048, context) for context in (0, 8192, 32768, 131072, 10**9)]
-    assert sizes == [2048, 1024, 409, 120, 1]
-
-
 def test_a_prompt_with_nothing_left_to_read_takes_no_room() -> None:
     prompts = [_prompt(0, 400), *(_prompt(id_, 9, done=8) for id_ in range(1, 5))]
     chosen = plan(prompts, slots=4, room=_constant)
@@ -130,3 +125,44 @@ def test_a_prompt_with_nothing_left_to_read_takes_no_room() -> None:
     chosen = plan(prompts, slots=9, room=_constant)
     assert set(chosen.ids) == {0, 1, 2, 3, 4}
     assert chosen.size == 57
+
+
+# What prompts share -----------------------------------------------------------------------------------------------
+
+
+def _sharing(sizes: Sequence[int], shared: int) -> list[Prompt]:
+    prompts = [_prompt(id_, size) for id_, size in enumerate(sizes)]
+    for prompt in prompts:
+        prompt.shared = {other.id: shared for other in prompts if other is not prompt}
+    return prompts
+
+
+def test_what_many_share_is_read_by_the_first_of_them_alone() -> None:
+    prompts = _sharing([130, 120, 140], 100)
+    assert plan(prompts, slots=3, room=lambda _: 1000).ids == (1,)
+
+
+def test_one_that_shares_nothing_is_not_held_up() -> None:
+    prompts = [*_sharing([120, 120], 100), _prompt(7, 110)]
+    assert plan(prompts, slots=3, room=lambda _: 1000).ids == (7, 0)
+
+
+def test_what_is_read_or_too_short_to_wait_for_is_not_waited_for() -> None:
+    first, second = _sharing([160, 160], 150)
+    assert not second.waits_for(replace(first, done=150))
+    assert second.waits_for(replace(first, done=149))
+    assert not replace(second, done=150 - LEAST_SHARED + 1).waits_for(first)
+    assert replace(second, done=150 - LEAST_SHARED).waits_for(first)
+    assert not replace(second, has_begun=True).waits_for(first), "it has a cache of its own"
+
+
+@given(data=st.data(), prompts=_prompts(), slots=st.integers(1, 4))
+def test_prompts_that_share_anything_are_all_read(data: st.DataObject, prompts: list[Prompt], slots: int) -> None:
+    """Whatever begins like what, and whether or not a part that was read can be had in the end."""
+    for prompt in prompts:
+        for other in prompts[: prompt.id]:
+            shared = data.draw(st.integers(0, min(prompt.size, other.size)))
+            if shared > 0:
+                prompt.shared[other.id] = other.shared[prompt.id] = shared
+    ends = _serve(((0, prompt) for prompt in prompts), slots=slots)
+    assert len(ends) == len(prompts)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.models.cache import KVCache
 from mlx_overlay_server.engine.alone import PIECE
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
-from mlx_overlay_server.engine.runner import WHILE_DECODING
 from mlx_overlay_server.settings import EngineOptions
 
 from tests.support.models import make_random_model
@@ -57,17 +57,59 @@ def test_all_prompts_together_read_no_more_than_a_step_at_once(count: int, runni
     assert 0 < max(reads) <= _STEP
 
 
-def test_while_others_decode_less_is_read_at_once(running: Running) -> None:
-    speaking = running.add(_text(0, 4), max_tokens=1000)
-    while not running.tokens(speaking):
+class _Machine:
+    """Gives a runner a clock of its own, by which each token that is read, and each decoding step, takes some time."""
+
+    def __init__(self, running: Running, *, read: float, decode: float) -> None:
+        self.now = 0.0
+        self.reads: list[int] = []
+        self.silences: list[float] = []
+        """Seconds of the steps in which something was decoded."""
+        batch = running.runner._batch
+        original = batch.next
+        before: dict[int, int] = {}
+
+        def step() -> Any:
+            parts, rows = original()
+            done = {part.uid: part.progress[0] for part in parts if not part.end_of_prompt}
+            self.reads.append(sum(size - before.get(uid, 0) for uid, size in done.items()))
+            before.update(done)
+            seconds = read * self.reads[-1] + decode * bool(rows)
+            self.now += seconds
+            if rows:
+                self.silences.append(seconds)
+            return parts, rows
+
+        batch.next = step
+        running.runner._clock = lambda: self.now
+
+
+@pytest.mark.parametrize("read", [1e-4, 1e-3, 1e-2])
+def test_the_silence_of_those_that_decode_is_bounded_by_time(read: float, folder: Path) -> None:
+    """On a slow machine, and on a quick one, which reads on at its speed."""
+    running = Running(folder, EngineOptions(max_stall_ms=250))
+    machine = _Machine(running, read=read, decode=0.02)
+    speaking = [running.add(_text(number, 4), max_tokens=3000) for number in range(4)]
+    while not all(running.tokens(id_) for id_ in speaking):
         running.step()
-    long = running.add(_text(1, 5 * _STEP))
-    reads = []
-    while len(running.told(long)) < 5:
-        spoken = len(running.tokens(speaking))
-        reads.append(_read_in_a_step(running))
-        assert len(running.tokens(speaking)) == spoken + 1, "reading left the others without a token"
-    assert 0 < max(reads) <= _STEP // WHILE_DECODING
+    machine.silences.clear()
+    size = 1500
+    long = running.add(_text(5, size))
+    started, before = machine.now, len(running.tokens(speaking[0]))
+    while not running.tokens(long):
+        running.step()
+    assert max(machine.silences) <= 0.25 + 64 * read * (read > 0.002), "the first pass of a slow machine is a guess"
+    assert machine.now - started <= 1.3 * (size * read + 0.02 * len(machine.silences))
+    assert len(running.tokens(speaking[0])) - before == len(machine.silences)
+    assert len(machine.silences) <= 5 + 1.5 * size * read / 0.2, "it is read in needlessly small pieces"
+
+
+def test_when_nobody_decodes_a_pass_takes_twice_as_long_at_most(folder: Path) -> None:
+    running = Running(folder, EngineOptions(max_stall_ms=100))
+    machine = _Machine(running, read=0.001, decode=0.02)
+    running.add(_text(5, 1500))
+    running.finish()
+    assert 150 <= max(machine.reads) <= 200
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(running: Running) -> None:
@@ -212,3 +254,138 @@ def test_pieces_of_a_prompt_that_runs_alone_mean_the_same_as_all_of_it(running: 
     assert len(quantised.told(id_)) > 4, "it was read at once"
     assert quantised.tokens(id_) == running.tokens(other)
     assert quantised.read(prompt).cached == len(prompt) - 1
+
+
+# What many share ----------------------------------------------------------------------------------------------------
+
+
+def _agents(running: Running, count: int, shared: int, own: int, **more: Any) -> list[int]:
+    common = _text(3, shared)
+    return [running.add([*common, *_text(number, own)], **more) for number in range(count)]
+
+
+def _computed(running: Running, ids: list[int]) -> int:
+    """How many tokens of prompts were read for some sequences, which have ended."""
+    return sum(running.told(id_)[-1].total - running.told(id_)[-1].cached for id_ in ids)
+
+
+@pytest.mark.parametrize("step", [64, 2048])
+def test_what_many_prompts_share_is_read_once(step: int, folder: Path) -> None:
+    running = Running(folder, EngineOptions(prefill_step=step))
+    ids = _agents(running, 8, 300, 20)
+    running.finish()
+    assert _computed(running, ids) == 300 + 8 * 20
+    for number, id_ in enumerate(ids):
+        assert running.tokens(id_) == _runner(folder, 1 << 20, 1).said([*_text(3, 300), *_text(number, 20)], 3)
+
+
+def test_the_same_prompt_many_times_is_read_once(running: Running) -> None:
+    ids = [running.add(_text(0, 300)) for _ in range(6)]
+    running.finish()
+    assert _computed(running, ids) == 300 + 5
+    assert len({tuple(running.tokens(id_)) for id_ in ids}) == 1
+
+
+def test_what_another_has_read_already_is_taken_from_it_while_it_reads_and_while_it_generates(running: Running) -> None:
+    """An agent's brothers arrive a moment later."""
+    common = _text(3, 300)
+    first = running.add([*common, *_text(0, 300)], max_tokens=1000)
+    while running.told(first)[-1:] == [] or running.told(first)[-1].done < 320:
+        running.step()
+    assert not running.tokens(first)
+    second = running.add([*common, *_text(1, 20)])
+    while not running.tokens(first):
+        running.step()
+    third = running.add([*common, *_text(2, 20)])
+    while running.runner.active > 1:
+        running.step()
+    assert [running.told(id_)[-1].cached for id_ in (first, second, third)] == [0, 300, 300]
+
+
+def test_one_that_shares_a_part_with_one_that_is_being_read_waits_for_that_part(running: Running) -> None:
+    common = _text(3, 300)
+    first = running.add([*common, *_text(0, 300)])
+    running.step()
+    assert running.told(first)[-1].done < 200
+    second = running.add([*common, *_text(1, 900)])
+    running.finish()
+    assert running.told(second)[-1].cached == 300
+
+
+def test_who_waits_for_one_that_leaves_is_read(running: Running) -> None:
+    first, *others = _agents(running, 3, 300, 20)
+    for _ in range(2):
+        running.step()
+    done = running.told(first)[-1].done
+    assert 0 < done < 300
+    running.runner.cancel(first)
+    running.finish()
+    assert all(len(running.tokens(id_)) == 3 for id_ in others)
+    assert _computed(running, others) == 300 + 2 * 20 - done, "what it had read is lost"
+
+
+def test_without_room_for_kept_caches_everything_is_read(running: Running) -> None:
+    running.runner._prefixes = running.prefixes = PrefixCache(0)
+    ids = _agents(running, 4, 300, 20)
+    running.finish()
+    assert all(len(running.tokens(id_)) == 3 for id_ in ids)
+
+
+def test_caches_that_cannot_be_cut_are_kept_where_what_is_shared_ends(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KVCache, "is_trimmable", lambda _: False)
+    running = Running(folder, EngineOptions(prefill_step=_STEP))
+    first = running.add([*_text(3, 300), *_text(0, 20)])
+    running.step()
+    assert 0 < running.told(first)[-1].done < 300
+    others = [running.add([*_text(3, 300), *_text(number, 20)]) for number in (1, 2)]
+    running.finish()
+    assert _computed(running, [first, *others]) == 300 + 3 * 20
+    for number, id_ in enumerate((first, *others)):
+        assert running.tokens(id_) == _runner(folder, 1 << 20, 1).said([*_text(3, 300), *_text(number, 20)], 3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    prompts=st.lists(
+        st.tuples(st.sampled_from([0, 70, 150]), st.integers(0, 4), st.sampled_from([1, 20, 80])),
+        min_size=1,
+        max_size=8,
+    ),
+    delays=st.lists(st.integers(0, 4), min_size=8, max_size=8),
+    cancelled=st.integers(0, 10),
+    step=st.sampled_from([7, 64, 4096]),
+    batch_size=st.sampled_from([1, 3, 32]),
+    room=st.sampled_from([0, 200_000, 1 << 30]),
+)
+def test_the_same_is_said_whatever_is_shared(
+    folder: Path,
+    prompts: list[tuple[int, int, int]],
+    delays: list[int],
+    cancelled: int,
+    step: int,
+    batch_size: int,
+    room: int,
+) -> None:
+    running = _runner(folder, step, batch_size)
+    running.runner._prefixes = running.prefixes = PrefixCache(room)
+    texts = [[*_text(3, shared), *_text(number, own)] for shared, number, own in prompts]
+    ids: list[int] = []
+    for text, delay in zip(texts, delays, strict=False):
+        ids.append(running.add(text, max_tokens=4))
+        for _ in range(delay):
+            running.step()
+    if cancelled < len(ids):
+        running.runner.cancel(ids[cancelled])
+    running.finish()
+    for at, (id_, text) in enumerate(zip(ids, texts, strict=True)):
+        expected = _answer(folder, tuple(text))
+        assert running.tokens(id_) == expected or (at == cancelled and len(running.tokens(id_)) < 4)
+
+
+@cache
+def _answer(folder: Path, prompt: tuple[int, ...]) -> list[int]:
+    runner = _runner(folder, 1 << 20, 1)
+    runner.runner._prefixes = runner.prefixes = PrefixCache(0)
+    return runner.said(list(prompt), 4)

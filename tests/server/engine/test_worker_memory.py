@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,9 @@ class Script:
 
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None:
         self.items += [item for id_, item in items if id_ == ID]
+
+    def reading(self, key: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def settle(self, key: str, result: Loaded | ServerError) -> None:
         self.settled = result
@@ -129,7 +133,9 @@ def check_forgotten(worker: Worker) -> None:
     left = {name: held for name, held in remembered(worker).items() if name != "_runners"}
     assert left == {}, "the worker still remembers the sequence"
     for runner in runners.values():
-        assert remembered(runner) == {}, "the runner still remembers the sequence"
+        held = remembered(runner)
+        held.pop("_pace._rates", None)  # the model's speed: one number for each doubling of the context
+        assert held == {}, "the runner still remembers the sequence"
 
 
 @pytest.fixture(scope="module")
