@@ -280,7 +280,8 @@ def is_overlay(hub_cache: str) -> bool:
 def how_to_leave(environ: Mapping[str, str]) -> str:
     """The command by which a shell forgets the overlay that it has joined; its HF_HOME is the user's own."""
     names = {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_DISABLE_SHARED_BLOBS", "HF_ENDPOINT", "HF_HUB_OFFLINE"}
-    return f"unset {' '.join(sorted(names & environ.keys()))}"
+    verb = "set -e" if os.path.basename(environ.get("SHELL", "")) == "fish" else "unset"
+    return f"{verb} {' '.join(sorted(names & environ.keys()))}"
 
 
 def own_folder(environ: Mapping[str, str]) -> str:

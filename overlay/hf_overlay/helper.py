@@ -19,6 +19,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from hf_overlay.config import CHANGED_VARIABLES
+
 START_SECONDS = 10
 """A process that has not started after so long is given up on."""
 _ALIVE, _ANSWER = b".", b"="
@@ -72,6 +74,7 @@ class Helper:
         process = subprocess.Popen(
             # -P: the working folder may be on a disk that hangs, too.
             [sys.executable, "-P", "-m", "hf_overlay.helper"],
+            env={name: value for name, value in os.environ.items() if name not in CHANGED_VARIABLES},  # it uses no tree
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -351,6 +351,20 @@ def linked_repo(model: Model) -> LinkedRepo:
     )
 
 
+def listed_blobs(listing: bytes) -> dict[str, str]:
+    """The etag of each file that a listing (`trees/<commit>.json`) names; nothing where it is none."""
+    try:
+        files = json.loads(listing)["files"]
+        found = {name: entry.get("lfs_sha256") or entry["blob_id"] for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+    return {
+        name: blob
+        for name, blob in found.items()
+        if isinstance(blob, str) and _ETAG.fullmatch(blob) and not {"", ".", ".."} & {*name.split("/")}
+    }
+
+
 def blob_name(path: str) -> str | None:
     """The etag in the name of the blob that a file in a cached snapshot links to; None when it has none."""
     try:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Generic, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from hf_overlay.errors import check_descriptors
 from hf_overlay.mounts import may_hang
@@ -25,6 +25,7 @@ Answer = TypeVar("Answer")
 
 STALL_SECONDS = 1.2
 """A disk that gives no sign of life for so long does not answer. It may yet: one that spins up takes a few seconds."""
+_TURN_SECONDS = 0.2
 
 
 class NoAnswer(OSError):
@@ -43,18 +44,27 @@ class _Question(Generic[Answer]):
         self._answer: Answer | None = None
         self._error: BaseException | None = None
         self._ended = threading.Event()
-        self._progress = time.monotonic()
+        self._has_reported = False
+        self.silent = 0.0
+        """Seconds without progress, as far as this process has waited for them."""
         threading.Thread(target=self._work, name=f"asks {root}", daemon=True).start()
 
     @property
     def has_ended(self) -> bool:
         return self._ended.is_set()
 
-    def answer(self, seconds: float) -> Answer:
-        """What the function returns or raises. Raises NoAnswer after so many seconds without progress."""
-        while not self._ended.wait(max(0.0, self._progress + seconds - time.monotonic())):
-            if time.monotonic() >= self._progress + seconds:
-                raise NoAnswer(self.root)
+    def wait(self, seconds: float) -> None:
+        self._ended.wait(seconds)
+
+    def has_waited(self, seconds: float) -> None:
+        """Note that somebody has waited for so long."""
+        self.silent = 0.0 if self._has_reported else self.silent + seconds
+        self._has_reported = False
+
+    def answer(self) -> Answer:
+        """What the function returns or raises. Raises NoAnswer when it has not ended."""
+        if not self.has_ended:
+            raise NoAnswer(self.root)
         if self._error is not None:
             raise self._error
         return self._answer  # type: ignore[return-value]  # which may be None itself
@@ -68,7 +78,7 @@ class _Question(Generic[Answer]):
         self._ended.set()
 
     def _has_progressed(self) -> None:
-        self._progress = time.monotonic()
+        self._has_reported = True
 
 
 class Patience:
@@ -89,13 +99,16 @@ class Patience:
             return False
         return question is not None
 
-    def ask(self, root: str, function: Callable[[], Answer]) -> Answer:
+    def ask(self, root: str, function: Callable[[], Answer], *, seconds: float | None = None) -> Answer:
         """What the function returns or raises, which looks at nothing but the disk of `root`, and can be pickled.
 
-        Raises NoAnswer when it makes no progress, and at once while an earlier question about that root is open: so
-        threads do not pile up. Raises OutOfFiles when no file descriptor is free.
+        Raises NoAnswer when it makes no progress for so many seconds (default: those of this object), and at once while
+        an earlier question about that root is open: so threads do not pile up. Raises OutOfFiles when no file
+        descriptor is free.
         """
-        return self._answer(self._begin(root, function))
+        question = self._begin(root, function)
+        _wait([question], self._seconds if seconds is None else seconds)
+        return self._answer(question)
 
     def ask_each(self, functions: Mapping[str, Callable[[], Answer]]) -> dict[str, Answer | OSError]:
         """For each root, what its function returns, or the OSError that `ask` would raise. All are asked at once."""
@@ -106,6 +119,7 @@ class Patience:
                 begun[root] = self._begin(root, function)
             except NoAnswer as error:
                 answers[root] = error
+        _wait(begun.values(), self._seconds)
         for root, question in begun.items():
             try:
                 answers[root] = self._answer(question)
@@ -136,8 +150,24 @@ class Patience:
 
     def _answer(self, question: _Question[Answer]) -> Answer:
         try:
-            return question.answer(self._seconds)
+            return question.answer()
         except NoAnswer:
             if not question.has_ended:
                 self._open[question.root] = question  # type: ignore[assignment]  # its answer is not wanted any more
             raise
+
+
+def _wait(questions: Iterable[_Question[Any]], seconds: float) -> None:
+    """Wait until each question has ended, or was silent for so many seconds.
+
+    A turn counts as no longer than it was meant to be: while a process is stopped, or a busy machine leaves it out, the
+    disk may have had no time to answer, either.
+    """
+    waiting = list(questions)
+    while waiting := [each for each in waiting if not each.has_ended and each.silent < seconds]:
+        turn = min(_TURN_SECONDS, seconds - min(each.silent for each in waiting))
+        began = time.monotonic()
+        waiting[0].wait(turn)
+        turn = min(turn, time.monotonic() - began)
+        for each in waiting:
+            each.has_waited(turn)

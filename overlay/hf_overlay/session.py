@@ -11,11 +11,11 @@ import math
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hf_overlay import config, configfile, hfcache
 from hf_overlay.catalog import weights
@@ -23,7 +23,6 @@ from hf_overlay.catalog.catalog import Catalog, incomplete_text
 from hf_overlay.catalog.plan import Plan, resolve
 from hf_overlay.config import Settings
 from hf_overlay.errors import (
-    OUT_OF_FILES,
     OverlayError,
     SessionError,
     UsageError,
@@ -34,17 +33,13 @@ from hf_overlay.gateway.hub import Hub
 from hf_overlay.gateway.server import DEFAULT_UPSTREAM, Gateway
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.models import Layer, Model
+from hf_overlay.patience import NoAnswer
 from hf_overlay.tiers import MergedRepo
-from hf_overlay.tree import held, lease, usage, writeback
-from hf_overlay.tree.clear import remove_tree
+from hf_overlay.tree import clear, held, lease, writeback
 from hf_overlay.tree.lease import Lease
-from hf_overlay.tree.publish import Tree
+from hf_overlay.tree.publish import Tree, home_entries
 
 logger = logging.getLogger("hf_overlay")
-
-LINGER_SECONDS = 1.0
-"""Longer than what a program started for itself takes to end after it, and another process to look at a lock."""
-_STILL_USED = "a program still uses the overlay at %s; it is cleared at a later start"
 
 
 class Changes(NamedTuple):
@@ -53,14 +48,6 @@ class Changes(NamedTuple):
     added: tuple[str, ...]
     changed: tuple[str, ...]
     removed: tuple[str, ...]
-
-
-class Cleared(NamedTuple):
-    """A dead session that was cleared."""
-
-    path: str
-    kept: tuple[str, ...]
-    """The downloads in it that could not be moved into the real cache. They stay there."""
 
 
 class Session:
@@ -73,7 +60,8 @@ class Session:
         self._lock = threading.Lock()
         self._changed: dict[str, float] = {}
         self._gateway: Gateway | None = None
-        self._tree = Tree(owner.path, catalog.settings.hf_home)
+        self._tree = Tree(owner.path)
+        self._has_home = self._is_home_silent = False
         plan = catalog.plan(case_insensitive=self._tree.is_case_insensitive)
         self._publish(plan)
         self._published = _answering(catalog, plan)
@@ -272,10 +260,20 @@ class Session:
         """Whether there is a folder at `path`, in the model path `root`; False while its disk does not answer."""
         return self._catalog.is_folder(path, root)
 
+    def ask(self, root: str, function: Callable[[], Any]) -> Any:
+        """What a function returns that looks at the disk of the model path `root`. Raises NoAnswer when it hangs."""
+        return self._catalog.patience.ask(root, function)
+
     def has_copy(self, folder: str) -> bool:
         """Whether a client finds main of a repo, by its folder name, without the Hub: of a model, with weights."""
+        kind, repo_id = config.kind_and_id(hfcache.full_id(folder))
+        made = self._tree.repo(repo_id, kind)
+        # The disk of a tier that does not answer must not be taken for that of the real cache.
+        if made is not None and not all(self.is_folder(path, root) for path, root in made.sources):
+            return False
+        root = self.settings.hub_cache if made is None else f"{self._tree.hub}/{folder}"
         try:
-            return self._catalog.patience.ask(self.settings.hub_cache, partial(_has_copy, f"{self._tree.hub}/{folder}"))
+            return self._catalog.patience.ask(root, partial(_has_copy, f"{self._tree.hub}/{folder}"))
         except OSError:
             return False
 
@@ -285,11 +283,13 @@ class Session:
             return
         if self._catalog.why_not_kept() is not None:
             return
-        if all(os.path.isdir(f"{self._tree.hub}/{each}") for each in (hfcache.LOCKS, folder)):
-            return
+        hub = self.settings.hub_cache
+        ask = partial(self._catalog.patience.ask, hub)
         try:
+            if all(ask(partial(os.path.isdir, f"{self._tree.hub}/{each}")) for each in (hfcache.LOCKS, folder)):
+                return
             with self._lock:
-                self._tree.expect(folder, self.settings.hub_cache)
+                self._tree.expect(folder, hub, ask)
         except OSError as error:
             logger.debug("%s is downloaded into the session and moved later: %s", folder, error)
 
@@ -311,7 +311,9 @@ class Session:
         if not self.settings.below or self._catalog.why_not_kept() is not None:
             return
         try:
-            writeback.bring_home_finished(self._owner.path, self.settings.hub_cache)
+            hub = self.settings.hub_cache
+            bring = partial(writeback.bring_home_finished, self._owner.path, hub)
+            self._catalog.patience.ask(hub, bring, seconds=clear.STALL_SECONDS)
         except OSError as error:
             logger.debug("downloads stay in the session for now: %s", error)
 
@@ -319,9 +321,25 @@ class Session:
         for warning in self._catalog.warnings(self._fate_of_downloads()):
             logger.warning("%s", warning)
         try:
+            self._link_home()
             self._tree.publish(plan, is_there=self.is_folder)
         except OSError as error:
             raise _session_error(self._owner.path, error) from error
+
+    def _link_home(self) -> None:
+        """Let the tree lead to what the user's HF_HOME holds, as soon as its disk answers. Raises OSError."""
+        home, hub, patience = self.settings.hf_home, self.settings.hub_cache, self._catalog.patience
+        if self._has_home or (hub.startswith(f"{home}/") and patience.is_waiting_for(hub)):  # nor wait for it twice
+            return
+        try:
+            names = patience.ask(home, partial(home_entries, home))
+        except NoAnswer:
+            if not self._is_home_silent:
+                logger.warning("HF_HOME %s does not answer; programs that log in with what it holds will wait", home)
+            self._is_home_silent = True
+            return
+        self._tree.link_home(home, names)
+        self._has_home = True
 
     def _fate_of_downloads(self) -> str | None:
         """What becomes of downloads while the real cache keeps none; None when programs will not download."""
@@ -404,15 +422,15 @@ def open_session(
         if config.expand(folder, environ) != folder:
             raise UsageError(f"programs would expand the $NAME in {folder}; set HF_OVERLAY_DIR, or HF_HOME, to another")
     try:
-        _clear_earlier(environ)
-        clear_dead(sessions)
+        clear.clear_earlier(environ, catalog.patience)
+        clear.clear_dead(sessions, catalog.patience)
         others = lease.sessions_in(sessions, warn=False)
         owner = Lease.acquire(sessions, settings)
     except OSError as error:
         raise _session_error(sessions, error) from error
     session: Session | None = None
     try:
-        with held.shown(sessions, settings.hub_cache) as repos:
+        with held.shown(sessions, settings.hub_cache, catalog.patience) as repos:
             try:
                 catalog.hold(repos)
                 session = Session(catalog, environ, owner)
@@ -425,68 +443,7 @@ def open_session(
         if session is not None:
             session.stop()
         owner.release()
-        _end(sessions, owner.path, others)
-
-
-def _clear_earlier(environ: Mapping[str, str]) -> None:
-    """Clear dead sessions where earlier versions made them; what is wrong there is said, and keeps nothing back."""
-    for folder in lease.all_sessions_folders(environ)[:-1]:
-        try:
-            clear_dead(folder)
-        except (OSError, SessionError) as error:
-            logger.warning("sessions in %s are not cleared: %s", folder, error)
-
-
-def clear_dead(sessions: str) -> list[Cleared]:
-    """Clear every session that is over: its owner is known to be dead, and no program uses its tree."""
-    return [each for each in _clear_over(sessions) if each.path not in each.kept]
-
-
-def _end(sessions: str, path: str, others: Collection[str]) -> None:
-    """Clear a session that this process has let go of, and those that are over since; `others` were there before it."""
-    deadline = time.monotonic() + LINGER_SECONDS
-    while path not in {each.path for each in _clear_over(sessions, quiet={*others, path})} and os.path.lexists(path):
-        if time.monotonic() > deadline:
-            logger.info(_STILL_USED, path)
-            return
-        time.sleep(0.02)
-
-
-def _clear_over(sessions: str, quiet: Collection[str] = ()) -> list[Cleared]:
-    """As `clear_dead`, with those that could not be cleared: what is kept of each is all of it.
-
-    Of one that is still used, a message says so, unless it is in `quiet`.
-    """
-    with ExitStack() as locks:
-        # All are held before any is looked at, so that one look at the processes of this machine counts for all.
-        dead = [
-            path
-            for path in lease.sessions_in(sessions, warn=not quiet)
-            if locks.enter_context(lease.dead(sessions, path))
-        ]
-        used = usage.in_use(dead)
-        for path in sorted(used - set(quiet)):
-            logger.info(_STILL_USED, path)
-        return [_clear(path) for path in dead if path not in used]
-
-
-def _clear(path: str) -> Cleared:
-    """Clear one session that is over, and that nobody else clears."""
-    try:
-        owner = lease.read_owner(path)
-        stuck = writeback.bring_home(path, owner.hub_cache) if owner is not None else {}
-        kept = remove_tree(path, stuck)
-        for kept_path in kept:
-            reason = stuck.get(kept_path, "the cache holds, or a program is downloading, other bytes for it")
-            logger.warning("a download stays in %s and is tried again at the next start: %s", kept_path, reason)
-        if not kept:
-            lease.remove(path)
-    except OSError as error:
-        if os.path.lexists(path):
-            what = "it is tried again at the next start" if error.errno in OUT_OF_FILES else "remove it by hand"
-            logger.warning("cannot clear the session at %s: %s; %s", path, error.strerror, what)
-        return Cleared(path, (path,))
-    return Cleared(path, tuple(kept))
+        clear.clear_ended(sessions, owner.path, others, catalog.patience)
 
 
 def _answering(catalog: Catalog, plan: Plan) -> dict[str, Model]:

@@ -174,18 +174,17 @@ def merged_repo(holders: Sequence[CachedRepo]) -> MergedRepo:
     As in a user's model, each file is two links away and each snapshot is a link, at which clients that delete stop
     (see `hfcache.linked_repo`).
     """
-    parts = _Parts.of(holders)
+    parts = _Parts.of(holders).completed()
     views = {f"{hfcache.VIEWS}/{commit}": f"snapshots/{commit}" for commit in parts.revisions}
     links = {snapshot: f"../{view}" for view, snapshot in views.items()}
     for where, (blob, target) in parts.files.items():
         links.setdefault(f"blobs/{blob}", target)
         links[f"{hfcache.VIEWS}/{where}"] = f"{'../' * (1 + where.count('/'))}blobs/{blob}"
-    origin = json.dumps({"refs": parts.refs})
     contents = {
         **{f"refs/{ref}": commit.encode() for ref, commit in parts.refs.items()},
         **{f"trees/{commit}.json": listing for commit, listing in parts.trees.items()},
         **{f".no_exist/{where}": b"" for where in parts.absent},
-        hfcache.ORIGIN: origin.encode(),
+        hfcache.ORIGIN: b'{"merged": true}',
     }
     folders = dict.fromkeys(("refs", "blobs", "trees", "snapshots", ".no_exist", hfcache.VIEWS, *views))
     folders |= dict.fromkeys(folder for where in (*links, *contents) for folder in _parents(where))
@@ -231,6 +230,20 @@ class _Parts(NamedTuple):
             if where not in files and where.partition("/")[0] in commits
         )
         return cls(commits, files, _first(refs), _first(trees), _first(absent))
+
+    def completed(self) -> _Parts:
+        """The same, with the files that a revision's listing names and of which another revision has the bytes.
+
+        So a revision that was fetched beside a tier, whose files did not come home, is whole again.
+        """
+        blobs = dict(self.files.values())
+        listed = (
+            (f"{commit}/{name}", (blob, blobs[blob]))
+            for commit, listing in self.trees.items()
+            for name, blob in hfcache.listed_blobs(listing).items()
+            if blob in blobs
+        )
+        return self._replace(files=_first((*self.files.items(), *listed)))
 
     def size(self) -> int:
         """The number of all parts."""

@@ -78,6 +78,7 @@ def build(settings: Settings, session: hf_overlay.Session, process: Process | No
         max_body=settings.limits.body,
         refuse=refuse,
         count=lambda path, code: service.metrics.requests.labels(path, code).inc(),
+        turns=service.turns,
     )
     if settings.origins:
         guarded = CORSMiddleware(

@@ -17,6 +17,11 @@ MAX_RUNNING = 32 * 10**9
 POOL = 1 / 32
 """The part for MLX's buffer pool: buffers that were freed and are kept to be used again."""
 MAX_POOL = 2 * 10**9
+PREFILL = 1 / 4
+"""The part of what running sequences have that is left for computing, and not for their KV caches."""
+
+LEAST_TOKENS = 2048
+"""Tokens that a sequence may have whatever the numbers say: they are estimates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,18 @@ class Shares:
     def weights(self) -> int:
         """The weights of all resident models: what the other uses leave."""
         return max(0, self.usable - self.pool - self.running - self.prefixes)
+
+    @property
+    def held(self) -> int:
+        """All that stays from step to step: weights, kept KV caches and those of running sequences."""
+        return max(0, self.usable - self.pool - int(self.running * PREFILL))
+
+    def tokens(self, weights: int, kv_bytes: int) -> int | None:
+        """Return how many tokens one sequence may have that has its model's weights and nothing else beside it.
+
+        `kv_bytes`: the bytes that each token takes; 0: unknown, and then the result is None.
+        """
+        return max(LEAST_TOKENS, (self.held - weights) // kv_bytes) if kv_bytes else None
 
 
 def shares(machine: Machine, *, prefixes: int | None = None) -> Shares:

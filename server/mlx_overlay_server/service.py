@@ -20,6 +20,7 @@ from mlx_overlay_server.models.library import Library, Listed
 from mlx_overlay_server.models.pool import Pool
 from mlx_overlay_server.preparation import Answer, Preparation
 from mlx_overlay_server.settings import Limits
+from mlx_overlay_server.turns import Turns
 
 
 @dataclass(slots=True)
@@ -59,6 +60,7 @@ class Service:
         self.limits = limits
         self.aliases = aliases or {}
         self._default = default_model
+        self.turns = Turns()
         self._preparation = preparation
         self._open = 0
         self._is_closing = False
@@ -102,6 +104,7 @@ class Service:
     def close(self) -> None:
         """Refuse new requests from now on. Those that run go on."""
         self._is_closing = True
+        self.turns.close()
 
     def start(self) -> None:
         """Start the engine and the preparation, which get ready while the caller goes on."""

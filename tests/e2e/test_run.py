@@ -16,11 +16,13 @@ from pathlib import Path
 import pytest
 
 from tests.support import processes
+from tests.support.folders import lay_model, weights
 from tests.support.hfcache import add_repo, repo_folder
 from tests.support.models import make_model
 from tests.support.processes import OVERLAY, PYTHON, SECONDS, eventually, finish, read_line, start, succeed
 
 RUN = (OVERLAY, "run", "--quiet")
+FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"tier"), "tokenizer.json": b"{}"}
 
 # Says where the overlay is, then waits for its stdin to end; `cat` repeats each line until then.
 WAITS = ("sh", "-c", 'echo "$HF_HUB_CACHE"; exec cat')
@@ -253,6 +255,27 @@ def test_the_command_line_beats_the_variable(environ: dict[str, str], sessions: 
     assert found["models--acme--shared"] == str(two / "acme/shared/config.json")
 
 
+def test_the_configuration_file_says_once_for_all_what_flags_would_say(
+    environ: dict[str, str], sessions: Path, tmp_path: Path, home: Path
+) -> None:
+    for place in ("first/org/m", "second/org/m", "second/org/n", "else/where"):
+        lay_model(tmp_path / place)
+    add_repo(tmp_path / "tier", "org/behind", FILES)
+    file = home / ".config/hf-overlay/config.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        f'model_path = ["{tmp_path}/first", "{tmp_path}/second"]\nbelow = ["{tmp_path}/tier"]\nexclude = ["org/n"]\n'
+        f'[map]\n"org/mapped" = "{tmp_path}/else/where"\n'
+    )
+    found = where_models_lead(environ)
+    assert found.keys() == {repo_folder(each) for each in ("org/m", "org/behind", "org/mapped")}
+    assert found[repo_folder("org/m")] == f"{tmp_path}/first/org/m/config.json"
+    assert found[repo_folder("org/mapped")] == f"{tmp_path}/else/where/config.json"
+    by_flag = where_models_lead(environ, "--model-path", f"{tmp_path}/second", "--exclude", "org/none")
+    assert by_flag[repo_folder("org/m")] == f"{tmp_path}/second/org/m/config.json"
+    assert repo_folder("org/n") in by_flag
+
+
 def test_relative_paths_and_tildes_are_resolved(
     environ: dict[str, str], home: Path, sessions: Path, tmp_path: Path
 ) -> None:
@@ -439,13 +462,13 @@ def test_an_interrupt_while_the_overlay_is_made_ends_it_unless_the_shell_ignores
 ) -> None:
     interrupted_early = """
 import os, signal, sys
-from hf_overlay import session
 from hf_overlay.command.cli import main
-clear = session.clear_dead
-def clear_after_a_signal(sessions):
+from hf_overlay.tree import clear
+clear_dead = clear.clear_dead
+def clear_after_a_signal(*arguments):
     os.kill(os.getpid(), signal.SIGINT)
-    return clear(sessions)
-session.clear_dead = clear_after_a_signal
+    return clear_dead(*arguments)
+clear.clear_dead = clear_after_a_signal
 sys.exit(main())
 """
     shell = ["sh", "-c", f'{trap}exec "$@"', "sh"]

@@ -14,15 +14,20 @@ from tests.support.processes import eventually
 from tests.support.server import Server, serving
 from tests.support.soak.requests import (
     HOSTILE,
+    LARGE,
     LOOP,
     MODEL,
+    STALLED,
     WAITED,
     besieged,
     chat,
+    count_tokens,
     first_token,
     make_patient_model,
     schema,
+    warm_up,
 )
+from tests.support.stalls import longest_stall
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -35,32 +40,45 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("home"), models, options=["--preparation-seconds", "60"]) as server:
-        first_token(server)
-        _count(server, "bake " * 60_000)  # what is slow begins only where another process is there for the others
+def stall(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that holds the longest stall of the server's event loop."""
+    return tmp_path_factory.mktemp("stall") / "stall"
+
+
+@pytest.fixture(scope="module")
+def server(models: Path, stall: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(
+        tmp_path_factory.mktemp("home"),
+        models,
+        options=["--preparation-seconds", "60"],
+        program=("tests.support.stalls", str(stall)),
+    ) as server:
+        warm_up(server)
         yield server
 
 
-def _count(server: Server, text: str) -> int:
-    asked = {"model": MODEL, "messages": [{"role": "user", "content": text}]}
-    answer = server.http.post("/v1/messages/count_tokens", json=asked)
-    assert answer.status_code == 200, answer.text
-    return int(answer.json()["input_tokens"])
-
-
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_request_keeps_nobody_waiting(name: str, server: Server) -> None:
+def test_a_hostile_request_keeps_nobody_waiting(name: str, server: Server, stall: Path) -> None:
     with besieged(server, HOSTILE[name](), clients=3):
         waits = [first_token(server) for _ in range(10)]
     assert max(waits) < WAITED, f"P13: {name} kept others waiting for {max(waits):.2f} s"
+    assert longest_stall(stall) < STALLED, f"P13: {name} kept the event loop busy for {longest_stall(stall):.2f} s"
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_requests_keep_the_event_loop_for_one_step_at_a_time(name: str, server: Server, stall: Path) -> None:
+    """Several at once: each of them in steps, and what is small in between."""
+    with besieged(server, LARGE[name](), clients=3):
+        for _ in range(3):
+            first_token(server)
+    assert longest_stall(stall) < STALLED, f"P13: {name} kept the event loop busy for {longest_stall(stall):.2f} s"
 
 
 def test_what_clients_that_left_had_asked_for_is_stopped(server: Server) -> None:
     with besieged(server, chat(LOOP), clients=4):
         time.sleep(0.5)
     begun = time.monotonic()  # a long text waits until slow work before it has ended
-    assert _count(server, "bake " * 60_001) > 1000
+    assert count_tokens(server, "bake " * 60_001) > 1000
     assert time.monotonic() - begun < 20, "P13: the preparation of clients that left goes on"
 
 

@@ -90,3 +90,38 @@ def test_files_with_one_true_etag_share_a_blob() -> None:
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'f' * 64}\nsize 9\n".encode()
     blob_id = git_blob_id(pointer)
     assert tree["files"]["m.safetensors"] == {"size": 9, "blob_id": blob_id, "lfs_sha256": "f" * 64, "lfs_size": 9}
+
+
+def test_an_id_may_be_as_long_as_the_name_of_its_linked_repo_fits_into_a_folder() -> None:
+    """255 bytes, of which the tree takes 17 for a dot and a part of the fingerprint."""
+    longest = "é" * 114 + "a"
+    name = hfcache.repo_folder(f"o/{longest[2:]}")
+    spare = 255 - 17 - len(name.encode())
+    fits = f"o/{longest[2:]}{'b' * spare}"
+    assert hfcache.why_not_linkable(fits) is None
+    assert hfcache.why_not_linkable(f"{fits}b") == "is too long for a folder name in a cache"
+    assert "`--`" in str(hfcache.why_not_linkable("a--b"))
+
+
+@pytest.mark.parametrize(
+    ("folder", "full"),
+    [
+        ("models--org--name", "org/name"),
+        ("models--name", "name"),
+        ("datasets--org--name", "datasets/org/name"),
+        ("spaces--name", "spaces/name"),
+    ],
+)
+def test_the_id_of_a_repo_has_its_kind_in_front_unless_that_is_a_model(folder: str, full: str) -> None:
+    assert hfcache.full_id(folder) == full
+
+
+@pytest.mark.parametrize("ending", ["", ".incomplete", ".0123abcd.incomplete"])
+def test_a_blob_and_its_partial_file_of_any_release_have_one_lock(ending: str) -> None:
+    assert hfcache.lock_name(f"{'e' * 64}{ending}") == f"{'e' * 64}.lock"
+
+
+def test_a_file_outside_lfs_keeps_its_etag_in_the_tree_whose_format_is_the_first() -> None:
+    model = user_model(files=(File("a.json", 2, 10, "e" * 40),), commit="c" * 40)
+    tree = json.loads(dict(hfcache.linked_repo(model).files)[f"trees/{'c' * 40}.json"])
+    assert tree == {"format_version": 1, "files": {"a.json": {"size": 2, "blob_id": "e" * 40}}}

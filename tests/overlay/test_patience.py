@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -111,3 +113,20 @@ def test_mounts_are_told_from_the_systems_list_alone(tmp_path: Path, monkeypatch
         for name in ("nas", "nas/models", "link", "link/x", "nas2", "local/x", "here", "loop", "nowhere/x")
     }
     assert {name for name, hangs in found.items() if hangs} == {"nas", "nas/models", "link", "link/x"}
+
+
+def test_a_process_that_is_stopped_takes_no_disk_for_one_that_hangs(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    program = (
+        "import sys, time\nfrom hf_overlay.patience import Patience\n"
+        "def slow():\n    print('asked', flush=True)\n    time.sleep(1)\n    return 'answer'\n"
+        f"open({str(done)!r}, 'w').write(Patience(2.0).ask('/a', slow))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"asked\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2.2)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(20) == 0
+    assert done.read_text() == "answer"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import hf_overlay
 import pytest
-from hf_overlay.session import clear_dead
+from hf_overlay.tree.clear import clear_dead
 from huggingface_hub import scan_cache_dir, snapshot_download
 
 from tests.support import hfcache

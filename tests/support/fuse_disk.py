@@ -33,9 +33,23 @@ class Disk:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
 
+    @property
+    def pid(self) -> int:
+        """The process that serves it, which hangs when it gets a SIGUSR1."""
+        return self._process.pid
+
     def hang(self) -> None:
         """Answer nothing any more."""
         self._process.send_signal(signal.SIGUSR1)
+        self._told()
+
+    def hang_at_weights(self) -> None:
+        """Hang as soon as the second MiB of a model's weights is read; `has_hung` waits for that."""
+        self._process.send_signal(signal.SIGHUP)
+        self._told()
+
+    def has_hung(self) -> None:
+        """Wait until it hangs."""
         self._told()
 
     def answer(self) -> None:
@@ -76,12 +90,16 @@ class _Mirror:
         self._ignores_case = ignores_case
         self._paths = {1: folder}
         self._numbers = {folder: 1}
-        self._is_hung = False
+        self._is_hung = self._is_armed = False
         self._waiting: list[bytes] = []
 
     def hang(self, *_: object) -> None:
         self._is_hung = True
         print("hangs", flush=True)
+
+    def arm(self, *_: object) -> None:
+        self._is_armed = True
+        print("is armed", flush=True)
 
     def resume(self, *_: object) -> None:
         self._is_hung = False
@@ -106,10 +124,20 @@ class _Mirror:
                         return
                     continue
                 raise
+            if self._is_armed and self._is_of_weights(request):
+                self._is_armed = False
+                self.hang()
             if self._is_hung:
                 self._waiting.append(request)
             else:
                 self._reply(device, request)
+
+    def _is_of_weights(self, request: bytes) -> bool:
+        _, opcode, _, node, *_ = _HEADER.unpack_from(request)
+        if opcode != _READ or not self._paths[node].endswith(".safetensors"):
+            return False
+        _, offset = struct.unpack_from("<QQ", request, _HEADER.size)
+        return bool(offset >= 1 << 20)
 
     def _reply(self, device: int, request: bytes) -> None:
         _, opcode, unique, node, *_ = _HEADER.unpack_from(request)
@@ -194,6 +222,7 @@ class _Mirror:
 def main(folder: str, where: str, *fold: str) -> None:
     """Mount, say so, and serve until the end."""
     mirror = _Mirror(folder, ignores_case=bool(fold))
+    signal.signal(signal.SIGHUP, mirror.arm)
     signal.signal(signal.SIGUSR1, mirror.hang)
     signal.signal(signal.SIGUSR2, mirror.resume)
     device = os.open("/dev/fuse", os.O_RDWR)

@@ -7,6 +7,7 @@ worker.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from mlx_overlay_server.chat.loaded import Loaded
@@ -71,6 +72,9 @@ class Stage:
         except BaseException as error:  # noqa: BLE001 - it is the test's, and must not count as an error of the engine
             self._error = error
             return [Stop()]
+
+    def reading(self, key: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None:
         self.stats = stats

@@ -40,11 +40,11 @@ def main(file: Path, arguments: list[str]) -> int:
     original = Service.start
     tasks: list[asyncio.Task[None]] = []
 
-    def start(service: Service) -> None:
-        original(service)
+    def start(self: Service) -> None:
+        original(self)
         tasks.append(asyncio.get_running_loop().create_task(_watch(file)))
 
-    Service.start = start  # type: ignore[assignment, method-assign]
+    Service.start = start  # type: ignore[method-assign]
     return serve(arguments)
 
 

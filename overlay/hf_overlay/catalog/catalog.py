@@ -129,7 +129,8 @@ class Catalog:
                 mapped = (each for each in self.settings.maps if each.folder == new.root)
                 names = frozenset(hfcache.repo_folder(each.id, each.kind) for each in mapped)
                 away[new.root] = (away.get(new.root, (None, names))[0], names)
-        self._spellings = Spellings(found, self.patience)
+        self._spellings = Spellings([source for source in found if source.layer != "tier"], self.patience)
+        self._tier_spellings = Spellings([source for source in found if source.layer == "tier"], self.patience)
         self._away = away  # replaced as a whole: other threads read it
 
     def _without_excluded(self, source: Source) -> Source:
@@ -295,7 +296,8 @@ class Catalog:
 
     def read_made(self, model_id: str, path: str) -> Model | None:
         """The model in the merged repo at `path`; None where there is none that can be loaded, or none was made."""
-        if not isinstance(self._made.get(hfcache.repo_folder(model_id)), MergedRepo):
+        made = self._made.get(hfcache.repo_folder(model_id))
+        if not isinstance(made, MergedRepo) or not all(self.is_folder(each, root) for each, root in made.sources):
             return None
         found = self._scanner.read_repo(path, model_id)
         return found if isinstance(found, Model) else None
@@ -426,7 +428,12 @@ class Catalog:
         Raises InvalidModelId.
         """
         check_id(model_id)
-        return self._spellings.of(model_id) or model_id
+        if (in_front := self._spellings.of(model_id)) is not None:
+            return in_front
+        behind, hub = self._tier_spellings.of(model_id), self.settings.hub_cache
+        if behind is None or self.is_folder(f"{hub}/{hfcache.repo_folder(model_id)}", hub):
+            return model_id
+        return behind
 
     def _not_found(self, model_id: str) -> ModelNotFound:
         lost = [f"{candidate.path} {candidate.reason.text}" for candidate in self.explain(model_id)]

@@ -175,7 +175,8 @@ def _why(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from hf_overlay.tree.lease import sessions_folder
 
-    plan = _catalog(options).plan(case_insensitive=_is_case_insensitive(sessions_folder(os.environ)))
+    catalog, folder = _catalog(options), sessions_folder(os.environ)
+    plan = catalog.plan(case_insensitive=catalog.answers(folder) and _is_case_insensitive(folder))
     links: list[dict[str, str]] = []
     for name, entry in plan.entries.items():
         if isinstance(entry, str):
@@ -229,10 +230,12 @@ def _config(options: argparse.Namespace) -> int:
 
 
 def _clean(options: argparse.Namespace) -> int:
-    from hf_overlay import session
-    from hf_overlay.tree import lease
+    from hf_overlay.patience import Patience
+    from hf_overlay.tree import clear, lease
 
-    cleared = [each for folder in lease.all_sessions_folders(os.environ) for each in session.clear_dead(folder)]
+    patience = Patience()
+    folders = lease.all_sessions_folders(os.environ)
+    cleared = [each for folder in folders for each in clear.clear_dead(folder, patience)]
     if options.json:
         return print_json([{"session": each.path, "kept": list(each.kept)} for each in cleared])
     for each in cleared:

@@ -71,13 +71,16 @@ class Finding(NamedTuple):
 def examine(catalog: Catalog, environ: Mapping[str, str]) -> list[Finding]:
     """The findings of every check: folders, ids, the sessions' volume, cache, installation, dead sessions."""
     sessions = lease.sessions_folder(environ)
+    silent = [folder for folder in lease.all_sessions_folders(environ) if not catalog.answers(folder)]
+    answering = [folder for folder in lease.all_sessions_folders(environ) if folder not in silent]
     return [
         *_folders(catalog),
         *_ids(catalog),
-        *_sessions_volume(sessions),
+        *(Finding("sessions", folder, "does not answer", ADVICE[Code.NO_ANSWER]) for folder in silent),
+        *(_sessions_volume(sessions) if sessions in answering else ()),
         *_cache(catalog),
         *_deletions(),
-        *(finding for folder in lease.all_sessions_folders(environ) for finding in _stale(folder)),
+        *(finding for folder in answering for finding in _stale(folder)),
     ]
 
 

@@ -8,14 +8,16 @@ import shlex
 import signal
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import FrameType
 from typing import NamedTuple
 
 from hf_overlay import config, descriptors
 from hf_overlay.config import Kind
 from hf_overlay.errors import OverlayError
+from hf_overlay.patience import Patience
 from hf_overlay.session import Session, open_session
-from hf_overlay.tree import lease
+from hf_overlay.tree import clear, lease
 from hf_overlay.tree.lease import Owner
 
 logger = logging.getLogger("hf_overlay")
@@ -94,6 +96,7 @@ def offered(environ: Mapping[str, str]) -> Offer:
     Raises OverlayError when none is being served, and where the shell has chosen another home for login and downloads.
     """
     sessions = lease.sessions_folder(environ)
+    clear.check_answers(sessions, Patience())
     owners = []
     for path in lease.sessions_in(sessions):
         owner = lease.read_owner(path)
@@ -131,7 +134,7 @@ def _other_home(owner: Owner, environ: Mapping[str, str]) -> str | None:
     if not config.is_overlay(own_cache):  # else the shell has joined one, and its own cache is not known
         homes["hub_cache"] = (own_cache, owner.hub_cache)
     for folder, (own, theirs) in homes.items():
-        if theirs is None or os.path.realpath(own) == os.path.realpath(theirs):
+        if theirs is None or _is_same(own, theirs):
             continue
         name = config.DECIDING_VARIABLES[folder][0]
         if by := [each for each in config.DECIDING_VARIABLES[folder] if each in environ]:
@@ -141,6 +144,18 @@ def _other_home(owner: Owner, environ: Mapping[str, str]) -> str | None:
             )
         return f"login and downloads are those of the overlay's {name}, {theirs}, not of {own}"
     return None
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Whether two paths lead to the same place; a disk that does not answer is another one."""
+    if os.path.normpath(one) == os.path.normpath(other):
+        return True
+    patience = Patience()
+    try:
+        places = {patience.ask(path, partial(os.path.realpath, path)) for path in (one, other)}
+    except OSError:
+        return False
+    return len(places) == 1
 
 
 def _check(variables: Mapping[str, object], path: str) -> None:

@@ -73,7 +73,7 @@ def install(name: str, options: Sequence[str], environ: Mapping[str, str], *, re
     text, before = at.text(unit), _read(at.path)
     if before is not None and MARK not in before and not replaces:
         raise OverlayError(f"{at.path} is not ours; look at it, then remove it or add --replace")
-    if before == text and at.state().is_loaded:
+    if before == text and at.state().pid is not None:
         return
     _write(at.path, text)
     at.load()

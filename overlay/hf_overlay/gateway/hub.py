@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 from hf_overlay import hfcache
 from hf_overlay.catalog.catalog import check_id
@@ -60,6 +61,9 @@ class Overlay(Protocol):
 
     def is_folder(self, path: str, root: str) -> bool:
         """Whether there is a folder at `path`, in the model path `root`; False while its disk does not answer."""
+
+    def ask(self, root: str, function: Callable[[], Any]) -> Any:
+        """What a function returns that looks at the disk of a model path. Raises NoAnswer when the disk hangs."""
 
     def expect_download(self, folder: str) -> None:
         """Let what a client is about to write to a repo folder land in the real cache."""
@@ -119,6 +123,10 @@ class Hub:
     def expect_download(self, folder: str) -> None:
         """Let what a client is about to write to a repo folder land in the real cache."""
         self._overlay.expect_download(folder)
+
+    def ask(self, root: str, function: Callable[[], Any]) -> Any:
+        """What a function returns that looks at the disk of a model path. Raises NoAnswer when the disk hangs."""
+        return self._overlay.ask(root, function)
 
     def refuse_download(self, repo_id: str, folder: str) -> Unavailable | None:
         """Why a repo may not be downloaded now; None when it may be."""

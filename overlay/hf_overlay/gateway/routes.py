@@ -6,20 +6,26 @@ utils/_http.py). Nothing here knows of a network: a request comes in, a response
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote
 
 from hf_overlay import hfcache
 from hf_overlay.catalog import links
 from hf_overlay.models import File, Model
+from hf_overlay.patience import NoAnswer
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
+
+_PIECE_BYTES = 1 << 22
+"""Bytes of a file that are read at once."""
 
 # Request paths ---------------------------------------------------------------------------------------------------
 
@@ -80,7 +86,11 @@ def parse(path: str, is_model: Callable[[str], bool]) -> Target | None:
 # Answers for a user's model --------------------------------------------------------------------------------------
 
 
-async def answer(request: Request, target: Target, model: Model, commit: str) -> Response:
+Ask = Callable[[str, Callable[[], Any]], Awaitable[Any]]
+"""Returns what a function returns that looks at the disk of a model path. Raises NoAnswer when the disk hangs."""
+
+
+async def answer(request: Request, target: Target, model: Model, commit: str, ask: Ask) -> Response:
     """The Hub's answer about a user's model, of which `commit` is the one revision."""
     from starlette.responses import JSONResponse
 
@@ -106,7 +116,11 @@ async def answer(request: Request, target: Target, model: Model, commit: str) ->
         branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": commit}
         return JSONResponse({"branches": [branch], "tags": [], "converts": [], "pullRequests": []})
     if target.part == "resolve":
-        return _file(model, commit, target.path)
+        try:
+            return await _file(request, model, commit, target.path, ask)
+        except NoAnswer:
+            message = f"{model.id} is in {model.root}, which does not answer; check its drive or server"
+            return not_now(target, message, has_copy=False)
     message = (
         f"{model.id} is served from {model.path}, which has no {target.part}; to ask the Hub: --exclude {model.id}"
     )
@@ -213,18 +227,62 @@ async def _wanted_paths(request: Request) -> set[str]:
     return {paths} if isinstance(paths, str) else {str(path) for path in paths}
 
 
-def _file(model: Model, commit: str, name: str) -> Response:
-    from starlette.responses import FileResponse
+async def _file(request: Request, model: Model, commit: str, name: str, ask: Ask) -> Response:
+    from starlette.responses import Response, StreamingResponse
 
     file = next((file for file in model.files if file.name == name), None)
-    path = f"{model.path}/{name}"
     # Looked at again: since the scan, a link may have taken the file's place.
-    if file is None or not os.path.isfile(path) or links.leads_away(model.path, name, links.home_of(model.path)):
+    size = await ask(model.root, partial(_size, model.path, name)) if file is not None else None
+    if file is None or size is None:
         return error(404, "EntryNotFound", f"{model.path} has no {name}", {"X-Repo-Commit": commit})
+    etag = f'"{hfcache.etag(model, file)}"'
+    first, end = _range(request, size, etag)
     headers = {
-        "ETag": f'"{hfcache.etag(model, file)}"',
+        "Accept-Ranges": "bytes",
+        "ETag": etag,
         "X-Repo-Commit": commit,
-        "X-Linked-Size": str(os.path.getsize(path)),
-        "X-Linked-ETag": f'"{hfcache.etag(model, file)}"',
+        "X-Linked-Size": str(size),
+        "X-Linked-ETag": etag,
     }
-    return FileResponse(path, headers=headers, media_type="application/octet-stream")
+    if first >= end and size > 0:
+        return Response(status_code=416, headers={**headers, "Content-Range": f"bytes */{size}"})
+    is_part = end - first < size
+    if is_part:
+        headers["Content-Range"] = f"bytes {first}-{end - 1}/{size}"
+    headers["Content-Length"] = str(end - first)
+
+    async def body() -> AsyncIterator[bytes]:
+        for offset in range(first, end, _PIECE_BYTES):
+            length = min(_PIECE_BYTES, end - offset)
+            yield await ask(model.root, partial(_piece, f"{model.path}/{name}", offset, length))
+
+    media_type = "application/octet-stream"
+    if request.method == "HEAD":
+        return Response(status_code=206 if is_part else 200, headers=headers, media_type=media_type)
+    return StreamingResponse(body(), 206 if is_part else 200, headers, media_type)
+
+
+def _range(request: Request, size: int, etag: str) -> tuple[int, int]:
+    """The first byte that a request asks for, and the one after the last; all of them unless it asks for one range."""
+    asked = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("range", ""))
+    if asked is None or asked[0] == "bytes=-" or request.headers.get("if-range", etag) != etag:
+        return 0, size
+    if not asked[1]:
+        return max(0, size - int(asked[2])), size
+    return int(asked[1]), min(int(asked[2]) + 1, size) if asked[2] else size
+
+
+def _size(folder: str, name: str) -> int | None:
+    """The bytes of a model's file; None where it is none, or leads out of the model's folder."""
+    path = f"{folder}/{name}"
+    if not os.path.isfile(path) or links.leads_away(folder, name, links.home_of(folder)):
+        return None
+    return os.path.getsize(path)
+
+
+def _piece(path: str, offset: int, length: int) -> bytes:
+    with open(path, "rb") as file:
+        piece = os.pread(file.fileno(), length, offset)
+    if len(piece) < length:
+        raise OSError(errno.EIO, "has become shorter", path)
+    return piece

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from hf_overlay.gateway import routes
 from hf_overlay.gateway.hub import Hub, Unavailable
 from hf_overlay.gateway.routes import Target
+from hf_overlay.hfcache import LinkedRepo
 
 if TYPE_CHECKING:
     import httpx2
@@ -144,23 +145,37 @@ class Gateway:
         await response(scope, receive, send)
 
     async def _respond(self, request: Request) -> Response:
+        import asyncio
+
         path: str = request.scope["raw_path"].decode("ascii").partition("?")[0]
         prefix, path = path[: len(self._prefix)], path[len(self._prefix) :]
         if not hmac.compare_digest(prefix, self._prefix) or not path.startswith("/"):
             if _OF_A_GATEWAY.match(prefix):  # whose port this one has got
                 return routes.error(404, "RepoNotFound", _ENDED)
             return routes.error(404, "EntryNotFound", "no such page")
-        target = routes.parse(path, lambda model_id: self._hub.refresh_and_find(model_id) is not None)
-        found = self._hub.refresh_and_find(target.repo_id, target.kind) if target is not None else None
-        if found is None and target is not None and target.precedes_download(request.method):
-            found = self._hub.refuse_download(target.repo_id, target.folder)
+        # In threads, as all that looks at a disk: one that is slow, or hangs, keeps no other request waiting.
+        target, found = await asyncio.to_thread(self._find, path, request.method)
         if target is None or found is None:
             return await self._pass_on(request, path, target)
         if isinstance(found, Unavailable):
             return routes.not_now(target, found.message, has_copy=found.has_copy)
-        return await routes.answer(request, target, found.model, found.commit)
+
+        async def ask(root: str, function: Callable[[], Any]) -> Any:
+            return await asyncio.to_thread(self._hub.ask, root, function)
+
+        return await routes.answer(request, target, found.model, found.commit, ask)
+
+    def _find(self, path: str, method: str) -> tuple[Target | None, LinkedRepo | Unavailable | None]:
+        """The repo that a request path names, and the user's model that answers for it, or why nobody may."""
+        target = routes.parse(path, lambda model_id: self._hub.refresh_and_find(model_id) is not None)
+        found = self._hub.refresh_and_find(target.repo_id, target.kind) if target is not None else None
+        if found is None and target is not None and target.precedes_download(method):
+            found = self._hub.refuse_download(target.repo_id, target.folder)
+        return target, found
 
     async def _pass_on(self, request: Request, path: str, target: Target | None) -> Response:
+        import asyncio
+
         import httpx2
 
         if self._client is None:
@@ -184,7 +199,7 @@ class Gateway:
         # A client also writes down in its cache which files a repo lacks.
         is_there = answer.status_code < 400 or "x-repo-commit" in answer.headers
         if target is not None and target.precedes_download(request.method) and is_there:
-            self._hub.expect_download(target.folder)
+            await asyncio.to_thread(self._hub.expect_download, target.folder)
         return self._relay(answer)
 
     def _relay(self, answer: httpx2.Response) -> Response:

@@ -1,13 +1,178 @@
-"""Removing a session's tree without losing a download."""
+"""Clears sessions that are over without losing a download.
+
+A session that died may have downloads for a cache whose disk does not answer. So each look that may touch such a disk
+is a question that is given up on (see patience): the session then stays as it is, and a later start clears it. Whoever
+is in the middle of it, and waits for the disk, holds the session's lock, so that nobody else clears it meanwhile.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import NamedTuple
 
 from hf_overlay import hfcache
 from hf_overlay.config import OWNER_FILE
-from hf_overlay.tree import announced, files, store
+from hf_overlay.errors import OUT_OF_FILES, OutOfFiles, SessionError
+from hf_overlay.patience import NoAnswer, Patience
+from hf_overlay.tree import announced, files, lease, store, usage, writeback
+
+logger = logging.getLogger("hf_overlay")
+
+LINGER_SECONDS = 1.0
+"""Longer than what a program started for itself takes to end after it, and another process to look at a lock."""
+STALL_SECONDS = 3.0
+"""A disk that takes so long to write a few megabytes does not answer."""
+_STILL_USED = "a program still uses the overlay at %s; it is cleared at a later start"
+_STAYS = "the overlay at %s stays, with what was downloaded into it, until a later start: %s"
+
+
+class Cleared(NamedTuple):
+    """A session that is over, and was cleared as far as possible."""
+
+    path: str
+    kept: tuple[str, ...]
+    """The downloads in it that could not be moved into the real cache. They stay there.
+
+    The session itself where it could not be cleared.
+    """
+
+
+class _Outcome(NamedTuple):
+    """What became of some sessions that were to be cleared."""
+
+    cleared: list[Cleared]
+    used: set[str]
+    """Paths of those that a program still uses."""
+    warnings: list[str]
+
+
+def check_answers(sessions: str, patience: Patience) -> None:
+    """Raise SessionError when the disk of the folder of all sessions does not answer."""
+    try:
+        patience.ask(sessions, partial(os.path.isdir, sessions))
+    except NoAnswer:
+        raise SessionError(
+            f"{sessions}, the folder for overlays, does not answer; check its drive or server, or set "
+            f"{lease.DIRECTORY_VARIABLE} to a folder elsewhere"
+        ) from None
+
+
+def clear_dead(sessions: str, patience: Patience | None = None) -> list[Cleared]:
+    """Clear every session that is over: its owner is known to be dead, and no program uses its tree.
+
+    Raises OSError, or SessionError when the folder of all sessions is not to be trusted, or does not answer.
+    """
+    patience = patience or Patience()
+    check_answers(sessions, patience)
+    return [each for each in _clear_over(sessions, patience) if each.path not in each.kept]
+
+
+def clear_earlier(environ: Mapping[str, str], patience: Patience) -> None:
+    """Clear dead sessions where earlier versions made them; what is wrong there is said, and keeps nothing back."""
+    for folder in lease.all_sessions_folders(environ)[:-1]:
+        try:
+            clear_dead(folder, patience)
+        except (OSError, SessionError) as error:
+            logger.warning("sessions in %s are not cleared: %s", folder, error)
+
+
+def clear_ended(sessions: str, path: str, others: Collection[str], patience: Patience) -> None:
+    """Clear a session that this process has let go of, and those that are over since; `others` were there before it."""
+    deadline = time.monotonic() + LINGER_SECONDS
+    while path not in {each.path for each in _clear_over(sessions, patience, others, own=path)}:
+        if not os.path.lexists(path):
+            return
+        if time.monotonic() > deadline:
+            logger.info(_STILL_USED, path)
+            return
+        time.sleep(0.02)
+
+
+def _clear_over(sessions: str, patience: Patience, others: Collection[str] = (), own: str = "") -> list[Cleared]:
+    """As `clear_dead`, with those that could not be cleared: what is kept of each is all of it.
+
+    Messages name neither `others`, of which there were some already, nor `own` as one that is still used.
+    """
+    cleared: list[Cleared] = []
+    for disk, paths in _by_disk(sessions, warn=not own).items():
+        try:
+            patience.ask(disk, partial(os.path.isdir, disk))  # first without a lock, to leave the session to others
+            found = patience.ask(disk, partial(_clear_each, sessions, paths, os.getpid()), seconds=STALL_SECONDS)
+        except (OSError, OutOfFiles) as error:
+            why = str(error)
+            if isinstance(error, NoAnswer):
+                why = f"{disk} does not answer; check that drive or server, or unmount it"
+            for path in sorted(set(paths) - set(others)):
+                logger.warning(_STAYS, path, why)
+            cleared += [Cleared(path, (path,)) for path in paths]
+            continue
+        for warning in found.warnings:
+            logger.warning("%s", warning)
+        for path in sorted(found.used - {*others, own}):
+            logger.info(_STILL_USED, path)
+        cleared += found.cleared
+    return cleared
+
+
+def _by_disk(sessions: str, *, warn: bool) -> dict[str, list[str]]:
+    """The sessions without a living owner, by a path on the disk that may keep whoever clears them waiting."""
+    by_disk: dict[str, list[str]] = {}
+    for path in lease.sessions_in(sessions, warn=warn):
+        with lease.dead(sessions, path) as is_dead:
+            if not is_dead:
+                continue
+            owner = lease.read_owner(path)
+            disk = owner.hub_cache if owner is not None and _leads_to_cache(path) else sessions
+        by_disk.setdefault(disk, []).append(path)
+    return by_disk
+
+
+def _leads_to_cache(session: str) -> bool:
+    """Whether the real cache is needed to clear a session: something was written there, or is to be moved there."""
+    linked = (repo.path for name in store.FOLDERS for repo in files.entries(f"{session}/{name}"))
+    hubs = (entry for hub in files.entries(f"{session}/hubs") for entry in files.entries(hub.path))
+    return (
+        bool(announced.folders(session))
+        or any(not entry.is_symlink() for entry in hubs)
+        or any(map(writeback.is_worth_keeping, linked))
+    )
+
+
+def _clear_each(sessions: str, paths: Collection[str], asker: int) -> _Outcome:
+    """Clear those of some sessions that are over and in use by no program, for the process `asker`."""
+    outcome = _Outcome([], set(), [])
+    with ExitStack() as locks:
+        # All are held before any is looked at, so that one look at the processes of this machine counts for all.
+        dead = [path for path in paths if locks.enter_context(lease.dead(sessions, path))]
+        outcome.used.update(usage.in_use(dead, asker=asker))
+        for path in dead:
+            if path not in outcome.used:
+                outcome.cleared.append(_clear(path, outcome.warnings))
+    return outcome
+
+
+def _clear(path: str, warnings: list[str]) -> Cleared:
+    """Clear one session that is over, and that nobody else clears."""
+    try:
+        owner = lease.read_owner(path)
+        stuck = writeback.bring_home(path, owner.hub_cache) if owner is not None else {}
+        kept = remove_tree(path, stuck)
+        for kept_path in kept:
+            reason = stuck.get(kept_path, "the cache holds, or a program is downloading, other bytes for it")
+            warnings.append(f"a download stays in {kept_path} and is tried again at the next start: {reason}")
+        if not kept:
+            lease.remove(path)
+    except OSError as error:
+        if os.path.lexists(path):
+            what = "it is tried again at the next start" if error.errno in OUT_OF_FILES else "remove it by hand"
+            warnings.append(f"cannot clear the session at {path}: {error.strerror}; {what}")
+        return Cleared(path, (path,))
+    return Cleared(path, tuple(kept))
 
 
 def remove_tree(session: str, unfinished: Collection[str] = ()) -> list[str]:

@@ -57,14 +57,33 @@ def has_bytes(path: str) -> bool:
     return False
 
 
+def below(folder: str) -> list[str]:
+    """The paths of regular files and links below a folder, relative to it, sorted; nothing where it is a link."""
+    found = [] if os.path.islink(folder) else _below(folder, "")
+    return sorted(found)
+
+
+def _below(folder: str, prefix: str) -> list[str]:
+    found = []
+    for entry in entries(folder):
+        if entry.is_symlink() or entry.is_file(follow_symlinks=False):
+            found.append(f"{prefix}{entry.name}")
+        elif entry.is_dir(follow_symlinks=False):
+            found += _below(entry.path, f"{prefix}{entry.name}/")
+    return found
+
+
 def remove_litter(folder: str) -> None:
     """Remove what an operating system put for itself into a folder and those below it, as far as that can be done."""
-    for inside, folders, names in os.walk(folder):
-        for name in filter(hfcache.is_litter, (*names, *folders)):
-            path = os.path.join(inside, name)
-            if not os.path.islink(path):  # a link is ours, or a client's
+    with suppress(OSError):
+        for entry in entries(folder):
+            if entry.is_symlink():  # ours, or a client's
+                continue
+            if hfcache.is_litter(entry.name):
                 with suppress(OSError):
-                    remove(path)
+                    remove(entry.path)
+            elif entry.is_dir(follow_symlinks=False):
+                remove_litter(entry.path)
 
 
 def size(folder: str) -> int:
@@ -91,7 +110,7 @@ def sync(path: str) -> None:
 
 def remove(path: str) -> None:
     """Remove a folder with all that is in it, or a file or link. Raises OSError."""
-    if not os.path.isdir(path) or os.path.islink(path):
+    if os.path.islink(path) or not os.path.isdir(path):  # a link is not looked through: its disk may not answer
         os.unlink(path)
         return
     if not os.access(path, os.W_OK):

@@ -9,16 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from hf_overlay import hfcache
+from hf_overlay.patience import NoAnswer, Patience
 from hf_overlay.tree import files, lease, store
 
 
 @contextmanager
-def shown(sessions: str, hub_cache: str) -> Iterator[dict[str, str]]:
+def shown(sessions: str, hub_cache: str, patience: Patience) -> Iterator[dict[str, str]]:
     """A context with the repos held back for `hub_cache` that it lacks: name -> path. They stay there while it lasts.
 
-    Raises OSError, or SessionError for a folder of sessions that is not to be trusted.
+    A cache that does not answer lacks all of them. Raises OSError, or SessionError for a folder of sessions that is not
+    to be trusted.
     """
     with ExitStack() as locks:
         found: list[tuple[float, dict[str, str]]] = []
@@ -27,13 +30,27 @@ def shown(sessions: str, hub_cache: str) -> Iterator[dict[str, str]]:
             if fd is None:
                 continue
             owner = lease.read_owner(path)
-            lacking = {name: repo for name, repo in repos(path).items() if not os.path.lexists(f"{hub_cache}/{name}")}
-            if owner is not None and owner.hub_cache == hub_cache and lacking:
+            is_for_cache = owner is not None and owner.hub_cache == hub_cache
+            lacking = _lacking(hub_cache, repos(path), patience) if is_for_cache else {}
+            if owner is not None and lacking:
                 locks.callback(os.close, fd)
                 found.append((owner.started, lacking))
             else:
                 os.close(fd)
         yield {name: repo for _, lacking in sorted(found, key=lambda each: each[0]) for name, repo in lacking.items()}
+
+
+def _lacking(hub_cache: str, repos: dict[str, str], patience: Patience) -> dict[str, str]:
+    if not repos:
+        return {}
+    try:
+        return patience.ask(hub_cache, partial(_not_there, hub_cache, repos))
+    except NoAnswer:
+        return repos
+
+
+def _not_there(hub_cache: str, repos: dict[str, str]) -> dict[str, str]:
+    return {name: repo for name, repo in repos.items() if not os.path.lexists(f"{hub_cache}/{name}")}
 
 
 def repos(session: str) -> dict[str, str]:

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
 
 from hf_overlay import hfcache
 from hf_overlay.catalog.plan import Plan, fold
@@ -32,8 +34,8 @@ _TOKENS = ("token", "stored_tokens")
 class Tree:
     """One session's tree, built by `publish` and changed by publishing again."""
 
-    def __init__(self, session: str, hf_home: str) -> None:
-        """Make the folders and the links to the rest of the user's HF_HOME. Raises OSError."""
+    def __init__(self, session: str) -> None:
+        """Make the folders. Raises OSError."""
         self._session = session
         self._placed: dict[str, Placed] = {}
         """Linked repos of the current hub folder, by the name of their entry. Replaced as a whole."""
@@ -42,7 +44,13 @@ class Tree:
         self._earlier: dict[str, set[str]] = {}
         """Hub folders that were replaced: the targets of their links."""
         self._generation = 0
-        self._hf_home = hf_home
+        self._home: dict[str, str] = {}
+        """The links to what the user's HF_HOME holds: name -> target."""
+        self._make_folders()
+
+    def link_home(self, hf_home: str, names: Collection[str]) -> None:
+        """Make the links to the rest of the user's HF_HOME, which has these names. Raises OSError."""
+        self._home = {name: f"{hf_home}/{name}" for name in names}
         self._make_folders()
 
     @property
@@ -86,6 +94,10 @@ class Tree:
                 there = store.place(self._session, name, entry)
             placed[name] = there
             entries[name] = there.link
+        try:
+            store.carry_over(self._session, placed)
+        except OSError:
+            pass  # what clients added is not shown for now; it is none of the plan's
         # Folders that clients wrote stand where links to the cache would, but not where repos made here do.
         key = fold if self.is_case_insensitive else str
         written = {key(name): (name, path) for name, path in self._written().items()}
@@ -115,18 +127,20 @@ class Tree:
         """The path of an entry in the current hub folder, which a refresh does not change."""
         return f"{self._session}/hubs/{self._generation}/{name}"
 
-    def expect(self, name: str, real_hub: str) -> None:
+    def expect(self, name: str, real_hub: str, ask: Callable[[Callable[[], Any]], Any]) -> None:
         """Make the real cache's folder for a repo, and link it, so that a download lands there. Raises OSError.
 
+        `ask` calls what touches the real cache, and gives it up where its disk does not answer.
         It is made again where it was removed while we link to it: by the user, or by another session that found it
         empty at its end.
         """
         for entry in (hfcache.LOCKS, name):
-            if os.path.isdir(f"{self.hub}/{entry}"):
+            if ask(partial(os.path.isdir, f"{self.hub}/{entry}")):
                 continue
             # Scans warn of a repo without snapshots, and some that are announced are only looked at.
             folder = f"{real_hub}/{entry}"
-            announced.make(self._session, folder if entry == hfcache.LOCKS else f"{folder}/snapshots")
+            made = folder if entry == hfcache.LOCKS else f"{folder}/snapshots"
+            ask(partial(announced.make, self._session, made))
             self._entries[entry] = folder
             for hub in self._hubs():
                 if not os.path.lexists(f"{hub.path}/{entry}"):
@@ -136,9 +150,9 @@ class Tree:
         """Make what every generation needs, as far as it is not there. Raises OSError."""
         for folder in ("home", "hubs", store.FOLDER):
             os.makedirs(f"{self._session}/{folder}", 0o700, exist_ok=True)
-        for name in _home_entries(self._hf_home):
+        for name, target in self._home.items():
             if not os.path.lexists(f"{self._session}/home/{name}"):
-                os.symlink(f"{self._hf_home}/{name}", f"{self._session}/home/{name}")
+                os.symlink(target, f"{self._session}/home/{name}")
         if os.path.isdir(self.hub) and not os.path.islink(self.hub):  # a client made it after the link was removed
             self._generation += 1
             os.rename(self.hub, f"{self._session}/hubs/{self._generation}")
@@ -213,7 +227,7 @@ class Tree:
         store.prune(self._session, needed)
 
 
-def _home_entries(hf_home: str) -> set[str]:
+def home_entries(hf_home: str) -> set[str]:
     """The names in a session's home that lead to the user's real one."""
     try:
         # A token that is not there yet: logging in through the link makes the real one.

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Collection
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
+from hf_overlay import hfcache
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.tiers import MergedRepo
 from hf_overlay.tree import files
@@ -24,7 +26,7 @@ FOLDERS = (FOLDER, "shadows")
 UNFINISHED = "new"
 """In a session's folder: the linked repo that is being made."""
 _UNTOUCHED_NS = 10**18
-"""Time of a linked repo's folders until a client changes something in them: no clock is too coarse to tell that."""
+"""Time of a linked repo's folders and files until a client changes them: no clock is too coarse to tell that."""
 
 
 Repo = LinkedRepo | MergedRepo
@@ -63,11 +65,67 @@ def is_untouched(placed: Placed) -> bool:
         return False
 
 
+def is_ours(path: str) -> bool:
+    """Whether a file in a repo that was made here is as it was made. Raises OSError."""
+    return os.lstat(path).st_mtime_ns == _UNTOUCHED_NS
+
+
 def is_written(repo: str) -> bool:
     """Whether a client may have written into a repo that was made here: one `stat`, and one listing. Raises OSError."""
-    if os.stat(f"{repo}/blobs").st_mtime_ns != _UNTOUCHED_NS:
+    try:
+        if os.stat(f"{repo}/blobs").st_mtime_ns != _UNTOUCHED_NS:
+            return True
+    except FileNotFoundError:  # removed by a client
         return True
     return any(not entry.is_symlink() for entry in files.entries(f"{repo}/snapshots"))
+
+
+def carry_over(session: str, placed: Mapping[str, Placed]) -> None:
+    """Have merged repos show the revisions that clients added to others of the same name, which they have replaced.
+
+    `placed` has the current ones by name. What is added are links to files that the new one holds as well, and refs.
+    Raises OSError.
+    """
+    for entry in sorted(files.entries(f"{session}/{FOLDER}"), key=lambda entry: entry.name):
+        current = placed.get(repo_folder(entry.name))
+        if current is None or not isinstance(current.repo, MergedRepo):
+            continue
+        path = f"{session}/{FOLDER}/{os.path.basename(current.link)}"
+        if path != entry.path and is_written(entry.path) and _carry_over(entry.path, path):
+            _mark_untouched(path, current.repo)
+
+
+def _carry_over(old: str, new: str) -> bool:
+    """Whether anything was added."""
+    added = False
+    for folder in (hfcache.VIEWS, "snapshots"):
+        for where, text in _links_below(f"{old}/{folder}"):
+            commit = where.partition("/")[0]
+            view = f"{new}/{hfcache.VIEWS}/{commit}"
+            wanted = f"{view if os.path.isdir(view) else f'{new}/snapshots/{commit}'}/{where.partition('/')[2]}"
+            if not os.path.lexists(wanted) and os.path.lexists(f"{new}/blobs/{os.path.basename(text)}"):
+                os.makedirs(os.path.dirname(wanted), exist_ok=True)
+                os.symlink(text, wanted)
+                added = True
+    for folder, _, names in os.walk(f"{old}/refs"):
+        for name in names:
+            ref = f"{folder}/{name}"
+            wanted = f"{new}{ref.removeprefix(old)}"
+            commit = files.read(ref).decode("ascii", "replace")
+            is_later = not os.path.exists(wanted) or os.stat(wanted).st_mtime_ns < os.stat(ref).st_mtime_ns
+            if not is_ours(ref) and is_later and os.path.isdir(f"{new}/snapshots/{commit}"):
+                os.makedirs(os.path.dirname(wanted), exist_ok=True)
+                shutil.copy2(ref, wanted)
+    return added
+
+
+def _links_below(folder: str) -> Iterator[tuple[str, str]]:
+    """The links in the folders below one, by their paths relative to it, each with its text."""
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            path = f"{inside}/{name}"
+            if inside != folder and os.path.islink(path):
+                yield os.path.relpath(path, folder), os.readlink(path)
 
 
 def prune(session: str, needed: Collection[str]) -> None:
@@ -93,6 +151,7 @@ def _make(repo: Repo, aside: str, path: str) -> None:
     for where, content in repo.files:
         with open(f"{aside}/{where}", "wb") as file:
             file.write(content)
+        os.utime(f"{aside}/{where}", ns=(_UNTOUCHED_NS, _UNTOUCHED_NS))
     _mark_untouched(aside, repo)
     os.rename(aside, path)
     for where in repo.sealed:

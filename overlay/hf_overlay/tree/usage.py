@@ -22,14 +22,17 @@ import re
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from itertools import chain
 
 from hf_overlay import hfcache
 from hf_overlay.config import OWNER_FILE
+from hf_overlay.progress import alive
 from hf_overlay.tree import announced, files, lease, store
 
 LOOK_SECONDS = 10.0
 """The longest that `ps` or `lsof` may take (macOS). One that takes longer has found out nothing."""
+_REPORT_SECONDS = 0.2
 _PASSES = 50
 """How often the list of processes is read again, for those that were started meanwhile (Linux)."""
 _EXEC_SECONDS = 0.002
@@ -45,28 +48,33 @@ Processes = Iterator[tuple[int, bytes]]
 """Each process by its id, with all that it may name a tree in: its environment, its folder, its open files."""
 
 
-def in_use(sessions: Collection[str], processes: Callable[[], Processes] | None = None) -> set[str]:
+def in_use(
+    sessions: Collection[str], processes: Callable[[], Processes] | None = None, *, asker: int | None = None
+) -> set[str]:
     """The paths of those given sessions whose tree is still in use although their owner is dead.
 
     All processes are looked at once for all sessions, and not at all when there are none to ask about. `processes`
-    replaces this system's way of listing them; it raises OSError when it cannot.
+    replaces this system's way of listing them; it raises OSError when it cannot. `asker` is the id of the process that
+    clears the sessions, of which this one may be a helper; without it, this one.
     """
+    asker = os.getpid() if asker is None else asker
     used = {path for path in sessions if is_downloading(path)}
     # With a slash, since whoever clears a session, or looks whether it is empty, has the folder itself open.
     asked = {path: os.fsencode(f"/{os.path.basename(path)}/") for path in sessions if path not in used}
     if not asked:
         return used
     try:
-        for pid, text in chain(_caches(sessions), (processes or _processes)()):
-            used |= {path for path, mark in asked.items() if mark in text and not _was_opened_by(pid, path)}
+        for pid, text in chain(_caches(sessions), (processes or partial(_processes, asker))()):
+            alive()
+            used |= {path for path, mark in asked.items() if mark in text and not _is_done(pid, path, asker)}
     except OSError:
         return set(sessions)
     return used
 
 
-def _was_opened_by(pid: int, session: str) -> bool:
-    """Whether this process itself opened the session: its owner is dead, so it is done with it."""
-    return pid == os.getpid() == lease.opener(session)
+def _is_done(pid: int, session: str, asker: int) -> bool:
+    """Whether a process opened the session itself and now clears it: its owner is dead, so it is done with it."""
+    return pid == asker == lease.opener(session)
 
 
 def _caches(sessions: Collection[str]) -> Processes:
@@ -139,11 +147,11 @@ def _open(lock: str) -> int:
 # Processes -----------------------------------------------------------------------------------------------------------
 
 
-def _processes() -> Processes:
-    return by_ps_and_lsof() if sys.platform == "darwin" else by_proc()
+def _processes(asker: int) -> Processes:
+    return by_ps_and_lsof() if sys.platform == "darwin" else by_proc(asker=asker)
 
 
-def by_proc(proc: str = "/proc") -> Processes:
+def by_proc(proc: str = "/proc", asker: int | None = None) -> Processes:
     """The processes as /proc tells of them (Linux). Raises OSError when it is not there, or never comes to rest.
 
     Meanwhile processes start others and end. So the list is read again until each one in it has been looked at: a
@@ -158,7 +166,7 @@ def by_proc(proc: str = "/proc") -> Processes:
             return
         for pid in new:
             # Of this process only the environment counts: other threads of it may be clearing the same sessions.
-            is_ours = int(pid) == os.getpid()
+            is_ours = int(pid) in (os.getpid(), asker)
             named = _environment(f"{proc}/{pid}") if is_ours else _named_by(f"{proc}/{pid}")
             if _USES_NOTHING not in _read(f"{proc}/{pid}/cmdline"):  # last: a program that is being started has none
                 yield int(pid), named
@@ -229,11 +237,20 @@ def by_ps_and_lsof(run: Callable[[Sequence[str]], bytes] | None = None) -> Proce
 def _output(command: Sequence[str]) -> bytes:
     import subprocess  # only here, and it takes a while
 
-    try:
-        # An environment of its own, or it would find itself. lsof exits 1 where it was not shown everything.
-        done = subprocess.run(command, env={"LC_ALL": "C"}, capture_output=True, timeout=LOOK_SECONDS, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise TimeoutError(f"{command[0]} took longer than {LOOK_SECONDS:.0f} seconds") from error
-    if not done.stdout:
-        raise OSError(f"{command[0]} found out nothing: exit status {done.returncode}")
-    return done.stdout
+    # An environment of its own, or it would find itself. lsof exits 1 where it was not shown everything.
+    with subprocess.Popen(
+        command, env={"LC_ALL": "C"}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        until = time.monotonic() + LOOK_SECONDS
+        while True:
+            try:
+                out = process.communicate(timeout=_REPORT_SECONDS)[0]
+                break
+            except subprocess.TimeoutExpired:
+                alive()  # it is no disk that takes so long
+            if time.monotonic() > until:
+                process.kill()
+                raise TimeoutError(f"{command[0]} took longer than {LOOK_SECONDS:.0f} seconds")
+    if not out:
+        raise OSError(f"{command[0]} found out nothing: exit status {process.returncode}")
+    return out

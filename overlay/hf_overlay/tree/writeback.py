@@ -13,14 +13,20 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from hf_overlay import hfcache, keeping
+from hf_overlay.patience import Patience
+from hf_overlay.progress import alive
 from hf_overlay.tree import files, store, usage
 from hf_overlay.tree.files import has_payload
+
+_PIECE_BYTES = 1 << 23
+"""Bytes that are written between two signs of life. A disk that takes seconds for them does not answer."""
 
 
 @dataclass
@@ -45,12 +51,14 @@ class _Place:
 def bring_home(session: str, hub: str) -> dict[str, str]:
     """Move every download in a dead session's tree into the real cache `hub`.
 
-    Returns the paths that must stay because not all of each could be moved: path -> why.
+    Returns the paths that must stay because not all of each could be moved: path -> why. Looks at no disk but the
+    session's and the cache's, except where it can be given up on; reports progress (see progress).
     """
     for folder in ("home", "hubs", *store.FOLDERS):
         files.remove_litter(f"{session}/{folder}")
     stuck: dict[str, str] = {}
     for repo, name in _written_repos(session):
+        alive()
         place = _place(session, hub, name)
         try:
             _make_hub(hub)
@@ -59,7 +67,7 @@ def bring_home(session: str, hub: str) -> dict[str, str]:
             if place.is_busy:
                 stuck[repo] = "a program is downloading the same"
         except OSError as error:
-            if _is_worth_keeping(repo):
+            if is_worth_keeping(repo):
                 stuck[repo] = f"{error.strerror or error}: {error.filename2 or error.filename or hub}"
     for each in _hubs(session):
         tag = f"{each}/{hfcache.CACHEDIR_TAG}"
@@ -110,7 +118,7 @@ def _written_repos(session: str) -> Iterator[tuple[str, str]]:
                 continue
             if has_payload(path):
                 _drop_copies(path)
-            if _is_worth_keeping(path):
+            if is_worth_keeping(path):
                 yield path, store.repo_folder(linked_repo)
 
 
@@ -121,11 +129,11 @@ def _hubs(session: str) -> list[str]:
     return [*(f"{session}/hubs/{name}" for name in _names(f"{session}/hubs")), *([made] if is_made else [])]
 
 
-def _is_worth_keeping(repo: str) -> bool:
+def is_worth_keeping(repo: str) -> bool:
     """Whether a client wrote something into a repo: bytes, or, once those are moved, the links of a revision."""
     own = _own_commit(repo)
     revisions = (f"{repo}/snapshots/{commit}" for commit in _names(f"{repo}/snapshots") if commit != own)
-    return has_payload(repo) or any(_files(revision) for revision in revisions)
+    return has_payload(repo) or any(files.below(revision) for revision in revisions)
 
 
 def _move_whole(repo: str, place: _Place) -> bool:
@@ -135,16 +143,21 @@ def _move_whole(repo: str, place: _Place) -> bool:
     if any(map(usage.holds_lock, place.locks)):
         return False
     home = os.path.realpath(repo) + os.sep
-    for folder, folders, names in os.walk(repo):
-        for name in (*folders, *names):
-            path = os.path.join(folder, name)
-            if os.path.islink(path) and not os.path.realpath(path).startswith(home):
-                return False
+    for name in files.below(repo):
+        path = f"{repo}/{name}"
+        # By its text first: what it leads to may be on a disk that does not answer.
+        if os.path.islink(path) and not (_is_in(repo, path) and os.path.realpath(path).startswith(home)):
+            return False
     try:
         os.rename(repo, place.path)
     except OSError:  # another volume, or somebody was faster: merging tells what is really wrong
         return False
     return True
+
+
+def _is_in(folder: str, link: str) -> bool:
+    """Whether the text of a link leads to a place below a folder."""
+    return os.path.normpath(os.path.join(os.path.dirname(link), os.readlink(link))).startswith(f"{folder}/")
 
 
 def _merge(repo: str, place: _Place, *, link: str | None = None) -> None:
@@ -157,6 +170,7 @@ def _merge(repo: str, place: _Place, *, link: str | None = None) -> None:
     if has_payload(repo):
         os.makedirs(f"{target}/snapshots", exist_ok=True)  # a repo without it is a corrupt one to scans
     for name in _names(f"{repo}/blobs"):
+        alive()
         path = f"{repo}/blobs/{name}"
         if os.path.islink(path) or not os.path.isfile(path) or not place.is_free(name):
             continue
@@ -171,18 +185,23 @@ def _merge(repo: str, place: _Place, *, link: str | None = None) -> None:
             os.unlink(path)  # named by its content: the cache has it already
     complete: set[str] = set()
     for commit in _names(f"{repo}/snapshots"):
-        if commit != own and _merge_snapshot(_revision(repo, commit), commit, place, is_used=link is not None):
+        revision = _revision(repo, commit)
+        if commit == own or os.path.islink(revision):  # a link to a view that a client has removed
+            continue
+        if _merge_snapshot(revision, commit, place, is_used=link is not None):
             complete.add(commit)
-    shown = _shown_refs(repo)
     for folder in ("trees", ".no_exist", "refs"):
-        for relative in _files(f"{repo}/{folder}"):
+        for relative in files.below(f"{repo}/{folder}"):
+            alive()
             path = f"{repo}/{folder}/{relative}"
+            if store.is_ours(path):
+                continue  # nobody wrote it: a tier has it, or the cache itself
             content = files.read(path)
             commit = content.decode("ascii", "replace") if folder == "refs" else relative.split("/")[0].split(".")[0]
             wanted = f"{target}/{folder}/{relative}"
-            if folder == "refs" and shown.get(relative) == commit:
-                continue  # nobody wrote it: it is a tier's, or the cache's own
-            if commit in complete and not _is_newer(wanted, path):
+            # A listing says what else belongs to a revision, so it is right beside a part of one.
+            may_come = commit in complete or (folder == "trees" and os.path.isdir(f"{target}/snapshots/{commit}"))
+            if may_come and not _is_newer(wanted, path):
                 _write(wanted, content, aside)
 
 
@@ -207,7 +226,8 @@ def _merge_snapshot(snapshot: str, commit: str, place: _Place, *, is_used: bool)
     """
     target = f"{place.path}/snapshots/{commit}"
     is_complete = True
-    for relative in _files(snapshot):
+    for relative in files.below(snapshot):
+        alive()
         path, wanted = f"{snapshot}/{relative}", f"{target}/{relative}"
         is_link = os.path.islink(path)
         if not is_link and is_used:
@@ -291,8 +311,7 @@ def _move(path: str, target: str, aside: str) -> None:
 def _copy(path: str, target: str, aside: str) -> None:
     """Copy a file aside, sync and rename, so that under its name it is complete. Raises OSError."""
     try:
-        shutil.copyfile(path, aside)
-        shutil.copystat(path, aside)
+        _copy_pieces(path, aside)
         files.sync(aside)
         os.rename(aside, target)
     except OSError:
@@ -317,6 +336,17 @@ def _share(path: str, target: str, aside: str, link: str) -> None:
     os.replace(link, path)
 
 
+def _copy_pieces(path: str, target: str) -> None:
+    """Copy a file, each piece to the disk itself: so a slow one shows that it answers."""
+    with open(path, "rb") as source, open(target, "wb") as copy:
+        while piece := source.read(_PIECE_BYTES):
+            copy.write(piece)
+            copy.flush()
+            os.fsync(copy.fileno())
+            alive()
+    shutil.copystat(path, target)
+
+
 def _write(path: str, content: bytes, aside: str) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(aside, "wb") as file:
@@ -330,12 +360,29 @@ def _drop_copies(linked_repo: str) -> None:
     if origin is None:
         return
     view = f"{linked_repo}/{hfcache.VIEWS}/{origin['commit']}"
-    for relative in _files(view):
-        blob = os.path.realpath(f"{view}/{relative}")
-        original = f"{origin['folder']}/{relative}"
-        is_copy = blob.startswith(os.path.realpath(linked_repo) + os.sep) and os.path.isfile(blob)
-        if is_copy and os.path.isfile(original) and os.path.getsize(original) == os.path.getsize(blob):
-            os.unlink(blob)
+    copies: dict[str, str] = {}
+    for relative in files.below(view):
+        path = f"{view}/{relative}"
+        if os.path.islink(path):
+            if not _is_in(linked_repo, path):
+                continue
+            path = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
+        if os.path.lexists(path) and not os.path.islink(path) and os.path.isfile(path):
+            copies[relative] = path
+    if not copies:
+        return
+    try:
+        sizes = Patience().ask(origin["folder"], partial(_sizes, origin["folder"], tuple(copies)))
+    except OSError:  # they stay, and move to the cache
+        return
+    for relative, path in copies.items():
+        if os.path.lexists(path) and os.path.getsize(path) == sizes.get(relative):  # two names may share a blob
+            os.unlink(path)
+
+
+def _sizes(folder: str, names: Collection[str]) -> dict[str, int]:
+    """The sizes of those files in a folder that are there."""
+    return {name: os.path.getsize(f"{folder}/{name}") for name in names if os.path.isfile(f"{folder}/{name}")}
 
 
 def _own_commit(repo: str) -> str | None:
@@ -350,13 +397,7 @@ def _origin(repo: str) -> dict[str, str] | None:
 
 
 def _is_merged(repo: str) -> bool:
-    return "refs" in _recorded(repo)
-
-
-def _shown_refs(repo: str) -> dict[str, str]:
-    """The refs that a merged repo was made with: name -> commit; none for any other repo."""
-    refs = _recorded(repo).get("refs")
-    return refs if isinstance(refs, dict) else {}
+    return "merged" in _recorded(repo)
 
 
 def _recorded(repo: str) -> dict[str, Any]:
@@ -366,14 +407,6 @@ def _recorded(repo: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return origin if isinstance(origin, dict) else {}
-
-
-def _files(folder: str) -> list[str]:
-    """The paths of regular files and links below a folder, relative to it; no link is followed."""
-    if os.path.islink(folder):
-        return []
-    found = (os.path.join(path, name) for path, folders, names in os.walk(folder) for name in (*names, *folders))
-    return sorted(os.path.relpath(path, folder) for path in found if os.path.islink(path) or os.path.isfile(path))
 
 
 def _names(folder: str) -> list[str]:

@@ -14,6 +14,7 @@ from mlx_overlay_server.chat.events import Event
 from mlx_overlay_server.chat.requests import AnyRequest
 from mlx_overlay_server.errors import Field, ServerError
 from mlx_overlay_server.service import Batch, Service, Ticket, gathered
+from mlx_overlay_server.turns import turn
 
 Body = TypeVar("Body", contravariant=True)
 
@@ -62,6 +63,7 @@ class Dialect(Protocol[Body]):
 async def respond(service: Service, dialect: Dialect[Body], body: Body, request: Request) -> Response:
     """Answer a request, in one piece or as a stream. Raises ServerError unless a stream has begun."""
     ticket = Ticket()
+    await turn()
     exchange = dialect.decode(body, request.headers)
     batches = service.answer(exchange.request, ticket)
     if exchange.is_streamed:

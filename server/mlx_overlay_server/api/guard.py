@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_overlay_server.api.values import MAX_VALUES, ValueCount
 from mlx_overlay_server.errors import Forbidden, InvalidRequest, ServerError, TooLarge, Unauthorized
+from mlx_overlay_server.turns import LARGE_BYTES, Turns, becomes_large
 
 _OPEN = frozenset({"/health", "/v1/health"})
 """Paths that need no key: what load balancers ask."""
@@ -35,11 +36,13 @@ class Guard:
         max_body: int,
         refuse: Callable[[Scope, ServerError], Response],
         count: Callable[[str, int], None],
+        turns: Turns | None = None,
     ) -> None:
         """Guard an application.
 
         `host` is the name that the server listens on, `origins` the web pages that may use it, `max_body` the bytes
-        that a body may have. `refuse` encodes an error for its client; `count` gets each answer's route and status.
+        that a body may have. `refuse` encodes an error for its client; `count` gets each answer's route and status;
+        `turns` are what large bodies wait for.
         """
         self._app = app
         self._key = api_key.encode() if api_key else None
@@ -48,6 +51,7 @@ class Guard:
         self._max_body = max_body
         self._refuse = refuse
         self._count = count
+        self._turns = turns or Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve as an ASGI application."""
@@ -66,6 +70,8 @@ class Guard:
             values.feed(body)
             if is_too_much():
                 raise self._too_large()
+            if size > LARGE_BYTES and message["type"] == "http.request" and not message.get("more_body", False):
+                await becomes_large(self._turns)  # what the application does first is to decode all of it
             return message
 
         def is_too_much() -> bool:

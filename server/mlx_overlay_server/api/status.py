@@ -19,12 +19,14 @@ class EngineHealth(TypedDict):
     waiting: int
     failures: int
     last_failure: str | None
+    waits_for: str | None
+    """The disk that holds the engine, so that no model can answer until it does; null while there is none."""
 
 
 class Health(TypedDict):
     """The answer to `GET /health`."""
 
-    status: Literal["starting", "loading", "ready", "failed"]
+    status: Literal["starting", "loading", "ready", "waiting", "failed"]
     loaded: list[str]
     """Ids of the models in memory."""
     loading: list[str]
@@ -36,9 +38,11 @@ def health_of(service: Service) -> Health:
     """Return the server's state now."""
     engine = service.engine
     stats = engine.stats
-    status: Literal["starting", "loading", "ready", "failed"]
+    status: Literal["starting", "loading", "ready", "waiting", "failed"]
     if engine.failure is not None:
         status = "failed"
+    elif engine.held is not None:
+        status = "waiting"
     elif not stats.is_alive:
         status = "starting"
     else:
@@ -52,6 +56,7 @@ def health_of(service: Service) -> Health:
             "waiting": stats.waiting,
             "failures": stats.failures,
             "last_failure": engine.failure or stats.last_failure,
+            "waits_for": None if engine.held is None else f"the disk of a model, since {engine.held.seconds:.0f} s",
         },
     }
 
@@ -61,7 +66,7 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["Status"])
     documented: dict[int | str, dict[str, Any]] = {
         200: {"model": Health, "description": "The server can answer, or will soon."},
-        503: {"model": Health, "description": "The engine has failed: start the server again."},
+        503: {"model": Health, "description": "The engine has failed (start the server again), or waits for a disk."},
     }
 
     @routes.get("/health", responses=documented)
@@ -69,7 +74,7 @@ def router(service: Service) -> APIRouter:
     async def health() -> Response:
         """Say whether the server can answer, and what is loaded."""
         now = health_of(service)
-        return answer(now, 503 if now["status"] == "failed" else 200)
+        return answer(now, 503 if now["status"] in ("failed", "waiting") else 200)
 
     @routes.get("/metrics", response_class=PlainTextResponse)
     @routes.get("/v1/metrics", include_in_schema=False)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 MAX_VALUES = 200_000
 """Values in a body. A prompt of so many token ids, and a conversation of 10,000 messages, have fewer."""
-MAX_CONTAINERS = 50_000
-"""Objects and arrays in a body; each costs many times what a plain value does."""
+MAX_CONTAINERS = 32_000
+"""Objects and arrays in a body; each costs many times what a plain value does.
+
+10,000 messages of one part each have 30,000.
+"""
 
 
 class ValueCount:

@@ -72,7 +72,7 @@ class Loaded:
     vocab_size: int
     """Columns of its logits."""
     context: int | None
-    """Tokens that prompt and answer may have together, as its config says; None: the config does not say."""
+    """Tokens that prompt and answer may have together, as its config says or memory allows; None: nobody knows."""
     defaults: Mapping[str, Any]
     """Its generation_config.json."""
     longest_token: int = 1 << 20
@@ -81,6 +81,8 @@ class Loaded:
     """Whether mlx-lm knows the model's own form of tool calls; the server's form (`tool_text`) is read otherwise."""
     processor: Any = None
     """mlx_lm's image processor; None: the model takes no images."""
+    kv_bytes: int = 0
+    """Bytes that each token of a sequence takes in KV caches; 0: unknown."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @functools.cached_property

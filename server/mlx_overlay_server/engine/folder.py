@@ -14,10 +14,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_overlay.progress import alive
+
 logger = logging.getLogger("mlx_overlay_server")
 
 MAX_CONFIG_BYTES = 128 * 2**20
 """Bytes of any file that is not weights. The largest tokenizers known have about 40 MB."""
+_PIECE_BYTES = 1 << 22
 _WEIGHTS = ".safetensors"
 _CONFIGS = (".json", ".jsonl", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _TEMPLATES = "additional_chat_templates"
@@ -39,12 +42,30 @@ class Unsuitable(Exception):
 def check(path: str) -> None:
     """Make sure that all files which loading opens are regular, bounded in size and can be read.
 
-    Takes as long as the disk does: call it where that may be given up on. Raises Unsuitable or OSError.
+    Takes as long as the disk does: call it where that may be given up on; it reports progress. Raises Unsuitable or
+    OSError.
     """
     for folder, prefix in ((path, ""), (os.path.join(path, _TEMPLATES), f"{_TEMPLATES}/")):
         for name in _names(folder):
+            alive()
             if name.endswith((_WEIGHTS, *_CONFIGS)):
                 _check_file(os.path.join(folder, name), prefix + name)
+
+
+def read_ahead(path: str) -> None:
+    """Read a model's weights once, so that the system has them in memory, and whoever reads them next does not wait.
+
+    Weights that would fill more than half of the memory are left out: they would be gone again. Raises OSError.
+    """
+    names = [name for name in _names(path) if name.endswith(_WEIGHTS)]
+    size = sum(os.path.getsize(f"{path}/{name}") for name in names)
+    if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2:
+        return
+    piece = bytearray(_PIECE_BYTES)
+    for name in names:
+        with open(f"{path}/{name}", "rb", buffering=0) as file:
+            while file.readinto(piece):
+                alive()
 
 
 def _names(folder: str) -> list[str]:

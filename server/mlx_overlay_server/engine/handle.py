@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from mlx_overlay_server.chat.grammar import Constraint
 from mlx_overlay_server.chat.loaded import Loaded
@@ -29,11 +32,25 @@ from mlx_overlay_server.errors import Failed, ServerError, Unavailable
 from mlx_overlay_server.memory import Shares
 from mlx_overlay_server.settings import EngineOptions
 
+logger = logging.getLogger("mlx_overlay_server")
+
 STOP_SECONDS = 3
 """Seconds that the engine's last step may take once the server stops."""
 
 WARM_UP_TOKENS = 32
 """Tokens of the prompt that warms a model up: several are read by other kernels than one."""
+
+
+HELD_SECONDS = 10
+"""A part of a load takes less, unless a disk does not answer."""
+_WATCH_SECONDS = 1
+
+
+class Held(NamedTuple):
+    """The folder of a model whose weights the engine's thread reads, and since how many seconds without an end."""
+
+    path: str
+    seconds: float
 
 
 class Mailbox:
@@ -72,6 +89,9 @@ class Engine:
         self._loads: dict[str, Future[Loaded]] = {}
         self._ids = itertools.count()
         self._keys = itertools.count()
+        self._reading: tuple[str, float] | None = None
+        """The key of the model of which the thread loads a part, and since when, in monotonic seconds."""
+        self._has_said_held = False
         self._is_aborted = False
         self._failure: str | None = None
         self._is_prepared = asyncio.Event()
@@ -82,6 +102,7 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=Worker(self).run, name="engine", daemon=True)
         self._thread.start()
+        self._watch()
 
     async def stop(self) -> None:
         """End the thread once it has finished its step. Whoever still waits gets Unavailable.
@@ -185,6 +206,13 @@ class Engine:
         return self._thread is not None and self._thread.is_alive()
 
     @property
+    def held(self) -> Held | None:
+        """What holds the thread, so that no model can answer: a disk that does not; None when nothing does."""
+        if (reading := self._reading) is None or (seconds := time.monotonic() - reading[1]) < HELD_SECONDS:
+            return None
+        return Held(reading[0].partition(":")[2], seconds)
+
+    @property
     def failure(self) -> str | None:
         """Why the engine cannot work any more; None while it can."""
         return self._failure
@@ -194,6 +222,28 @@ class Engine:
             raise Unavailable("the server is shutting down")
         if self._failure is not None:
             raise Failed(f"the engine has failed: {self._failure}; start the server again")
+        if self._is_held_for_long:
+            raise _waiting()
+
+    @property
+    def _is_held_for_long(self) -> bool:
+        return self.held is not None and self.held.seconds >= self.options.load_seconds
+
+    def _watch(self) -> None:
+        """Let nobody wait for a thread that a disk holds for long. What it was to do is dropped when it is let go."""
+        held = self.held
+        if held is not None and not self._has_said_held:
+            logger.warning("the engine waits for the disk of %s; no model answers until that does", held.path)
+        self._has_said_held = held is not None
+        if self._is_held_for_long:
+            ids, keys = list(self._mailboxes), list(self._loads)
+            self._fail_all(_waiting())
+            for id_ in ids:
+                self._send(Cancel(id_))
+            for key in keys:
+                self._send(Unload(key))
+        if self._loop is not None and not self._is_aborted:
+            self._loop.call_later(_WATCH_SECONDS, self._watch)
 
     def _fail_all(self, error: ServerError) -> None:
         for id_, mailbox in self._mailboxes.items():
@@ -226,6 +276,15 @@ class Engine:
     def end(self, reason: str) -> None:
         """Note that the thread cannot work any more, and why."""
         self._call(self._end, reason)
+
+    @contextmanager
+    def reading(self, key: str) -> Iterator[None]:
+        """Note while this lasts that a part of a model is being loaded, which a disk may hold up."""
+        self._reading = (key, time.monotonic())
+        try:
+            yield
+        finally:
+            self._reading = None
 
     def settle(self, key: str, result: Loaded | ServerError) -> None:
         """Note that a load has ended."""
@@ -263,6 +322,10 @@ class Engine:
             future.set_exception(result)
         else:
             future.set_result(result)
+
+
+def _waiting() -> Unavailable:
+    return Unavailable("the engine waits for a disk that does not answer; see /health", code="disk_silent")
 
 
 def follow(options: EngineOptions) -> threading.Thread:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
+from hf_overlay.mounts import may_hang
+from hf_overlay.patience import NoAnswer, Patience
 from mlx.utils import tree_flatten
 from mlx_lm.generate import make_text_state_machine
 from mlx_lm.processors import load_processor
@@ -21,7 +25,10 @@ from mlx_overlay_server.engine import folder, mlx
 from mlx_overlay_server.engine.commands import Load
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.runner import Runner
+from mlx_overlay_server.memory import Shares
 from mlx_overlay_server.settings import EngineOptions
+
+logger = logging.getLogger("mlx_overlay_server")
 
 T = TypeVar("T")
 
@@ -30,19 +37,19 @@ SLICE_BYTES = 1 << 28
 
 
 def load(
-    command: Load, options: EngineOptions, group: Any, prefixes: PrefixCache
+    command: Load, options: EngineOptions, group: Any, prefixes: PrefixCache, shares: Shares | None = None
 ) -> Generator[Runner | None, None, None]:
-    """Load a model: yield None after each slice, and the runner at the end.
+    """Load a model: yield None after each slice, and the runner at the end. `shares`: how the memory is divided.
 
     Raises what mlx-lm raises, Unsuitable for a folder that must not be loaded, TimeoutError when a part does not end.
     """
     path = Path(command.path)
     config_extra = {"trust_remote_code": options.trust_remote_code}
     draft = None
-    checking = _apart(partial(_check, command))
+    checking = _apart(partial(_check, command, options))
     if group is not None:  # all ranks take as many turns: none
-        wait([checking], options.load_seconds)
-        _result(checking, options)
+        wait([checking])
+        checking.result()
         model, tokenizer, config = sharded_load(
             command.path,
             pipeline_group=group if options.is_pipeline else None,
@@ -52,8 +59,8 @@ def load(
             trust_remote_code=options.trust_remote_code,
         )
     else:
-        yield from _turns(checking, options.load_seconds)
-        _result(checking, options)
+        yield from _turns(checking, math.inf)
+        checking.result()
         model, config = load_model(path, lazy=True, trust_remote_code=options.trust_remote_code)
         if command.adapter_path is not None:
             model = load_adapters(model, command.adapter_path)
@@ -70,6 +77,12 @@ def load(
     has_own_calls = tokenizer.has_tool_calling
     mlx.prepare_tokenizer(tokenizer)
     vocab_size = _vocab_size(config, tokenizer)
+    nbytes = sum(part.nbytes for each in (model, draft) if each is not None for part in _parameters(each))
+    kv_bytes = sum(
+        mlx.kv_bytes(each, bits=options.kv_bits, group_size=options.kv_group_size)
+        for each in (model, draft)
+        if each is not None
+    )
     loaded = Loaded(
         key=command.key,
         path=command.path,
@@ -78,9 +91,10 @@ def load(
         detokenizer=partial(mlx.detokenizer, tokenizer),
         make_grammar_tokenizer=partial(mlx.grammar_tokenizer, tokenizer, vocab_size),
         longest_token=max(map(len, tokenizer.get_vocab()), default=1),
-        nbytes=sum(part.nbytes for each in (model, draft) if each is not None for part in _parameters(each)),
+        nbytes=nbytes,
         vocab_size=vocab_size,
-        context=_context(config),
+        context=_fitting(_context(config), shares.tokens(nbytes, kv_bytes) if shares is not None else None, path),
+        kv_bytes=kv_bytes,
         defaults=folder.sampling_defaults(path),
         has_own_calls=has_own_calls,
         processor=load_processor(model, config) if group is None else None,
@@ -88,10 +102,20 @@ def load(
     yield Runner(loaded, model, draft, options, prefixes, group=group)
 
 
-def _check(command: Load) -> None:
-    for path in (command.path, command.adapter_path, command.draft_path):
-        if path is not None:
-            folder.check(path)
+def _check(command: Load, options: EngineOptions) -> None:
+    """Look at all files that a load opens, and read weights ahead where their disk may stop answering.
+
+    What hangs here, hangs apart from the engine's thread, and is given up on after a time without progress: then it
+    raises TimeoutError.
+    """
+    patience = Patience(options.load_seconds)
+    try:
+        for path in filter(None, (command.path, command.adapter_path, command.draft_path)):
+            patience.ask(path, partial(folder.check, path))
+            if may_hang(path):
+                patience.ask(path, partial(folder.read_ahead, path))
+    except NoAnswer:
+        raise _no_progress(options) from None
 
 
 def _apart(work: Callable[[], T]) -> Future[T]:
@@ -118,9 +142,13 @@ def _turns(future: Future[Any], seconds: float) -> Iterator[None]:
 def _result(future: Future[T], options: EngineOptions) -> T:
     """Return what something that ran apart has returned. Raises what it raised, TimeoutError if it has not ended."""
     if not future.done():
-        seconds = f"{options.load_seconds:g} s"
-        raise TimeoutError(f"its files could not be read within {seconds}; look at the disk, or raise --load-seconds")
+        raise _no_progress(options)
     return future.result()
+
+
+def _no_progress(options: EngineOptions) -> TimeoutError:
+    seconds = f"{options.load_seconds:g} s"
+    return TimeoutError(f"its files could not be read within {seconds}; look at the disk, or raise --load-seconds")
 
 
 def _parameters(model: Any) -> list[mx.array]:
@@ -144,6 +172,14 @@ def _vocab_size(config: dict[str, Any], tokenizer: Any) -> int:
     """Return how many columns the model's logits have."""
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     return int(size or len(tokenizer))
+
+
+def _fitting(context: int | None, fits: int | None, path: Path) -> int | None:
+    """Return a model's context, or how many tokens fit in memory where that is less; None: nobody knows."""
+    if context is None or fits is None or fits >= context:
+        return context if context is not None else fits
+    logger.warning("%s: there is memory for %d tokens, of the %d that the model's context has", path, fits, context)
+    return fits
 
 
 def _context(config: dict[str, Any]) -> int | None:

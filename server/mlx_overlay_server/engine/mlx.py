@@ -148,6 +148,31 @@ class CurrentTokens:
         self._tokens = {}
 
 
+def kv_bytes(model: Any, *, bits: int | None, group_size: int) -> int:
+    """Return how many bytes each further token of a long sequence takes in a model's KV cache; 0: unknown.
+
+    Sliding windows and recurrent states no longer grow then. Nothing is computed: MLX knows shapes before it computes.
+    `bits` and `group_size` are those of a quantised KV cache.
+    """
+    try:
+        cache = make_prompt_cache(model)
+        sizes = [_grown(model, cache) for _ in range(_GROWTHS)]
+    except Exception:  # noqa: BLE001 - a model may do anything while it is traced; without the number it still runs
+        return 0
+    per_token = (sizes[-1] - sizes[-2]) // _GROWTH_TOKENS
+    return per_token if bits is None else int(per_token * (bits + 32 / group_size) / 16)
+
+
+_GROWTH_TOKENS = 1024
+_GROWTHS = 6  # beyond the longest sliding windows of today's models
+
+
+def _grown(model: Any, cache: Cache) -> int:
+    """Let a KV cache take more tokens, without computing them, and return its size in bytes."""
+    model(mx.zeros((1, _GROWTH_TOKENS), dtype=mx.int32), cache=cache)
+    return sum(layer.nbytes for layer in cache)
+
+
 # Sequences that run alone ----------------------------------------------------------------------------------------
 
 

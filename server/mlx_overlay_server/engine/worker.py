@@ -10,9 +10,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.engine.admission import Admission
 from mlx_overlay_server.engine.commands import (
     Cancel,
     Command,
@@ -47,6 +49,10 @@ Between the requests of one client it is worth keeping: the next one needs buffe
 """
 
 
+GROWTH_STEPS = 64
+"""Steps between two looks at whether running sequences have grown into the memory of kept KV caches."""
+
+
 class Handle(Protocol):
     """Where commands come from and results go. Its methods may be called from the engine's thread."""
 
@@ -54,6 +60,7 @@ class Handle(Protocol):
 
     def take(self, seconds: float) -> list[Command]: ...
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None: ...
+    def reading(self, key: str) -> AbstractContextManager[None]: ...
     def settle(self, key: str, result: Loaded | ServerError) -> None: ...
     def end(self, reason: str) -> None: ...
 
@@ -77,7 +84,8 @@ class Worker:
         self._outbox = Outbox()
         self._worked_at: float | None = None
         """When there was work last; None when MLX's pool is empty since."""
-        self._memory: Shares | None = None
+        self._memory: Shares
+        self._admission: Admission
         self._ranks: Ranks
         self._prefixes: PrefixCache
 
@@ -110,6 +118,9 @@ class Worker:
         self._ranks = Ranks()
         kept = self._ranks.least(shares(machine, prefixes=self._options.cache_bytes).prefixes)
         self._memory = shares(machine, prefixes=kept)
+        # Ranks hold different parts of a model, and would not decide alike.
+        limit = self._memory.held if self._ranks.group is None else 1 << 62
+        self._admission = Admission(limit, self._options.batch_size)
         self._prefixes = PrefixCache(kept)
         self._publish([])
 
@@ -132,6 +143,7 @@ class Worker:
             if isinstance(command, Stop):
                 return False
             self._apply(command)
+        self._admit()
         for key, steps in list(self._loading.items()):
             self._go_on_loading(key, steps)
         for key, runner in list(self._runners.items()):
@@ -144,7 +156,8 @@ class Worker:
 
     def _seconds(self) -> float:
         """Return how many seconds the next turn may wait for commands. Empties MLX's pool when that is due."""
-        if self._commands or self._loading or any(runner.is_busy for runner in self._runners.values()):
+        has_waiting = bool(self._commands or self._loading or self._admission.waiting)
+        if has_waiting or any(runner.is_busy for runner in self._runners.values()):
             self._worked_at = self._clock()
             return 0
         longest = IDLE_SECONDS if self._ranks.group is not None else 3600
@@ -166,7 +179,8 @@ class Worker:
             if self._loading.pop(command.key, None) is not None:  # nobody waits for it any more
                 self._clear_memory()
             if (runner := self._runners.pop(command.key, None)) is not None:
-                self._outbox.add((id_, Unavailable("the model was unloaded")) for id_ in self._forget(command.key))
+                ids = self._forget(command.key)
+                self._outbox.add((id_, Unavailable("the model was unloaded")) for id_ in ids)
                 runner.close()
                 del runner
                 self._clear_memory()
@@ -176,27 +190,47 @@ class Worker:
                 self._outbox.add([(command.id, Unavailable("the model was unloaded; try again"))])
                 return
             self._owner[command.id] = command.key
+            self._admission.add(command, runner.loaded.kv_bytes)
+        elif isinstance(command, Cancel) and (key := self._owner.pop(command.id, None)) is not None:
+            self._outbox.forget([command.id])
+            if self._admission.drop(command.id):
+                self._runners[key].cancel(command.id)
+
+    def _admit(self) -> None:
+        """Let sequences begin for which there is memory. Kept KV caches go before anybody waits or runs out of it."""
+        if self._steps % GROWTH_STEPS == 0 and (excess := self._admission.excess(self._taken())):
+            self._prefixes.trim(max(0, self._prefixes.nbytes - excess))
+        while self._admission.waiting:
+            missing = self._admission.missing(self._taken())
+            if 0 < missing <= self._prefixes.nbytes:
+                self._prefixes.trim(self._prefixes.nbytes - missing)
+            submit = self._admission.next(self._taken())
+            if submit is None:
+                return
             try:
-                runner.add(command)
-                self._outbox.expect(command.id)
+                self._runners[submit.key].add(submit)
+                self._outbox.expect(submit.id)
             except Exception as error:
                 if is_late(error):
                     raise
-                del self._owner[command.id]  # one request's trouble is not the others'
-                self._outbox.add([(command.id, failure(error))])
-        elif isinstance(command, Cancel) and (key := self._owner.pop(command.id, None)) is not None:
-            self._outbox.forget([command.id])
-            self._runners[key].cancel(command.id)
+                self._owner.pop(submit.id)  # one request's trouble is not the others'
+                self._admission.drop(submit.id)
+                self._outbox.add([(submit.id, failure(error))])
+
+    def _taken(self) -> int:
+        """Return the bytes of weights and kept KV caches."""
+        return sum(runner.loaded.nbytes for runner in self._runners.values()) + self._prefixes.nbytes
 
     def _load(self, command: Load) -> Iterator[Runner | None]:
         from mlx_overlay_server.engine.loading import load
 
-        return load(command, self._options, self._ranks.group, self._prefixes)
+        return load(command, self._options, self._ranks.group, self._prefixes, self._memory)
 
     def _go_on_loading(self, key: str, steps: Iterator[Runner | None]) -> None:
         """Load one slice of a model; sequences of other models go on between slices."""
         try:
-            runner = next(steps)
+            with self._engine.reading(key):
+                runner = next(steps)
         except (Exception, SystemExit) as error:  # loading runs the model's code; some of mlx-lm's calls sys.exit
             if is_late(error):
                 raise
@@ -231,16 +265,21 @@ class Worker:
         for id_, item in made:
             if isinstance(item, ServerError) or (isinstance(item, Sampled) and item.finish is not None):
                 self._owner.pop(id_, None)
+                self._admission.drop(id_)
+            elif isinstance(item, Sampled):
+                self._admission.grow(id_)
         self._outbox.add(made)
 
     def _reset(self, error: Exception) -> None:
-        """End every sequence; after a late error of the GPU also the loads, and all that may have come of either."""
+        """End every sequence that has begun; after a late error of the GPU also loads, and what came of either."""
         from mlx_overlay_server.engine import mlx
 
         self._note(error, "in the engine")
-        items: list[tuple[int, Item]] = [*self._outbox.items, *((id_, failure(error)) for id_ in self._owner)]
+        items: list[tuple[int, Item]] = self._outbox.items
         self._outbox.reset()
-        self._owner.clear()
+        for id_ in self._admission.clear():
+            del self._owner[id_]
+            items.append((id_, failure(error)))
         for runner in self._runners.values():
             runner.reset()
         if is_late(error):
@@ -263,6 +302,7 @@ class Worker:
         ids = [id_ for id_, owner in self._owner.items() if owner == key]
         for id_ in ids:
             del self._owner[id_]
+            self._admission.drop(id_)
         self._outbox.forget(ids)
         return ids
 
@@ -270,7 +310,7 @@ class Worker:
         runners = self._runners.values()
         stats = Stats(
             active=sum(runner.active for runner in runners),
-            waiting=sum(runner.waiting for runner in runners),
+            waiting=sum(runner.waiting for runner in runners) + self._admission.waiting,
             cache_bytes=self._prefixes.nbytes,
             cache_entries=len(self._prefixes),
             steps=self._steps,

@@ -28,6 +28,7 @@ from mlx_overlay_server.preparation.lanes import Lanes, Work
 from mlx_overlay_server.preparation.process import Process
 from mlx_overlay_server.preparation.work import Prepared
 from mlx_overlay_server.settings import Limits
+from mlx_overlay_server.turns import turn
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -123,7 +124,9 @@ class Preparation:
     async def _run(self, name: str, model: Loaded, subject: Any, field: Field) -> Any:
         """Run one of the functions of `work.WORK` in a process."""
         await self._teach(model)
+        await turn()
         arguments = _pickled((subject, self._limits))
+        await turn()
         heavy = HEAVY_GRAMMAR if name == "check_grammar" else HEAVY_BYTES
         is_slow = len(arguments) > heavy or (isinstance(subject, ChatRequest) and subject.has_images)
         work = Work(name, model.key, arguments, lambda: self._too_slow(field), is_slow)

@@ -27,10 +27,11 @@ print)
     test -f STATE/leaving && { mv STATE/leaving STATE/left; echo "pid = 4242"; exit 0; }
     test -f STATE/left && rm -f STATE/left STATE/loaded
     test -f STATE/loaded || { echo "Could not find service" >&2; exit 113; }
+    test -f STATE/stopped && { printf "{\\n\\tstate = not running\\n}\\n"; exit 0; }
     printf "{\\n\\tstate = running\\n\\tpid = 4242\\n}\\n";;
 bootstrap)
     test -f STATE/loaded && { echo "Bootstrap failed: 5: Input/output error" >&2; exit 5; }
-    cp "$3" STATE/loaded;;
+    rm -f STATE/stopped; cp "$3" STATE/loaded;;
 bootout) touch STATE/leaving; exit 36;;
 enable) ;;
 *) exit 64;;
@@ -40,10 +41,12 @@ SYSTEMCTL = """#!/bin/sh
 echo "$*" >> STATE/calls
 test "$1" = --user || exit 64
 case $2 in
-show) test -f STATE/loaded && printf "MainPID=4242\\nActiveState=active\\nUnitFileState=enabled\\n" ||
+show)
+    test -f STATE/stopped && { printf "MainPID=0\\nActiveState=inactive\\nUnitFileState=enabled\\n"; exit 0; }
+    test -f STATE/loaded && printf "MainPID=4242\\nActiveState=active\\nUnitFileState=enabled\\n" ||
     printf "MainPID=0\\nActiveState=inactive\\nUnitFileState=\\n";;
 daemon-reload|enable) ;;
-restart) cp "$UNITS/$3" STATE/loaded;;
+restart) rm -f STATE/stopped; cp "$UNITS/$3" STATE/loaded;;
 disable) test "$3" = --now && rm -f STATE/loaded;;
 *) exit 64;;
 esac
@@ -161,6 +164,15 @@ def test_one_that_was_unloaded_by_hand_is_loaded_again(machine: Machine) -> None
     assert "to load it: hf-overlay service install" in out
     assert machine.run("install") == (0, "", "")
     assert (machine.state / "loaded").exists()
+
+
+def test_one_whose_program_has_ended_is_started_again(machine: Machine) -> None:
+    assert machine.run("install") == (0, "", "")
+    (machine.state / "stopped").touch()
+    status, out, _ = machine.run("status")
+    assert (status, "not running, though it is started at login; look at its log: " in out) == (1, True)
+    assert machine.run("install") == (0, "", "")
+    assert machine.run("status")[0] == 0
 
 
 def test_a_unit_that_is_not_ours_is_neither_overwritten_nor_removed_unless_that_is_asked_for(machine: Machine) -> None:

@@ -164,3 +164,16 @@ def test_what_a_client_wrote_under_another_spelling_takes_no_name_twice(
         session.refresh()
         shown = "models--org--Qwen3" if ours == "folder" else "models--org--qwen3"
         assert sorted(os.listdir(session.hub_cache)) == sorted([shown, "models--org--more"])
+
+
+def test_a_cached_model_stands_in_front_of_one_of_another_spelling_in_a_tier(
+    fold: Fold, hub: Path, tmp_path: Path, sessions: Path
+) -> None:
+    """P11: the order of layers is the same for every spelling."""
+    tier = tmp_path / "tier"
+    lay_model(tier / "org/Qwen3")
+    lay_model(tier / "org/Other")
+    hfcache.add_repo(hub, "org/qwen3", CACHED)
+    with hf_overlay.open_session([], below=[fold(tier)]) as session:
+        assert session.find("org/qwen3").source == "cache"
+        assert session.find("org/OTHER").id == "org/Other"

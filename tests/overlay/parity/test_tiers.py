@@ -157,6 +157,32 @@ def test_every_read_call_gives_what_one_cache_with_the_union_gives(
             compare(readers, session.hub_cache, place, [*held[:1], (tiers[0], later), *held[1:]], aside)
 
 
+def complete(plain: Path, held: Sequence[tuple[Path, Sequence[Part]]]) -> None:
+    """Add to revisions with a listing what it names and another revision has, where tiers hold anything more at all."""
+    for name in (*NAMES, KERNEL):
+        parts = [part for _, parts in held for part in parts if part.name == name]
+        own = [part for part in held[0][1] if part.name == name]
+        if facts(own) == facts(parts):
+            continue
+        there = {
+            revision(name, number)[file] for part in parts for number, files in part.revisions.items() for file in files
+        }
+        for number in {number for part in parts for number in part.trees & part.revisions.keys()}:
+            contents = {file: content for file, content in revision(name, number).items() if content in there}
+            add_repo(plain, name[1], contents, repo_type=name[0], commit=commit(name, number), refs=())
+
+
+def facts(parts: Sequence[Part]) -> set[tuple[str, object]]:
+    """All that some parts of one repo hold together."""
+    found: set[tuple[str, object]] = set()
+    for part in parts:
+        found |= {("file", (number, file)) for number, files in part.revisions.items() for file in files}
+        found |= {("ref", ref) for ref in part.refs}
+        found |= {("tree", number) for number in part.trees & part.revisions.keys()}
+        found |= {("absent", number) for number in part.absent & part.revisions.keys()}
+    return found
+
+
 def compare(
     readers: Mapping[str, Reader],
     overlay: Path,
@@ -168,6 +194,7 @@ def compare(
     plain.mkdir()
     for _, parts in reversed(held):  # the refs of the first are written last
         lay(plain, parts, place.top / "scratch")
+    complete(plain, held)
     asked = calls()
     for release in (hubs.INSTALLED, aside):
         ours = answers(readers[release], overlay, asked, {}, place.hub)
@@ -206,7 +233,11 @@ def test_a_fault_in_a_tier_makes_no_scan_fail_and_hides_nothing_else(
 def test_a_tier_may_be_a_whole_hf_home_or_hold_the_own_cache(tmp_path: Path, readers: Mapping[str, Reader]) -> None:
     place = Place(tmp_path)
     home = tmp_path / "shared"
-    files = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"weights")}
+    files = {
+        "config.json": b'{"model_type": "llama"}',
+        "model.safetensors": weights(b"weights"),
+        "tokenizer.json": b"{}",
+    }
     add_repo(home / "hub", "acme/shared", files)
     lay_model(home / "datasets/acme/no-model-of-a-tier")
     add_repo(place.hub, "acme/own", files)

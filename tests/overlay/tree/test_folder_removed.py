@@ -11,8 +11,8 @@ import hf_overlay
 import pytest
 from hf_overlay import config
 from hf_overlay.gateway.hub import Hub, Unavailable
-from hf_overlay.session import clear_dead
 from hf_overlay.tree import lease
+from hf_overlay.tree.clear import clear_dead
 from hf_overlay.tree.lease import Lease
 from huggingface_hub import snapshot_download
 
@@ -124,7 +124,7 @@ def left_behind(folder: Path, hub: Path) -> Path:
 def test_sessions_of_earlier_versions_are_cleared_and_their_downloads_come_home(
     mac: Path, home: Path, hub: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_overlay.tree.usage._processes", lambda: iter([(1, b"")]))
+    monkeypatch.setattr("hf_overlay.tree.usage._processes", lambda *_: iter([(1, b"")]))
     monkeypatch.setattr("hf_overlay.mounts._bsd_mounts", dict)
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "xdg"))
     monkeypatch.setenv("HF_HOME", str(hub.parent))
@@ -138,7 +138,7 @@ def test_sessions_of_earlier_versions_are_cleared_and_their_downloads_come_home(
 def test_an_earlier_folder_that_cannot_be_trusted_is_named_and_keeps_nobody_from_starting(
     mac: Path, hub: Path, models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("hf_overlay.tree.usage._processes", lambda: iter([(1, b"")]))
+    monkeypatch.setattr("hf_overlay.tree.usage._processes", lambda *_: iter([(1, b"")]))
     monkeypatch.setattr("hf_overlay.mounts._bsd_mounts", dict)
     old = left_behind(mac / "Caches/hf-overlay/sessions", hub)
     old.parent.chmod(0o777)

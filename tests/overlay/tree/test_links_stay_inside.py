@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hf_overlay.hfcache import ORIGIN
 from hf_overlay.tree.writeback import bring_home
 
 from tests.support.alone import check_stands_alone, contents
@@ -80,3 +83,27 @@ def test_a_link_anywhere_in_a_repo_keeps_it_from_moving_whole(place: str, writte
     written.bring_home()
     assert not os.path.lexists(written.hub / _REPO / place / "leads-out")
     check_stands_alone(written.hub)
+
+
+def test_a_linked_repo_is_merged_and_its_record_of_where_it_came_from_stays_behind(written: Written) -> None:
+    """Though all of its links stay inside, as after a download of every file."""
+    (written.repo / ORIGIN).write_text(json.dumps({"folder": "/gone", "commit": "f" * 40}))
+    assert written.bring_home() == {}
+    home = written.hub / _REPO
+    assert (home / "snapshots" / _COMMIT / "config.json").read_bytes() == b"{}"
+    assert not (home / ORIGIN).exists(), "an overlay's own file in the real cache"
+
+
+def test_what_is_copied_to_another_volume_keeps_its_time(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    (blob,) = (written.repo / "blobs").iterdir()
+    os.utime(blob, (1_000_000, 1_000_000))
+    rename = os.rename
+
+    def on_two_volumes(path: str, target: str) -> None:
+        if os.fspath(path).startswith(str(written.session)):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), path)
+        rename(path, target)
+
+    monkeypatch.setattr(os, "rename", on_two_volumes)
+    assert written.bring_home() == {}
+    assert (written.hub / _REPO / "blobs" / blob.name).stat().st_mtime == 1_000_000

@@ -8,8 +8,8 @@ from pathlib import Path
 import hf_overlay
 import pytest
 from hf_overlay import hfcache as layout
-from hf_overlay.session import clear_dead
 from hf_overlay.tree import held
+from hf_overlay.tree.clear import clear_dead
 
 from tests.overlay.faults.seen import CACHED, said
 from tests.support import hfcache

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import hf_overlay
 import pytest
 from hf_overlay.config import OWNER_FILE
-from hf_overlay.session import clear_dead
+from hf_overlay.tree.clear import clear_dead
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 

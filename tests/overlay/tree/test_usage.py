@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from hf_overlay.config import OWNER_FILE
-from hf_overlay.session import clear_dead
 from hf_overlay.tree import announced, usage
+from hf_overlay.tree.clear import clear_dead
 
 from tests.support.processes import PYTHON, eventually
 

@@ -18,7 +18,8 @@ from tempfile import TemporaryDirectory
 import pytest
 from hf_overlay import config
 from hf_overlay.catalog.catalog import Catalog
-from hf_overlay.session import Cleared, Session, clear_dead
+from hf_overlay.session import Session
+from hf_overlay.tree.clear import Cleared, clear_dead
 from hf_overlay.tree.lease import Lease, sessions_folder
 
 from tests.support.alone import check_stands_alone, contents

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import hf_overlay
-from hf_overlay.session import clear_dead
+from hf_overlay.tree.clear import clear_dead
 
 from tests.support.folders import lay_model, settle, weights
 from tests.support.hfcache import Entry, add_repo, etag, listing, repo_folder

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from mlx_overlay_server.chat.loaded import Loaded
-from mlx_overlay_server.engine import folder, loading
+from mlx_overlay_server.engine import folder, handle, loading
 from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.errors import ServerError, Unavailable
 from mlx_overlay_server.settings import EngineOptions
@@ -197,11 +197,11 @@ class Hang:
         self.released = threading.Event()
         real = getattr(owner, name)
 
-        def call(where: Any, *arguments: Any) -> Any:
+        def call(where: Any, *arguments: Any, **options: Any) -> Any:
             if Path(where) == path:
                 self.has_begun.set()
                 self.released.wait(SECONDS)
-            return real(where, *arguments)
+            return real(where, *arguments, **options)
 
         monkeypatch.setattr(owner, name, call)
 
@@ -264,3 +264,31 @@ def test_an_engine_stops_at_once_while_a_load_hangs(model: Path, monkeypatch: py
     run(use, load_seconds=3600)
     assert time.monotonic() - began[0] < 5
     hang.released.set()
+
+
+def test_an_engine_held_by_a_disk_says_so_and_lets_nobody_wait(
+    model: Path, well: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handle, "HELD_SECONDS", 0.3)
+    hang = Hang(monkeypatch, loading, "load_model", model)
+
+    async def use(engine: Engine) -> None:
+        loaded = await engine.load(str(well))
+        stuck = asyncio.create_task(engine.load(str(model)))
+        while not hang.has_begun.is_set():
+            await asyncio.sleep(0.01)
+        waiting = asyncio.create_task(say(engine, loaded))
+        while (held := engine.held) is None:
+            await asyncio.sleep(0.01)
+        assert held.path == str(model)
+        for each in (stuck, waiting):
+            with pytest.raises(Unavailable, match="waits for a disk that does not answer"):
+                await each
+        with pytest.raises(Unavailable, match="waits for a disk that does not answer"):
+            await say(engine, loaded)
+        hang.released.set()
+        while engine.held:
+            await asyncio.sleep(0.01)
+        assert await say(engine, loaded) == SAYS
+
+    run(use)

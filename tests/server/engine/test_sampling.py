@@ -384,6 +384,28 @@ def test_what_a_grammar_demands_no_bias_forbids(thinker: Loaded, dtype: mx.Dtype
     assert drawn <= set(allowed)
 
 
+def test_a_sequence_whose_answer_left_its_grammar_cannot_continue(thinker: Loaded) -> None:
+    """The engine asks the guard that holds all of a request's masks."""
+    matcher = _made(thinker, _rule(thinker, replace(_REQUEST, thinking=False)))
+    guarded = Guarded([], None, matcher)
+    logits = mx.zeros((1, thinker.vocab_size))
+    guarded(mx.array([1]), logits)
+    before = guarded.problem
+    guarded(mx.array([1, *_ids(thinker, "x")]), logits)
+    assert before is None
+    assert "cannot follow its grammar" in (guarded.problem or "")
+
+
+def test_a_processor_that_fails_ends_its_own_sequence_alone() -> None:
+    def fails(*_: mx.array) -> mx.array:
+        raise ValueError("my secret")
+
+    guarded = Guarded([fails], None, None)
+    logits = mx.zeros((1, _VOCAB))
+    assert guarded(mx.array([1]), logits) is logits
+    assert guarded.problem == "the engine failed: ValueError"
+
+
 def test_a_token_against_the_grammar_is_a_problem_that_is_told(thinker: Loaded) -> None:
     matcher = _made(thinker, _rule(thinker, replace(_REQUEST, thinking=False)))
     allowed = _allowed(matcher, thinker.vocab_size)

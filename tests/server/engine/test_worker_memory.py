@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,9 @@ class Script:
 
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None:
         self.items += [item for id_, item in items if id_ == ID]
+
+    def reading(self, key: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def settle(self, key: str, result: Loaded | ServerError) -> None:
         self.settled = result

@@ -118,12 +118,14 @@ def test_downloads_are_bounded_and_unknown_ids_are_answered_meanwhile(monkeypatc
         asking = [asyncio.create_task(downloader.fetch(name, _quiet)) for name in models]
         await settled()
         assert sorted(hub.expected) == sorted(models)[:DOWNLOADS]
+        assert downloader.has_work, "a Mac would fall asleep"
         with pytest.raises(UnknownModel):
             await downloader.fetch("acme/nowhere", _quiet)
         hub.sends.set()
         await asyncio.gather(*asking)
         assert sorted(hub.expected) == sorted(models)
         assert hub.running == 0
+        assert not downloader.has_work
 
     run(scenario())
 

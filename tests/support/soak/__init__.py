@@ -13,10 +13,10 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-CAMPAIGNS = ("kills", "endings", "folders", "connections", "requests", "queues", "caches")
+CAMPAIGNS = ("kills", "endings", "folders", "hangs", "connections", "requests", "queues", "caches")
 """The modules here that are campaigns, in the order in which they run. A new one joins by its name."""
 
-SHORT: tuple[str, ...] = ("kills", "endings", "folders", "connections")
+SHORT: tuple[str, ...] = ("kills", "endings", "folders", "hangs", "connections", "requests", "queues")
 """Those that CI runs for a few seconds: all but those that fail because of a fault that is known and not yet mended."""
 
 

@@ -25,6 +25,8 @@ LARGE = ("org/large-1", "org/large-2")
 """Two models of which only one has room at once beside the first."""
 DEADLINE = 10.0
 """Seconds in which a resident model answers, on a machine whose processors all have other work."""
+STALLED = 0.25
+"""Seconds that the event loop may be kept busy by one thing, in processor time."""
 AT_ONCE = 40
 MOST_CHILDREN = 8
 """Processes that the server may start at once: four look-ups and four downloads."""
@@ -76,10 +78,12 @@ def run(place: Path, seconds: float, random: Random) -> Row:
         tried = sum(each.result() for each in asking)
         time.sleep(2)  # the last look-ups end
         held = _children(at)
-    print("STALL", longest_stall(stall), sorted(waits)[-5:], len(waits))
+        stalled = longest_stall(stall)
     broken = []
     if max(waits) > DEADLINE:
         broken.append(f"P13: a model in memory answered after {max(waits):.1f} s")
+    if stalled > STALLED:
+        broken.append(f"P13: something kept the event loop busy for {stalled:.2f} s at once")
     if most > MOST_CHILDREN:
         broken.append(f"P13: the server had {most} processes at once")
     return Row(tried, lost, max(waits), held, tuple(broken))

@@ -1,0 +1,133 @@
+"""Which sequences may begin: those whose KV caches fit in memory beside all that is there already.
+
+Everything is decided by counts of tokens, not by what is free at the moment: that is known too late.
+
+1. A batch pads its sequences to the longest of them: it takes as many bytes as its rows times its longest row.
+2. Sequences begin in the order in which they came. The first that fits begins; what does not fit yet is passed by what
+   does, but by no more than `MOST_PASSES` others.
+3. Where nothing runs, the first begins whatever it needs: it would wait for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mlx_overlay_server.engine.commands import Submit
+
+AHEAD = 256
+"""Tokens of its answer that there must be room for when a sequence begins."""
+
+MOST_PASSES = 32
+"""Sequences that may begin although they came after one that waits for memory."""
+
+
+@dataclass(slots=True)
+class _Sequence:
+    submit: Submit
+    kv_bytes: int
+    """Bytes that each of its tokens takes; 0: unknown."""
+    drawn: int = 0
+    """Tokens of its answer so far."""
+    passes: int = 0
+    """Sequences that began before it although they came later."""
+
+    @property
+    def key(self) -> str:
+        return self.submit.key
+
+    @property
+    def length(self) -> int:
+        """Tokens that there must be room for."""
+        return len(self.submit.prompt) + max(self.drawn, min(self.submit.max_tokens, AHEAD))
+
+
+class _Batch(NamedTuple):
+    rows: int = 0
+    longest: int = 0
+    """Bytes of its longest row."""
+
+    def joined(self, sequence: _Sequence) -> _Batch:
+        return _Batch(self.rows + 1, max(self.longest, sequence.length * sequence.kv_bytes))
+
+
+class Admission:
+    """The sequences that run or wait for memory, of all models."""
+
+    def __init__(self, limit: int, rows: int) -> None:
+        """`limit`: bytes that weights, kept KV caches and those of running sequences may take together.
+
+        `rows`: sequences that one batch has at most; others wait in their model's queue, and take nothing.
+        """
+        self._limit = limit
+        self._rows = rows
+        self._waiting: dict[int, _Sequence] = {}
+        self._running: dict[int, _Sequence] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for memory."""
+        return len(self._waiting)
+
+    def add(self, submit: Submit, kv_bytes: int) -> None:
+        """Let a sequence wait; `next` hands it out. `kv_bytes`: bytes that each of its tokens takes; 0: unknown."""
+        self._waiting[submit.id] = _Sequence(submit, kv_bytes)
+
+    def next(self, taken: int) -> Submit | None:
+        """Return the sequence that begins now, beside `taken` bytes of weights and kept caches; None while none may."""
+        free = self._limit - taken
+        batches = self._batches()
+        for id_, sequence in self._waiting.items():
+            if not self._running or self._bytes(batches, sequence) <= free:
+                self._pass(id_)
+                self._running[id_] = self._waiting.pop(id_)
+                return sequence.submit
+            if sequence.passes >= MOST_PASSES:
+                return None
+        return None
+
+    def missing(self, taken: int) -> int:
+        """Return how many bytes must become free before the first sequence that waits may begin; 0: none."""
+        first = next(iter(self._waiting.values()), None)
+        return 0 if first is None else max(0, self._bytes(self._batches(), first) + taken - self._limit)
+
+    def excess(self, taken: int) -> int:
+        """Return how many bytes running sequences have grown beyond the limit since they began."""
+        return max(0, self._bytes(self._batches()) + taken - self._limit)
+
+    def grow(self, id_: int) -> None:
+        """Note that a sequence has got a token."""
+        if (sequence := self._running.get(id_)) is not None:
+            sequence.drawn += 1
+
+    def drop(self, id_: int) -> bool:
+        """Forget a sequence that has ended, or that nobody waits for. Returns whether it had begun."""
+        self._waiting.pop(id_, None)
+        return self._running.pop(id_, None) is not None
+
+    def clear(self) -> list[int]:
+        """Forget the sequences that have begun, and return their ids. Those that wait go on waiting."""
+        ids = list(self._running)
+        self._running.clear()
+        return ids
+
+    def _batches(self) -> dict[str, _Batch]:
+        """Return the batches that run, by their models' keys."""
+        batches: dict[str, _Batch] = {}
+        for each in self._running.values():
+            batches[each.key] = batches.get(each.key, _Batch()).joined(each)
+        return batches
+
+    def _bytes(self, batches: Mapping[str, _Batch], sequence: _Sequence | None = None) -> int:
+        """Return how many bytes all batches take, when one more sequence has joined its model's."""
+        if sequence is not None:
+            batches = {**batches, sequence.key: batches.get(sequence.key, _Batch()).joined(sequence)}
+        return sum(min(batch.rows, self._rows) * batch.longest for batch in batches.values())
+
+    def _pass(self, id_: int) -> None:
+        """Note that a sequence begins before those that came earlier."""
+        for other, sequence in self._waiting.items():
+            if other == id_:
+                return
+            sequence.passes += 1

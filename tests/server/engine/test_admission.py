@@ -1,0 +1,308 @@
+"""Sequences begin only when their KV caches fit in memory, in an order in which nobody waits for ever."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx_lm.models import cache as caches
+from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.chat.requests import Params
+from mlx_overlay_server.engine import mlx
+from mlx_overlay_server.engine.admission import AHEAD, MOST_PASSES, Admission
+from mlx_overlay_server.engine.commands import Cancel, Load, Sampled, Submit, Unload
+from mlx_overlay_server.errors import Unavailable
+from mlx_overlay_server.memory import LEAST_TOKENS, Machine, shares
+from mlx_overlay_server.settings import EngineOptions
+
+from tests.support.models import make_random_model
+from tests.support.stage import Script, Stage, sequence, until
+
+
+def _submit(id_: int, prompt: int, *, key: str = "m", max_tokens: int = 10) -> Submit:
+    return Submit(id_, key, (1,) * prompt, Params(), max_tokens)
+
+
+def _begun(admission: Admission, taken: int = 0) -> list[int]:
+    begun = []
+    while (submit := admission.next(taken)) is not None:
+        begun.append(submit.id)
+    return begun
+
+
+def test_what_fits_begins_at_once_in_its_order() -> None:
+    admission = Admission(1000, 32)
+    for id_ in range(5):
+        admission.add(_submit(id_, 90), 1)
+    assert _begun(admission) == [0, 1, 2, 3, 4]
+
+
+def test_a_batch_takes_its_rows_times_its_longest_row() -> None:
+    admission = Admission(1000, 32)
+    for id_, size in enumerate((90, 90, 390)):
+        admission.add(_submit(id_, size), 1)
+    assert _begun(admission) == [0, 1], "3 rows of 400 do not fit, though 100 + 100 + 400 do"
+    admission.drop(0)
+    assert _begun(admission) == [2], "2 rows do"
+
+
+def test_models_have_batches_of_their_own() -> None:
+    admission = Admission(1000, 32)
+    for id_, (size, key) in enumerate(((90, "a"), (90, "a"), (390, "b"), (390, "b"))):
+        admission.add(_submit(id_, size, key=key), 1)
+    assert _begun(admission) == [0, 1, 2, 3]
+
+
+def test_weights_and_kept_caches_leave_less() -> None:
+    admission = Admission(1000, 32)
+    for id_ in range(3):
+        admission.add(_submit(id_, 90), 1)
+    assert _begun(admission, taken=750) == [0, 1]
+    assert admission.missing(750) == 50
+    assert _begun(admission, taken=700) == [2]
+    assert admission.missing(750) == 0
+
+
+def test_where_nothing_runs_the_first_begins_whatever_it_needs() -> None:
+    admission = Admission(1000, 32)
+    admission.add(_submit(0, 5000), 1)
+    admission.add(_submit(1, 5000), 1)
+    assert _begun(admission) == [0]
+    assert admission.drop(0)
+    assert _begun(admission) == [1]
+
+
+def test_an_answer_is_counted_as_it_grows() -> None:
+    admission = Admission(2 * AHEAD, 32)
+    admission.add(_submit(0, 1, max_tokens=10**6), 1)
+    assert _begun(admission) == [0]
+    for _ in range(2 * AHEAD - 10):
+        admission.grow(0)
+    admission.add(_submit(1, 5, max_tokens=1), 1)
+    assert _begun(admission) == []
+    assert not admission.drop(1)
+    assert admission.waiting == 0
+
+
+def test_no_batch_has_more_rows_than_it_may() -> None:
+    admission = Admission(1000, rows=3)
+    for id_ in range(8):
+        admission.add(_submit(id_, 290), 1)
+    assert _begun(admission) == list(range(8)), "3 rows of 300 fit; the others take nothing until one of them ends"
+
+
+def test_answers_that_outgrow_the_limit_show() -> None:
+    admission = Admission(1000, 32)
+    for id_ in range(2):
+        admission.add(_submit(id_, 100, max_tokens=10**6), 1)
+    assert _begun(admission) == [0, 1]
+    assert admission.excess(0) == 0
+    for _ in range(500):
+        admission.grow(1)
+    assert admission.excess(100) == 2 * 600 + 100 - 1000
+
+
+def test_a_large_one_is_passed_by_no_more_than_a_few() -> None:
+    admission = Admission(1000, 32)
+    admission.add(_submit(0, 90), 1)
+    assert _begun(admission) == [0]
+    admission.add(_submit(1, 990), 1)
+    for id_ in range(2, 100):
+        admission.add(_submit(id_, 10), 1)
+        for begun in _begun(admission):
+            admission.drop(begun)
+    assert admission.waiting == 99 - MOST_PASSES
+    admission.drop(0)
+    assert _begun(admission)[0] == 1
+
+
+@given(st.data())
+def test_nothing_begins_that_does_not_fit_and_everything_begins_in_the_end(data: st.DataObject) -> None:
+    limit, kv = 1000, {"a": 1, "b": 3, "unknown": 0}
+    admission = Admission(limit, 32)
+    running: dict[int, Submit] = {}
+    unseen = set(range(data.draw(st.integers(0, 30))))
+    for id_ in sorted(unseen):
+        key = data.draw(st.sampled_from(sorted(kv)))
+        admission.add(_submit(id_, data.draw(st.integers(1, 600)), key=key, max_tokens=1), kv[key])
+    for _ in range(100):
+        while (submit := admission.next(0)) is not None:
+            others = bool(running)
+            running[submit.id] = submit
+            unseen.discard(submit.id)
+            lengths: dict[str, list[int]] = {}
+            for each in running.values():
+                lengths.setdefault(each.key, []).append((len(each.prompt) + 1) * kv[each.key])
+            assert not others or sum(len(rows) * max(rows) for rows in lengths.values()) <= limit
+        if not running:
+            break
+        ended = data.draw(st.sampled_from(sorted(running)))
+        del running[ended]
+        assert admission.drop(ended)
+    assert not unseen
+
+
+# What a token takes -----------------------------------------------------------------------------------------------
+
+
+class _Model:
+    """A model of some layers' caches, which it fills as a real one does."""
+
+    def __init__(self, *layers: Any) -> None:
+        self._layers = layers
+
+    def make_cache(self) -> list[Any]:
+        return [make() for make in self._layers]
+
+    def __call__(self, tokens: Any, cache: list[Any]) -> None:
+        import mlx.core as mx
+
+        for layer in cache:
+            if isinstance(layer, caches.ArraysCache):
+                layer[0] = mx.zeros((1, 500))
+            else:
+                rows = mx.zeros((1, 2, tokens.shape[1], 64), dtype=mx.bfloat16)
+                layer.update_and_fetch(rows, rows)
+
+
+_ROW = 2 * 2 * 64 * 2  # keys and values of two heads of 64 numbers in two bytes each
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ((caches.KVCache,), _ROW),
+        ((caches.KVCache, caches.KVCache), 2 * _ROW),
+        ((caches.KVCache, lambda: caches.RotatingKVCache(4096)), _ROW),
+        ((lambda: caches.ArraysCache(1), caches.KVCache), _ROW),
+        ((lambda: caches.ArraysCache(1),), 0),
+    ],
+    ids=["one layer", "two layers", "a sliding window", "a recurrent state", "no KV cache"],
+)
+def test_a_token_takes_what_the_model_s_own_caches_take_for_it(layers: Any, expected: int) -> None:
+    assert mlx.kv_bytes(_Model(*layers), bits=None, group_size=64) == expected
+
+
+def test_a_quantised_cache_takes_less() -> None:
+    assert mlx.kv_bytes(_Model(caches.KVCache), bits=4, group_size=64) == int(_ROW * 4.5 / 16)
+
+
+def test_a_model_that_cannot_be_traced_runs_without_the_number() -> None:
+    class Broken(_Model):
+        def __call__(self, tokens: Any, cache: list[Any]) -> None:
+            raise ZeroDivisionError
+
+    assert mlx.kv_bytes(Broken(caches.KVCache), bits=None, group_size=64) == 0
+
+
+def test_a_sequence_may_have_as_many_tokens_as_fit_beside_its_model() -> None:
+    divided = shares(Machine(16 * 10**9, is_metal=True))
+    small, large = (divided.tokens(weights, 100_000) for weights in (10**9, 9 * 10**9))
+    assert small is not None
+    assert large is not None
+    assert small - large == 8 * 10**9 // 100_000
+    assert large * 100_000 + 9 * 10**9 + divided.pool < divided.usable
+    assert divided.tokens(10**9, 0) is None
+    assert divided.tokens(10**12, 100_000) == LEAST_TOKENS
+
+
+# In the engine ----------------------------------------------------------------------------------------------------
+
+_CONTEXT = 4096
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_random_model(tmp_path_factory.mktemp("models") / "random", context=_CONTEXT)
+
+
+def _machine(monkeypatch: pytest.MonkeyPatch, usable: int) -> None:
+    monkeypatch.setattr(mlx, "machine", lambda: Machine(usable))
+
+
+def _loaded(stage: Stage, key: str) -> Loaded:
+    loaded = stage.settled[key]
+    assert isinstance(loaded, Loaded)
+    return loaded
+
+
+def test_the_context_is_what_memory_has_room_for(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def script(stage: Stage) -> Script:
+        yield [Load("a", str(model))]
+        yield from until(lambda: stage.loaded("a"))
+
+    whole = _loaded(Stage(EngineOptions()).play(script), "a")
+    assert whole.context == _CONTEXT
+    assert whole.kv_bytes > 0
+    assert not caplog.text
+    _machine(monkeypatch, int((whole.nbytes + 3000 * whole.kv_bytes) * 1.1))
+    less = _loaded(Stage(EngineOptions()).play(script), "a")
+    assert less.context is not None
+    assert LEAST_TOKENS <= less.context < _CONTEXT
+    assert f"memory for {less.context} tokens" in caplog.text
+
+
+def test_sequences_wait_for_memory_and_all_end(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is cancelled, and those of a model that is unloaded, do not wait any longer."""
+    most: list[int] = []
+
+    def script(stage: Stage) -> Script:
+        yield [Load("a", str(model)), Load("b", str(model))]
+        yield from until(lambda: stage.loaded("a", "b"))
+        ids = range(1, 9)
+        yield [sequence(id_, "a", max_tokens=5) for id_ in ids]
+        while not all(stage.is_over(id_) for id_ in ids):
+            most.append(stage.stats.active)
+            yield []
+        assert all(isinstance(stage.items[id_][-1], Sampled) for id_ in ids)
+        yield [sequence(11, "a", max_tokens=10**6), sequence(12, "b", max_tokens=10**6)]
+        yield from until(lambda: stage.has_begun(11))
+        yield [sequence(13, "b"), sequence(14, "a", max_tokens=3)]
+        yield []
+        assert stage.stats.waiting == 3
+        yield [Cancel(14), Unload("b")]
+        yield from until(lambda: stage.is_over(12) and stage.is_over(13))
+        assert [type(stage.items[id_][-1]) for id_ in (12, 13)] == [Unavailable] * 2
+        yield [Cancel(11), sequence(15, "a", max_tokens=3)]
+        yield from until(lambda: stage.is_over(15))
+        assert (stage.stats.active, stage.stats.waiting) == (0, 0)
+
+    loaded = Stage(EngineOptions()).play(lambda stage: iter_load(stage, model))
+    size = _loaded(loaded, "a")
+    row = (2 + 5) * size.kv_bytes
+    _machine(monkeypatch, int((2 * size.nbytes + 3.5 * row) * 16 / 15) + 2)
+    Stage(EngineOptions(cache_bytes=0)).play(script)
+    assert max(most) == 3
+
+
+def test_answers_that_grow_take_the_memory_of_kept_prefixes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = _loaded(Stage(EngineOptions()).play(lambda stage: iter_load(stage, model)), "a")
+
+    def script(stage: Stage) -> Script:
+        yield from iter_load(stage, model)
+        yield [sequence(1, "a", max_tokens=100)]
+        yield from until(lambda: stage.is_over(1))
+        assert stage.stats.cache_entries == 1
+        yield [sequence(2, "a", max_tokens=10**6)]
+        yield from until(lambda: stage.has_begun(2))
+        yield []
+        assert stage.stats.cache_entries == 1
+        yield from until(lambda: stage.stats.steps > 600)
+        yield [Cancel(7)]  # any command, for fresh stats
+        yield []
+        assert stage.stats.cache_entries == 0
+        assert stage.stats.active == 1
+
+    _machine(monkeypatch, int((loaded.nbytes + 500 * loaded.kv_bytes) * 16 / 15))
+    Stage(EngineOptions(cache_bytes=400 * loaded.kv_bytes)).play(script)
+
+
+def iter_load(stage: Stage, model: Path) -> Script:
+    """A script that loads a model, and ends."""
+    yield [Load("a", str(model))]
+    yield from until(lambda: stage.loaded("a"))
