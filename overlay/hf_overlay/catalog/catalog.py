@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
 
 from hf_overlay import config, hfcache, keeping, tiers
-from hf_overlay.catalog import kinds
+from hf_overlay.catalog import explain, kinds
+from hf_overlay.catalog.away import Away, away_after
+from hf_overlay.catalog.explain import Candidate
 from hf_overlay.catalog.files import reason_of
 from hf_overlay.catalog.memo import Memo
 from hf_overlay.catalog.plan import Entry, Plan, Resolution, fold, plan, resolve
@@ -24,16 +25,6 @@ from hf_overlay.tiers import MergedRepo
 
 _NAMES: Mapping[Layer, str] = {"map": "mapped folder", "custom": "model path", "tier": "folder below the cache"}
 """What messages call a source."""
-
-
-class Candidate(NamedTuple):
-    """One place that was looked at for an id."""
-
-    path: str
-    source: str
-    """`map`, `custom`, `cache` or `tier`."""
-    reason: Reason
-    """Code.WINS for the model that answers to the id, else why this place does not."""
 
 
 class Catalog:
@@ -65,9 +56,7 @@ class Catalog:
         """By tier, the names of the repos that the last plan found in it."""
         self.unscannable: dict[str, str] = {}
         """Cached repos that were left out because one of them makes every cache scan fail: path -> why."""
-        self._away: dict[str, tuple[int | None, frozenset[str]]] = {}
-        """Sources that went away since they were seen, and maps to what is not there: the device they were on, and the
-        names of the repos they held."""
+        self._away: dict[str, Away] = {}
         self._excluded: set[str] = set()
         """The ids to exclude, as the user's folders spell them."""
         self._hidden: Mapping[str, str] = {}
@@ -114,21 +103,14 @@ class Catalog:
             taken = {_key(model): model for source in self._layers for model in source.models}
             found = tuple(_settled(source, last, taken) for source in found)
         before, self._layers = self._layers, found
-        away = dict(self._away)
-        for old, new in zip(before, found, strict=False):
-            device, names = away.get(old.root, (old.device, frozenset()))
-            held = self._in_tiers.get(old.root, frozenset()).union(map(_repo_name, old.models))
-            # The same drive, mounted again, may have another device number.
-            is_other = new.device != old.device and not new.models
-            if held and (new.problem is not None or is_other or not self.is_folder(new.root, new.root)):
-                away[old.root] = (old.device, names | held)
-            elif old.root in away and (new.models or new.device == device):
-                del away[old.root]
-        for new in found:
-            if new.layer == "map" and new.problem is not None:  # what it holds is known before it was ever there
-                mapped = (each for each in self.settings.maps if each.folder == new.root)
-                names = frozenset(hfcache.repo_folder(each.id, each.kind) for each in mapped)
-                away[new.root] = (away.get(new.root, (None, names))[0], names)
+        away = away_after(
+            self._away,
+            before,
+            found,
+            held=self._in_tiers,
+            maps=self.settings.maps,
+            is_there=lambda root: self.is_folder(root, root),
+        )
         self._spellings = Spellings([source for source in found if source.layer != "tier"], self.patience)
         self._tier_spellings = Spellings([source for source in found if source.layer == "tier"], self.patience)
         self._away = away  # replaced as a whole: other threads read it
@@ -149,7 +131,7 @@ class Catalog:
         that volume, and it does not on the Hub.
         """
         name = hfcache.repo_folder(repo_id, kind)
-        roots = [root for root, (_, names) in self._away.items() if fold(name) in map(fold, names)]
+        roots = [root for root, each in self._away.items() if fold(name) in map(fold, each.names)]
         in_front = next((root for root in roots if root not in self.settings.below), None)
         if in_front is not None or not roots or name in self._made:
             return in_front
@@ -314,61 +296,19 @@ class Catalog:
         if kind != "models":
             return self._explain_repo(kind, repo_id)
         cached = self._scanner.read_cached(model_id)
-        in_cache = Source("", None, (cached,) if isinstance(cached, Model) else ())
-        resolution = resolve([*self.sources, in_cache, *self.below]).get(model_id)
-        candidates: list[Candidate] = []
-        found: list[Model] = []
-        if resolution is not None:
-            winner = resolution.winner
-            found = [winner, *resolution.shadows]
-            candidates.append(Candidate(winner.path, winner.source, Reason(Code.WINS, "wins")))
-            candidates += [Candidate(each.path, each.source, _shadowed(each, winner)) for each in resolution.shadows]
-        candidates += self._not_found_in(self.sources, model_id, found)
-        if isinstance(cached, Reject):
-            candidates.append(Candidate(cached.path, "cache", cached.reason))
-        return candidates + self._not_found_in(self.below, model_id, found)
+        return explain.model(
+            model_id,
+            self.sources,
+            cached,
+            self.below,
+            look=lambda root: self._scanner.read(f"{root}/{model_id}", model_id, root),
+        )
 
     def _explain_repo(self, kind: str, repo_id: str) -> list[Candidate]:
-        """As `explain`, for a dataset, space or kernel: only maps and caches hold any."""
         name, hub = hfcache.repo_folder(repo_id, kind), self.settings.hub_cache
-        places: list[tuple[str, Layer]] = [
-            (model.path, "map")
-            for source in self.sources
-            for model in source.models
-            if (model.kind, model.id) == (kind, repo_id)
-        ]
-        cached = f"{hub}/{name}"
-        is_cached = self.is_folder(f"{cached}/snapshots", hub)
-        places += [(cached, "cache")] if is_cached else []
-        places += [(repo.path, "tier") for repo in self.tier_repos() if repo.name == name]
-        candidates = []
-        for path, layer in places:
-            first, first_layer = places[0]
-            reason = Reason(Code.SHADOWED, f"stands behind {first}")
-            if path == first:
-                reason = Reason(Code.WINS, "wins")
-            elif first_layer != "map":
-                reason = Reason(Code.SHADOWED, f"is shown together with {first}")
-            candidates.append(Candidate(path, layer, reason))
-        if not is_cached:
-            candidates.append(Candidate(cached, "cache", Reason(Code.MISSING, "does not exist")))
-        problems = ((source, source.problem) for source in self._layers if source.layer != "custom")
-        return candidates + [Candidate(each.root, each.layer, why) for each, why in problems if why is not None]
-
-    def _not_found_in(self, sources: Iterable[Source], model_id: str, found: Sequence[Model]) -> list[Candidate]:
-        """Why each source does not answer to an id, but those in which a model was `found`."""
-        candidates: list[Candidate] = []
-        for source in sources:
-            if source.problem is not None:
-                candidates.append(Candidate(source.root, source.layer, source.problem))
-                continue
-            rejects = [reject for reject in source.rejects if reject.id == model_id]
-            is_looked_up = source.layer != "map" and not any(model.root == source.root for model in found)
-            if not rejects and is_looked_up:
-                looked_at = self._scanner.read(f"{source.root}/{model_id}", model_id, source.root)
-                rejects = [looked_at] if isinstance(looked_at, Reject) else []
-            candidates += [Candidate(reject.path, source.layer, reject.reason) for reject in rejects]
-        return candidates
+        is_cached = self.is_folder(f"{hub}/{name}/snapshots", hub)
+        in_tiers = [repo.path for repo in self.tier_repos() if repo.name == name]
+        return explain.other_repo(kind, repo_id, self._layers, f"{hub}/{name}", in_tiers, is_cached=is_cached)
 
     def warnings(self, downloads: str | None = None) -> list[str]:
         """Warnings about paths and folders that cannot be used, without those that the call before has returned.
@@ -474,14 +414,6 @@ def _repo_name(model: Model) -> str:
 def _of_id(sources: Iterable[Source], model_id: str) -> Iterator[Model]:
     for source in sources:
         yield from (model for model in source.models if model.id == model_id and model.kind == "models")
-
-
-def _shadowed(model: Model, winner: Model) -> Reason:
-    """Why a model does not answer to its id, although nothing is wrong with it."""
-    text = f"stands behind {winner.path}"
-    if model.source == "tier" and model.commit is not None and winner.source in ("cache", "tier"):
-        text += f"; its revision {model.commit[:12]} is shown beside that one"
-    return Reason(Code.SHADOWED, text)
 
 
 def _cache_problem(error: OSError) -> str:
