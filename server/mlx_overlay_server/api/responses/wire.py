@@ -52,12 +52,12 @@ class MessageItem(Part):
 
 
 class FunctionCallParam(Part):
-    """A function call of an earlier answer; `arguments` is a JSON object as text."""
+    """A function call of an earlier answer; `arguments` is a JSON object, as text or as it is."""
 
     type: Literal["function_call"]
     call_id: str
     name: str
-    arguments: str
+    arguments: str | Json
     namespace: str | None = None
 
 
