@@ -7,7 +7,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mlx_overlay_server.api.fields import MAX_STOPS, Body, Count, Json, Part, Penalty, Seed, Share, Temperature, image
+from mlx_overlay_server.api.fields import (
+    MAX_STOPS,
+    Body,
+    Count,
+    Json,
+    ModelBody,
+    Part,
+    Penalty,
+    Seed,
+    Share,
+    Temperature,
+    image,
+)
 from mlx_overlay_server.chat import requests
 from mlx_overlay_server.chat.requests import ChatRequest, Params, TextRequest
 from mlx_overlay_server.errors import InvalidRequest
@@ -20,10 +32,9 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
-class _SamplingBody(Body):
+class _SamplingBody(ModelBody):
     """The fields that chat completions and completions have in common."""
 
-    model: str
     max_tokens: Count | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
