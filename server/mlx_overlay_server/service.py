@@ -59,7 +59,7 @@ class Service:
         self.metrics = metrics
         self.limits = limits
         self.aliases = aliases or {}
-        self._default = default_model
+        self._default = default_model and self.aliases.get(default_model, default_model)
         self.turns = Turns()
         self._preparation = preparation
         self._open = 0
@@ -72,18 +72,32 @@ class Service:
 
     async def models(self) -> list[Listed]:
         """List every model, aliases included, sorted by id."""
-        listed = {each.id: each for each in await self.library.listed()}
+        listed = {each.id: self._sized(each) for each in await self.library.listed()}
         for alias, id_ in self.aliases.items():
             if id_ in listed:
-                listed.setdefault(alias, Listed(alias, listed[id_].created))
+                listed.setdefault(alias, listed[id_]._replace(id=alias))
         return sorted(listed.values())
 
     async def model(self, model_id: str) -> Listed:
-        """Find one model by its id or alias. Raises UnknownModel."""
-        for each in await self.models():
-            if each.id == model_id:
-                return each
+        """Find one model by its id or alias; the default model answers to other names. Raises ServerError."""
+        listed = {each.id: each for each in await self.models()}
+        if model_id in listed:
+            return listed[model_id]
+        if self._default in listed and not await self.library.is_known(model_id):
+            return listed[self._default]._replace(id=model_id)
         raise UnknownModel(f"there is no model {model_id!r} here; GET /v1/models lists what there is", field="model")
+
+    def _sized(self, listed: Listed) -> Listed:
+        """Return a model with the number of tokens that are usable: what fits in memory, and what the server takes."""
+        shares = self.engine.stats.memory
+        fits = shares.tokens(listed.nbytes, listed.kv_bytes) if shares is not None else None
+        known = (self.pool.context_of(listed.id), listed.context, fits, self.limits.prompt_tokens)
+        return listed._replace(usable=min((tokens for tokens in known if tokens is not None), default=None))
+
+    @property
+    def default_model(self) -> str | None:
+        """The id of the model that answers requests which name none, or one that is not known."""
+        return self._default
 
     async def answer(self, request: AnyRequest, ticket: Ticket) -> AsyncIterator[Batch]:
         """Generate the answers to a request and yield their events as they come. Raises ServerError."""

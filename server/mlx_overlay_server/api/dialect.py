@@ -9,6 +9,7 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.responses import Response
 
+from mlx_overlay_server.api.fields import ModelBody
 from mlx_overlay_server.api.transport import EventStream, answer, unless_gone
 from mlx_overlay_server.chat.events import Event
 from mlx_overlay_server.chat.requests import AnyRequest
@@ -16,7 +17,7 @@ from mlx_overlay_server.errors import Field, ServerError
 from mlx_overlay_server.service import Batch, Service, Ticket, gathered
 from mlx_overlay_server.turns import turn
 
-Body = TypeVar("Body", contravariant=True)
+Body = TypeVar("Body", bound=ModelBody, contravariant=True)
 
 CLIENT_GONE = 499
 """The status of an answer that nobody reads, as nginx has it; it shows in the metrics."""
@@ -64,6 +65,7 @@ async def respond(service: Service, dialect: Dialect[Body], body: Body, request:
     """Answer a request, in one piece or as a stream. Raises ServerError unless a stream has begun."""
     ticket = Ticket()
     await turn()
+    body.name(service.default_model)
     exchange = dialect.decode(body, request.headers)
     batches = service.answer(exchange.request, ticket)
     if exchange.is_streamed:

@@ -7,7 +7,7 @@ import binascii
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from mlx_overlay_server.chat.requests import Image
 from mlx_overlay_server.errors import InvalidRequest
@@ -26,6 +26,18 @@ class Body(BaseModel):
     """A request body: a field that is not listed is refused, so that nothing is accepted and ignored."""
 
     model_config = ConfigDict(extra="forbid", strict=False)
+
+
+class ModelBody(Body):
+    """A request to a model; without a name, it goes to the server's default model."""
+
+    model: Annotated[str, BeforeValidator(lambda given: "" if given is None else given)] = ""
+
+    def name(self, default: str | None) -> None:
+        """Fill in the name that is missing. Raises InvalidRequest where there is no default."""
+        if not self.model and default is None:
+            raise InvalidRequest("`model`: field required", param="model")
+        self.model = self.model or default or ""
 
 
 class Part(BaseModel):

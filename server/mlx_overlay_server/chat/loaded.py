@@ -53,6 +53,15 @@ class Marks(Protocol):
         """Return (state, the text that was held, name of its part)."""
 
 
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens prompt and answer may have together; None when a config.json does not say."""
+    for part in (config, config.get("text_config")):
+        for name in ("max_position_embeddings", "max_sequence_length", "seq_length", "n_positions"):
+            if isinstance(part, Mapping) and isinstance(part.get(name), int):
+                return int(part[name])
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class Loaded:
     """A resident model."""

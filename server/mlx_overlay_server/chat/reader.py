@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import codecs
-import json
-import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from mlx_overlay_server.chat import calls
 from mlx_overlay_server.chat.events import Event, FinishReason, Logprobs, Reasoning, Text, TokenLogprob, ToolCall
 from mlx_overlay_server.chat.loaded import Loaded
-from mlx_overlay_server.chat.requests import Tool, described
+from mlx_overlay_server.chat.requests import Tool
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +70,12 @@ class Reader:
         tools: Sequence[Tool] = (),
         is_parallel: bool = True,
         is_call: bool = False,
+        is_formatted: bool = False,
         continues_text: bool = False,
     ) -> None:
         """`has_marks`: False for plain completions. `is_call`: the whole answer is a tool call in JSON, by grammar.
 
+        `is_formatted`: the request gives the form of the answer's text, which is no call whatever it looks like.
         `continues_text`: the prompt ends in text that the answer goes on with, so a space at its start belongs to it.
         """
         self._model = model
@@ -92,10 +92,16 @@ class Reader:
         self._state = model.marks.make_state(self._name) if has_marks else None
         self._head: str | None = ""
         """Text before the first mark in a part that is not the answer; None once there was a mark."""
-        self._tools = [described(tool) for tool in tools]
+        self._tools = tools if has_marks else ()
         self._is_parallel = is_parallel
         self._is_call = is_call
         self._call = ""
+        self._is_call_in_reasoning = False
+        self._opening = _opening(self._tools) if not (is_call or is_formatted or continues_text) else None
+        """Recognizes a call without marks at the start of the answer; None once the answer has begun otherwise."""
+        self._unmarked = ""
+        """The start of the answer while it may be such a call."""
+        self._stray = StrayMarks(model.tokenizer.tool_call_end or "" if self._tools else "")
         self._calls = 0
         self._is_after_mark = is_reasoning
         self._line_ends = ""
@@ -163,17 +169,19 @@ class Reader:
         self._release_logprobs()
         if self._state is not None:
             self._state, held, _ = self._model.marks.flush(self._state)
-            self._take(self._name, held)  # what might have become a mark
+            if not self._tools or len(held) == 1:  # longer, it is half a mark
+                self._take(self._name, held)
         if self._head:  # no mark came: it is the answer, as where a grammar leaves no room for one
             self._say(self._head)
         if self.reason is not None:
             return
+        is_cut = reason != "stop"
         if self._is_call:
-            self._end_call(_json_calls)
-        elif self._name == "tool" and reason == "length":
-            self._say(f"{self._model.tokenizer.tool_call_start}{self._call}")  # cut short, but not lost
-        elif self._name == "tool":  # some templates have no closing mark: the end of the turn is one
-            self._end_call(self._model.tokenizer.tool_parser, is_closed=False)
+            self._emit_calls(calls.enforced(self._call, self._tools))
+        elif self._name == "tool" and not (is_cut and self._tools):  # else it is part of a call, and left out
+            self._end_call(is_closed=False)  # some templates have no closing mark: the end of the turn is one
+        self._end_unmarked(is_cut=is_cut)
+        self._emit_text(self._stray.finish())
         self.reason = self.reason or ("tool_calls" if self._calls and reason == "stop" else reason)
 
     def _split(self, text: str) -> None:
@@ -181,17 +189,30 @@ class Reader:
         if self._state is None:
             self._say(text)
         elif text:
-            self._state, segments = self._model.marks.split(self._state, text)
+            state, segments = self._model.marks.split(self._state, text)
+            if len(segments) > 1 and len(text) > 1:  # letter by letter, each mark is at the end of what is split
+                for letter in text:
+                    self._split(letter)
+                return
+            self._state = state
             for name, piece in segments:
                 if name != self._name:
                     self._pass_mark(name)
-                self._take(name, piece)
+                self._take(self._name, piece)
 
     def _pass_mark(self, name: str) -> None:
+        if self.reason is not None:
+            return
         before, self._name, self._head = self._name, name, None
         self._is_after_mark, self._line_ends = True, ""
+        if name == "tool":
+            self._is_call_in_reasoning = before == "reasoning"
+            self._end_unmarked(is_cut=False)
         if before == "tool":
-            self._end_call(self._model.tokenizer.tool_parser)
+            if self._tools and self._is_call_in_reasoning and name == "normal":  # its closing mark is still to come
+                self._name = "reasoning"
+                self._state = self._model.marks.make_state(self._name)
+            self._end_call()
 
     def _take(self, name: str, text: str) -> None:
         if self.reason is not None:
@@ -214,6 +235,26 @@ class Reader:
             self._emit(Reasoning(said))
 
     def _say(self, text: str) -> None:
+        if self._opening is not None:
+            self._unmarked += text
+            if self._opening.may_follow(self._unmarked):
+                return
+            text, self._unmarked, self._opening = self._unmarked, "", None
+        self._emit_text(self._stray.feed(text))
+
+    def _end_unmarked(self, *, is_cut: bool) -> None:
+        """Emit what was held back at the start of the answer: calls, or text. Part of a call is left out."""
+        opening, text = self._opening, self._unmarked
+        self._opening, self._unmarked = None, ""
+        if opening is None or not text or (is_cut and opening.is_whole(text)):
+            return
+        found = [] if is_cut else calls.unmarked(text, self._tools)
+        if found:
+            self._emit_calls(found)
+        else:
+            self._emit_text(self._stray.feed(text))
+
+    def _emit_text(self, text: str) -> None:
         if self._is_after_mark:  # white space between a mark and the answer is the template's
             text = text.lstrip()
         if text:
@@ -228,35 +269,60 @@ class Reader:
         else:
             self._events.append(event)
 
-    def _end_call(self, parse: Callable[[str, list[dict[str, Any]]], Any], *, is_closed: bool = True) -> None:
-        """Emit the calls in the text of a tool call. Unparseable calls are emitted as text, so that nothing is lost."""
+    def _end_call(self, *, is_closed: bool = True) -> None:
+        """Emit the calls in the text between two marks; what is none is emitted as text, so that nothing is lost."""
         text, self._call = self._call, ""
-        tokenizer = self._model.tokenizer
-        try:
-            parsed = parse(text, self._tools) if self._tools else None
-            calls = [_as_call(each) for each in (parsed if isinstance(parsed, list) else [parsed])]
-        except Exception:  # noqa: BLE001 - parsers meet whatever a model says
+        tokenizer, rest = self._model.tokenizer, ""
+        found = calls.read(text, self._tools, tokenizer.tool_parser, opening=tokenizer.tool_call_start)
+        if not found and not is_closed:
+            found, rest = calls.before_text(text, self._tools)
+        if found:
+            self._emit_calls(found)
+            self._is_after_mark = True
+            if self.reason is None:
+                self._emit_text(rest.replace(tokenizer.tool_call_start or "\0", ""))
+        elif self._tools:
+            text = text.replace(tokenizer.tool_call_start or "\0", "")
+            if self._name == "reasoning":
+                self._think(text)
+            else:
+                self._emit_text(self._stray.feed(text))
+        else:  # no mark of a call means anything
             self._is_after_mark = False
-            opening = "" if self._is_call else tokenizer.tool_call_start
-            closing = "" if self._is_call or not is_closed else tokenizer.tool_call_end or ""
-            self._say(f"{opening}{text}{closing}")
-            return
-        calls = calls if self._is_parallel else calls[:1]
-        self._events += calls
-        self._calls += len(calls)
-        if not self._is_parallel:
+            self._emit_text(f"{tokenizer.tool_call_start}{text}{(tokenizer.tool_call_end or '') if is_closed else ''}")
+
+    def _emit_calls(self, found: Sequence[ToolCall]) -> None:
+        self._events += found if self._is_parallel else found[:1]
+        self._calls += len(found)
+        if found and not self._is_parallel:
             self.reason = "tool_calls"
 
 
-def _json_calls(text: str, _: object) -> Any:
-    return json.loads(text)
+class StrayMarks:
+    """Removes a closing mark that closes nothing, and holds back text that may be the beginning of one."""
+
+    def __init__(self, mark: str) -> None:
+        """`mark`: ''  for none."""
+        self._mark = mark
+        self._held = ""
+
+    def feed(self, text: str) -> str:
+        """Read more text, and return what is certain to be text."""
+        if not self._mark:
+            return text
+        text = (self._held + text).replace(self._mark, "")
+        keep = _overlap(text, self._mark)
+        self._held = text[len(text) - keep :] if keep else ""
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """Return the text that was held back, now that nothing follows; half a mark is none."""
+        held, self._held = self._held, ""
+        return held if len(held) == 1 else ""
 
 
-def _as_call(parsed: Any) -> ToolCall:
-    """Return the event of a call as a tool parser gives it. Raises an error of some kind for anything else."""
-    name, arguments = parsed["name"], parsed["arguments"]
-    if isinstance(arguments, str):
-        arguments = json.loads(arguments)
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise TypeError("a call has a name and an object of arguments")
-    return ToolCall(f"call_{uuid.uuid4().hex[:24]}", name, json.dumps(arguments, ensure_ascii=False))
+def _opening(tools: Sequence[Tool]) -> calls.Opening | None:
+    try:
+        return calls.Opening(tools)
+    except ValueError:
+        return None

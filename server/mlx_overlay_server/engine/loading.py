@@ -20,7 +20,7 @@ from mlx_lm.generate import make_text_state_machine
 from mlx_lm.processors import load_processor
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer, sharded_load
 
-from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.chat.loaded import Loaded, context_length
 from mlx_overlay_server.engine import folder, mlx
 from mlx_overlay_server.engine.commands import Load
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
@@ -93,7 +93,7 @@ def load(
         longest_token=max(map(len, tokenizer.get_vocab()), default=1),
         nbytes=nbytes,
         vocab_size=vocab_size,
-        context=_fitting(_context(config), shares.tokens(nbytes, kv_bytes) if shares is not None else None, path),
+        context=_fitting(context_length(config), shares.tokens(nbytes, kv_bytes) if shares is not None else None, path),
         kv_bytes=kv_bytes,
         defaults=folder.sampling_defaults(path),
         has_own_calls=has_own_calls,
@@ -180,12 +180,3 @@ def _fitting(context: int | None, fits: int | None, path: Path) -> int | None:
         return context if context is not None else fits
     logger.warning("%s: there is memory for %d tokens, of the %d that the model's context has", path, fits, context)
     return fits
-
-
-def _context(config: dict[str, Any]) -> int | None:
-    """Return how many tokens prompt and answer may have together; None when the config does not say."""
-    for part in (config, config.get("text_config", {})):
-        for name in ("max_position_embeddings", "max_sequence_length", "seq_length", "n_positions"):
-            if isinstance(part.get(name), int):
-                return int(part[name])
-    return None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NamedTuple
 
 import hf_overlay
 
+from mlx_overlay_server.chat.loaded import context_length
 from mlx_overlay_server.errors import InvalidRequest, Unavailable, UnknownModel
 
 logger = logging.getLogger("mlx_overlay_server")
@@ -20,6 +22,14 @@ class Listed(NamedTuple):
     id: str
     created: int
     """Unix seconds: when its newest file was written."""
+    context: int | None = None
+    """Tokens that prompt and answer may have together, as its config.json says; None where it does not."""
+    usable: int | None = None
+    """Tokens that they may have on this machine, with the server's limits; None: nobody knows."""
+    nbytes: int = 0
+    """Bytes of its weights."""
+    kv_bytes: int = 0
+    """Bytes that each token takes in its KV cache, estimated from config.json; 0: unknown."""
 
 
 class Located(NamedTuple):
@@ -54,6 +64,8 @@ class Library:
         """`download` is used for ids that are not found locally; None: the server is offline."""
         self._session = session
         self._download = download
+        self._sizes: dict[str, _Sizes] = {}
+        """What config.json says of each listed model, by its folder; read anew when the file has changed."""
         self.progress: dict[str, str] = {}
         """The progress of each model that is being downloaded, as text."""
 
@@ -67,7 +79,16 @@ class Library:
             models = self._session.models
         except hf_overlay.SessionError as error:
             raise Unavailable(str(error)) from None
-        return [Listed(each.id, max((file.mtime_ns for file in each.files), default=0) // 10**9) for each in models]
+        self._sizes = {each.path: self._sizes_of(each) for each in models}
+        return [_listed(each, self._sizes[each.path]) for each in models]
+
+    def _sizes_of(self, model: hf_overlay.Model) -> _Sizes:
+        file = next((each for each in model.files if each.name == "config.json"), None)
+        known = self._sizes.get(model.path)
+        if known is not None and known.file == file:
+            return known
+        config = _config(model.path) if file is not None else {}
+        return _Sizes(file, context_length(config), _kv_bytes(config))
 
     async def locate(self, model_id: str) -> Located:
         """Return where to load a model from, after downloading it if it is not found locally. Raises ServerError."""
@@ -107,5 +128,54 @@ class Library:
             logger.info("%.1000s", " ".join(str(error).split()))
             near = f"; did you mean {error.near}?" if error.near is not None else ""
             return _NotHere(model_id, near)
-        weights = (file for file in model.files if file.name.endswith(".safetensors") and "/" not in file.name)
-        return Located(model.path, sum(file.size for file in weights), model.id)
+        return Located(model.path, _weights(model), model.id)
+
+
+class _Sizes(NamedTuple):
+    """The sizes that a config.json gives."""
+
+    file: hf_overlay.File | None
+    """The file as it was when it was read; None: there is none."""
+    context: int | None
+    kv_bytes: int
+
+
+def _weights(model: hf_overlay.Model) -> int:
+    """Return the bytes of a model's weights."""
+    return sum(file.size for file in model.files if file.name.endswith(".safetensors") and "/" not in file.name)
+
+
+def _listed(model: hf_overlay.Model, sizes: _Sizes) -> Listed:
+    created = max((file.mtime_ns for file in model.files), default=0) // 10**9
+    return Listed(model.id, created, sizes.context, sizes.context, _weights(model), sizes.kv_bytes)
+
+
+def _config(path: str) -> Mapping[str, Any]:
+    """Return a folder's config.json; {} where it cannot be read now."""
+    try:
+        with open(f"{path}/config.json", encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _kv_bytes(config: Mapping[str, Any]) -> int:
+    """Estimate how many bytes each further token of a long sequence takes in a KV cache of 16-bit numbers; 0: unknown.
+
+    Only layers of full attention grow with it. The engine knows better once it has loaded the model.
+    """
+    text = config.get("text_config")
+    shape = {**config, **text} if isinstance(text, dict) else config
+
+    def size(*names: str) -> int:
+        return next((shape[name] for name in names if isinstance(shape.get(name), int)), 0)
+
+    layers, heads = size("num_hidden_layers"), size("num_attention_heads")
+    kinds = shape.get("layer_types")
+    if isinstance(kinds, list) and kinds:
+        layers = sum(kind == "full_attention" for kind in kinds)
+    if latent := size("kv_lora_rank"):  # one compressed vector for all heads
+        return 2 * layers * (latent + size("qk_rope_head_dim"))
+    head = size("head_dim") or (size("hidden_size") // heads if heads else 0)
+    return 2 * 2 * layers * size("num_key_value_heads", "num_attention_heads") * head

@@ -152,6 +152,11 @@ class Pool:
         """Return whether a model is in memory, so that a request for it can start at once."""
         return model_id in self._resident
 
+    def context_of(self, model_id: str) -> int | None:
+        """Return how many tokens a model in memory may have at once; None: it is not in memory, or nobody knows."""
+        resident = self._resident.get(model_id)
+        return resident.model.context if resident is not None else None
+
     @asynccontextmanager
     async def use(self, model_id: str) -> AsyncIterator[Loaded]:
         """Give a loaded model, which is not unloaded while the context is open. Raises ServerError."""

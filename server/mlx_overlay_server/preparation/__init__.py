@@ -192,6 +192,7 @@ def _reader(model: Loaded, request: AnyRequest, prepared: Prepared) -> Reader:
         tools=request.tools if request.choice.mode != "none" else (),
         is_parallel=request.choice.parallel,
         is_call=grammar.is_forced(request),
+        is_formatted=request.format is not None,
         continues_text=prepared.prompt.continues_text,
     )
 

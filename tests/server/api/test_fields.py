@@ -50,7 +50,7 @@ def _call(**more: Any) -> dict[str, Any]:
         ({"stream_options": {"other": 1}}, "stream_options.other"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1"),
-        ({"model": None}, "model"),
+        ({"model": 5}, "model"),
         ({"messages": []}, "messages"),
         ({"messages": "Hi"}, "messages"),
         ({"messages": [5]}, "messages[0]"),
@@ -118,17 +118,25 @@ def test_what_is_wrong_with_it_is_told(change: dict[str, Any], reason: str) -> N
     assert reason in _mistake(ChatCompletionRequest, CHAT | change).message
 
 
-@pytest.mark.parametrize("name", ["audio", "functions", "web_search_options", "thinking", "maxtokens"])
+@pytest.mark.parametrize("name", ["audio", "functions", "web_search_options", "prediction", "maxtokens"])
 def test_what_is_not_known_is_refused_and_not_ignored(name: str) -> None:
     mistake = _mistake(ChatCompletionRequest, {**CHAT, name: 1})
     assert mistake.param == name
     assert mistake.message == f"`{name}` is not supported by this server"
 
 
-@pytest.mark.parametrize("missing", ["model", "messages"])
-def test_what_is_missing_is_named(missing: str) -> None:
-    body = {name: value for name, value in CHAT.items() if name != missing}
-    assert _mistake(ChatCompletionRequest, body).param == missing
+def test_what_is_missing_is_named() -> None:
+    assert _mistake(ChatCompletionRequest, {"model": "org/m"}).param == "messages"
+
+
+@pytest.mark.parametrize("given", [{}, {"model": None}, {"model": ""}])
+def test_a_model_that_is_not_named_is_the_default_or_missed(given: dict[str, Any]) -> None:
+    body = ChatCompletionRequest.model_validate({"messages": CHAT["messages"], **given})
+    with pytest.raises(InvalidRequest) as mistake:
+        body.name(None)
+    assert (mistake.value.param, mistake.value.message) == ("model", "`model`: field required")
+    body.name("org/default")
+    assert body.decoded().model == "org/default"
 
 
 @pytest.mark.parametrize("body", [[], "text", 5, None])
@@ -149,7 +157,9 @@ def test_a_body_that_is_not_there_is_told_so() -> None:
 
 
 def test_nulls_ask_for_nothing() -> None:
-    optional = {name for name, field in ChatCompletionRequest.model_fields.items() if not field.is_required()}
+    optional = {name for name, field in ChatCompletionRequest.model_fields.items() if not field.is_required()} - {
+        "model"
+    }
     whole = ChatCompletionRequest.model_validate(CHAT | dict.fromkeys(optional))
     assert whole.decoded() == ChatCompletionRequest.model_validate(CHAT).decoded()
 

@@ -68,4 +68,4 @@ def test_one_bad_call_makes_the_whole_block_text(model: Loaded) -> None:
     """Nothing the model writes is lost, and nothing is called that it did not mean."""
     block = '<tool_call>[{"name": "find", "arguments": {}}, {"name": 3}]</tool_call>'
     events = Reader(model, tools=_TOOLS).feed(map(Token, block.encode()), "stop")
-    assert events == [Text(block)]
+    assert events == [Text(block.removeprefix("<tool_call>").removesuffix("</tool_call>"))]

@@ -6,7 +6,7 @@ import json
 import uuid
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -77,13 +77,20 @@ class TokenCount(TypedDict):
 
 
 class AnthropicModel(TypedDict):
-    """A model; `created_at` is in UTC, as RFC 3339 writes it."""
+    """A model; `created_at` is in UTC, as RFC 3339 writes it.
+
+    `context_length` is the number of tokens that its configuration gives prompt and answer together, `max_input_tokens`
+    and `max_model_len` the number that this server takes. All are left out where they are not known.
+    """
 
     type: Literal["model"]
     id: str
     display_name: str
     created_at: str
     lifecycle: Literal["active"]
+    max_input_tokens: NotRequired[int]
+    context_length: NotRequired[int]
+    max_model_len: NotRequired[int]
 
 
 class AnthropicModelPage(TypedDict):
@@ -183,10 +190,15 @@ def model_page(
 def model_info(listed: Listed) -> AnthropicModel:
     """Return one model."""
     created = datetime.fromtimestamp(listed.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {
+    info: AnthropicModel = {
         "type": "model",
         "id": listed.id,
         "display_name": listed.id,
         "created_at": created,
         "lifecycle": "active",
     }
+    if listed.context is not None:
+        info["context_length"] = listed.context
+    if listed.usable is not None:
+        info["max_input_tokens"] = info["max_model_len"] = listed.usable
+    return info

@@ -67,6 +67,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/anthropic/v1/messages/count_tokens", include_in_schema=False)
     async def count_tokens(body: CountRequest) -> Response:
         """Count the tokens of a conversation, as the model's own template writes it."""
+        body.name(service.default_model)
         count: TokenCount = {"input_tokens": await service.count_tokens(body.decoded(), Ticket())}
         return answer(count)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from mlx_overlay_server.api.fields import MAX_STOPS, Body, Count, Json, Part, Share, image
+from mlx_overlay_server.api.fields import MAX_STOPS, Count, Json, ModelBody, Part, Share, image
 from mlx_overlay_server.chat import requests
 from mlx_overlay_server.chat.requests import ChatRequest, Params
 from mlx_overlay_server.errors import InvalidRequest
@@ -146,10 +146,9 @@ class OutputConfig(Part):
     format: OutputFormat | None = None
 
 
-class _PromptBody(Body):
+class _PromptBody(ModelBody):
     """The fields that messages and count_tokens have in common."""
 
-    model: str
     messages: Annotated[list[MessageParam], Field(min_length=1)]
     system: str | list[TextBlock] | None = None
     tools: list[CustomTool] | None = None

@@ -135,12 +135,18 @@ class Completion(TypedDict):
 
 
 class OpenAIModel(TypedDict):
-    """A model; `created` is in seconds since 1970."""
+    """A model; `created` is in seconds since 1970.
+
+    `context_length` is the number of tokens that its configuration gives prompt and answer together, `max_model_len`
+    the number that this server takes: not more than fit in memory. Both are left out where they are not known.
+    """
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    context_length: NotRequired[int]
+    max_model_len: NotRequired[int]
 
 
 class OpenAIModelList(TypedDict):
@@ -179,7 +185,17 @@ def completion(request: TextRequest, answers: Sequence[Sequence[Event]]) -> Comp
 def model_info(listed: Listed) -> OpenAIModel:
     """Return one model; its owner is the organisation in its id."""
     owner, slash, _ = listed.id.partition("/")
-    return {"id": listed.id, "object": "model", "created": listed.created, "owned_by": owner if slash else "local"}
+    info: OpenAIModel = {
+        "id": listed.id,
+        "object": "model",
+        "created": listed.created,
+        "owned_by": owner if slash else "local",
+    }
+    if listed.context is not None:
+        info["context_length"] = listed.context
+    if listed.usable is not None:
+        info["max_model_len"] = listed.usable
+    return info
 
 
 def model_list(models: Iterable[Listed]) -> OpenAIModelList:

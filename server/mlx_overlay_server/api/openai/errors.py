@@ -50,7 +50,14 @@ class ErrorAnswer(TypedDict):
 def encode_error(error: ServerError, names: Mapping[Field, str | None] = NAMES) -> ErrorAnswer:
     """Return an error in OpenAI's shape; `names` are the dialect's for fields of the shared request."""
     kind = next((_TYPES[each] for each in type(error).__mro__ if each in _TYPES), "invalid_request_error")
-    return {"error": {"message": error.message, "type": kind, "param": param_of(error, names), "code": error.code}}
+    return {"error": {"message": message_of(error), "type": kind, "param": param_of(error, names), "code": error.code}}
+
+
+def message_of(error: ServerError) -> str:
+    """Return an error's message. Clients know the beginning of OpenAI's for a prompt that is too long."""
+    if isinstance(error, errors.PromptTooLong):
+        return f"This model's maximum context length is exceeded: {error.message}"
+    return error.message
 
 
 def refuse(error: ServerError) -> Response:

@@ -7,10 +7,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mlx_overlay_server.api.fields import MAX_STOPS, Body, Count, Json, Part, Penalty, Seed, Share, Temperature, image
+from mlx_overlay_server.api.fields import (
+    MAX_STOPS,
+    Body,
+    Count,
+    Json,
+    ModelBody,
+    Part,
+    Penalty,
+    Seed,
+    Share,
+    Temperature,
+    image,
+)
 from mlx_overlay_server.chat import requests
 from mlx_overlay_server.chat.requests import ChatRequest, Params, TextRequest
 from mlx_overlay_server.errors import InvalidRequest
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class StreamOptions(Body):
@@ -20,10 +34,9 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
-class _SamplingBody(Body):
+class _SamplingBody(ModelBody):
     """The fields that chat completions and completions have in common."""
 
-    model: str
     max_tokens: Count | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
@@ -32,6 +45,8 @@ class _SamplingBody(Body):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    repeat_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    """`repetition_penalty`, as llama.cpp, Ollama and LM Studio call it."""
     repetition_context_size: Count | None = None
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Seed | None = None
@@ -49,7 +64,7 @@ class _SamplingBody(Body):
             top_p=self.top_p,
             top_k=None if self.top_k is None else max(self.top_k, 0),
             min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
+            repetition_penalty=self.repeat_penalty if self.repetition_penalty is None else self.repetition_penalty,
             repetition_context=self.repetition_context_size,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
@@ -218,6 +233,20 @@ class SchemaFormat(Body):
     json_schema: NamedSchema
 
 
+class ThinkingSwitch(Part):
+    """Whether to reason first, as GLM's, Kimi's and DeepSeek's servers have it."""
+
+    type: Literal["enabled", "disabled"]
+
+
+class ReasoningChoice(Body):
+    """The reasoning before the answer, as OpenRouter has it."""
+
+    enabled: bool | None = None
+    effort: Effort | None = None
+    max_tokens: Count | None = None
+
+
 class ChatCompletionRequest(_SamplingBody):
     """`POST /v1/chat/completions`."""
 
@@ -229,7 +258,10 @@ class ChatCompletionRequest(_SamplingBody):
     response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: Effort | None = None
+    reasoning: ReasoningChoice | None = None
+    thinking: ThinkingSwitch | None = None
+    enable_thinking: bool | None = None
     chat_template_kwargs: Json | None = None
     # What asks for nothing here.
     store: Literal[False] | None = None
@@ -238,6 +270,7 @@ class ChatCompletionRequest(_SamplingBody):
     verbosity: Literal["medium"] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: Json | None = None
     safety_identifier: str | None = None
 
     def decoded(self) -> ChatRequest:
@@ -249,6 +282,7 @@ class ChatCompletionRequest(_SamplingBody):
             requests.Tool(each.function.name, each.function.description, each.function.parameters)
             for each in self.tools or ()
         )
+        reasoning = self.reasoning or ReasoningChoice()
         return ChatRequest(
             model=self.model,
             params=self._params(
@@ -260,9 +294,23 @@ class ChatCompletionRequest(_SamplingBody):
             tools=tools,
             choice=self._choice(tools),
             format=self._format(),
-            effort=self.reasoning_effort,
+            effort=self.reasoning_effort or reasoning.effort,
+            thinking=self._thinking(reasoning),
+            reasoning_budget=reasoning.max_tokens,
             template_kwargs=self.chat_template_kwargs or {},
         )
+
+    def _thinking(self, reasoning: ReasoningChoice) -> bool | None:
+        """Return whether to reason first, which four fields can say. Raises InvalidRequest where they disagree."""
+        named = {
+            "enable_thinking": self.enable_thinking,
+            "thinking": None if self.thinking is None else self.thinking.type == "enabled",
+            "reasoning": reasoning.enabled,
+        }
+        given = {name: is_on for name, is_on in named.items() if is_on is not None}
+        if len(set(given.values())) > 1:
+            raise InvalidRequest(f"{' and '.join(f'`{name}`' for name in given)} disagree", param=next(iter(given)))
+        return next(iter(given.values()), None)
 
     def _choice(self, tools: tuple[requests.Tool, ...]) -> requests.ToolChoice:
         is_parallel = self.parallel_tool_calls is not False

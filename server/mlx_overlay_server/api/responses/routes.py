@@ -19,7 +19,7 @@ from mlx_overlay_server.api.responses.wire import ResponsesRequest
 from mlx_overlay_server.api.transport import answer, comment
 from mlx_overlay_server.chat.events import Done, Event, Logprobs, Text
 from mlx_overlay_server.chat.requests import ChatRequest
-from mlx_overlay_server.errors import ServerError
+from mlx_overlay_server.errors import PromptTooLong, ServerError
 from mlx_overlay_server.service import Batch, Service
 
 _STREAM = "With `stream`: named server-sent events, `response.created` to `response.completed` or another end."
@@ -48,18 +48,21 @@ class _ResponseExchange:
     async def stream(self, batches: AsyncIterator[Batch]) -> AsyncGenerator[bytes]:
         all_events: list[Event] = []
         has_begun = False
-        async for _, events in batches:
-            data = b""
-            if not has_begun:
-                has_begun = True
-                data = b"".join(map(named_event, self.builder.begin()))
-            for event in _logprobs_first(events):
-                all_events.append(event)
-                data += b"".join(map(named_event, self.builder.feed(event)))
-                if isinstance(event, Done):
-                    self._keep(all_events)  # before the client can ask for it
-            if data:
-                yield data
+        try:
+            async for _, events in batches:
+                data = b""
+                if not has_begun:
+                    has_begun = True
+                    data = b"".join(map(named_event, self.builder.begin()))
+                for event in _logprobs_first(events):
+                    all_events.append(event)
+                    data += b"".join(map(named_event, self.builder.feed(event)))
+                    if isinstance(event, Done):
+                        self._keep(all_events)  # before the client can ask for it
+                if data:
+                    yield data
+        except PromptTooLong as error:  # clients look for its code in the stream, as OpenAI sends it
+            yield self.fail(error)
 
     def fail(self, error: ServerError) -> bytes:
         return b"".join(map(named_event, self.builder.fail(error)))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mlx_overlay_server.api.fields import Json
 from mlx_overlay_server.api.openai.answers import SampledTokenEntry, logprob_entries
+from mlx_overlay_server.api.openai.errors import message_of
 from mlx_overlay_server.api.responses.answers import (
     CallItem,
     ItemStatus,
@@ -27,7 +28,7 @@ from mlx_overlay_server.api.responses.tools import Tools
 from mlx_overlay_server.api.responses.wire import ResponsesRequest
 from mlx_overlay_server.api.transport import dumps
 from mlx_overlay_server.chat.events import Done, Event, Logprobs, Reasoning, Text, ToolCall
-from mlx_overlay_server.errors import ServerError
+from mlx_overlay_server.errors import PromptTooLong, ServerError
 
 
 def named_event(event: Json) -> bytes:
@@ -96,8 +97,10 @@ class ResponseBuilder:
         code = (
             "rate_limit_exceeded" if error.status == 429 else "invalid_prompt" if error.status < 500 else "server_error"
         )
+        if isinstance(error, PromptTooLong):
+            code = error.code  # by which clients know that they must compact the conversation
         self.response["status"] = "failed"
-        self.response["error"] = {"code": code, "message": error.message}
+        self.response["error"] = {"code": code, "message": message_of(error)}
         yield self._event("response.failed", response=self.response)
 
     def _text(self, kind: Literal["message", "reasoning"], text: str) -> Iterator[Json]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field
 from pydantic import Tag as Variant
 
-from mlx_overlay_server.api.fields import Body, Count, Json, Part, Share, Temperature, image
+from mlx_overlay_server.api.fields import Body, Count, Json, ModelBody, Part, Share, Temperature, image
 from mlx_overlay_server.api.openai.wire import arguments
 from mlx_overlay_server.api.responses.tools import ToolParam, Tools
 from mlx_overlay_server.chat import requests
@@ -52,12 +52,12 @@ class MessageItem(Part):
 
 
 class FunctionCallParam(Part):
-    """A function call of an earlier answer; `arguments` is a JSON object as text."""
+    """A function call of an earlier answer; `arguments` is a JSON object, as text or as it is."""
 
     type: Literal["function_call"]
     call_id: str
     name: str
-    arguments: str
+    arguments: str | Json
     namespace: str | None = None
 
 
@@ -151,10 +151,9 @@ class ResponseStreamOptions(Part):
     include_obfuscation: bool | None = None
 
 
-class ResponsesRequest(Body):
+class ResponsesRequest(ModelBody):
     """`POST /v1/responses`."""
 
-    model: str
     input: str | list[Item]
     instructions: str | None = None
     previous_response_id: str | None = None

@@ -1,0 +1,141 @@
+"""Tool calls as models write them: well-formed ones, those that can be read all the same, and those that cannot."""
+
+# ruff: noqa: E501 - a shape is read best on one line
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from mlx_overlay_server.chat.requests import Tool
+
+TOOLS = (
+    Tool(
+        "weather",
+        "Now.",
+        {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "units": {"type": "array"}},
+            "required": ["city"],
+        },
+    ),
+    Tool("clock", None, None),
+    Tool("read_file", None, {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}),
+)
+
+
+class Shape(NamedTuple):
+    """An answer, and what it means."""
+
+    name: str
+    says: str
+    calls: list[tuple[str, Any]]
+    text: str = ""
+    reasoning: str = ""
+
+
+OSLO = ("weather", {"city": "Oslo"})
+THREE = ("weather", {"city": "Oslo", "days": 3})
+NOW: tuple[str, Any] = ("clock", {})
+_OSLO = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+_NOW = '{"name": "clock", "arguments": {}}'
+
+
+def _block(inside: str) -> str:
+    return f"<tool_call>\n{inside}\n</tool_call>"
+
+
+SHAPES = [
+    # As the template asks for them.
+    Shape("one block", _block(_OSLO), [OSLO]),
+    Shape("text before it", f"Let me see.\n{_block(_OSLO)}", [OSLO], "Let me see.\n"),
+    Shape("two blocks", f"{_block(_OSLO)}\n{_block(_NOW)}", [OSLO, NOW]),
+    Shape("text after it", f"{_block(_OSLO)}\nDone.", [OSLO], "Done."),
+    # Marks: missing, too many, and of other models.
+    Shape("no closing mark", f"<tool_call>\n{_OSLO}", [OSLO]),
+    Shape("half a closing mark", f"<tool_call>\n{_OSLO}\n</tool", [OSLO]),
+    Shape("no closing mark, and text", f"<tool_call>\n{_OSLO}\nI wait.", [OSLO], "I wait."),
+    Shape("no closing mark between two", f"<tool_call>\n{_OSLO}\n<tool_call>\n{_NOW}\n</tool_call>", [OSLO, NOW]),
+    Shape("opened twice", f"<tool_call>\n<tool_call>\n{_OSLO}\n</tool_call>", [OSLO]),
+    Shape("closed twice", f"{_block(_OSLO)}\n</tool_call>", [OSLO]),
+    Shape("no opening mark", f"{_OSLO}\n</tool_call>", [OSLO]),
+    Shape("a closing mark that closes nothing", "It is sunny.</tool_call>", [], "It is sunny."),
+    Shape("no marks", _OSLO, [OSLO]),
+    Shape("no marks, after lines", f"\n\n{_OSLO}\n", [OSLO]),
+    Shape("a fence", f"```json\n{_OSLO}\n```", [OSLO]),
+    Shape("a fence in a block", _block(f"```json\n{_OSLO}\n```"), [OSLO]),
+    Shape("another model's marks", f"<function_call>{_OSLO}</function_call>", [OSLO]),
+    Shape("the prompt's marks", f"<tools>\n{_OSLO}\n</tools>", [OSLO]),
+    Shape("Mistral's mark", f"[TOOL_CALLS][{_OSLO}]", [OSLO]),
+    Shape("Llama's mark", '<|python_tag|>{"name": "weather", "parameters": {"city": "Oslo"}}', [OSLO]),
+    # Several at once.
+    Shape("a list in a block", _block(f"[{_OSLO}, {_NOW}]"), [OSLO, NOW]),
+    Shape("lines in a block", _block(f"{_OSLO}\n{_NOW}"), [OSLO, NOW]),
+    Shape("commas in a block", _block(f"{_OSLO},\n{_NOW}"), [OSLO, NOW]),
+    Shape("a list without marks", f"[{_OSLO}, {_NOW}]", [OSLO, NOW]),
+    Shape("lines without marks", f"{_OSLO}\n{_NOW}", [OSLO, NOW]),
+    # JSON of other forms.
+    Shape("parameters", _block('{"name": "weather", "parameters": {"city": "Oslo"}}'), [OSLO]),
+    Shape("arguments as text", _block('{"name": "weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}'), [OSLO]),
+    Shape("OpenAI's envelope", _block(f'{{"type": "function", "function": {_OSLO}}}'), [OSLO]),
+    Shape("the envelope without marks", f'{{"type": "function", "function": {_OSLO}}}', [OSLO]),
+    Shape("a name under function", _block('{"function": "weather", "arguments": {"city": "Oslo"}}'), [OSLO]),
+    Shape("the name as the key", _block('{"weather": {"city": "Oslo"}}'), [OSLO]),
+    Shape("arguments first", _block('{"arguments": {"city": "Oslo"}, "name": "weather"}'), [OSLO]),
+    Shape("a prefix", _block('{"name": "functions.weather", "arguments": {"city": "Oslo"}}'), [OSLO]),
+    # Nearly JSON.
+    Shape("a comma too many", _block('{"name": "weather", "arguments": {"city": "Oslo", "days": 3,},}'), [THREE]),
+    Shape("Python's quotes", _block("{'name': 'weather', 'arguments': {'city': 'Oslo', 'days': 3}}"), [THREE]),
+    Shape(
+        "Python's constants",
+        _block("{'name': 'weather', 'arguments': {'city': 'Oslo', 'days': None, 'units': [True, false]}}"),
+        [("weather", {"city": "Oslo", "days": None, "units": [True, False]})],
+    ),
+    Shape("no quotes on keys", _block('{name: "weather", arguments: {city: "Oslo"}}'), [OSLO]),
+    Shape("a bracket too few", _block('{"name": "weather", "arguments": {"city": "Oslo"}'), [OSLO]),
+    Shape("a bracket too many", _block(f"{_OSLO}}}"), [OSLO]),
+    Shape("a line end in text", _block('{"name": "read_file", "arguments": {"path": "a\nb"}}'), [("read_file", {"path": "a\nb"})]),
+    Shape("marks in text", _block('{"name": "read_file", "arguments": {"path": "<b> </think>"}}'), [("read_file", {"path": "<b> </think>"})]),
+    # Other ways to write a call.
+    Shape("Python in a block", _block('weather(city="Oslo", days=3)'), [THREE]),
+    Shape("a list of Python", _block('[weather(city="Oslo"), clock()]'), [OSLO, NOW]),
+    Shape("Python without marks", 'weather(city="Oslo")', [OSLO]),
+    Shape("a list of Python without marks", '[weather(city="Oslo"), clock()]', [OSLO, NOW]),
+    Shape("lines of Python", 'weather(city="Oslo")\nclock()', [OSLO, NOW]),
+    Shape("Python with one place", 'read_file("a.txt")', [("read_file", {"path": "a.txt"})]),
+    Shape("a name and an object", _block('weather {"city": "Oslo"}'), [OSLO]),
+    Shape("a name on its line", _block('weather\n{"city": "Oslo"}'), [OSLO]),
+    Shape("a name and an object without marks", 'weather{"city": "Oslo"}', [OSLO]),
+    Shape("Mistral's arguments", '[TOOL_CALLS]weather[ARGS]{"city": "Oslo"}', [OSLO]),
+    Shape("Kimi's name", _block('functions.weather:0 {"city": "Oslo"}'), [OSLO]),
+    Shape(
+        "Qwen3-Coder's tags",
+        _block("<function=weather>\n<parameter=city>\nOslo\n</parameter>\n<parameter=days>\n3\n</parameter>\n</function>"),
+        [THREE],
+    ),
+    Shape("tags without marks", "<function=weather><parameter=city>Oslo</parameter></function>", [OSLO]),
+    Shape("tags not closed", _block("<function=weather>\n<parameter=city>Oslo\n<parameter=days>3\n"), [THREE]),
+    Shape(
+        "MiniMax's tags", _block('<invoke name="weather"><parameter name="city">Oslo</parameter></invoke>'), [OSLO]
+    ),
+    # In reasoning.
+    Shape("after reasoning", f"<think>Hm.</think>{_block(_OSLO)}", [OSLO], reasoning="Hm."),
+    Shape("without marks after reasoning", f"<think>Hm.</think>\n{_OSLO}", [OSLO], reasoning="Hm."),
+    Shape("in reasoning", f"<think>Hm. {_block(_OSLO)}", [OSLO], reasoning="Hm. "),
+    Shape("in reasoning that goes on", f"<think>Hm. {_block(_OSLO)} So.</think>Yes.", [OSLO], "Yes.", "Hm.  So."),
+    Shape("no call in reasoning", "<think>Say <tool_call>x</tool_call> or so.</think>Yes.", [], "Yes.", "Say x or so."),
+    # What is none.
+    Shape("text", "It is sunny.", [], "It is sunny."),
+    Shape("no JSON", _block("sunny"), [], "sunny"),
+    Shape("nothing", "<tool_call></tool_call>", []),
+    Shape("a name alone", _block('{"name": "weather"}'), [], '{"name": "weather"}'),
+    Shape("another tool", _block('{"name": "rm", "arguments": {"path": "/"}}'), [], '{"name": "rm", "arguments": {"path": "/"}}'),
+    Shape("another tool beside one", _block(f'[{_NOW}, {{"name": "rm", "arguments": {{}}}}]'), [], f'[{_NOW}, {{"name": "rm", "arguments": {{}}}}]'),
+    Shape("another tool in Python", 'rm(path="/")', [], 'rm(path="/")'),
+    Shape("Python that computes", 'weather(city="Os" + "lo")', [], 'weather(city="Os" + "lo")'),
+    Shape("Python that is talked about", "weather(city) is a function.", [], "weather(city) is a function."),
+    Shape("other arguments", '{"name": "weather", "arguments": {"town": "Oslo"}}', [], '{"name": "weather", "arguments": {"town": "Oslo"}}'),
+    Shape("JSON that is an answer", '{"city": "Oslo", "sunny": true}', [], '{"city": "Oslo", "sunny": true}'),
+    Shape("JSON that is talked about", f"Write {_OSLO} to call it.", [], f"Write {_OSLO} to call it."),
+    Shape("a list that is an answer", "[1, 2]", [], "[1, 2]"),
+    Shape("numbers that JSON does not have", _block('{"name": "clock", "arguments": {"at": NaN}}'), [], '{"name": "clock", "arguments": {"at": NaN}}'),
+    Shape("code", "```python\nprint(1)\n```", [], "```python\nprint(1)\n```"),
+]  # fmt: skip
