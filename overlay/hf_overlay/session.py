@@ -198,8 +198,8 @@ class Session:
 
         It passes other requests on to the environment's own HF_ENDPOINT. Raises SessionError.
         """
-        gateway = Gateway(Hub(self), self._environ.get("HF_ENDPOINT") or DEFAULT_UPSTREAM)
         try:
+            gateway = Gateway(Hub(self), self._environ.get("HF_ENDPOINT") or DEFAULT_UPSTREAM)
             gateway.start()
         except OSError as error:
             check_descriptors(error)

@@ -12,57 +12,30 @@ keeps the user's folder in front with the network up. So programs get `HF_ENDPOI
 
 from __future__ import annotations
 
-import hmac
 import os
-import re
+import select
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
-from hf_overlay.gateway import routes
-from hf_overlay.gateway.hub import Hub, Unavailable
-from hf_overlay.gateway.routes import Target
-from hf_overlay.hfcache import LinkedRepo
+from hf_overlay.gateway.hub import Hub
 
 if TYPE_CHECKING:
-    import httpx2
-    from starlette.requests import Request
-    from starlette.responses import Response
+    import uvicorn
 
 DEFAULT_UPSTREAM = "https://huggingface.co"
-CONNECT_SECONDS = 3.0
-"""An upstream that accepts no connection in this time is unreachable; the client falls back to its cache."""
-ANSWER_SECONDS = 60.0
-"""The longest pause within an answer; clients give up earlier by themselves."""
 STOP_SECONDS = 10.0
 """The longest that answers under way may take when the gateway is stopped. They are short, since large files come from
 a CDN; and launchd kills a service that takes 20 seconds to stop, systemd one that takes 90."""
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
-_OF_A_GATEWAY = re.compile(r"/[0-9a-f]{40}$")
-_ENDED = "the overlay that this program was started in has ended; start it again in one that is open (hf-overlay env)"
-_HOP_BY_HOP = frozenset(
-    {
-        b"connection",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-    }
-)
-
 
 class Gateway:
-    """A Hub on 127.0.0.1, in a thread of its own between `start` and `stop`."""
+    """A Hub on 127.0.0.1, in a thread of its own between `start` and `stop`.
+
+    What answers is imported when the first program connects: it takes longer than all else that a start does, and many
+    programs never ask.
+    """
 
     def __init__(self, hub: Hub, upstream: str) -> None:
         self._hub = hub
@@ -70,11 +43,11 @@ class Gateway:
         self._prefix = f"/{os.urandom(20).hex()}"
         # Named, or asyncio leaves Nagle's algorithm on: 40 ms for each answer with a body.
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        self._client: httpx2.AsyncClient | None = None
-        self._stop = threading.Event()
+        self._stops, self._stopping = socket.socketpair()
+        """The second is closed to end the wait for the first connection."""
         self._cut = threading.Event()
-        self._server: Any = None
-        self._thread = threading.Thread(target=self._serve, name="hub-gateway", daemon=True)
+        self._server: uvicorn.Server | None = None
+        self._thread = threading.Thread(target=self._run, name="hub-gateway", daemon=True)
 
     @property
     def endpoint(self) -> str:
@@ -89,29 +62,61 @@ class Gateway:
 
     def stop(self) -> None:
         """Take no more requests, and wait for the answers under way: `STOP_SECONDS` at most, or until `cut`."""
-        self._stop.set()
+        self._stopping.close()
+        deadline = time.monotonic() + STOP_SECONDS
+        self._wait_until_ready(deadline)
         if self._server is not None:
             self._server.should_exit = True
-            deadline = time.monotonic() + STOP_SECONDS
             # The server closes the connections that have nothing to answer, and clients that have gone close theirs.
-            while self._server.server_state.connections and time.monotonic() < deadline and not self._cut.is_set():
+            while self._server.server_state.connections and self._may_wait(deadline):
                 self._thread.join(timeout=0.02)
             self._server.force_exit = True
             self._thread.join(timeout=5)
-        self._socket.close()
+        if not self._thread.is_alive():  # else it closes its sockets itself, as soon as it can
+            self._socket.close()
 
     def cut(self) -> None:
         """Let `stop` wait no longer; what is under way is cut. May be called by a signal handler."""
         self._cut.set()
 
+    def _may_wait(self, deadline: float) -> bool:
+        return time.monotonic() < deadline and not self._cut.is_set()
+
+    def _wait_until_ready(self, deadline: float) -> None:
+        """Let the server take the first connection, if one has come and what answers it is still being imported."""
+        is_late = False
+        while self._thread.is_alive() and (self._server is None or not self._server.started):
+            if not self._may_wait(deadline):
+                return
+            is_late = True
+            self._thread.join(timeout=0.02)
+        if is_late:
+            self._thread.join(timeout=0.1)  # it listens, and has not accepted yet
+
+    def _run(self) -> None:
+        with self._stops, self._socket:  # closed also when the import fails, or clients would wait for ever
+            if self._is_asked():
+                self._serve()
+
+    def _is_asked(self) -> bool:
+        """Wait for the first connection, which is left in the backlog; False where the gateway is stopped first."""
+        events = select.poll()
+        for each in (self._socket, self._stops):
+            events.register(each, select.POLLIN)
+        return self._stops.fileno() not in dict(events.poll())
+
     def _serve(self) -> None:
-        # Imported in this thread, since it takes a fifth of a second, in which the program is starting as well.
         import asyncio
 
         import uvicorn
 
+        from hf_overlay.gateway.app import App
+
+        if self._cut.is_set():
+            return
+        app = App(self._hub, self._upstream, self.endpoint)
         config = uvicorn.Config(
-            self._app,
+            app,
             interface="asgi3",
             http="h11",
             ws="none",
@@ -124,113 +129,12 @@ class Gateway:
             log_level="critical",
             timeout_keep_alive=75,
         )
-        self._server = uvicorn.Server(config)
-        if not self._stop.is_set():
-            asyncio.run(self._live())
+        server = self._server = uvicorn.Server(config)
 
-    async def _live(self) -> None:
-        try:
-            await self._server.serve(sockets=[self._socket])
-        finally:
-            if self._client is not None:
-                await self._client.aclose()
+        async def serve() -> None:
+            try:
+                await server.serve(sockets=[self._socket])
+            finally:
+                await app.close()
 
-    async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        from starlette.requests import Request
-
-        if scope["type"] != "http":
-            return
-        request = Request(scope, receive)
-        response = await self._respond(request)
-        await response(scope, receive, send)
-
-    async def _respond(self, request: Request) -> Response:
-        import asyncio
-
-        path: str = request.scope["raw_path"].decode("ascii").partition("?")[0]
-        prefix, path = path[: len(self._prefix)], path[len(self._prefix) :]
-        if not hmac.compare_digest(prefix, self._prefix) or not path.startswith("/"):
-            if _OF_A_GATEWAY.match(prefix):  # whose port this one has got
-                return routes.error(404, "RepoNotFound", _ENDED)
-            return routes.error(404, "EntryNotFound", "no such page")
-        # In threads, as all that looks at a disk: one that is slow, or hangs, keeps no other request waiting.
-        target, found = await asyncio.to_thread(self._find, path, request.method)
-        if target is None or found is None:
-            return await self._pass_on(request, path, target)
-        if isinstance(found, Unavailable):
-            return routes.not_now(target, found.message, has_copy=found.has_copy)
-
-        async def ask(root: str, function: Callable[[], Any]) -> Any:
-            return await asyncio.to_thread(self._hub.ask, root, function)
-
-        return await routes.answer(request, target, found.model, found.commit, ask)
-
-    def _find(self, path: str, method: str) -> tuple[Target | None, LinkedRepo | Unavailable | None]:
-        """The repo that a request path names, and the user's model that answers for it, or why nobody may."""
-        target = routes.parse(path, lambda model_id: self._hub.refresh_and_find(model_id) is not None)
-        found = self._hub.refresh_and_find(target.repo_id, target.kind) if target is not None else None
-        if found is None and target is not None and target.precedes_download(method):
-            found = self._hub.refuse_download(target.repo_id, target.folder)
-        return target, found
-
-    async def _pass_on(self, request: Request, path: str, target: Target | None) -> Response:
-        import asyncio
-
-        import httpx2
-
-        if self._client is None:
-            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=32)
-            timeout = httpx2.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
-            self._client = httpx2.AsyncClient(limits=limits, timeout=timeout, follow_redirects=False)
-        query = request.scope["query_string"].decode("ascii")
-        headers = [(name, value) for name, value in _end_to_end(request.headers.raw) if name != b"host"]
-        has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
-        # Not `client.build_request`, which would add headers that the program did not send.
-        passed = httpx2.Request(
-            request.method,
-            f"{self._upstream}{path}{'?' + query if query else ''}",
-            headers=headers,
-            content=request.stream() if has_body else None,
-        )
-        try:
-            answer = await self._client.send(passed, stream=True)
-        except httpx2.TransportError as error:
-            return routes.error(504, "", f"{self._upstream} cannot be reached ({type(error).__name__})")
-        # A client also writes down in its cache which files a repo lacks.
-        is_there = answer.status_code < 400 or "x-repo-commit" in answer.headers
-        if target is not None and target.precedes_download(request.method) and is_there:
-            await asyncio.to_thread(self._hub.expect_download, target.folder)
-        return self._relay(answer)
-
-    def _relay(self, answer: httpx2.Response) -> Response:
-        from starlette.background import BackgroundTask
-        from starlette.responses import StreamingResponse
-
-        async def body() -> AsyncIterator[bytes]:
-            async for chunk in answer.aiter_raw():
-                yield chunk
-
-        response = StreamingResponse(body(), status_code=answer.status_code, background=BackgroundTask(answer.aclose))
-        response.raw_headers = [
-            (name, self._led_back(value) if name == b"location" else value)
-            for name, value in _end_to_end(answer.headers.raw)
-        ]
-        return response
-
-    def _led_back(self, location: bytes) -> bytes:
-        """Where a redirect should lead: through the gateway again if to the same Hub, else (a CDN) as it is."""
-        url = location.decode("latin-1")
-        base = urlsplit(self._upstream)
-        if url.startswith(f"{self._upstream}/"):
-            url = self.endpoint + url[len(self._upstream) :]
-        elif url.startswith("/") and not url.startswith("//") and url.startswith(f"{base.path}/"):
-            url = self._prefix + url[len(base.path) :]
-        return url.encode("latin-1")
-
-
-def _end_to_end(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """The headers that a proxy passes on, names in small letters (RFC 9110, 7.6.1): not those of one connection, which
-    are the ones of old and those that a `Connection` header names."""
-    lowered = [(name.lower(), value) for name, value in headers]
-    named = {each.strip().lower() for name, value in lowered if name == b"connection" for each in value.split(b",")}
-    return [(name, value) for name, value in lowered if name not in _HOP_BY_HOP | named]
+        asyncio.run(serve())
