@@ -160,6 +160,7 @@ def test_a_broken_model_hides_itself_alone_gives_its_reason_and_is_back_when_rep
         assert_as_new(session)
 
 
+@pytest.mark.mlx_lm
 def test_every_broken_model_at_once_hides_no_other(models: Path, hub: Path, sessions: Path) -> None:
     lay_model(models / "org/mine")
     for number, (break_it, _) in enumerate(BROKEN.values()):
@@ -174,6 +175,7 @@ def test_every_broken_model_at_once_hides_no_other(models: Path, hub: Path, sess
 FAULTS = st.sampled_from(["whole", "gone", *BROKEN])
 
 
+@pytest.mark.mlx_lm
 @settings(max_examples=15, deadline=None)
 @given(steps=st.lists(st.dictionaries(st.sampled_from(["a", "org/b", "org/c"]), FAULTS), min_size=1, max_size=5))
 def test_whatever_breaks_and_is_repaired_a_refresh_shows_what_a_new_session_shows(
