@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,25 @@ _EVENTS = frozenset(
     {"open", "os.listdir", "os.scandir", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink"}
 )
 _FOREIGN = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "PYTORCH_", "MLX_", "XDG_", "PYTHONPATH", "NO_COLOR")
+
+
+_HAS_SERVER = find_spec("mlx_lm") is not None and find_spec("mlx_overlay_server") is not None
+_OF_THE_SERVER = ["server", "e2e/test_server_*.py", "e2e/anthropic", "e2e/responses", "e2e/test_soak_short.py"]
+collect_ignore_glob = [] if _HAS_SERVER else [*_OF_THE_SERVER, "packaging/test_wheels.py", "support/test_s*.py"]
+"""Tests that import the server or MLX; without them, the tests of hf-overlay are left."""
+
+
+def pytest_report_header() -> str | None:
+    """The reason for which tests are left out before they are collected."""
+    return None if _HAS_SERVER else f"mlx-lm or the server is not installed, left out: {', '.join(collect_ignore_glob)}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs mlx-lm where it is not installed."""
+    if find_spec("mlx_lm") is None:
+        for item in items:
+            if item.get_closest_marker("mlx_lm") is not None:
+                item.add_marker(pytest.mark.skip(reason="mlx-lm is not installed"))
 
 
 def pytest_configure() -> None:

@@ -26,6 +26,7 @@ from tests.support.hfcache import Entry, add_repo, listing, repo_folder
 from tests.support.models import make_model, split, vocabulary
 from tests.support.processes import OVERLAY, PYTHON, eventually, finish, start, succeed
 
+pytestmark = pytest.mark.mlx_lm  # the programs are mlx-lm's own, and one that loads with it
 FROM_FOLDER = {
     "acme/folder": "the folder is all there is.",
     "acme/both": "the folder speaks first, as it should.",

@@ -105,6 +105,7 @@ def test_a_model_on_a_drive_that_is_away_is_not_the_real_hubs_to_answer(
     assert str(models) in found.message
 
 
+@pytest.mark.mlx_lm
 @pytest.mark.parametrize("is_cached", [False, True])
 def test_an_incomplete_folder_is_not_the_real_hubs_to_answer_unless_it_is_excluded(
     models: Path, sessions: Path, hub: Path, is_cached: bool

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60
 
 
+@pytest.mark.mlx_lm
 @pytest.mark.parametrize("target", ["make", "server"])
 def test_sigterm_to_make_serve_or_to_its_child_ends_both(target: str, models: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"

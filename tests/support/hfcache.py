@@ -67,6 +67,21 @@ def add_repo(
     return snapshot
 
 
+def share_blobs(hub: Path, *repo_folders: str) -> None:
+    """Move the blobs of LFS files into the hub's shared store, as huggingface_hub 2 lays them there."""
+    store = hub / "blobs"
+    _write(store / ".huggingface-shared-blobs", b"1\n")
+    for blob in [path for name in repo_folders for path in sorted((hub / name / "blobs").iterdir())]:
+        if len(blob.name) == 64 and not blob.is_symlink():
+            shared = store / blob.name[:2] / blob.name
+            _write(shared, blob.read_bytes())
+            shared.chmod(0o444)
+            with shared.with_name(f"{shared.name}.refs").open("a") as manifest:
+                manifest.write(f"{blob.relative_to(hub)}\n")
+            blob.unlink()
+            blob.symlink_to(os.path.relpath(shared, blob.parent))
+
+
 def repo_folder(repo_id: str, repo_type: str = "model") -> str:
     """The name of a repo's folder: "models--org--name"."""
     return "--".join([f"{repo_type}s", *repo_id.split("/")])

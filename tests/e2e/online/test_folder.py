@@ -127,6 +127,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.mlx_lm
 def test_mlx_lm_and_transformers_load_the_folders_model_and_the_hubs_others(speaking: Person, reader: Client) -> None:
     """P2 and P3: what was on the Hub alone is downloaded once, and loads afterwards without overlay and network."""
     expected = {

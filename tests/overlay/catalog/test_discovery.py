@@ -68,6 +68,7 @@ def test_junk_is_no_part_of_a_model_and_is_counted(models: Path) -> None:
     assert source.junk == 2, "AppleDouble files are counted for doctor: one beside the folder, one in it"
 
 
+@pytest.mark.mlx_lm
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
@@ -94,6 +95,7 @@ def test_a_config_that_mlx_lm_cannot_load_is_rejected_with_its_reason(models: Pa
     assert reason in reasons(source)["org/bad"]
 
 
+@pytest.mark.mlx_lm
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
@@ -171,6 +173,7 @@ def test_an_unchanged_settled_model_is_not_listed_again(models: Path, monkeypatc
     assert listed == [str(models), str(models / "org")]
 
 
+@pytest.mark.mlx_lm
 def test_a_stray_config_does_not_hide_the_models_below_it(models: Path) -> None:
     lay_model(models / "org/name")
     (models / "config.json").write_text('{"model_type": "llama"}')
@@ -180,6 +183,7 @@ def test_a_stray_config_does_not_hide_the_models_below_it(models: Path) -> None:
     assert "no model_type" in reasons(source)["org"]
 
 
+@pytest.mark.mlx_lm
 def test_weights_without_config_are_rejected_and_named(models: Path) -> None:
     (models / "pub/model-GGUF").mkdir(parents=True)
     (models / "pub/model-GGUF/model-Q4.gguf").write_bytes(b"GGUF")
@@ -190,6 +194,7 @@ def test_weights_without_config_are_rejected_and_named(models: Path) -> None:
     assert reasons(source)["pub/model-GGUF"] == "has no config.json (only .gguf files)"
 
 
+@pytest.mark.mlx_lm
 def test_all_kinds_drops_the_rule_of_model_types_only(models: Path) -> None:
     lay_model(models / "org/bert", model_type="bert")
     (models / "org/pipe/unet").mkdir(parents=True)
@@ -274,6 +279,7 @@ def test_links_to_models_are_followed_and_loops_end(models: Path, tmp_path: Path
     assert "back to a folder above it" in by_path[str(models / "up")]
 
 
+@pytest.mark.mlx_lm
 def test_links_inside_a_model_are_followed_unless_they_lead_to_what_holds_it(models: Path, tmp_path: Path) -> None:
     big = tmp_path / "elsewhere.safetensors"
     big.write_bytes(weights(b"weights"))
@@ -289,6 +295,7 @@ def test_links_inside_a_model_are_followed_unless_they_lead_to_what_holds_it(mod
     assert "model.safetensors is a broken link" in reasons(scan(models))["org/name"]
 
 
+@pytest.mark.mlx_lm
 def test_the_cache_lists_what_mlx_lm_load_finds_there(hub: Path) -> None:
     snapshot = hfcache.add_repo(hub, "org/name", FILES)
     hfcache.add_repo(hub, "org/pinned", FILES, refs=("v1",))
@@ -300,6 +307,7 @@ def test_the_cache_lists_what_mlx_lm_load_finds_there(hub: Path) -> None:
     assert "bert" in reasons(source)["org/bert"]
 
 
+@pytest.mark.mlx_lm
 @pytest.mark.parametrize("settled", [False, True])
 def test_scanning_the_cache_again_sees_every_change_of_a_repo(hub: Path, settled: bool) -> None:
     """A new main revision, a blob that is gone, a repo that is gone; and what is as it was is found again."""

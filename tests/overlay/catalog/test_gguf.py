@@ -166,6 +166,7 @@ def test_a_cut_gguf_and_one_of_which_a_part_is_missing_are_incomplete(tmp_path: 
     assert "q8-00002-of-00002.gguf is missing" in part
 
 
+@pytest.mark.mlx_lm
 def test_for_mlx_lm_a_cut_gguf_beside_whole_weights_does_not_matter(tmp_path: Path) -> None:
     lay_model(tmp_path / "org/name", {"q4.gguf": WHOLE["no metadata"][:-1]})
     assert [model.id for model in scan(tmp_path, "mlx").models] == ["org/name"]

@@ -75,6 +75,7 @@ def installed_types() -> ModelTypes:
     return types
 
 
+@pytest.mark.mlx_lm
 def test_every_config_gets_the_answer_of_mlx_lm(home: Path, installed: Path) -> None:
     modules = sorted(path.stem for path in (installed / "models").iterdir())
     assert len(modules) > 50
@@ -98,12 +99,14 @@ def test_every_config_gets_the_answer_of_mlx_lm(home: Path, installed: Path) -> 
     assert not wrong, f"mlx-lm's own answer differs for {wrong}"
 
 
+@pytest.mark.mlx_lm
 def test_custom_code_is_refused_as_mlx_lm_does_unless_told_to_trust_it() -> None:
     types = installed_types()
     assert "own code" in (types.why_not({"model_type": "llama", "model_file": "model.py"}) or "")
     assert types.why_not({"model_type": "llama", "model_file": None}) is None
 
 
+@pytest.mark.mlx_lm
 @pytest.mark.parametrize("model_type", STRANGE_TYPES, ids=lambda value: ascii(value)[:20])
 def test_every_reason_is_one_short_line_that_can_be_printed(model_type: object) -> None:
     reason = installed_types().why_not({"model_type": model_type})
@@ -173,6 +176,7 @@ def lay(folder: Path, *names: str, model_type: str | None = None) -> Model:
     return Model("org/name", "custom", str(folder), model_type, 1, files, str(folder.parent))
 
 
+@pytest.mark.mlx_lm
 @pytest.mark.parametrize(
     ("names", "model_type", "with_mlx_lm", "without"),
     [
@@ -196,6 +200,7 @@ def test_the_kind_of_a_model_is_what_its_files_say(
     assert kinds.kind_of(model, None) == without
 
 
+@pytest.mark.mlx_lm
 def test_without_a_kind_the_models_are_those_of_mlx_lm_where_it_is_installed() -> None:
     for types in (kinds.restriction(None), kinds.restriction("mlx")):
         assert types is not None

@@ -41,6 +41,7 @@ def test_what_lies_beside_a_tokenizer_does_not(name: str) -> None:
     assert not may_be_tokenizer(name)
 
 
+@pytest.mark.mlx_lm
 @pytest.mark.parametrize("settled", [False, True])
 def test_without_a_tokenizer_there_is_no_model_until_it_is_there(models: Path, settled: bool) -> None:
     folder = lay_model(models / "org/name", {"special_tokens_map.json": b"{}"}, settled=settled)
@@ -56,6 +57,7 @@ def test_without_a_tokenizer_there_is_no_model_until_it_is_there(models: Path, s
         assert [model.id for model in session.models] == ["org/name"]
 
 
+@pytest.mark.mlx_lm
 def test_a_link_is_named_that_was_to_be_the_tokenizer(models: Path) -> None:
     folder = lay_model(models / "org/name")
     (folder / "tokenizer.json").unlink()

@@ -51,6 +51,7 @@ def hf_overlay(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     return run
 
 
+@pytest.mark.mlx_lm
 def test_ls_lists_one_row_an_id_sorted_with_what_it_stands_in_front_of(
     hf_overlay: Callable[..., Result], models: Path, hub: Path, tmp_path: Path
 ) -> None:
@@ -352,6 +353,7 @@ def lay_both_kinds(models: Path) -> None:
     lay_model(models / "org/bert", model_type="bert")
 
 
+@pytest.mark.mlx_lm
 def test_with_mlx_lm_beside_it_only_its_models_count_unless_any_kind_is_asked_for(
     hf_overlay: Callable[..., Result], models: Path
 ) -> None:

@@ -55,6 +55,7 @@ def test_every_reason_to_leave_a_folder_out_has_advice() -> None:
     assert set(Code) - doctor.ADVICE.keys() == {Code.WINS, Code.SHADOWED, Code.NOT_LINKABLE}
 
 
+@pytest.mark.mlx_lm
 def test_a_model_of_another_kind_is_no_reason_to_copy_it_again(models: Path) -> None:
     lay_model(models / "org/name", {"config.json": b'{"model_file": "mine.py", "model_type": "x"}'})
     assert "--kind any" in found("rejected", models).advice
@@ -74,6 +75,7 @@ def test_links_that_do_not_count_are_named_with_the_reason(models: Path, tmp_pat
     assert "Connect the drive" in broken.advice
 
 
+@pytest.mark.mlx_lm
 def test_links_of_folders_that_are_left_out_are_named_too(models: Path, tmp_path: Path) -> None:
     (tmp_path / "private").write_text("secret")
     folder = lay_model(models / "org/name")
@@ -182,6 +184,7 @@ def test_commands_in_advice_can_be_pasted_whatever_a_path_holds(tmp_path: Path) 
     assert said.stdout == "path a--b's"
 
 
+@pytest.mark.mlx_lm
 def test_gguf_is_not_to_be_copied_again(models: Path) -> None:
     (models / "org/name").mkdir(parents=True)
     (models / "org/name/model.Q4.gguf").write_bytes(b"GGUF")

@@ -217,6 +217,7 @@ def test_it_carries_what_the_shell_has_for_it_and_nothing_else(
     assert stat.S_IMODE(machine.unit().stat().st_mode) == 0o600
 
 
+@pytest.mark.mlx_lm
 def test_the_server_is_a_service_of_its_own(machine: Machine) -> None:
     assert machine.run("install") == (0, "", "")
     assert machine.run("install", "--server", "--", "--port", "8000") == (0, "", "")
@@ -243,7 +244,7 @@ def test_folders_get_their_whole_path(machine: Machine, monkeypatch: pytest.Monk
     assert machine.environ()["HF_OVERLAY_DIR"] == f"{home}/../sessions:1"
 
 
-@pytest.mark.parametrize("server", [[], ["--server"]])
+@pytest.mark.parametrize("server", [[], pytest.param(["--server"], marks=pytest.mark.mlx_lm)])
 def test_a_mistake_is_found_before_anything_is_written(machine: Machine, server: list[str], home: Path) -> None:
     """Else the unit would fail at each login, in a log that nobody reads."""
     status, out, err = machine.run("install", *server, "--", "--no-such-option")

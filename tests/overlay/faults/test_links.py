@@ -15,6 +15,7 @@ from tests.overlay.faults.seen import WEIGHTS, ids, loaded, moment, said, scanne
 from tests.support.folders import lay_model
 
 
+@pytest.mark.mlx_lm
 def test_dangling_links_hide_themselves_alone(models: Path, sessions: Path) -> None:
     lay_model(models / "org/mine")
     (models / "org/mine/notes.txt").symlink_to("/nonexistent/notes.txt")
@@ -83,6 +84,7 @@ def links_between_chains(models: Path) -> None:
             (folder / side).symlink_to(f"../{number + 1}")
 
 
+@pytest.mark.mlx_lm
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "lay", [self_loop, mutual_loop, link_to_parents, dense_graph, links_between_chains], ids=lambda lay: lay.__name__

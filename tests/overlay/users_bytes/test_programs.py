@@ -46,6 +46,7 @@ def test_hf_cache_prune_deletes_nothing_of_the_users(world: World, release: str)
     world.check_over()
 
 
+@pytest.mark.mlx_lm
 @pytest.mark.parametrize("release", WITH_HF_CACHE_RM)
 def test_mlx_lm_manage_deletes_nothing_of_the_users(world: World, release: str) -> None:
     with world.open() as session:
