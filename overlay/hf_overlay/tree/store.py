@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
@@ -115,6 +114,8 @@ def _carry_over(old: str, new: str) -> bool:
             is_later = not os.path.exists(wanted) or os.stat(wanted).st_mtime_ns < os.stat(ref).st_mtime_ns
             if not is_ours(ref) and is_later and os.path.isdir(f"{new}/snapshots/{commit}"):
                 os.makedirs(os.path.dirname(wanted), exist_ok=True)
+                import shutil  # with all compressors, which starts need not wait for
+
                 shutil.copy2(ref, wanted)
     return added
 
