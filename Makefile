@@ -53,6 +53,7 @@ bench: $(VENV)/.ready  ## print the overlay's, the gateway's and the server's ra
 	$(BIN)/python benchmarks/overlay.py
 	$(BIN)/python benchmarks/gateway.py
 	$(BIN)/python benchmarks/server.py
+	$(BIN)/python benchmarks/prompts.py
 
 dist: $(VENV)/.ready  ## build the wheels and sdists of both distributions into dist/
 	rm -rf $(DIST)

@@ -134,14 +134,14 @@ class Bench:
         lines = []
         with self._ours("--model", f"bench/{name}") as ours, self._theirs(folder) as theirs:
             for port, model in ((ours.port, f"bench/{name}"), (theirs.port, "default_model")):
-                _burst(port, model, prompts[:8], TOKENS)
+                burst(port, model, prompts[:8], TOKENS)
             memory = _resident(ours.process.pid) / _resident(theirs.process.pid)  # later, more KV caches are kept
             for count in streams:
                 bound, mine, other = [], [], []
                 for _ in range(rounds):
                     bound.append(self._bound(folder, prompts, count))
-                    mine.append(_burst(ours.port, f"bench/{name}", _fresh(prompts[:count]), TOKENS))
-                    other.append(_burst(theirs.port, "default_model", _fresh(prompts[:count]), TOKENS))
+                    mine.append(burst(ours.port, f"bench/{name}", _fresh(prompts[:count]), TOKENS))
+                    other.append(burst(theirs.port, "default_model", _fresh(prompts[:count]), TOKENS))
                 lines += _compared(name, count, statistics.median(bound), mine, other)
         return [*lines, Line(f"resident memory ÷ mlx_lm.server's, {name}", memory, "≤ 1.1", memory <= 1.1)]
 
@@ -153,7 +153,7 @@ class Bench:
             for at in (0, 1):
                 started = time.perf_counter()
                 with self._ours("--model", "bench/tiny") if at == 0 else self._theirs(folder) as server:
-                    _burst(server.port, "bench/tiny" if at == 0 else "default_model", _prompts(1), 1)
+                    burst(server.port, "bench/tiny" if at == 0 else "default_model", _prompts(1), 1)
                     seconds[at].append(time.perf_counter() - started)
         start = statistics.median(seconds[0]) / statistics.median(seconds[1])
         return [Line("start to first answer ÷ mlx_lm.server's", start, "≤ 1.2", start <= 1.2)]
@@ -190,7 +190,7 @@ class Bench:
 
     def _listing_under_load(self, port: int) -> float:
         """Milliseconds, p99."""
-        load = threading.Thread(target=_burst, args=(port, "bench/tiny", _prompts(32), 2000))
+        load = threading.Thread(target=burst, args=(port, "bench/tiny", _prompts(32), 2000))
         load.start()
         times = [_get(port, "/v1/models")]
         while load.is_alive() and len(times) < 100:
@@ -309,7 +309,7 @@ def _fresh(prompts: list[str]) -> list[str]:
     return [f"{mark} {prompt}" for prompt in prompts]
 
 
-def _burst(port: int, model: str, prompts: list[str], tokens: int) -> Run:
+def burst(port: int, model: str, prompts: list[str], tokens: int) -> Run:
     """All prompts at once, streamed, by a client in a process of its own."""
     done = subprocess.run(
         [sys.executable, __file__, "client", str(port), model, str(tokens)],

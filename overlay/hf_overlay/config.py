@@ -22,12 +22,17 @@ FILE_VARIABLE = "HF_OVERLAY_CONFIG"
 OWNER_FILE = ".hf-overlay-session"
 """Names the living owner in every session's folder; a scan that meets one knows the folder for ours."""
 
-OLDER_CACHE_VARIABLES = ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE", "PYTORCH_PRETRAINED_BERT_CACHE")
-"""Variables that older transformers read before HF_HUB_CACHE."""
+OTHER_CACHE_VARIABLES = (
+    "TRANSFORMERS_CACHE",
+    "PYTORCH_TRANSFORMERS_CACHE",
+    "PYTORCH_PRETRAINED_BERT_CACHE",
+    "LLAMA_CACHE",
+)
+"""Variables that a program reads before HF_HUB_CACHE: older transformers the first three, llama.cpp the last."""
 PROXY_VARIABLES = ("no_proxy", "NO_PROXY")
 CHANGED_VARIABLES = frozenset(
     {
-        *OLDER_CACHE_VARIABLES,
+        *OTHER_CACHE_VARIABLES,
         *PROXY_VARIABLES,
         "HF_HOME",
         "HF_HUB_CACHE",

@@ -95,7 +95,7 @@ class Session:
         The user's HF_HOME stays where it is, so that the login, the Xet cache and datasets are the real ones; only
         the hub cache is ours. Programs read these variables once, when they import huggingface_hub.
         """
-        variables: dict[str, str | None] = dict.fromkeys(config.OLDER_CACHE_VARIABLES)
+        variables: dict[str, str | None] = dict.fromkeys(config.OTHER_CACHE_VARIABLES)
         variables["HF_HOME"] = self.settings.hf_home
         variables["HF_HUB_CACHE"] = variables["HUGGINGFACE_HUB_CACHE"] = self._tree.hub
         # Paths in the shared blob store are computed lexically, which links break (see hfcache.entries).

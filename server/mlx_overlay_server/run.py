@@ -21,6 +21,7 @@ from mlx_overlay_server.listening import listen, url
 from mlx_overlay_server.settings import Settings, rank
 
 if TYPE_CHECKING:
+    from mlx_overlay_server.preparation.process import Process
     from mlx_overlay_server.service import Service
 
 logger = logging.getLogger("mlx_overlay_server")
@@ -30,9 +31,10 @@ GRACE_SECONDS = 4.5
 
 
 def serve(settings: Settings) -> int:
-    """Serve until SIGINT or SIGTERM, and return the exit code."""
+    """Serve until SIGINT or SIGTERM, and return the exit code. Called in the main thread, for the signals."""
     _log_to_stderr(settings.log_level)
     descriptors.raise_limit()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server listens to signals itself
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"} if settings.is_offline else dict(os.environ)
     try:
         with hf_overlay.open_session(
@@ -87,6 +89,13 @@ def _serve_http(settings: Settings, session: hf_overlay.Session) -> int:
     from mlx_overlay_server.preparation.process import Process
 
     first = Process()  # imports what it needs beside us, so that the first answer does not wait for it
+    try:
+        return _run(settings, session, sockets, first)
+    finally:
+        first.end()  # a signal may come before there is anything else that ends it
+
+
+def _run(settings: Settings, session: hf_overlay.Session, sockets: list[socket.socket], first: Process) -> int:
     import uvicorn
 
     from mlx_overlay_server.api.connection import Connection

@@ -186,7 +186,7 @@ def test_only_the_cache_differs_in_the_programs_environment(
 def test_variables_that_would_lead_past_the_overlay_are_replaced(
     environ: dict[str, str], tmp_path: Path, sessions: Path
 ) -> None:
-    """Older names of the cache would outrank ours; the real cache is the one that they name together."""
+    """Other names of the cache would outrank ours; the real cache is the one that they name together."""
     real = tmp_path / "real"
     repo = add_repo(real, "acme/cached", {"config.json": b"{}"})
     given = environ | {
@@ -196,12 +196,13 @@ def test_variables_that_would_lead_past_the_overlay_are_replaced(
         "TRANSFORMERS_CACHE": "/older/still",
         "PYTORCH_TRANSFORMERS_CACHE": "/oldest",
         "PYTORCH_PRETRAINED_BERT_CACHE": "/oldest",
+        "LLAMA_CACHE": "/llama",
         "HF_HUB_DISABLE_SHARED_BLOBS": "0",
     }
     found = environment_of_a_program(given)
     hub = found["HF_HUB_CACHE"]
-    older = {"TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE", "PYTORCH_PRETRAINED_BERT_CACHE"}
-    assert found == {name: value for name, value in given.items() if name not in older} | {
+    other = {"TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE", "PYTORCH_PRETRAINED_BERT_CACHE", "LLAMA_CACHE"}
+    assert found == {name: value for name, value in given.items() if name not in other} | {
         "HF_HUB_CACHE": hub,
         "HUGGINGFACE_HUB_CACHE": hub,
         "HF_HUB_DISABLE_SHARED_BLOBS": "1",

@@ -67,7 +67,13 @@ def test_a_session_is_private_and_gone_at_its_end(models: Path, sessions: Path) 
 def test_the_environment_leads_to_the_overlay_and_leaves_the_rest_alone(
     models: Path, home: Path, sessions: Path
 ) -> None:
-    environ = {"HOME": str(home), "PATH": "/bin", "TRANSFORMERS_CACHE": "/old", "HF_TOKEN": "secret"}
+    environ = {
+        "HOME": str(home),
+        "PATH": "/bin",
+        "TRANSFORMERS_CACHE": "/old",
+        "LLAMA_CACHE": "/l",
+        "HF_TOKEN": "secret",
+    }
     with hf_overlay.open_session([models], environ=environ) as session:
         assert session.environment == {
             "HOME": str(home),

@@ -183,3 +183,19 @@ def test_64_processes_at_once_read_a_tier_that_is_anothers_and_change_nothing(
     assert changed == []
     assert listing(tier) == before
     assert not (home / ".cache/huggingface/hub").exists()
+
+
+def test_a_download_that_the_own_cache_cannot_take_is_shown_by_the_next_session_and_comes_home_later(
+    tier: Path, hub: Path, sessions: Path
+) -> None:
+    """P3: nothing is fetched twice because the cache was away."""
+    hub.parent.mkdir(parents=True)
+    hub.symlink_to(hub.with_name("a drive that is away"))
+    with hf_overlay.open_session([], below=[tier], hold_downloads=True) as session:
+        download(session.hub_cache)
+    with hf_overlay.open_session([], below=[tier]) as session:
+        assert contents(session.hub_cache / REPO / "snapshots" / ("c" * 40)) == NEWER
+    hub.unlink()
+    with hf_overlay.open_session([], below=[tier]) as session:
+        assert contents(hub / REPO / "snapshots" / ("c" * 40)) == FETCHED
+        assert contents(session.hub_cache / REPO / "snapshots" / ("c" * 40)) == NEWER

@@ -20,12 +20,18 @@ def lay_model(
         "tokenizer.json": b"{}",
         **(files or {}),
     }
-    for name, content in contents.items():
+    lay_files(folder, contents)
+    if settled:
+        settle(folder)
+    return folder
+
+
+def lay_files(folder: Path, files: Mapping[str, bytes]) -> Path:
+    """A folder with these files alone; names may have folders in them."""
+    for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    if settled:
-        settle(folder)
     return folder
 
 
@@ -33,6 +39,12 @@ def weights(content: bytes) -> bytes:
     """A whole safetensors file, whose one tensor holds these bytes."""
     header = json.dumps({"w": {"dtype": "U8", "shape": [len(content)], "data_offsets": [0, len(content)]}}).encode()
     return struct.pack("<Q", len(header)) + header + content
+
+
+def gguf(content: bytes) -> bytes:
+    """A whole GGUF file, whose one tensor holds these bytes."""
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"w", 1, len(content), 24, 0)
+    return header + bytes(-len(header) % 32) + content
 
 
 def settle(folder: Path) -> None:

@@ -150,10 +150,12 @@ class Catalog:
         """
         name = hfcache.repo_folder(repo_id, kind)
         roots = [root for root, (_, names) in self._away.items() if fold(name) in map(fold, names)]
+        in_front = next((root for root in roots if root not in self.settings.below), None)
+        if in_front is not None or not roots or name in self._made:
+            return in_front
         hub = self.settings.hub_cache
         is_cached = self.is_cached(repo_id) if kind == "models" else self.is_folder(f"{hub}/{name}", hub)
-        is_held = is_cached or name in self._made
-        return next((root for root in roots if root not in self.settings.below or not is_held), None)
+        return None if is_cached else roots[0]
 
     def incomplete(self, model_id: str) -> Reject | None:
         """The user's folder of this id that was left out because a part of it is missing; None when there is none."""

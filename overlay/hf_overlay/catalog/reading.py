@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +20,10 @@ SETTLED_SECONDS = 600
 
 _MARKERS = ("config.json", "model_index.json")
 _MARKERS_OF_OTHER_KINDS = ("modules.json", "config_sentence_transformers.json", "adapter_config.json")
+_QUANTISATION = re.compile(
+    r"(?:(?P<stem>.+?)[-._])?(?:UD-)?(?:I?Q[1-8]_\w+|TQ[12]_0|MXFP4\w*|BF16|F16|FP16|F32)", re.IGNORECASE
+)
+"""Names of folders in which the Hub's repos keep a quantisation of several files, with the model's name or without."""
 
 
 class Found(NamedTuple):
@@ -34,10 +40,41 @@ class Found(NamedTuple):
     """
 
 
-def has_marker(folder: Listing, types: ModelTypes | None) -> bool:
-    """Whether a file in the folder says that it is a model; `types` None takes every kind of model."""
-    markers = _MARKERS if types else _MARKERS + _MARKERS_OF_OTHER_KINDS
-    return any(marker in folder.files for marker in markers)
+def has_marker(path: str, folder: Listing, types: ModelTypes | None) -> bool:
+    """Whether the files in the folder `path` say that it is a model; `types` None takes every kind of model.
+
+    Raises OSError.
+    """
+    if any(marker in folder.files for marker in _MARKERS):
+        return True
+    if types is not None:
+        return False
+    return (
+        any(marker in folder.files for marker in _MARKERS_OF_OTHER_KINDS)
+        or _is_of_mistral(folder)
+        or _holds_gguf(path, folder)
+    )
+
+
+def _is_of_mistral(folder: Listing) -> bool:
+    """Whether a folder holds a model in Mistral's own format, which vLLM reads."""
+    return "params.json" in folder.files and any(
+        name.startswith("consolidated") and name.endswith(".safetensors") for name in folder.files
+    )
+
+
+def _holds_gguf(path: str, folder: Listing) -> bool:
+    """Whether GGUF files lie in a folder, or in folders in it that are named after a quantisation."""
+    if any(name.endswith(".gguf") for name in folder.files):
+        return True
+    own = os.path.basename(path).lower()
+    for name in folder.folders:
+        named = _QUANTISATION.fullmatch(name)
+        if named is None or not own.startswith((named["stem"] or "").lower()):
+            continue
+        if any(each.endswith(".gguf") for each in list_folder(f"{path}/{name}").files):
+            return True
+    return False
 
 
 def read_folder(
@@ -135,7 +172,7 @@ def _read(
 
 def _checked_config(path: str, folder: Listing, types: ModelTypes | None) -> dict[str, Any]:
     """The content of config.json, empty where there is none. Raises Unfit if `types` do not hold the model's."""
-    if not has_marker(folder, types):
+    if not has_marker(path, folder, types):
         formats = {name.rsplit(".", 1)[1] for name in folder.files if name.endswith(weights.SUFFIXES)}
         only = f" (only .{', .'.join(sorted(formats))} files)" if formats else ""
         raise Unfit(Code.GGUF if formats == {"gguf"} else Code.NO_CONFIG, f"has no config.json{only}")

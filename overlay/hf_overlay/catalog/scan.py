@@ -391,7 +391,7 @@ class _RootScan:
         """Take the folder as a model, or reject it as one; False: look for models inside it."""
         is_pipeline = "model_index.json" in folder.files
         has_weights = any(name.endswith(weights.SUFFIXES) for name in folder.files)
-        if not is_pipeline and not has_weights and not reading.has_marker(folder, self._types):
+        if not is_pipeline and not has_weights and not reading.has_marker(path, folder, self._types):
             return False
         try:
             found = reading.read_folder(path, model_id, folder, self._given, self._types, self._found.problems)

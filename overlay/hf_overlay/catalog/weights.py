@@ -30,12 +30,14 @@ def check(path: str, files: Collection[File], broken: Collection[str], *, requir
     """Raise Unfit while weights in the folder `path` are missing, cut off or still being copied; OSError.
 
     `broken` are links that lead nowhere. `required` is set for models that mlx-lm shall load: they need a
-    `model*.safetensors`, and their GGUF files, which mlx-lm does not read, may be incomplete. `problems` remembers
-    files that are unchanged, so that each is read once.
+    `model*.safetensors`, and their GGUF files, which mlx-lm does not read, may be incomplete. Where GGUF files are all
+    the weights there are, those in folders of their own count, too. `problems` remembers files that are unchanged, so
+    that each is read once.
     """
     suffixes = (".safetensors",) if required else (".safetensors", ".gguf")
     sizes = {file.name: file.size for file in files}
-    found = {name for name in sizes if name.endswith(suffixes) and "/" not in name}
+    is_gguf = not required and not any(name.endswith((".safetensors", ".bin")) for name in sizes)
+    found = {name for name in sizes if name.endswith(suffixes) and (is_gguf or "/" not in name)}
     named = _named_in_index(path) if _INDEX in sizes else set()
     for name in found:
         if shard := _SHARD.fullmatch(name):
@@ -48,7 +50,7 @@ def check(path: str, files: Collection[File], broken: Collection[str], *, requir
         raise Unfit(Code.INCOMPLETE, f"{empty[0]} is empty: still being copied?")
     is_pipeline = "model_index.json" in sizes
     for name in sorted(sizes):
-        is_read = name.endswith(suffixes) and ("/" not in name or name in named or is_pipeline)
+        is_read = name in found or (name.endswith(suffixes) and (name in named or is_pipeline))
         if is_read and (problem := _problem(f"{path}/{name}", sizes[name], problems)):
             raise Unfit(Code.INCOMPLETE, f"{name} {problem}")
     # The pattern is the one mlx_lm.utils.load_model globs for.

@@ -46,7 +46,7 @@ ADVICE: Mapping[Code, str] = {
     Code.LINKED_TWICE: _OTHER,
     Code.TOO_DEEP: _OTHER,
     Code.NO_CONFIG: _CONFIG,
-    Code.GGUF: _GGUF,
+    Code.GGUF: f"{_GGUF} For llama.cpp, use --kind any.",
     Code.BAD_CONFIG: _CONFIG,
     Code.OTHER_KIND: _KIND,
     Code.NO_WEIGHTS: _OTHER,

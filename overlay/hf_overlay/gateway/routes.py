@@ -17,6 +17,7 @@ from urllib.parse import parse_qs, quote, unquote
 
 from hf_overlay import hfcache
 from hf_overlay.catalog import links
+from hf_overlay.gateway import manifests
 from hf_overlay.models import File, Model
 from hf_overlay.patience import NoAnswer
 
@@ -32,6 +33,7 @@ _PIECE_BYTES = 1 << 22
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _API = re.compile(r"/api/(models|datasets|spaces|kernels)/(.+)")
 _RESOLVE = re.compile(r"/(?:(datasets|spaces|kernels)/)?([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)")
+_MANIFEST = re.compile(r"/v2/([^/]+/[^/]+)/manifests/([^/]+)")
 _API_PARTS = frozenset(
     {"revision", "tree", "paths-info", "refs", "commits", "commit", "preupload", "treesize", "xet-read-token",
      "xet-write-token", "resolve", "branch", "tag", "settings", "compare", "discussions", "super-squash"}
@@ -48,7 +50,7 @@ class Target(NamedTuple):
     """`info`, `resolve`, `tree`, `paths-info`, …: the first part of the path after the id; `info` without one."""
     revision: str | None
     path: str
-    """The rest of the path after the revision, unquoted: a file or folder in the repo."""
+    """The rest of the path after the revision, unquoted: a file or folder in the repo; of `manifests`, the tag."""
 
     @property
     def folder(self) -> str:
@@ -72,6 +74,8 @@ def parse(path: str, is_model: Callable[[str], bool]) -> Target | None:
     if match := _RESOLVE.fullmatch(path):
         kind, repo_id, revision, rest = match.groups()
         return Target(kind or "models", unquote(repo_id), "resolve", unquote(revision), unquote(rest))
+    if match := _MANIFEST.fullmatch(path):
+        return Target("models", unquote(match[1]), "manifests", None, unquote(match[2]))
     match = _API.fullmatch(path)
     if match is None:
         return None
@@ -115,6 +119,8 @@ async def answer(request: Request, target: Target, model: Model, commit: str, as
     if target.part == "refs":
         branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": commit}
         return JSONResponse({"branches": [branch], "tags": [], "converts": [], "pullRequests": []})
+    if target.part == "manifests":
+        return _manifest(model, target.path)
     if target.part == "resolve":
         try:
             return await _file(request, model, commit, target.path, ask)
@@ -175,6 +181,18 @@ def _tree_answer(request: Request, target: Target, model: Model) -> Response:
         return error(400, "", message)  # of all kinds, the one of which `hf` shows the message alone
     entries = _tree(model, target.path, is_recursive="recursive" in request.query_params)
     return JSONResponse(entries) if entries else error(404, "EntryNotFound", f"{model.path} has no {target.path}")
+
+
+def _manifest(model: Model, tag: str) -> Response:
+    """The answer to llama.cpp, which asks for the GGUF file that a tag means."""
+    from starlette.responses import JSONResponse
+
+    chosen = manifests.chosen(model.files, tag)
+    if chosen is None:
+        return error(404, "EntryNotFound", f"{model.path} has no GGUF file for the tag {tag}")
+    found = {"ggufFile": chosen[0], "mmprojFile": chosen[1]}
+    files = {name: {"rfilename": file.name, **_sizes(model, file)} for name, file in found.items() if file is not None}
+    return JSONResponse({"schemaVersion": 2, **files})
 
 
 def _verifies(request: Request) -> bool:

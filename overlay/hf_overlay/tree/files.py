@@ -9,10 +9,12 @@ import stat
 from contextlib import suppress
 
 from hf_overlay import hfcache
+from hf_overlay.progress import alive
 
 
 def entries(folder: str) -> list[os.DirEntry[str]]:
     """What is in a folder; nothing when there is none, or it is a file or a link to itself. Raises OSError."""
+    alive()
     try:
         with os.scandir(folder) as found:
             return list(found)

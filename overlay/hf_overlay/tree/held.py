@@ -54,8 +54,16 @@ def _not_there(hub_cache: str, repos: dict[str, str]) -> dict[str, str]:
 
 
 def repos(session: str) -> dict[str, str]:
-    """The repos in cache layout that clients downloaded into a session, with at least a byte: name -> path."""
-    return {
+    """The repos in cache layout that clients downloaded into a session, with at least a byte: name -> path.
+
+    They include merged repos, which show what tiers hold beside what was downloaded.
+    """
+    merged = {
+        store.repo_folder(entry.name): entry.path
+        for entry in sorted(files.entries(f"{session}/{store.FOLDER}"), key=lambda entry: entry.name)
+        if store.is_merged(entry.path) and files.has_payload(entry.path)
+    }
+    return merged | {
         entry.name: entry.path
         for hub in sorted(files.entries(f"{session}/hubs"), key=lambda entry: entry.name)
         for entry in files.entries(hub.path)

@@ -9,9 +9,10 @@ client deleted something in it, another one is made beside it, because loads may
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from collections.abc import Collection, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hf_overlay import hfcache
 from hf_overlay.hfcache import LinkedRepo
@@ -62,6 +63,20 @@ def is_untouched(placed: Placed) -> bool:
         return all(os.stat(folder).st_mtime_ns == _UNTOUCHED_NS for folder in placed.watched)
     except OSError:
         return False
+
+
+def is_merged(repo: str) -> bool:
+    """Whether a repo that was made here shows what the real cache and tiers hold, rather than a user's model."""
+    return "merged" in recorded(repo)
+
+
+def recorded(repo: str) -> dict[str, Any]:
+    """The content of the file that tells repos of ours from a client's; empty where there is none."""
+    try:
+        origin = json.loads(files.read(f"{repo}/{hfcache.ORIGIN}"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return origin if isinstance(origin, dict) else {}
 
 
 def is_ours(path: str) -> bool:

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 from hf_overlay import hfcache, keeping
 from hf_overlay.patience import Patience
@@ -84,7 +82,7 @@ def bring_home_finished(session: str, hub: str) -> None:
     """
     for folder in _names(f"{session}/{store.FOLDER}"):
         repo = f"{session}/{store.FOLDER}/{folder}"
-        if store.is_written(repo) and _is_merged(repo):
+        if store.is_written(repo) and store.is_merged(repo):
             _make_hub(hub)
             _merge(repo, _place(session, hub, store.repo_folder(folder)), link=f"{session}/link.next")
 
@@ -112,6 +110,7 @@ def _written_repos(session: str) -> Iterator[tuple[str, str]]:
     for folder in store.FOLDERS:
         for linked_repo in _names(f"{session}/{folder}"):
             path = f"{session}/{folder}/{linked_repo}"
+            alive()
             if os.path.islink(path):
                 continue
             if has_payload(path):
@@ -182,6 +181,7 @@ def _merge(repo: str, place: _Place, *, link: str | None = None) -> None:
         elif os.path.getsize(f"{target}/blobs/{name}") == os.path.getsize(path):
             os.unlink(path)  # named by its content: the cache has it already
     complete: set[str] = set()
+    is_merged = store.is_merged(repo)
     for commit in _names(f"{repo}/snapshots"):
         revision = _revision(repo, commit)
         if commit == own or os.path.islink(revision):  # a link to a view that a client has removed
@@ -197,9 +197,9 @@ def _merge(repo: str, place: _Place, *, link: str | None = None) -> None:
             content = files.read(path)
             commit = content.decode("ascii", "replace") if folder == "refs" else relative.split("/")[0].split(".")[0]
             wanted = f"{target}/{folder}/{relative}"
-            # A listing says what else belongs to a revision, so it is right beside a part of one.
-            may_come = commit in complete or (folder == "trees" and os.path.isdir(f"{target}/snapshots/{commit}"))
-            if may_come and not _is_newer(wanted, path):
+            # A client's listing says what else belongs to a revision of which tiers have the rest.
+            is_part = folder == "trees" and is_merged and os.path.isdir(f"{target}/snapshots/{commit}")
+            if (commit in complete or is_part) and not _is_newer(wanted, path):
                 _write(wanted, content, aside)
 
 
@@ -391,22 +391,9 @@ def _own_commit(repo: str) -> str | None:
 
 
 def _origin(repo: str) -> dict[str, str] | None:
-    origin = _recorded(repo)
+    origin = store.recorded(repo)
     is_model = all(isinstance(origin.get(name), str) for name in ("folder", "commit"))
     return origin if is_model else None
-
-
-def _is_merged(repo: str) -> bool:
-    return "merged" in _recorded(repo)
-
-
-def _recorded(repo: str) -> dict[str, Any]:
-    """What the file says that tells repos of ours from a client's; empty where there is none."""
-    try:
-        origin = json.loads(files.read(f"{repo}/{hfcache.ORIGIN}"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return origin if isinstance(origin, dict) else {}
 
 
 def _names(folder: str) -> list[str]:

@@ -27,6 +27,8 @@ class Constraint:
     """The token that opens reasoning, and may come first; None: the answer must follow the grammar from its start."""
     ends: tuple[int, ...] = ()
     """Tokens that end the reasoning that `unless` opened."""
+    stops: tuple[int, ...] = ()
+    """Tokens that end an answer. While it is owed they close the reasoning instead, or nothing would follow it."""
     field: Field | None = None
     """The request's field that asks for the grammar."""
 
@@ -63,11 +65,12 @@ def constraint(model: Loaded, request: ChatRequest, *, is_reasoning: bool) -> Co
         return None
     tokenizer = model.tokenizer
     ends = tuple(tokenizer.think_end_tokens or ())
+    stops = tuple(sorted(tokenizer.eos_token_ids))
     if is_reasoning:
-        return Constraint(grammar, after=ends, field=field)
+        return Constraint(grammar, after=ends, stops=stops, field=field)
     opening = tokenizer.encode(tokenizer.think_start, add_special_tokens=False) if tokenizer.think_start else []
     is_possible = request.thinking is not False and len(opening) == 1
-    return Constraint(grammar, unless=opening[0] if is_possible else None, ends=ends, field=field)
+    return Constraint(grammar, unless=opening[0] if is_possible else None, ends=ends, stops=stops, field=field)
 
 
 def is_forced(request: ChatRequest) -> bool:

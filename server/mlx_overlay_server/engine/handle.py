@@ -202,8 +202,11 @@ class Engine:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the thread still runs; after `stop` this means that it will not end."""
-        return self._thread is not None and self._thread.is_alive()
+        """Whether the thread has begun its work and still runs; after `stop` this means that it will not end.
+
+        One that still imports mlx-lm has begun nothing, and may be left.
+        """
+        return self._is_prepared.is_set() and self._thread is not None and self._thread.is_alive()
 
     @property
     def held(self) -> Held | None:

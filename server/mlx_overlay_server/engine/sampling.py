@@ -218,6 +218,7 @@ class Matcher:
         self._matcher = matcher
         self._unless = constraint.unless
         self._ends = constraint.after or constraint.ends
+        self._stops = [token for token in constraint.stops if token < vocab_size]
         self._is_free = bool(constraint.after)
         self._mask = allocate_token_bitmask(1, vocab_size)
         self._accepted = 0
@@ -228,7 +229,9 @@ class Matcher:
     def __call__(self, last: int | None, logits: mx.array) -> mx.array:
         if last is not None:
             self._accept(last)
-        if self._is_free or self.problem is not None:
+        if self._is_free:
+            return self._without_end(logits)
+        if self.problem is not None:
             return logits
         from llguidance.numpy import fill_next_token_bitmask
 
@@ -243,6 +246,21 @@ class Matcher:
         if self._accepted == 0 and self._unless is not None:
             allowed[self._unless] = True
         return mx.where(mx.array(allowed), logits, -float("inf"))
+
+    def _without_end(self, logits: mx.array) -> mx.array:
+        """Return logits with which reasoning cannot end the answer, which is still owed.
+
+        The weight of an end goes to the next token of the reasoning's closing mark: a model that wants to stop there
+        closes its reasoning, where it would ramble if the end were only forbidden.
+        """
+        if not self._stops:
+            return logits
+        sizes = range(len(self._ends) - 1, -1, -1)
+        closed = next(size for size in sizes if not size or self._last[-size:] == self._ends[:size])
+        stops = mx.array(self._stops)
+        weight = mx.max(logits[:, stops], axis=-1)
+        logits = logits.at[:, stops].add(-float("inf"))
+        return logits.at[:, self._ends[closed]].maximum(weight)
 
     def _accept(self, token: int) -> None:
         self._accepted += 1

@@ -74,6 +74,11 @@ class Process:
         self.is_killed = True
         self._popen.kill()
 
+    def end(self) -> None:
+        """End it, wait until it has ended, and block meanwhile: for where no event loop runs."""
+        self.kill()
+        self._popen.wait()
+
     async def close(self) -> int:
         """End it, wait until it has ended and return its exit status."""
         self.kill()

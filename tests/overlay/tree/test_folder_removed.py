@@ -42,6 +42,7 @@ def test_a_refresh_makes_again_what_was_removed(
     (home / ".cache/huggingface/datasets").mkdir()
     with hf_overlay.open_session([models]) as session:
         environment, descriptor = session.environment, session.owner_fd
+        session.offer()
         for _ in range(2):
             remove(Path(os.path.normpath(session.path / part)))
             assert session.refresh() == hf_overlay.Changes((), (), ())
@@ -52,6 +53,9 @@ def test_a_refresh_makes_again_what_was_removed(
             assert (session.environment, session.owner_fd) == (environment, descriptor)
             assert (session.path.stat().st_mode & 0o777, session.path.parent.stat().st_mode & 0o077) == (0o700, 0)
             assert clear_dead(str(session.path.parent)) == [], "its owner is known to be alive"
+            owner = lease.read_owner(str(session.path))
+            assert owner is not None
+            assert owner.service == session.variables, "other programs can still join it"
         lay_model(models / "org/more")
         assert session.refresh().added == ("org/more",)
         path = session.path

@@ -373,10 +373,12 @@ def download(world: World, hub: Path, model_id: str, payload: bytes) -> None:
     repo = hub / repo_folder(model_id)
     world.may_come.add(repo.name)
     unseal(repo)
-    config = repo / "blobs" / etag("config.json", CONFIG)
-    if config.is_symlink() and not config.exists():
-        config.unlink()  # a client renames over it
-    add_repo(hub, model_id, {"config.json": CONFIG, "model.safetensors": payload, "tokenizer.json": b"{}"}, tree=True)
+    files = {"config.json": CONFIG, "model.safetensors": payload, "tokenizer.json": b"{}"}
+    for name, content in files.items():
+        blob = repo / "blobs" / etag(name, content)
+        if blob.is_symlink() and not blob.exists():
+            blob.unlink()  # a client renames over it
+    add_repo(hub, model_id, files, tree=True)
 
 
 def held(world: World, payloads: Collection[bytes]) -> set[bytes]:

@@ -334,7 +334,7 @@ def test_a_grammar_waits_for_the_end_of_reasoning_that_the_prompt_opened(
     allowed = _matcher(thinker, _rule(thinker, _REQUEST, is_reasoning=True))
     start = [*_ids(thinker, thought), *_ids(thinker, "</think>")]
     for size in range(len(start)):
-        assert len(allowed(start[:size])) == thinker.vocab_size
+        assert len(allowed(start[:size])) == thinker.vocab_size - len(thinker.tokenizer.eos_token_ids)
     assert _fits(_written(data, thinker, allowed, start))
 
 
@@ -346,8 +346,23 @@ def test_a_model_may_reason_first_and_then_the_grammar_holds(data: st.DataObject
     allowed = _matcher(thinker, _rule(thinker, _REQUEST))
     assert opens in allowed([])
     for size in range(1, len(start)):
-        assert len(allowed(start[:size])) == thinker.vocab_size
+        assert len(allowed(start[:size])) == thinker.vocab_size - len(thinker.tokenizer.eos_token_ids)
     assert _fits(_written(data, thinker, allowed, start))
+
+
+@pytest.mark.parametrize("mark", [(7,), (7, 8, 7, 9)])
+def test_a_model_that_wants_to_stop_while_an_answer_is_owed_closes_its_reasoning(
+    mark: tuple[int, ...], thinker: Loaded, dtype: mx.Dtype
+) -> None:
+    rule = replace(_rule(thinker, _REQUEST, is_reasoning=True), after=mark)
+    mask, last = _made(thinker, rule), 5  # a thought before it
+    (stop,) = thinker.tokenizer.eos_token_ids
+    wants_to_stop = mx.zeros((1, thinker.vocab_size), dtype=dtype).at[:, stop].add(9)
+    mask(None, wants_to_stop)
+    for expected in mark:
+        last = mx.argmax(mask(last, wants_to_stop), axis=-1).item()  # type: ignore[assignment]
+        assert last == expected
+    assert thinker.tokenizer.decode([mx.argmax(mask(last, wants_to_stop)).item()]) == "{"  # type: ignore[list-item]
 
 
 def test_reasoning_may_open_at_the_beginning_alone(thinker: Loaded) -> None:
