@@ -66,6 +66,8 @@ class Session:
         self._has_home = self._is_home_silent = False
         plan = catalog.plan(case_insensitive=self._tree.is_case_insensitive)
         self._publish(plan)
+        self._plan = plan
+        """What the tree holds."""
         self._published = _answering(catalog, plan)
 
     @property
@@ -183,7 +185,7 @@ class Session:
             self._bring_home()
             self._catalog.scan(only_settled=only_settled)
             plan = self._catalog.plan(case_insensitive=self._tree.is_case_insensitive)
-            after = _answering(self._catalog, plan)
+            after = before if plan is self._plan else _answering(self._catalog, plan)
             changes = Changes(
                 added=tuple(sorted(after.keys() - before.keys())),
                 changed=tuple(sorted(name for name in after.keys() & before.keys() if after[name] != before[name])),
@@ -192,7 +194,7 @@ class Session:
             now = time.monotonic()
             self._changed |= {model_id: now for ids in changes for model_id in ids}
             self._publish(plan)
-            self._published = after
+            self._plan, self._published = plan, after
         return changes
 
     def start_gateway(self) -> None:

@@ -72,8 +72,12 @@ class Catalog:
         """The ids to exclude, as the user's folders spell them."""
         self._hidden: Mapping[str, str] = {}
         """Cached repos that share their name with another on the tree's volume: path -> path of that."""
-        self._last: dict[_Key, Model] = {}
         self._layers: tuple[Source, ...] = ()
+        self._scanned: tuple[Source, ...] = ()
+        """As `_layers`, but with models that have just changed."""
+        self._planned: tuple[tuple[object, ...], Plan] | None = None
+        """The last plan, and all that it was made of."""
+        self._spellings = self._tier_spellings = Spellings((), self.patience)
         self.scan()
         self._refuse_files()
 
@@ -109,19 +113,20 @@ class Catalog:
             spellings = Spellings(scanned, self.patience)
             self._excluded = {spellings.of(each) or each for each in self.settings.exclude}
         found = tuple(map(self._without_excluded, scanned))
-        last, self._last = self._last, {_key(model): model for source in found for model in source.models}
-        if only_settled:
-            taken = {_key(model): model for source in self._layers for model in source.models}
+        scanned_before, self._scanned = self._scanned, found
+        if only_settled and found != scanned_before:
+            last, taken = _by_key(scanned_before), _by_key(self._layers)
             found = tuple(_settled(source, last, taken) for source in found)
         before, self._layers = self._layers, found
         away = dict(self._away)
         for old, new in zip(before, found, strict=False):
             device, names = away.get(old.root, (old.device, frozenset()))
-            held = self._in_tiers.get(old.root, frozenset()).union(map(_repo_name, old.models))
+            in_tier = self._in_tiers.get(old.root, frozenset())
             # The same drive, mounted again, may have another device number.
             is_other = new.device != old.device and not new.models
-            if held and (new.problem is not None or is_other or not self.is_folder(new.root, new.root)):
-                away[old.root] = (old.device, names | held)
+            has_held = bool(old.models or in_tier)
+            if has_held and (new.problem is not None or is_other or not self.is_folder(new.root, new.root)):
+                away[old.root] = (old.device, names.union(in_tier, map(_repo_name, old.models)))
             elif old.root in away and (new.models or new.device == device):
                 del away[old.root]
         for new in found:
@@ -129,11 +134,14 @@ class Catalog:
                 mapped = (each for each in self.settings.maps if each.folder == new.root)
                 names = frozenset(hfcache.repo_folder(each.id, each.kind) for each in mapped)
                 away[new.root] = (away.get(new.root, (None, names))[0], names)
-        self._spellings = Spellings([source for source in found if source.layer != "tier"], self.patience)
-        self._tier_spellings = Spellings([source for source in found if source.layer == "tier"], self.patience)
+        if found != before:
+            self._spellings = Spellings([source for source in found if source.layer != "tier"], self.patience)
+            self._tier_spellings = Spellings([source for source in found if source.layer == "tier"], self.patience)
         self._away = away  # replaced as a whole: other threads read it
 
     def _without_excluded(self, source: Source) -> Source:
+        if not self._excluded:
+            return source
         out = [model for model in source.models if hfcache.full_id(_repo_name(model)) in self._excluded]
         if not out:
             return source
@@ -192,20 +200,26 @@ class Catalog:
     def resolutions(self) -> dict[str, Resolution]:
         """For each id there is, sorted, the model that answers to it. The real cache is scanned now."""
         cache = self.cache()
-        models = tuple(model._replace(id=self._spellings.of(model.id) or model.id) for model in cache.models)
-        return resolve([*self.sources, cache._replace(models=models), *self.below])
+        return resolve([*self.sources, cache._replace(models=tuple(map(self._as_spelled, cache.models))), *self.below])
+
+    def _as_spelled(self, model: Model) -> Model:
+        """A cached model under its id as the user's folders spell it."""
+        spelled = self._spellings.of(model.id)
+        return model if spelled in (None, model.id) else model._replace(id=spelled)
 
     def plan(self, *, case_insensitive: bool) -> Plan:
-        """The tree that shows all layers. The real cache's entries, and the repos in tiers, are listed now."""
+        """The tree that shows all layers. The real cache's entries, and the repos in tiers, are listed now.
+
+        The same object again while nothing has changed.
+        """
         behind = self._behind()
         names = {each.name for each in behind if isinstance(each, CachedRepo)}
-        made = plan(
-            self.sources,
-            self.examine_cache(names),
-            behind=behind,
-            case_insensitive=case_insensitive,
-            earlier=self._made,
-        )
+        sources, cached = self.sources, self.examine_cache(names)
+        given = (sources, cached, behind, case_insensitive)
+        if self._planned is not None and self._planned[0] == given:
+            return self._planned[1]
+        made = plan(sources, cached, behind=behind, case_insensitive=case_insensitive, earlier=self._made)
+        self._planned = given, made
         self._made = made.made
         self._hidden = made.hidden
         return made
@@ -465,6 +479,10 @@ _Key = tuple[str, str]
 def _key(model: Model) -> _Key:
     """What tells models apart: one folder may be mapped to several ids."""
     return _repo_name(model), model.path
+
+
+def _by_key(sources: Iterable[Source]) -> dict[_Key, Model]:
+    return {_key(model): model for source in sources for model in source.models}
 
 
 def _repo_name(model: Model) -> str:

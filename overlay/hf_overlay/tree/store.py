@@ -60,9 +60,12 @@ def place(session: str, name: str, repo: Repo) -> Placed:
 def is_untouched(placed: Placed) -> bool:
     """Whether nothing came or went where a client may delete: one `stat` a watched folder."""
     try:
-        return all(os.stat(folder).st_mtime_ns == _UNTOUCHED_NS for folder in placed.watched)
+        for folder in placed.watched:
+            if os.stat(folder).st_mtime_ns != _UNTOUCHED_NS:
+                return False
     except OSError:
         return False
+    return True
 
 
 def is_merged(repo: str) -> bool:
@@ -100,6 +103,8 @@ def carry_over(session: str, placed: Mapping[str, Placed]) -> None:
     `placed` has the current ones by name. What is added are links to files that the new one holds as well, and refs.
     Raises OSError.
     """
+    if not any(isinstance(each.repo, MergedRepo) for each in placed.values()):
+        return
     for entry in sorted(files.entries(f"{session}/{FOLDER}"), key=lambda entry: entry.name):
         current = placed.get(repo_folder(entry.name))
         if current is None or not isinstance(current.repo, MergedRepo):
