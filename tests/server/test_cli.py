@@ -20,6 +20,8 @@ from tests.support.processes import PYTHON, environment, finish
 FLAGS: list[tuple[str, str, str, Any]] = [
     ("--model-path", "/a", "model_paths", ("/a",)),
     ("--exclude", "org/m", "exclude", ("org/m",)),
+    ("--below", "/shared", "below", ("/shared",)),
+    ("--map", "org/m=/data/m", "maps", {"org/m": "/data/m"}),
     ("--offline", "", "is_offline", True),
     ("--hold-downloads", "", "hold_downloads", True),
     ("--model", "org/m", "models", ("org/m",)),

@@ -46,6 +46,8 @@ class Pace:
         if size == 0:
             self._decode = (self._decode + seconds) / 2 if self._decode else seconds
             return
+        if size < _LEAST:  # its seconds are not those of its tokens, and the very first pass compiles
+            return
         own = max(seconds - self._decode, seconds / 4, 1e-6) if is_decoding else max(seconds, 1e-6)
         band, rate = _band(context), size / own
         known = self._rates.get(band, rate)

@@ -62,6 +62,13 @@ def test_many_small_passes_do_not_make_the_next_large_one_small() -> None:
     assert pace.room(0, is_decoding=True) >= 0.9 * large
 
 
+def test_a_few_tokens_that_compile_a_model_say_nothing_of_its_speed() -> None:
+    pace = Pace(10**6, _STALL)
+    first = pace.room(0, is_decoding=False)
+    pace.note(3, 0, 2.0, is_decoding=False)
+    assert pace.room(0, is_decoding=False) == first
+
+
 def test_a_long_context_is_begun_with_care() -> None:
     pace = Pace(10**6, _STALL)
     near = _steps(pace, lambda size, _: size / 4000, context=0, count=2)[-1][0]
