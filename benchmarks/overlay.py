@@ -1,19 +1,21 @@
 """What the overlay costs: ratios measured in one run, each beside its goal.
 
-    python benchmarks/overlay.py [--models 1000 --cached 1000 --files 12 --rounds 5]
+    python benchmarks/overlay.py [--models 1000 --cached 1000 --files 12 --rounds 5] [--on DIR …] [--many]
 
 Ratios, because they hold on other machines where milliseconds do not. What is compared takes turns, and the shortest
-time of each counts, because whatever else the machine does only ever adds to it. A goal that is missed is a word in
-the output, not a failure.
+time of each counts, because whatever else the machine does only ever adds to it. Of whole processes it is the processor
+time, of which a busy machine takes less than of the time that passes. A goal that is missed is a word in the output,
+not a failure.
 
-All of it happens in a temporary folder, with a home of its own; TMPDIR chooses the disk. On one where files are made
-in no time (tmpfs), the overlay's own work shows most; ext4 makes them many times more slowly for minutes after many
-were deleted, which hides it.
+All of it happens in a temporary folder, with a home of its own, on each disk in turn: in memory (/dev/shm), where files
+are made in no time and the overlay's own work shows most, and where TMPDIR says. ext4 makes them many times more slowly
+for minutes after many were deleted. Goals differ. The gateway's are in gateway.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import gc
 import json
 import os
@@ -31,6 +33,7 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # else `import hf_overlay` finds this file
 
 from hf_overlay import open_session
+from mlx_overlay_server.models.library import Library
 
 from tests.support.folders import weights
 from tests.support.hfcache import add_repo
@@ -39,7 +42,7 @@ from tests.support.models import make_model
 LONG_AGO = 1_700_000_000
 """When the models were copied to the disk; what is being copied right now is looked at more closely."""
 FEW_MODELS = 100
-"""For whole processes."""
+MANY_MODELS = 10_000
 PROCESS_ROUNDS = 15
 LOAD_ROUNDS = 50
 SAYS = " ".join(f"word{number}" for number in range(3000))
@@ -82,6 +85,22 @@ class Ratio(NamedTuple):
         return f"{ratio:8.3f}  goal {self.goal:<5} {verdict:7}{self.what} ({left}) ÷ {self.base} ({right})"
 
 
+def milliseconds(what: str, seconds: float, goal: float) -> Ratio:
+    """A line of which the goal is a time."""
+    return Ratio(what, seconds, "a millisecond", 0.001, goal)
+
+
+class Goals(NamedTuple):
+    """The goals that depend on how fast a disk makes links."""
+
+    build: float
+    run_few: float
+    run: float
+
+
+IN_MEMORY, ON_DISK = Goals(build=2, run_few=5, run=9), Goals(build=1.2, run_few=6, run=15)
+
+
 class Operation(NamedTuple):
     """One call that makes one entry of a tree."""
 
@@ -95,22 +114,39 @@ def main() -> int:
     parser.add_argument("--cached", type=int, default=1000, help="cached repos (default: %(default)s)")
     parser.add_argument("--files", type=int, default=12, help="files a user model, at least 5 (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="how often trees are built (default: %(default)s)")
+    parser.add_argument(
+        "--on", action="append", metavar="DIR", help="a disk (default: /dev/shm, and where TMPDIR says)"
+    )
+    parser.add_argument(
+        "--many", action="store_true", help=f"also start with {MANY_MODELS} models, which takes minutes"
+    )
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="overlay-benchmark-") as folder, home_of_its_own(Path(folder)):
+    memory = ["/dev/shm"] if os.path.isdir("/dev/shm") else []
+    for place in options.on or [*memory, tempfile.gettempdir()]:
+        measure(place, IN_MEMORY if place in memory else ON_DISK, options)
+    return 0
+
+
+def measure(place: str, goals: Goals, options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(prefix="overlay-benchmark-", dir=place) as folder, home_of_its_own(Path(folder)):
         disk = Path(folder)
         hub = disk / "home/.cache/huggingface/hub"
         make_models(disk / "models", options.models, options.files)
         make_models(disk / "few", FEW_MODELS, options.files)
         for number in range(options.cached):
             add_repo(hub, f"cached/model-{number}", {"config.json": b"{}", "model.safetensors": b"weights"}, tree=True)
-        print(f"{options.models} models of {options.files} files, {options.cached} cached repos", flush=True)
-        show(tree_ratios(disk / "models", disk / "replay", options.rounds))
+        made = f"{options.models} models of {options.files} files, {options.cached} cached repos"
+        print(f"{made}, {'in memory' if goals is IN_MEMORY else 'on disk'}: {place}", flush=True)
+        show(tree_ratios(disk / "models", disk / "replay", options.rounds, goals))
+        show(list_times(disk / "models"))
         (disk / "none").mkdir()
         show(start_ratios(disk))
-        show(few_models_ratios(disk))
+        show(model_ratios(disk, options.models, goals))
+        if options.many:
+            make_models(disk / "many", MANY_MODELS, options.files)
+            show(many_models_ratios(disk))
         make_model(disk / "loaded/org/name", SAYS)
         show(load_ratios(disk / "loaded"))
-    return 0
 
 
 def show(ratios: Sequence[Ratio]) -> None:
@@ -142,7 +178,7 @@ def clock(times: dict[str, list[float]], name: str) -> Iterator[None]:
 # Trees -----------------------------------------------------------------------------------------------------------
 
 
-def tree_ratios(models: Path, replayed: Path, rounds: int) -> list[Ratio]:
+def tree_ratios(models: Path, replayed: Path, rounds: int, goals: Goals) -> list[Ratio]:
     """Build, refresh and scan one tree in each round; a first round, not counted, fills the caches of the disk."""
     from huggingface_hub import scan_cache_dir
 
@@ -171,10 +207,28 @@ def tree_ratios(models: Path, replayed: Path, rounds: int) -> list[Ratio]:
         min(times[name][1:]) for name in ("build", "bare", "unchanged", "changed", "scan")
     )
     return [
-        Ratio("build", build, "the bare system calls of the same tree", bare, 1.5),
+        Ratio("build", build, "the bare system calls of the same tree", bare, goals.build),
         Ratio("build", build, "one scan_cache_dir of it", scan, 1.0),
+        milliseconds("refresh, nothing changed", unchanged_refresh, 10),
         Ratio("refresh, nothing changed", unchanged_refresh, "build", build, 0.03),
         Ratio("refresh, one model changed", changed_refresh, "build", build, 0.05),
+    ]
+
+
+def list_times(models: Path) -> list[Ratio]:
+    """The list of models as the server's `GET /v1/models` has it: one request, and the slowest of eight at once."""
+
+    async def at_once(library: Library, count: int) -> float:
+        started = time.perf_counter()
+        await asyncio.gather(*(library.listed() for _ in range(count)))
+        return time.perf_counter() - started
+
+    with open_session([models]) as session:
+        library = Library(session, None)
+        shortest = {count: min(asyncio.run(at_once(library, count)) for _ in range(PROCESS_ROUNDS)) for count in (1, 8)}
+    return [
+        milliseconds("the server's list of models, one request", shortest[1], 15),
+        milliseconds("the same, slowest of eight at once", shortest[8], 25),
     ]
 
 
@@ -203,41 +257,74 @@ def write(path: str, content: bytes) -> None:
 # Processes -------------------------------------------------------------------------------------------------------
 
 
-def few_models_ratios(disk: Path) -> list[Ratio]:
-    command = str(Path(sys.executable).with_name("hf-overlay"))
-    few = ["--model-path", str(disk / "few")]
-    none = ["--model-path", str(disk / "none")]
+COMMANDS = Path(sys.executable).parent
+OVERLAY = str(COMMANDS / "hf-overlay")
+
+
+class Start(NamedTuple):
+    """A command, and the goal for its processor time ÷ that of a Python that does nothing."""
+
+    command: Sequence[str]
+    goal: float
+
+
+def model_ratios(disk: Path, models: int, goals: Goals) -> list[Ratio]:
+    """Both commands that look at models, with none, some and many."""
+    none, few, all_ = (["--model-path", str(disk / name)] for name in ("none", "few", "models"))
     measured = {
-        f"hf-overlay ls, {FEW_MODELS} models": [command, "ls", *few],
-        f"hf-overlay run -- true, {FEW_MODELS} models": [command, "run", *few, "--", "true"],
-        "hf-overlay run -- true, no models": [command, "run", *none, "--", "true"],
+        "hf-overlay run -- true, no models": Start([OVERLAY, "run", *none, "--", "true"], 4),
+        f"hf-overlay ls, {FEW_MODELS} models": Start([OVERLAY, "ls", *few], 3),
+        f"hf-overlay run -- true, {FEW_MODELS} models": Start([OVERLAY, "run", *few, "--", "true"], goals.run_few),
+        f"hf-overlay ls, {models} models": Start([OVERLAY, "ls", *all_], 6),
+        f"hf-overlay run -- true, {models} models": Start([OVERLAY, "run", *all_, "--", "true"], goals.run),
     }
     return process_ratios(disk, measured)
+
+
+def many_models_ratios(disk: Path) -> list[Ratio]:
+    many = ["--model-path", str(disk / "many")]
+    measured = {
+        f"hf-overlay ls, {MANY_MODELS} models": Start([OVERLAY, "ls", *many], 35),
+        f"hf-overlay run -- true, {MANY_MODELS} models": Start([OVERLAY, "run", *many, "--", "true"], 40),
+    }
+    return process_ratios(disk, measured, rounds=3)
 
 
 def start_ratios(disk: Path) -> list[Ratio]:
     """How long both commands take to start and import what they need, without any model to look at."""
-    commands = Path(sys.executable).parent
-    overlay, server = str(commands / "hf-overlay"), str(commands / "mlx-omni-server")
+    server = str(COMMANDS / "mlx-omni-server")
     measured = {
-        "hf-overlay --help": [overlay, "--help"],
-        "hf-overlay ls, no models": [overlay, "ls", "--model-path", str(disk / "none")],
-        "mlx-omni-server --help": [server, "--help"],
+        "hf-overlay --help": Start([OVERLAY, "--help"], 5),
+        "hf-overlay ls, no models": Start([OVERLAY, "ls", "--model-path", str(disk / "none")], 2.5),
+        "mlx-omni-server --help": Start([server, "--help"], 5),
     }
     return process_ratios(disk, measured)
 
 
-def process_ratios(disk: Path, commands: Mapping[str, Sequence[str]]) -> list[Ratio]:
+def process_ratios(disk: Path, starts: Mapping[str, Start], rounds: int = PROCESS_ROUNDS) -> list[Ratio]:
     """Commands beside a Python that does nothing. They take turns, and a first round is not counted."""
-    python = [sys.executable, "-c", "pass"]
+    python = Start([sys.executable, "-c", "pass"], 1)
     environment = {**os.environ, "HF_HOME": str(disk / "no-cache")}
-    times: dict[str, list[float]] = defaultdict(list)
-    for _ in range(1 + PROCESS_ROUNDS):
-        for name, command in {**commands, "python": python}.items():
-            with clock(times, name):
-                subprocess.run(command, cwd=disk, env=environment, check=True, capture_output=True)
-    base = min(times["python"][1:])
-    return [Ratio(name, min(times[name][1:]), "python -c pass", base, 5) for name in commands]
+    shortest: dict[str, float] = {}
+    for number in range(1 + rounds):
+        for name, start in {**starts, "python": python}.items():
+            seconds = processor_seconds(start.command, disk, environment)
+            if number:
+                shortest[name] = min(seconds, shortest.get(name, seconds))
+    return [
+        Ratio(name, shortest[name], "python -c pass", shortest["python"], start.goal) for name, start in starts.items()
+    ]
+
+
+def processor_seconds(command: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> float:
+    """What a command takes, the programs that it starts and waits for included."""
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(command, cwd=cwd, env=environment, stdin=null, stdout=null, stderr=null)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise SystemExit(f"not worth measuring: {' '.join(command)} ended with {process.returncode}")
+    return used.ru_utime + used.ru_stime
 
 
 def load_ratios(models: Path) -> list[Ratio]:

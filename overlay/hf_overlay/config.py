@@ -307,15 +307,10 @@ def earlier_folders(environ: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _cache_folder(environ: Mapping[str, str]) -> str:
-    """The folder for this program's own caches, where platformdirs puts it.
+    """The folder for this program's own caches, where platformdirs puts it, which goes by this process's environment.
 
-    platformdirs goes by this process's environment. In another one handed in, its rule for a person's own caches is
-    followed here: XDG_CACHE_HOME if that is an absolute path, else the platform's folder in HOME.
+    That is XDG_CACHE_HOME if it is an absolute path, else the platform's folder in HOME.
     """
-    if all(environ.get(name) == os.environ.get(name) for name in ("HOME", "XDG_CACHE_HOME")):
-        import platformdirs  # only commands that need a session's folder ask
-
-        return platformdirs.user_cache_dir(_NAME, appauthor=False)
     cache = environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(cache):
         cache = expand_user("~/Library/Caches" if sys.platform == "darwin" else "~/.cache", environ)

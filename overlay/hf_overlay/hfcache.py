@@ -178,6 +178,16 @@ def watched(repo: str) -> tuple[str, ...]:
     return (f"{repo}/refs/main", f"{repo}/snapshots", f"{repo}/blobs")
 
 
+def watched_by_main(repo: str) -> tuple[str, ...]:
+    """As `watched`, with each revision, which may be a link to a drive that is away, and its config.json."""
+    try:
+        names = os.listdir(f"{repo}/snapshots")
+    except OSError:
+        names = []
+    revisions = (f"{repo}/snapshots/{name}" for name in names)
+    return (*watched(repo), *(path for folder in revisions for path in (folder, f"{folder}/config.json")))
+
+
 def watched_by_examine(repo: str) -> tuple[str, ...]:
     """The paths that look different when a revision or ref of a cached repo comes, goes, or changes its mode."""
     try:

@@ -14,8 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_overlay import config, configfile, hfcache
 from hf_overlay.catalog import weights
@@ -38,6 +37,9 @@ from hf_overlay.tiers import MergedRepo
 from hf_overlay.tree import clear, held, lease, writeback
 from hf_overlay.tree.lease import Lease
 from hf_overlay.tree.publish import Tree, home_entries
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 logger = logging.getLogger("hf_overlay")
 
@@ -64,22 +66,24 @@ class Session:
         self._has_home = self._is_home_silent = False
         plan = catalog.plan(case_insensitive=self._tree.is_case_insensitive)
         self._publish(plan)
+        self._plan = plan
+        """What the tree holds."""
         self._published = _answering(catalog, plan)
 
     @property
     def path(self) -> Path:
         """The session's own folder (0700)."""
-        return Path(self._owner.path)
+        return _path(self._owner.path)
 
     @property
     def hub_cache(self) -> Path:
         """The overlay as a Hugging Face cache: the value of HF_HUB_CACHE for programs."""
-        return Path(self._tree.hub)
+        return _path(self._tree.hub)
 
     @property
     def home(self) -> Path:
         """The overlay as an HF_HOME, for programs that know no other variable."""
-        return Path(self._tree.home)
+        return _path(self._tree.home)
 
     @property
     def settings(self) -> Settings:
@@ -147,7 +151,7 @@ class Session:
         Raises InvalidModelId, ModelNotFound, SourceAway when the drive that held the model is gone, or IncompleteModel
         when a part of the user's folder is missing.
         """
-        return Path(self.find(model_id).path)
+        return _path(self.find(model_id).path)
 
     def find(self, model_id: str) -> Model:
         """The model that answers to an id: its folder is there. Raises as `resolve`.
@@ -181,7 +185,7 @@ class Session:
             self._bring_home()
             self._catalog.scan(only_settled=only_settled)
             plan = self._catalog.plan(case_insensitive=self._tree.is_case_insensitive)
-            after = _answering(self._catalog, plan)
+            after = before if plan is self._plan else _answering(self._catalog, plan)
             changes = Changes(
                 added=tuple(sorted(after.keys() - before.keys())),
                 changed=tuple(sorted(name for name in after.keys() & before.keys() if after[name] != before[name])),
@@ -190,7 +194,7 @@ class Session:
             now = time.monotonic()
             self._changed |= {model_id: now for ids in changes for model_id in ids}
             self._publish(plan)
-            self._published = after
+            self._plan, self._published = plan, after
         return changes
 
     def start_gateway(self) -> None:
@@ -348,6 +352,12 @@ class Session:
         if self.settings.holds_downloads:
             return f"downloads are held in {self._owner.path} until it takes them"
         return "nothing is downloaded meanwhile (to download all the same, and hold it here: --hold-downloads)"
+
+
+def _path(path: str) -> Path:
+    from pathlib import Path  # takes a while to import, and the command needs none
+
+    return Path(path)
 
 
 def _has_copy(repo: str) -> bool:

@@ -36,11 +36,13 @@ def away_after(
     now = dict(away)
     for old, new in zip(before, found, strict=False):
         known = now.get(old.root, Away(old.device, frozenset()))
-        names = frozenset(held.get(old.root, ())).union(hfcache.repo_folder(each.id, each.kind) for each in old.models)
+        in_cache_layout = held.get(old.root, ())
+        has_held = bool(old.models or in_cache_layout)
         # The same drive, mounted again, may have another device number.
         is_other = new.device != old.device and not new.models
-        if names and (new.problem is not None or is_other or not is_there(new.root)):
-            now[old.root] = Away(old.device, known.names | names)
+        if has_held and (new.problem is not None or is_other or not is_there(new.root)):
+            names = (hfcache.repo_folder(each.id, each.kind) for each in old.models)
+            now[old.root] = Away(old.device, known.names.union(in_cache_layout, names))
         elif old.root in now and (new.models or new.device == known.device):
             del now[old.root]
     for new in found:

@@ -61,8 +61,12 @@ class Catalog:
         """The ids to exclude, as the user's folders spell them."""
         self._hidden: Mapping[str, str] = {}
         """Cached repos that share their name with another on the tree's volume: path -> path of that."""
-        self._last: dict[_Key, Model] = {}
         self._layers: tuple[Source, ...] = ()
+        self._scanned: tuple[Source, ...] = ()
+        """As `_layers`, but with models that have just changed."""
+        self._planned: tuple[tuple[object, ...], Plan] | None = None
+        """The last plan, and all that it was made of."""
+        self._spellings = self._tier_spellings = Spellings((), self.patience)
         self.scan()
         self._refuse_files()
 
@@ -98,9 +102,9 @@ class Catalog:
             spellings = Spellings(scanned, self.patience)
             self._excluded = {spellings.of(each) or each for each in self.settings.exclude}
         found = tuple(map(self._without_excluded, scanned))
-        last, self._last = self._last, {_key(model): model for source in found for model in source.models}
-        if only_settled:
-            taken = {_key(model): model for source in self._layers for model in source.models}
+        scanned_before, self._scanned = self._scanned, found
+        if only_settled and found != scanned_before:
+            last, taken = _by_key(scanned_before), _by_key(self._layers)
             found = tuple(_settled(source, last, taken) for source in found)
         before, self._layers = self._layers, found
         away = away_after(
@@ -111,11 +115,14 @@ class Catalog:
             maps=self.settings.maps,
             is_there=lambda root: self.is_folder(root, root),
         )
-        self._spellings = Spellings([source for source in found if source.layer != "tier"], self.patience)
-        self._tier_spellings = Spellings([source for source in found if source.layer == "tier"], self.patience)
+        if found != before:
+            self._spellings = Spellings([source for source in found if source.layer != "tier"], self.patience)
+            self._tier_spellings = Spellings([source for source in found if source.layer == "tier"], self.patience)
         self._away = away  # replaced as a whole: other threads read it
 
     def _without_excluded(self, source: Source) -> Source:
+        if not self._excluded:
+            return source
         out = [model for model in source.models if hfcache.full_id(_repo_name(model)) in self._excluded]
         if not out:
             return source
@@ -174,20 +181,26 @@ class Catalog:
     def resolutions(self) -> dict[str, Resolution]:
         """For each id there is, sorted, the model that answers to it. The real cache is scanned now."""
         cache = self.cache()
-        models = tuple(model._replace(id=self._spellings.of(model.id) or model.id) for model in cache.models)
-        return resolve([*self.sources, cache._replace(models=models), *self.below])
+        return resolve([*self.sources, cache._replace(models=tuple(map(self._as_spelled, cache.models))), *self.below])
+
+    def _as_spelled(self, model: Model) -> Model:
+        """A cached model under its id as the user's folders spell it."""
+        spelled = self._spellings.of(model.id)
+        return model if spelled in (None, model.id) else model._replace(id=spelled)
 
     def plan(self, *, case_insensitive: bool) -> Plan:
-        """The tree that shows all layers. The real cache's entries, and the repos in tiers, are listed now."""
+        """The tree that shows all layers. The real cache's entries, and the repos in tiers, are listed now.
+
+        The same object again while nothing has changed.
+        """
         behind = self._behind()
         names = {each.name for each in behind if isinstance(each, CachedRepo)}
-        made = plan(
-            self.sources,
-            self.examine_cache(names),
-            behind=behind,
-            case_insensitive=case_insensitive,
-            earlier=self._made,
-        )
+        sources, cached = self.sources, self.examine_cache(names)
+        given = (sources, cached, behind, case_insensitive)
+        if self._planned is not None and self._planned[0] == given:
+            return self._planned[1]
+        made = plan(sources, cached, behind=behind, case_insensitive=case_insensitive, earlier=self._made)
+        self._planned = given, made
         self._made = made.made
         self._hidden = made.hidden
         return made
@@ -405,6 +418,10 @@ _Key = tuple[str, str]
 def _key(model: Model) -> _Key:
     """What tells models apart: one folder may be mapped to several ids."""
     return _repo_name(model), model.path
+
+
+def _by_key(sources: Iterable[Source]) -> dict[_Key, Model]:
+    return {_key(model): model for source in sources for model in source.models}
 
 
 def _repo_name(model: Model) -> str:

@@ -7,7 +7,6 @@ costs two seconds (MLX, transformers), reading its source does not. `mlx_lm/mode
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -167,7 +166,7 @@ class ModelTypes:
         # Nearly always both are classes; parsing 500 lines for the rest costs milliseconds.
         if re.search(r"^class Model\b", source, re.M) and re.search(r"^class ModelArgs\b", source, re.M):
             return True
-        return {"Model", "ModelArgs"} <= _bound_names(ast.parse(source))
+        return {"Model", "ModelArgs"} <= _bound_names(source)
 
 
 def _constant(source: str, name: str) -> Any:
@@ -175,12 +174,16 @@ def _constant(source: str, name: str) -> Any:
     match = re.search(rf"^{name}\b[^=\n]*=\s*(\{{[^\n]*\}}|\{{.*?^\}})", source, re.M | re.S)
     if match is None:
         raise ValueError(f"no {name} in it")
+    import ast  # takes longer to import than all else here; not every command needs it
+
     return ast.literal_eval(match[1])
 
 
-def _bound_names(module: ast.Module) -> set[str]:
+def _bound_names(source: str) -> set[str]:
+    import ast
+
     names: set[str] = set()
-    for node in module.body:
+    for node in ast.parse(source).body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             names.add(node.name)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):

@@ -53,10 +53,17 @@ class Memo(Generic[Value]):
     def recall(self, key: str) -> Value | None:
         """The value remembered for `key`, if nothing it depends on has changed; None otherwise."""
         kept = self._before.get(key)
-        if kept is None or any(_stamp(path) != stamp for path, stamp in kept.stamps):
+        if kept is None:
             return None
+        for path, looked in kept.stamps:
+            if _stamp(path) != looked:
+                return None
         self._kept[key] = kept
         return kept.value
+
+    def knew(self, key: str) -> bool:
+        """Whether the round before kept a value for `key`, be it that it holds no more."""
+        return key in self._before
 
     def remember(self, key: str, value: Value, looked: Stamps) -> None:
         """Keep a value for as long as the paths look as they did in `looked`."""

@@ -27,6 +27,8 @@ from hf_overlay.progress import alive
 
 _CACHE = ""
 """The real cache among the model paths, of which none is empty. It may be one of them as well."""
+_LASTING = frozenset({Code.NO_SNAPSHOT, Code.NO_CONFIG, Code.OTHER_KIND, Code.NO_WEIGHTS})
+"""Reasons that hold for a repo in cache layout until one of its folders, its main or its config.json changes."""
 _MAP = "\0"
 """Before the path of a mapped folder, which may be a model path as well."""
 
@@ -157,7 +159,7 @@ class Scanner:
     def _remembered(self, key: str) -> _Seen:
         """What the last scan remembers, for a round of its own."""
         seen = self._seen.get(key)
-        return _Seen(Memo(), Memo()) if seen is None else _Seen(seen.found.next_round(), seen.problems.next_round())
+        return _Seen(Memo(), Memo(), Memo()) if seen is None else seen.next_round()
 
     def _taken(self, key: str, root: str, found: tuple[Source, _Seen] | OSError, layer: Layer) -> Source:
         if isinstance(found, OSError):
@@ -171,6 +173,11 @@ class _Seen(NamedTuple):
 
     found: Memo[Found]
     problems: Problems
+    rejects: Memo[Reject | None]
+    """Repos in cache layout that were rejected; None for one that only the last scan has rejected."""
+
+    def next_round(self) -> _Seen:
+        return _Seen(self.found.next_round(), self.problems.next_round(), self.rejects.next_round())
 
 
 def _read(path: str, model_id: str, root: str, types: ModelTypes | None, problems: Problems) -> Model | Reject:
@@ -247,6 +254,7 @@ class _Collected:
         self._root = root
         self._layer = layer
         self._memo = seen.found
+        self._rejected = seen.rejects
         self.problems = seen.problems
         self._models: list[Model] = []
         self._rejects: list[Reject] = []
@@ -268,12 +276,16 @@ class _Collected:
         return model.id, model.path != f"{self._root}/{model.id}", model.path
 
     def recall(self, path: str) -> bool:
-        """Take over the model that the scan before found at `path`; False if it may have changed."""
+        """Take over what the scan before found at `path`, a model or a reject; False if it may have changed."""
         found = self._memo.recall(path)
-        if found is None:
-            return False
-        self._add(found)
-        return True
+        if found is not None:
+            self._add(found)
+            return True
+        reject = self._rejected.recall(path)
+        if reject is not None:
+            self._rejects.append(reject)
+            return True
+        return False
 
     def take(self, path: str, found: Found) -> None:
         """Add a model that was read at `path`."""
@@ -291,10 +303,16 @@ class _Collected:
         types: ModelTypes | None,
     ) -> None:
         """Add the model in a repo in cache layout, or why there is none."""
+        # Looked at only for what was rejected before: it takes as long as reading, and most programs scan once.
+        was_rejected = self._rejected.knew(repo)
+        looked = stamps(hfcache.watched_by_main(repo)) if was_rejected else ()
         try:
             self.take(repo, read(repo, model_id, self._root, types, self.problems))
         except (Unfit, hfcache.NoSnapshot, OSError) as error:
-            self.reject(repo, model_id, reason_of(error))
+            reason = reason_of(error)
+            self.reject(repo, model_id, reason)
+            if reason.code in _LASTING:
+                self._rejected.remember(repo, self._rejects[-1] if was_rejected else None, looked)
 
     def reject(self, path: str, model_id: str | None, reason: Reason) -> None:
         """Add a folder that is left out."""

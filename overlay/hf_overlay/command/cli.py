@@ -6,6 +6,7 @@ Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 an expecte
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # What follows `--` is the program's own, even where it looks like ours.
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = make_parser()
+    first = arguments[0] if arguments else ""
+    parser = make_parser(only=first if first in (*_COMMANDS, "run") else "")
     options = parser.parse_args(arguments[:split])
     command = arguments[split + 1 :]
     try:
@@ -57,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
+    finally:
+        if argv is None:  # the process ends now; a last look for garbage in all that was imported takes milliseconds
+            gc.freeze()
 
 
 # Commands ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from functools import partial
 from typing import get_args
 
 from hf_overlay import config
@@ -64,12 +67,16 @@ examples:
 """
 
 
-def make_parser(*, folders: object = None) -> argparse.ArgumentParser:
+def make_parser(*, only: str = "", folders: object = None) -> argparse.ArgumentParser:
     """The parser of the whole command line, for `main` and for shell completion.
 
+    `only` names the one command to parse, if that is known: making the parsers of all takes longer than many commands.
     `folders` is how shells complete a folder's name: shtab.DIRECTORY, where completion is asked for.
     """
-    common = argparse.ArgumentParser(add_help=False)
+    # Told the width, or argparse imports shutil, and all compressors with it, for each option that is added.
+    formatter = partial(argparse.RawDescriptionHelpFormatter, width=_columns() - 2)
+    make = partial(argparse.ArgumentParser, formatter_class=formatter)
+    common = make(add_help=False)
     model_path = common.add_argument(
         "--model-path", action="append", default=[], metavar="DIR", help="a folder of models; repeat it for more"
     )
@@ -105,29 +112,31 @@ def make_parser(*, folders: object = None) -> argparse.ArgumentParser:
     )
     common.add_argument("-q", "--quiet", action="store_true", help="print no warnings and no start-up line")
     common.add_argument("-v", "--verbose", action="store_true", help="print the source each model comes from")
-    data = argparse.ArgumentParser(add_help=False)
+    data = make(add_help=False)
     data.add_argument("--json", action="store_true", help="print JSON")
 
-    parser = argparse.ArgumentParser(
+    parser = make(
         prog="hf-overlay",
         description="Your model folders in front of the Hugging Face cache, for every program that reads the cache.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog=parser.prog)
+    unused = make(add_help=False)
 
     def add(name: str, text: str, *parents: argparse.ArgumentParser, more: str = "") -> argparse.ArgumentParser:
+        if only not in ("", name):
+            return unused
         return commands.add_parser(
             name,
             help=text,
             description=text,
             epilog=more,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=formatter,
             parents=[*parents],
         )
 
-    network = argparse.ArgumentParser(add_help=False)
+    network = make(add_help=False)
     network.add_argument("--offline", action="store_true", help="keep programs off the network: HF_HUB_OFFLINE=1")
     network.add_argument(
         "--hold-downloads",
@@ -167,6 +176,17 @@ def make_parser(*, folders: object = None) -> argparse.ArgumentParser:
     completion.add_argument("shell", choices=["bash", "zsh", "fish", "tcsh"])
     add("extension", "make `hf overlay …` run hf-overlay")
     return parser
+
+
+def _columns() -> int:
+    """The width of the terminal, as shutil.get_terminal_size finds it."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns) > 0:
+        return int(columns)
+    try:
+        return os.get_terminal_size(sys.__stdout__.fileno()).columns or 80  # type: ignore[union-attr]
+    except (AttributeError, ValueError, OSError):  # there is no stdout, or it is closed, or no terminal
+        return 80
 
 
 def _seconds(text: str) -> float:

@@ -99,10 +99,11 @@ class Tree:
         except OSError:
             pass  # what clients added is not shown for now; it is none of the plan's
         # Folders that clients wrote stand where links to the cache would, but not where repos made here do.
-        key = fold if self.is_case_insensitive else str
-        written = {key(name): (name, path) for name, path in self._written().items()}
-        entries = {name: target for name, target in entries.items() if name in placed or key(name) not in written}
-        entries |= dict(written[folded] for folded in written.keys() - {key(name) for name in placed})
+        if found := self._written():
+            key = fold if self.is_case_insensitive else str
+            written = {key(name): (name, path) for name, path in found.items()}
+            entries = {name: target for name, target in entries.items() if name in placed or key(name) not in written}
+            entries |= dict(written[folded] for folded in written.keys() - {key(name) for name in placed})
         if self._generation == 0 or entries != self._entries or not self._is_whole():
             gone = {
                 name

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -61,9 +60,12 @@ def place(session: str, name: str, repo: Repo) -> Placed:
 def is_untouched(placed: Placed) -> bool:
     """Whether nothing came or went where a client may delete: one `stat` a watched folder."""
     try:
-        return all(os.stat(folder).st_mtime_ns == _UNTOUCHED_NS for folder in placed.watched)
+        for folder in placed.watched:
+            if os.stat(folder).st_mtime_ns != _UNTOUCHED_NS:
+                return False
     except OSError:
         return False
+    return True
 
 
 def is_merged(repo: str) -> bool:
@@ -101,6 +103,8 @@ def carry_over(session: str, placed: Mapping[str, Placed]) -> None:
     `placed` has the current ones by name. What is added are links to files that the new one holds as well, and refs.
     Raises OSError.
     """
+    if not any(isinstance(each.repo, MergedRepo) for each in placed.values()):
+        return
     for entry in sorted(files.entries(f"{session}/{FOLDER}"), key=lambda entry: entry.name):
         current = placed.get(repo_folder(entry.name))
         if current is None or not isinstance(current.repo, MergedRepo):
@@ -130,6 +134,8 @@ def _carry_over(old: str, new: str) -> bool:
             is_later = not os.path.exists(wanted) or os.stat(wanted).st_mtime_ns < os.stat(ref).st_mtime_ns
             if not is_ours(ref) and is_later and os.path.isdir(f"{new}/snapshots/{commit}"):
                 os.makedirs(os.path.dirname(wanted), exist_ok=True)
+                import shutil  # with all compressors, which starts need not wait for
+
                 shutil.copy2(ref, wanted)
     return added
 

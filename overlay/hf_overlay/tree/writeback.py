@@ -11,10 +11,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 from hf_overlay import hfcache, keeping
@@ -27,17 +25,17 @@ _PIECE_BYTES = 1 << 23
 """Bytes that are written between two signs of life. A disk that takes seconds for them does not answer."""
 
 
-@dataclass
 class _Place:
     """The place of a repo in the real cache."""
 
-    path: str
-    locks: tuple[str, ...]
-    """The folders with the locks that clients hold: in the real cache, and in the tree for those that go by it."""
-    aside: str
-    """The path of a file until it is complete, where no program looks for one."""
-    is_busy: bool = False
-    """Whether something was left in the tree because a client is writing it."""
+    def __init__(self, path: str, locks: tuple[str, ...], aside: str) -> None:
+        self.path = path
+        self.locks = locks
+        """The folders with the locks that clients hold: in the real cache, and in the tree for those that go by it."""
+        self.aside = aside
+        """The path of a file until it is complete, where no program looks for one."""
+        self.is_busy = False
+        """Whether something was left in the tree because a client is writing it."""
 
     def is_free(self, blob: str) -> bool:
         """Whether no client is writing a blob, given the name of the blob or of its partial file."""
@@ -344,6 +342,8 @@ def _copy_pieces(path: str, target: str) -> None:
             copy.flush()
             os.fsync(copy.fileno())
             alive()
+    import shutil  # with all compressors, which starts need not wait for
+
     shutil.copystat(path, target)
 
 

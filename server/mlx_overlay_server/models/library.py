@@ -68,9 +68,27 @@ class Library:
         """What config.json says of each listed model, by its folder; read anew when the file has changed."""
         self.progress: dict[str, str] = {}
         """The progress of each model that is being downloaded, as text."""
+        self._looking: asyncio.Task[list[Listed]] | None = None
+        """The last look at all folders that has begun."""
+        self._next_look: asyncio.Task[list[Listed]] | None = None
+        """The one that begins when that has ended."""
 
     async def listed(self) -> list[Listed]:
-        """Look at the folders and the cache, and return every model that can be loaded, by id; ids are unique."""
+        """Look at the folders and the cache, and return every model that can be loaded, by id; ids are unique.
+
+        Calls that come while another is looking share one look, which begins after that and so after all of them.
+        Raises Unavailable.
+        """
+        look = self._next_look
+        if look is None or look.done():
+            look = self._next_look = asyncio.create_task(self._look_after(self._looking))
+            look.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # all callers may have left
+        return await asyncio.shield(look)
+
+    async def _look_after(self, other: asyncio.Task[list[Listed]] | None) -> list[Listed]:
+        if other is not None and not other.done():
+            await asyncio.wait([other])
+        self._looking, self._next_look = self._next_look, None
         return await asyncio.to_thread(self._list)
 
     def _list(self) -> list[Listed]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hf_overlay.catalog import reading
 from hf_overlay.catalog.kinds import ModelTypes, installed
 from hf_overlay.catalog.scan import Scanner
 from hf_overlay.models import Code, Source
@@ -330,6 +332,45 @@ def test_scanning_the_cache_again_sees_every_change_of_a_repo(hub: Path, settled
     look()
     (other.parents[1] / "refs" / "main").unlink()
     assert scanner.scan_cache().models == ()
+
+
+@pytest.mark.parametrize("lack", ["weights", "type", "main", "snapshot", "drive"])
+def test_a_cached_repo_that_is_no_model_is_not_read_again_until_it_changes(
+    hub: Path, lack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P7: it comes back by itself. Caches hold many such repos: of some models only the config was ever asked for."""
+    scanner = Scanner((), str(hub), TYPES)
+    snapshot = hfcache.add_repo(hub, "org/name", FILES)
+    repo, config, weights_ = snapshot.parents[1], snapshot / "config.json", snapshot / "model.safetensors"
+    drive, aside = hub.parent / "drive", hub.parent / "aside"
+    if lack == "drive":
+        lay_model(drive)
+        snapshot.rename(hub.parent / "first")
+        snapshot.symlink_to(drive)
+    blob = weights_.resolve()
+    spoil: dict[str, Callable[[], object]] = {
+        "weights": weights_.unlink,
+        "type": lambda: config.resolve().write_text('{"model_type": "bert"}'),
+        "main": lambda: (repo / "refs/main").rename(aside),
+        "snapshot": lambda: snapshot.rename(aside),
+        "drive": lambda: drive.rename(aside),
+    }
+    repair: dict[str, Callable[[], object]] = {
+        "weights": lambda: weights_.symlink_to(blob),
+        "type": lambda: config.resolve().write_bytes(FILES["config.json"]),
+        "main": lambda: aside.rename(repo / "refs/main"),
+        "snapshot": lambda: aside.rename(snapshot),
+        "drive": lambda: aside.rename(drive),
+    }
+    spoil[lack]()
+    first = scanner.scan_cache().rejects
+    assert [reject.id for reject in first] == ["org/name"]
+    assert scanner.scan_cache().rejects == first
+    with monkeypatch.context() as patched:
+        patched.setattr(reading, "read_cached_repo", None)
+        assert scanner.scan_cache().rejects == scanner.scan_cache().rejects == first
+    repair[lack]()
+    assert scanner.scan_cache().rejects == ()
 
 
 def test_a_cached_repo_of_plain_files_is_a_model_however_old_it_is(hub: Path) -> None:
