@@ -49,6 +49,8 @@ def lay(session: Path, user: Path, entry: Entry) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.parent.resolve() == user or user in path.parent.resolve().parents:
             return  # what is already there led to it
+        if path.is_fifo():
+            return  # to open it for writing would wait for a reader
         if kind == "file":
             path.write_bytes(content)
         elif kind == "folder":
