@@ -180,11 +180,15 @@ def merged_repo(holders: Sequence[CachedRepo]) -> MergedRepo:
     for where, (blob, target) in parts.files.items():
         links.setdefault(f"blobs/{blob}", target)
         links[f"{hfcache.VIEWS}/{where}"] = f"{'../' * (1 + where.count('/'))}blobs/{blob}"
+    shown: dict[str, list[str]] = {commit: [] for commit in parts.revisions}
+    for where in parts.files:
+        commit, _, name = where.partition("/")
+        shown[commit].append(name)
     contents = {
         **{f"refs/{ref}": commit.encode() for ref, commit in parts.refs.items()},
         **{f"trees/{commit}.json": listing for commit, listing in parts.trees.items()},
         **{f".no_exist/{where}": b"" for where in parts.absent},
-        hfcache.ORIGIN: b'{"merged": true}',
+        hfcache.ORIGIN: json.dumps({hfcache.MERGED: shown}).encode(),
     }
     folders = dict.fromkeys(("refs", "blobs", "trees", "snapshots", ".no_exist", hfcache.VIEWS, *views))
     folders |= dict.fromkeys(folder for where in (*links, *contents) for folder in _parents(where))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from mlx_overlay_server import settings as settings_
+from mlx_overlay_server.engine import THREAD
 from mlx_overlay_server.settings import API_KEY_VARIABLE, EngineOptions, Limits, Settings, size
 
 EXAMPLES = """\
@@ -51,9 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from mlx_overlay_server import run
 
     status = run.serve(chosen)
-    if status and settings_.rank(os.environ) is not None:
+    if any(thread.name == THREAD for thread in threading.enumerate()):
+        # It waits for lost ranks, or still imports MLX, whose own threads would abort a process that ends under it.
         sys.stderr.flush()
-        os._exit(status)  # a thread that waits for lost ranks would keep the process for ever
+        os._exit(status)
     return status
 
 

@@ -134,7 +134,8 @@ def _by_disk(sessions: str, *, warn: bool) -> dict[str, list[str]]:
 
 def _leads_to_cache(session: str) -> bool:
     """Whether the real cache is needed to clear a session: something was written there, or is to be moved there."""
-    linked = (repo.path for name in store.FOLDERS for repo in files.entries(f"{session}/{name}"))
+    found = (entry for name in store.FOLDERS for entry in files.entries(f"{session}/{name}"))
+    linked = (entry.path for entry in found if not entry.is_symlink())
     hubs = (entry for hub in files.entries(f"{session}/hubs") for entry in files.entries(hub.path))
     return (
         bool(announced.folders(session))

@@ -70,7 +70,13 @@ def is_untouched(placed: Placed) -> bool:
 
 def is_merged(repo: str) -> bool:
     """Whether a repo that was made here shows what the real cache and tiers hold, rather than a user's model."""
-    return "merged" in recorded(repo)
+    return hfcache.MERGED in recorded(repo)
+
+
+def made_with(repo: str) -> dict[str, list[str]]:
+    """The names of the files that each revision of a merged repo was made with; empty for other repos."""
+    made = recorded(repo).get(hfcache.MERGED)
+    return made if isinstance(made, dict) else {}
 
 
 def recorded(repo: str) -> dict[str, Any]:

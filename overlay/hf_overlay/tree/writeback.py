@@ -181,10 +181,13 @@ def _merge(repo: str, place: _Place, *, link: str | None = None) -> None:
         elif os.path.getsize(f"{target}/blobs/{name}") == os.path.getsize(path):
             os.unlink(path)  # named by its content: the cache has it already
     complete: set[str] = set()
-    is_merged = store.is_merged(repo)
+    is_merged, made = store.is_merged(repo), store.made_with(repo)
     for commit in _names(f"{repo}/snapshots"):
         revision = _revision(repo, commit)
         if commit == own or os.path.islink(revision):  # a link to a view that a client has removed
+            continue
+        is_view = revision != f"{repo}/snapshots/{commit}"
+        if is_view and set(files.below(revision)) <= set(made.get(commit, ())):  # nobody added anything to it
             continue
         if _merge_snapshot(revision, commit, place, is_used=link is not None):
             complete.add(commit)
@@ -398,7 +401,4 @@ def _origin(repo: str) -> dict[str, str] | None:
 
 def _names(folder: str) -> list[str]:
     """What is in a folder, which is not a link; nothing where there is none. Raises OSError."""
-    try:
-        return [] if os.path.islink(folder) else sorted(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    return [] if os.path.islink(folder) else sorted(entry.name for entry in files.entries(folder))
