@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from mlx_overlay_server import settings as settings_
-from mlx_overlay_server.engine import THREAD
 from mlx_overlay_server.settings import API_KEY_VARIABLE, EngineOptions, Limits, Settings, size
 
 EXAMPLES = """\
@@ -53,9 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from mlx_overlay_server import run
 
     status = run.serve(chosen)
-    if any(thread.name == THREAD for thread in threading.enumerate()):
-        # It waits for lost ranks, or still imports MLX, whose own threads would abort a process that ends under it.
-        sys.stderr.flush()
+    if "mlx" in sys.modules:
+        # A thread may wait for lost ranks for ever, and MLX's own threads have aborted processes that ended under them.
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         os._exit(status)
     return status
 

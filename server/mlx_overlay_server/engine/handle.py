@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from mlx_overlay_server.chat.grammar import Constraint
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import Params
-from mlx_overlay_server.engine import THREAD
 from mlx_overlay_server.engine.commands import (
     Cancel,
     Command,
@@ -101,7 +100,7 @@ class Engine:
     def start(self) -> None:
         """Start the thread, and return while it imports mlx-lm, which takes a second or two."""
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=Worker(self).run, name=THREAD, daemon=True)
+        self._thread = threading.Thread(target=Worker(self).run, name="engine", daemon=True)
         self._thread.start()
         self._watch()
 
@@ -334,6 +333,6 @@ def _waiting() -> Unavailable:
 
 def follow(options: EngineOptions) -> threading.Thread:
     """Start the engine's thread of a non-zero rank, and return it. It ends when rank 0 stops."""
-    thread = threading.Thread(target=Worker(Engine(options)).run, name=THREAD, daemon=True)
+    thread = threading.Thread(target=Worker(Engine(options)).run, name="engine", daemon=True)
     thread.start()
     return thread
