@@ -16,6 +16,7 @@ from huggingface_hub import scan_cache_dir, snapshot_download
 
 from tests.support import hfcache
 from tests.support.folders import lay_model, weights
+from tests.support.sessions import new_name
 
 FILES = {
     "config.json": b'{"model_type": "llama"}',
@@ -363,13 +364,13 @@ def test_a_folder_that_is_again_as_it_was_keeps_its_readers(models: Path, sessio
 def test_dead_sessions_are_cleared_and_living_ones_are_not(models: Path, sessions: Path) -> None:
     lay_model(models / "org/name")
     with hf_overlay.open_session([models]) as living:
-        dead = sessions / "session-1-1"
+        dead, empty = sessions / new_name(), sessions / new_name()
         (dead / "hubs/1").mkdir(parents=True)
         (dead / ".hf-overlay-session").write_text("{}")
         (dead / "hubs/1/models--x").symlink_to(models)
-        (sessions / "session-2-2").mkdir()
+        empty.mkdir()
         (sessions / "not-ours").mkdir()
-        assert [Path(cleared.path).name for cleared in clear_dead(str(sessions))] == ["session-1-1", "session-2-2"]
+        assert [cleared.path for cleared in clear_dead(str(sessions))] == [str(dead), str(empty)]
         assert {path.name for path in sessions.iterdir()} == {"sessions.lock", "not-ours", living.path.name}
         assert listed(living) == ["org/name"]
     assert (models / "org/name/config.json").exists()

@@ -19,6 +19,7 @@ from hf_overlay.command import cli
 
 from tests.support import hfcache, processes
 from tests.support.folders import lay_model, weights
+from tests.support.sessions import new_name
 
 FILES = {
     "config.json": b'{"model_type": "llama"}',
@@ -273,7 +274,7 @@ def test_every_command_honours_the_file_and_names_a_mistake_in_it(
 
 
 def test_clean_clears_what_a_killed_program_left_and_says_so(hf_overlay: Callable[..., Result], sessions: Path) -> None:
-    dead = sessions / "session-1-1"
+    dead = sessions / new_name()
     (dead / "home").mkdir(parents=True)
     (dead / ".hf-overlay-session").write_text("{}")
     assert "left behind" in hf_overlay("doctor").out

@@ -19,6 +19,7 @@ from hf_overlay.models import Code
 
 from tests.support import hfcache
 from tests.support.folders import lay_model, weights
+from tests.support.sessions import new_name
 
 FILES = {
     "config.json": b'{"model_type": "llama"}',
@@ -159,7 +160,7 @@ def test_a_cache_on_a_drive_that_is_away_is_named_with_what_to_do(models: Path, 
 
 
 def test_downloads_that_dead_sessions_hold_are_named_with_their_sizes(models: Path, sessions: Path) -> None:
-    dead = sessions / "session-1-1"
+    dead = sessions / new_name()
     hfcache.add_repo(dead / "hubs/1", "org/name", {"model.safetensors": bytes(2_500_000)})
     (dead / ".hf-overlay-session").write_text("{}")
     finding = found("held", models)

@@ -19,6 +19,7 @@ from hf_overlay.errors import OverlayError
 from hf_overlay.tree import lease
 
 from tests.support.processes import OVERLAY, environment, finish
+from tests.support.sessions import new_name
 
 NOBODY = 65534
 OTHERS_BITS = [0o020, 0o002, 0o1002]
@@ -26,9 +27,9 @@ OTHERS_BITS = [0o020, 0o002, 0o1002]
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
 
 
-def plant(sessions: Path, service: dict[str, object], name: str = "session-1-1") -> Path:
+def plant(sessions: Path, service: dict[str, object]) -> Path:
     """A session as `hf-overlay serve` leaves it while it lives."""
-    session = sessions / name
+    session = sessions / new_name()
     (session / "hubs").mkdir(parents=True)
     record = {"pid": 1, "started": 1.0, "sources": [], "hub_cache": "/hub", "service": service}
     (session / OWNER_FILE).write_text(json.dumps(record))
@@ -78,13 +79,13 @@ def test_a_sessions_folder_that_others_may_write_to_is_refused_by_every_command(
 
 @as_root
 def test_a_sessions_folder_of_another_user_is_refused(home: Path, folder: Path) -> None:
-    plant(folder, {"HF_HUB_CACHE": "/theirs"})
+    session = plant(folder, {"HF_HUB_CACHE": "/theirs"})
     os.chown(folder, NOBODY, NOBODY)
     for command in (["env"], ["clean"], ["run", "--", "true"]):
         done = finish([OVERLAY, *command], environment(home, HF_OVERLAY_DIR=str(folder)))
         assert (done.status, done.out) == (1, ""), command
         assert f"belongs to another user (uid {NOBODY})" in done.err
-    assert (folder / "session-1-1").exists()
+    assert session.exists()
 
 
 @as_root

@@ -14,6 +14,7 @@ from hf_overlay.tree.writeback import bring_home
 
 from tests.support.alone import check_stands_alone, contents
 from tests.support.hfcache import add_repo
+from tests.support.sessions import new_name
 
 _COMMIT = "a" * 40
 _REPO = "models--org--m"
@@ -23,7 +24,7 @@ class Written:
     """A dead session into which a client wrote a repo, beside other things that links could lead to."""
 
     def __init__(self, base: Path) -> None:
-        self.session = base / "sessions/session-1-1"
+        self.session = base / "sessions" / new_name()
         self.hub = base / "hub"
         self.snapshot = add_repo(self.session / "hubs/1", "org/m", {"config.json": b"{}"}, commit=_COMMIT, tree=True)
         self.repo = self.snapshot.parents[1]

@@ -14,6 +14,7 @@ from hf_overlay.tree.clear import clear_dead
 from tests.overlay.faults.seen import CACHED, said
 from tests.support import hfcache
 from tests.support.folders import lay_model
+from tests.support.sessions import new_name
 
 LITTER = {".DS_Store": b"Bud1", "._config.json": b"\0\5\26\7", "Icon\r": b"", "desktop.ini": b"[x]"}
 
@@ -64,7 +65,7 @@ def test_what_was_downloaded_beside_it_comes_home_alone(
 
 
 def test_a_session_that_was_killed_before_it_began_is_cleared_with_it(sessions: Path) -> None:
-    folder = sessions / "session-1-1"
+    folder = sessions / new_name()
     folder.mkdir(parents=True, mode=0o700)
     sessions.chmod(0o700)
     (folder / ".DS_Store").write_bytes(b"Bud1")

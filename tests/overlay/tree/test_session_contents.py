@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from tests.support.folders import lay_model
 from tests.support.hfcache import listing
+from tests.support.sessions import new_name
 
 REPO = "models--org--m"
 FOLDERS = (
@@ -81,7 +82,7 @@ def lay(session: Path, user: Path, entry: Entry) -> None:
 def test_clearing_survives_any_content_of_a_sessions_folder(entries: list[Entry], has_record: bool) -> None:
     with TemporaryDirectory() as name:
         top = Path(name).resolve()
-        session, user, hub = top / "sessions/session-1-1", top / "user", top / "hub"
+        session, user, hub = top / "sessions" / new_name(), top / "user", top / "hub"
         session.mkdir(parents=True)
         for folder in ("", "blobs", "snapshots/c", "1/models--a--b/blobs"):
             (user / folder).mkdir(parents=True, exist_ok=True)
@@ -139,7 +140,7 @@ def test_several_who_clear_a_session_at_once_have_nothing_to_say(
     caplog.set_level(logging.INFO)
     failed: list[BaseException] = []
     for number in range(30):
-        session = tmp_path / f"session-1-{number:x}"
+        session = tmp_path / new_name()
         (session / "hubs/1").mkdir(parents=True)
         if number % 3:
             (session / OWNER_FILE).write_text("{}")

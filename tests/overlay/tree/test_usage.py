@@ -17,8 +17,9 @@ from hf_overlay.tree import announced, usage
 from hf_overlay.tree.clear import clear_dead
 
 from tests.support.processes import PYTHON, eventually
+from tests.support.sessions import new_name
 
-NAME = "session-1-abc"
+NAME = new_name()
 
 
 @pytest.fixture
