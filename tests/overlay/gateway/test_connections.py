@@ -218,6 +218,25 @@ def test_an_overlay_in_one_that_has_ended_says_so_to_programs() -> None:
         gateway.stop()
 
 
+def test_programs_that_no_thread_can_be_had_for_are_refused_and_later_ones_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with gateway_to(_echo) as gateway:
+        assert get(gateway) == b""
+        with monkeypatch.context() as patch:
+            start = threading.Thread.start
+
+            def refuse(thread: threading.Thread) -> None:
+                if thread.name == "hub-gateway-answer":
+                    raise RuntimeError("can't start new thread")
+                start(thread)
+
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises((http.client.RemoteDisconnected, ConnectionError)):
+                get(gateway)
+        assert get(gateway) == b""
+
+
 # The end ----------------------------------------------------------------------------------------------------------
 
 
