@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 import socketserver
 import threading
@@ -169,6 +170,31 @@ def test_a_connection_takes_one_request_after_the_other_also_when_they_come_toge
         said = read_all(raw(gateway, both + last))
         assert said.count(b"HTTP/1.1 200") == 2
         assert said.index(b"one") < said.index(b"two")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_large_bodies_arrive_unchanged_in_both_directions(chunked: bool) -> None:
+    """Also at a program that reads slowly at first, while buffers fill up on the way."""
+
+    def answer(hub: socketserver.StreamRequestHandler, request: bytes) -> None:
+        body = request.partition(b"\r\n\r\n")[2]
+        head = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % len(body)
+        hub.wfile.write(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n")
+        for at in range(0, len(body), 70_000):
+            piece = body[at : at + 70_000]
+            hub.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        hub.wfile.write(b"0\r\n\r\n" if chunked else b"")
+
+    sent = os.urandom(20_000_000)
+    with gateway_to(answer) as gateway:
+        connection, prefix = connect(gateway)
+        for _ in range(2):
+            connection.request("POST", f"{prefix}/api/x", sent)
+            reply = connection.getresponse()
+            got = [reply.read(1000)]
+            time.sleep(0.2)
+            assert b"".join([*got, reply.read()]) == sent
+        connection.close()
 
 
 def test_a_program_that_waits_to_be_told_sends_its_body_then() -> None:
