@@ -124,6 +124,11 @@ class Loaded:
             return bytes(_BYTE_OF[char] for char in text)
         return whole.encode()
 
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end an answer."""
+        return sorted(token for token in self.tokenizer.eos_token_ids if token < self.vocab_size)
+
     @functools.cached_property
     def letter(self) -> tuple[int, ...]:
         """The tokens of one letter: as a context, they show decoders that the next token does not begin a text."""

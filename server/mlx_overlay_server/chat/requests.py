@@ -103,6 +103,8 @@ class Params:
     seed: int | None = None
     max_tokens: int | None = None
     """None: as many as the model's context holds."""
+    min_tokens: int = 0
+    """Tokens that the answer has at least: until then nothing ends it but `max_tokens`."""
     logprobs: int | None = None
     """Alternatives to report for each token; None: no log probabilities at all."""
 

@@ -60,7 +60,8 @@ class Alone:
             if has_draft:
                 cache += make_prompt_cache(self._draft)
         # The prompt but for its last token is read here, so that is all that mlx-lm's processors see of it.
-        generation = Generation(submit, sampling, matcher, cached=cached, unseen=len(submit.prompt) - 1)
+        unseen, ends = len(submit.prompt) - 1, self._loaded.ends
+        generation = Generation(submit, sampling, matcher, cached=cached, unseen=unseen, ends=ends)
         reader = _Reader(self._model, self._draft if has_draft else None, cache, self._options)
         embeddings = mlx.image_embeddings(self._model, submit.prompt, submit.images) if submit.images else None
         drawn = self._drawn(generation, sampling, cache, embeddings, has_draft=has_draft)

@@ -129,7 +129,7 @@ class Runner:
     def _add_to_batch(self, submit: Submit, sampling: Sampling) -> None:
         if not submit.prompt or submit.max_tokens <= 0:
             raise ValueError("nothing to read, or nothing to generate")
-        generation = Generation(submit, sampling, matcher_of(submit, self.loaded), cached=0)
+        generation = Generation(submit, sampling, matcher_of(submit, self.loaded), cached=0, ends=self.loaded.ends)
         tokens = np.asarray(submit.prompt, dtype=np.int64)
         prompt = Prompt(submit.id, len(tokens), rank=0)
         self._share(prompt, tokens)

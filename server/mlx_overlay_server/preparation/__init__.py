@@ -183,8 +183,9 @@ def _pickled(value: object) -> bytes:
 
 
 def _reader(model: Loaded, request: AnyRequest, prepared: Prepared) -> Reader:
+    least = request.params.min_tokens
     if not isinstance(request, ChatRequest):
-        return Reader(model, stop=request.stop, has_marks=False, continues_text=True)
+        return Reader(model, stop=request.stop, has_marks=False, continues_text=True, min_tokens=least)
     return Reader(
         model,
         stop=request.stop,
@@ -194,6 +195,7 @@ def _reader(model: Loaded, request: AnyRequest, prepared: Prepared) -> Reader:
         is_call=grammar.is_forced(request),
         is_formatted=request.format is not None,
         continues_text=prepared.prompt.continues_text,
+        min_tokens=least,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -18,8 +17,8 @@ from mlx_overlay_server.api.fields import (
     Seed,
     Share,
     Temperature,
-    image,
 )
+from mlx_overlay_server.api.openai.messages import ChatMessage, decoded_message
 from mlx_overlay_server.chat import requests
 from mlx_overlay_server.chat.requests import ChatRequest, Params, TextRequest
 from mlx_overlay_server.errors import InvalidRequest
@@ -38,6 +37,7 @@ class _SamplingBody(ModelBody):
     """The fields that chat completions and completions have in common."""
 
     max_tokens: Count | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
@@ -59,6 +59,8 @@ class _SamplingBody(ModelBody):
     metadata: dict[str, Any] | None = None
 
     def _params(self, logprobs: int | None, max_tokens: int | None) -> Params:
+        if self.min_tokens and max_tokens is not None and self.min_tokens > max_tokens:
+            raise InvalidRequest(f"`min_tokens` is more than the answer may have: {max_tokens}", param="min_tokens")
         return Params(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -71,6 +73,7 @@ class _SamplingBody(ModelBody):
             logit_bias=self.logit_bias or {},
             seed=self.seed,
             max_tokens=max_tokens,
+            min_tokens=self.min_tokens or 0,
             logprobs=logprobs,
         )
 
@@ -88,92 +91,6 @@ class _SamplingBody(ModelBody):
     def includes_usage(self) -> bool:
         """Whether the stream ends with a chunk of token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-
-class TextPart(Part):
-    """A text in a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class RefusalPart(Part):
-    """A refusal of an earlier answer, sent back as text."""
-
-    type: Literal["refusal"]
-    refusal: str
-
-
-class ImageUrl(Part):
-    """The address of an image: a data URL."""
-
-    url: str
-    detail: Literal["auto", "low", "high"] | None = None
-
-
-class ImagePart(Part):
-    """An image in a message."""
-
-    type: Literal["image_url"]
-    image_url: ImageUrl
-
-
-ContentPart = Annotated[TextPart | RefusalPart | ImagePart, Field(discriminator="type")]
-Content = str | list[ContentPart]
-
-
-class CallFunction(Part):
-    """The function that an earlier answer called; `arguments` is a JSON object, as text or as it is."""
-
-    name: str
-    arguments: str | Json
-
-
-class HistoryCall(Part):
-    """A tool call of an earlier answer."""
-
-    id: str
-    type: Literal["function"] = "function"
-    function: CallFunction
-
-
-class SystemMessage(Part):
-    """Instructions."""
-
-    role: Literal["system", "developer"]
-    content: Content
-    name: str | None = None
-
-
-class UserMessage(Part):
-    """A message of the user's."""
-
-    role: Literal["user"]
-    content: Content
-    name: str | None = None
-
-
-class AssistantMessage(Part):
-    """An earlier answer."""
-
-    role: Literal["assistant"]
-    content: Content | None = None
-    name: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    """As some clients and servers call it."""
-    tool_calls: list[HistoryCall] | None = None
-
-
-class ToolMessage(Part):
-    """The result of a tool call."""
-
-    role: Literal["tool"]
-    content: Content
-    tool_call_id: str
-
-
-ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
 class FunctionSpec(Part):
@@ -290,7 +207,7 @@ class ChatCompletionRequest(_SamplingBody):
             ),
             stop=self._stops(),
             n=self.n or 1,
-            messages=tuple(_message(each, f"messages[{at}]") for at, each in enumerate(self.messages)),
+            messages=tuple(decoded_message(each, f"messages[{at}]") for at, each in enumerate(self.messages)),
             tools=tools,
             choice=self._choice(tools),
             format=self._format(),
@@ -333,54 +250,6 @@ class ChatCompletionRequest(_SamplingBody):
         if isinstance(self.response_format, SchemaFormat):
             return requests.Format(self.response_format.json_schema.schema_)
         return None
-
-
-def _message(message: SystemMessage | UserMessage | AssistantMessage | ToolMessage, where: str) -> requests.Message:
-    content = _content(message.content, f"{where}.content")
-    if isinstance(message, SystemMessage):
-        return requests.Message("system", content, name=message.name)
-    if isinstance(message, UserMessage):
-        return requests.Message("user", content, name=message.name)
-    if isinstance(message, ToolMessage):
-        return requests.Message("tool", content, call_id=message.tool_call_id)
-    calls = tuple(
-        requests.Call(
-            call.id, call.function.name, arguments(call.function.arguments, f"{where}.tool_calls[{at}].function")
-        )
-        for at, call in enumerate(message.tool_calls or ())
-    )
-    return requests.Message(
-        "assistant", content, message.reasoning_content or message.reasoning or "", calls, name=message.name
-    )
-
-
-def _content(content: Content | None, where: str) -> tuple[str | requests.Image, ...]:
-    if content is None:
-        return ()
-    if isinstance(content, str):
-        return (content,)
-    parts: list[str | requests.Image] = []
-    for at, part in enumerate(content):
-        if isinstance(part, TextPart):
-            parts.append(part.text)
-        elif isinstance(part, RefusalPart):
-            parts.append(part.refusal)
-        else:
-            parts.append(image(part.image_url.url, f"{where}[{at}].image_url.url"))
-    return tuple(parts)
-
-
-def arguments(given: str | Json, where: str) -> Json:
-    """Return the arguments of an earlier call, whose place is `where`. Raises InvalidRequest."""
-    if not isinstance(given, str):
-        return given
-    try:
-        parsed = json.loads(given or "{}")
-    except (ValueError, RecursionError):
-        parsed = None
-    if not isinstance(parsed, dict):
-        raise InvalidRequest("the arguments of a call must be a JSON object", param=f"{where}.arguments")
-    return parsed
 
 
 Prompt = str | Annotated[list[str], Field(min_length=1)] | Annotated[list[int], Field(min_length=1)]

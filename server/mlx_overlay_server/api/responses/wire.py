@@ -11,7 +11,7 @@ from pydantic import Discriminator, Field
 from pydantic import Tag as Variant
 
 from mlx_overlay_server.api.fields import Body, Count, Json, ModelBody, Part, Share, Temperature, image
-from mlx_overlay_server.api.openai.wire import arguments
+from mlx_overlay_server.api.openai.messages import arguments
 from mlx_overlay_server.api.responses.tools import ToolParam, Tools
 from mlx_overlay_server.chat import requests
 from mlx_overlay_server.chat.requests import ChatRequest, Params
