@@ -227,7 +227,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("trust_remote_code", "--trust-remote-code", "run Python files that come with models")
     add("is_pipeline", "--pipeline", "under mlx.launch: distribute layers instead of splitting tensors")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    parser.add_argument("--print-completion", choices=SHELLS, help="print a completion script for your shell")
     return parser
 
 

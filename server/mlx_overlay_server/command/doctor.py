@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from hf_overlay import Model, OverlayError
-from hf_overlay.command import doctor as overlay
-from hf_overlay.command.doctor import Finding
+from hf_overlay import doctor as overlay
+from hf_overlay.doctor import Finding
 from hf_overlay.text import printable
 
 from mlx_overlay_server.command import models
