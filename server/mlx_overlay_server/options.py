@@ -10,7 +10,7 @@ from typing import Any
 from mlx_overlay_server import settings as settings_
 from mlx_overlay_server.settings import API_KEY_VARIABLE, EngineOptions, Limits, Settings, size
 
-__all__ = ["API_KEY_VARIABLE", "PROGRAM", "SHELLS", "add_folders", "make_parser", "read"]
+__all__ = ["API_KEY_VARIABLE", "PROGRAM", "SHELLS", "add_folders", "make_parser", "positive", "read"]
 
 PROGRAM = "mlx-omni-server"
 SHELLS = ("bash", "zsh", "fish", "tcsh")
@@ -157,7 +157,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=_seconds,
         metavar="SECONDS",
     )
-    add("batch_size", "--max-batch", "sequences of a model that generate at once", type=_positive, metavar="N")
+    add("batch_size", "--max-batch", "sequences of a model that generate at once", type=positive, metavar="N")
     add = add.of(Limits)
     add(
         "waiting_requests",
@@ -167,12 +167,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
     )
     add("body", "--max-body", "largest body of a request", type=_size, metavar="SIZE")
-    add("messages", "--max-messages", "most messages in a conversation", type=_positive, metavar="N")
+    add("messages", "--max-messages", "most messages in a conversation", type=positive, metavar="N")
     add(
         "prompt_tokens",
         "--max-prompt",
         "longest prompt; default: the model's context",
-        type=_positive,
+        type=positive,
         metavar="TOKENS",
     )
     add(
@@ -186,7 +186,7 @@ def make_parser() -> argparse.ArgumentParser:
         "answer_tokens",
         "--max-tokens",
         "longest answer when a request sets no limit; default: to the end of the context",
-        type=_positive,
+        type=positive,
         metavar="TOKENS",
     )
     add = add.of(EngineOptions)
@@ -194,14 +194,14 @@ def make_parser() -> argparse.ArgumentParser:
         "prefill_step",
         "--prefill-step",
         "most tokens of all prompts that are read at once",
-        type=_positive,
+        type=positive,
         metavar="TOKENS",
     )
     add(
         "max_stall_ms",
         "--max-stall-ms",
         "longest pause of running answers while prompts are read",
-        type=_positive,
+        type=positive,
         metavar="MILLISECONDS",
     )
     add = add.of(Settings)
@@ -221,7 +221,7 @@ def make_parser() -> argparse.ArgumentParser:
         "num_draft_tokens",
         "--num-draft-tokens",
         "tokens that the draft model proposes in each step",
-        type=_positive,
+        type=positive,
         metavar="N",
     )
     add("trust_remote_code", "--trust-remote-code", "run Python files that come with models")
@@ -322,7 +322,8 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Return the whole number, 1 or more, that an option gives."""
     if (count := _count(text)) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return count

@@ -10,7 +10,7 @@ from hf_overlay import hfcache
 
 from tests.support.hfcache import listing
 from tests.support.loopback_hub import LoopbackHub
-from tests.support.models import make_model
+from tests.support.models import make_model, make_random_model
 from tests.support.processes import BIN, PYTHON, Finished, environment, eventually, finish, start
 from tests.support.server import serving
 
@@ -53,6 +53,23 @@ def test_ps_finds_the_running_server_by_itself(home: Path, models: Path, model: 
     assert (
         done.err == "mlx-omni-server: error: no server runs here; start one (mlx-omni-server), or name one with --url\n"
     )
+
+
+def test_bench_starts_a_server_for_itself_and_leaves_nothing(home: Path, models: Path) -> None:
+    make_random_model(models / "acme" / "random")
+    done = _run(
+        *(home, "bench", "random", "--model-path", str(models), "--streams", "1,2", "--tokens", "4"),
+        *("--prompt-tokens", "20"),
+    )
+    assert done.status == 0, done.err
+    title, empty, head, _, *rows = done.lines()
+    assert title.startswith("acme/random, 4 tokens a stream; mlx-overlay-server ")
+    assert (empty, head.split()[1]) == ("", "streams")
+    assert [row.split()[1] for row in rows] == ["1", "2"]
+    assert not list((home / "sessions").glob("session-*"))
+    done = _run(home, "bench", "other", "--model-path", str(models))
+    assert (done.status, done.out) == (1, "")
+    assert "acme/random" in done.err, "it says what there is"
 
 
 @pytest.mark.parametrize("url", ["ftp://x", "", "http://"])

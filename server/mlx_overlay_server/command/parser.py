@@ -71,6 +71,26 @@ def _stop(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
+def _bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", metavar="MODEL", help="an id, or a part of one that no other model has")
+    parser.add_argument(
+        "--streams", type=_numbers, default=(1, 8, 32), metavar="N,…", help="streams at once; default: 1,8,32"
+    )
+    parser.add_argument(
+        "--prompt-tokens",
+        type=options.positive,
+        default=512,
+        metavar="TOKENS",
+        help="about how long each prompt is; default: 512",
+    )
+    parser.add_argument(
+        "--tokens", type=options.positive, default=128, metavar="TOKENS", help="tokens of each answer; default: 128"
+    )
+    options.add_folders(parser)
+    _add_server(parser)
+    _add_json(parser)
+
+
 def _doctor(parser: argparse.ArgumentParser) -> None:
     options.add_folders(parser)
     _add_server(parser)
@@ -89,6 +109,10 @@ def _completion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=options.SHELLS)
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(options.positive(part) for part in text.split(","))
+
+
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -105,6 +129,7 @@ _OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "pull": _pull,
     "ps": _ps,
     "stop": _stop,
+    "bench": _bench,
     "doctor": _doctor,
     "service": _service,
     "completion": _completion,
