@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from mlx_overlay_server.api import models_route, status
 from mlx_overlay_server.api.anthropic import routes as anthropic
 from mlx_overlay_server.api.guard import Guard
+from mlx_overlay_server.api.manage import routes as manage
 from mlx_overlay_server.api.openai import routes as openai
 from mlx_overlay_server.api.refusals import add_error_handlers, refuse
 from mlx_overlay_server.api.responses import routes as responses
@@ -69,6 +70,7 @@ def build(settings: Settings, session: hf_overlay.Session, process: Process | No
     )
     for routes in (openai, responses, anthropic, models_route, status):
         app.include_router(routes.router(service))
+    app.include_router(manage.router(service, downloader))
     add_error_handlers(app)
     guarded: Any = Guard(
         app,

@@ -115,9 +115,23 @@ class Service:
         """Whether somebody waits for an answer."""
         return self._open > 0
 
+    @property
+    def open(self) -> int:
+        """The number of requests that are admitted and have not ended."""
+        return self._open
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether new requests are refused because the server stops."""
+        return self._is_closing
+
+    async def entries(self) -> list[Listed]:
+        """List every model under its own id alone."""
+        return [self._sized(each) for each in await self.library.listed()]
+
     async def models(self) -> list[Listed]:
         """List every model, aliases included, sorted by id."""
-        listed = {each.id: self._sized(each) for each in await self.library.listed()}
+        listed = {each.id: each for each in await self.entries()}
         for alias, id_ in self.aliases.items():
             if id_ in listed:
                 listed.setdefault(alias, listed[id_]._replace(id=alias))

@@ -115,6 +115,8 @@ class Stats(NamedTuple):
     """Sequences that wait for room in a batch."""
     cache_bytes: int = 0
     cache_entries: int = 0
+    running_bytes: int = 0
+    """Bytes that the running sequences are taken to need for their KV caches."""
     steps: int = 0
     failures: int = 0
     """Batches lost to an error."""
