@@ -17,6 +17,7 @@ import hf_overlay
 from hf_overlay import descriptors
 from hf_overlay.text import printable
 
+from mlx_overlay_server import address
 from mlx_overlay_server.listening import listen, url
 from mlx_overlay_server.settings import Settings, rank
 
@@ -112,7 +113,12 @@ def _run(settings: Settings, session: hf_overlay.Session, sockets: list[socket.s
         timeout_keep_alive=75,  # longer than clients keep idle connections, so that they never meet a closed one
         timeout_graceful_shutdown=int(settings.shutdown_seconds) + 1,
     )
-    server = _server_class()(config, service, settings.shutdown_seconds, url(settings.host, sockets))
+    here = url(settings.host, sockets)
+    try:
+        address.leave(str(session.path), here)
+    except OSError as error:
+        logger.warning("commands will not find this server by themselves: %s", error.strerror)
+    server = _server_class()(config, service, settings.shutdown_seconds, here)
     server.run(sockets=sockets)
     return 1 if service.engine.is_stuck else 0
 

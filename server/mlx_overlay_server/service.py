@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import functools
+import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 
 from mlx_overlay_server.chat import prompt as chat
 from mlx_overlay_server.chat.events import (
     Done,
     Event,
     FinishReason,
-    PromptLogprobs,
-    PromptToken,
-    Started,
-    Text,
     TokenLogprob,
     Usage,
 )
@@ -25,11 +21,13 @@ from mlx_overlay_server.chat.reader import Token
 from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest
 from mlx_overlay_server.engine.commands import Item, Prefilled, PromptScores, Sampled, Scored
 from mlx_overlay_server.engine.handle import Engine
-from mlx_overlay_server.errors import InvalidRequest, Overloaded, Unavailable, UnknownModel
+from mlx_overlay_server.errors import InvalidRequest, Overloaded, Stopped, Unavailable, UnknownModel
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.library import Library, Listed
 from mlx_overlay_server.models.pool import Pool
 from mlx_overlay_server.preparation import Answer, Preparation
+from mlx_overlay_server.recent import Recent, RequestRecord
+from mlx_overlay_server.scores import add_scored, beginning, named
 from mlx_overlay_server.settings import Limits
 from mlx_overlay_server.turns import Turns
 
@@ -42,6 +40,33 @@ class Ticket:
     """`time.monotonic()` when the request came."""
     note: Callable[[], str] = lambda: "waiting"
     """Returns what the request is waiting for now, in a few words."""
+    client: str = "unknown"
+    """A name for whoever asked."""
+    is_stopped: bool = False
+    """Whether whoever looks after the server has stopped the request."""
+    on_stop: Callable[[], None] = lambda: None
+    """Ends what the request waits for at the moment."""
+
+    def stop(self) -> None:
+        """End the request with `Stopped`."""
+        self.is_stopped = True
+        self.on_stop()
+
+    @asynccontextmanager
+    async def stoppable(self) -> AsyncIterator[None]:
+        """Let `stop` end what is awaited in this context, in which nothing may be yielded. Raises Stopped."""
+        if self.is_stopped:
+            raise _stopped()
+        try:
+            async with asyncio.timeout(None) as scope:
+                self.on_stop = lambda: scope.reschedule(0)
+                yield
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise _stopped() from None
+        finally:
+            self.on_stop = lambda: None
 
 
 Batch = tuple[int, list[Event]]
@@ -62,8 +87,12 @@ class Service:
         *,
         aliases: Mapping[str, str] | None = None,
         default_model: str | None = None,
+        recent: Recent | None = None,
     ) -> None:
-        """`aliases` maps further names to model ids; `default_model` answers to names that are not known."""
+        """`aliases` maps further names to model ids; `default_model` answers to names that are not known.
+
+        `recent` keeps records of requests; None: of this service alone.
+        """
         self.library = library
         self.pool = pool
         self.engine = engine
@@ -71,6 +100,7 @@ class Service:
         self.limits = limits
         self.aliases = aliases or {}
         self._default = default_model and self.aliases.get(default_model, default_model)
+        self.recent = recent or Recent()
         self.turns = Turns()
         self._preparation = preparation
         self._open = 0
@@ -110,15 +140,19 @@ class Service:
         """The id of the model that answers requests which name none, or one that is not known."""
         return self._default
 
-    async def answer(self, request: AnyRequest, ticket: Ticket) -> AsyncIterator[Batch]:
+    async def answer(self, request: AnyRequest, ticket: Ticket) -> AsyncGenerator[Batch]:
         """Generate the answers to a request and yield their events as they come. Raises ServerError."""
-        with self._admitted(request):
-            async with self.pool.use(await self._resolved(request.model, ticket)) as model:
-                ticket.note = lambda: "reading the prompt"
-                answers = await self._preparation.answers(model, request)
-                async with aclosing(self._run(model, answers, ticket)) as batches:  # cancels before the model is let go
-                    async for batch in batches:
-                        yield batch
+        with self.recent.following(request.model, ticket) as record, self._admitted(request):
+            async with AsyncExitStack() as held:
+                async with ticket.stoppable():
+                    record.model = await self._resolved(request.model, ticket)
+                    model = await held.enter_async_context(self.pool.use(record.model))
+                    ticket.note = lambda: "reading the prompt"
+                    answers = await self._preparation.answers(model, request)
+                batches = self._run(model, answers, ticket, record)
+                await held.enter_async_context(aclosing(batches))  # cancels before the model is let go
+                async for batch in batches:
+                    yield batch
 
     async def count_tokens(self, request: ChatRequest, ticket: Ticket) -> int:
         """Count the tokens of a conversation's prompt. Raises ServerError."""
@@ -171,21 +205,28 @@ class Service:
             ticket.note = lambda: self.library.progress.get(id_) or f"loading {id_}"
         return id_
 
-    async def _run(self, model: Loaded, answers: Sequence[Answer], ticket: Ticket) -> AsyncGenerator[Batch]:
+    async def _run(
+        self, model: Loaded, answers: Sequence[Answer], ticket: Ticket, record: RequestRecord
+    ) -> AsyncGenerator[Batch]:
         open_ = {answer.submit.id: (index, answer) for index, answer in enumerate(answers)}
         mailbox = self.engine.submit(answer.submit for answer in answers)
+        ticket.on_stop = lambda: mailbox.put(answers[0].submit.id, _stopped())
         has_tokens = False
         try:
             while open_:
+                if ticket.is_stopped:
+                    raise _stopped()
                 came = _sorted(model, await mailbox.take(), ticket)
                 for id_, news in came.items():
                     if id_ not in open_:  # sampled before it was cancelled
                         continue
                     index, answer = open_[id_]
-                    _add_scored(model, answer, news.scores)
+                    add_scored(model, answer, news.scores)
                     if news.cached is not None:
                         answer.cached = news.cached
-                        yield index, _beginning(answer)
+                        record.tokens_in += len(answer.submit.prompt)
+                        record.tokens_cached += news.cached
+                        yield index, beginning(answer)
                     if not news.has_sampled:
                         continue
                     if not has_tokens:
@@ -194,9 +235,12 @@ class Service:
                         self.metrics.first_token.observe(time.monotonic() - ticket.started)
                     if answer.is_empty:
                         news.tokens, news.end = [], "length"
+                    before = answer.reader.tokens
                     events = answer.reader.feed(news.tokens, news.end)
+                    self.recent.count(record, ticket, answer.reader.tokens - before)
                     if answer.reader.reason is not None:
                         del open_[id_]
+                        record.reason = answer.reader.reason
                         self.engine.cancel([id_])
                         events.append(self._done(answer, answer.reader.reason))
                     if events:
@@ -256,6 +300,10 @@ def _sorted(model: Loaded, items: Iterable[tuple[int, Item]], ticket: Ticket) ->
     return came
 
 
+def _stopped() -> Stopped:
+    return Stopped("this request was stopped by whoever looks after the server")
+
+
 def _reading(item: Prefilled) -> Callable[[], str]:
     return lambda: f"reading the prompt: {item.done} of {item.total} tokens"
 
@@ -263,48 +311,5 @@ def _reading(item: Prefilled) -> Callable[[], str]:
 def _token(model: Loaded, item: Sampled) -> Token:
     if item.logprob is None:
         return Token(item.token)
-    top = tuple((*_named(model, token), logprob) for token, logprob in item.top)
-    return Token(item.token, TokenLogprob(*_named(model, item.token), item.logprob, top))
-
-
-def _named(model: Loaded, token: int) -> tuple[str, bytes]:
-    data = model.token_bytes(token)
-    return data.decode("utf-8", "replace"), data
-
-
-def _beginning(answer: Answer) -> list[Event]:
-    """Return an answer's first events, now that its prompt is read."""
-    events: list[Event] = [Started(len(answer.submit.prompt), answer.cached)]
-    if answer.scored:
-        events.append(PromptLogprobs(_as_in_text(answer.scored, answer.echo)))
-    if answer.echo:
-        events.append(Text(answer.echo))
-    return events
-
-
-def _add_scored(model: Loaded, answer: Answer, scores: Sequence[Scored]) -> None:
-    """Add the tokens of a prompt that were read, with their log probabilities; the first has none."""
-    if answer.submit.params.prompt_logprobs is None:
-        return
-    first = len(answer.scored)
-    given: Sequence[Scored | None] = scores if first else (None, *scores)
-    named = functools.cache(functools.partial(_named, model))
-    for id_, score in zip(answer.submit.prompt[first:], given, strict=False):
-        if score is None:
-            answer.scored.append(PromptToken(id_, *named(id_), None))
-            continue
-        top = tuple((token, named(token)[0], logprob) for token, logprob in score.top)
-        answer.scored.append(PromptToken(id_, *named(id_), score.logprob, score.rank, top))
-
-
-def _as_in_text(tokens: Sequence[PromptToken], text: str) -> tuple[PromptToken, ...]:
-    """Return tokens with the bytes that they have in their text, where there is one.
-
-    A mark that the tokenizer put before the text, and a space that decoders drop, have none.
-    """
-    extra = sum(len(each.data) for each in tokens) - len(text.encode("utf-8", "replace")) if text else 0
-    made: list[PromptToken] = []
-    for each in tokens:
-        made.append(each if extra <= 0 else replace(each, data=each.data[extra:]))
-        extra -= len(each.data)
-    return tuple(made)
+    top = tuple((*named(model, token), logprob) for token, logprob in item.top)
+    return Token(item.token, TokenLogprob(*named(model, item.token), item.logprob, top))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import hf_overlay
 import pytest
 from mlx_overlay_server.app import build
-from mlx_overlay_server.cli import make_parser, read
+from mlx_overlay_server.options import make_parser, read
 from mlx_overlay_server.service import Service
 from starlette.testclient import TestClient
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import hf_overlay
 from mlx_overlay_server.app import build
-from mlx_overlay_server.cli import make_parser, read
+from mlx_overlay_server.options import make_parser, read
 from starlette.testclient import TestClient
 
 from tests.support.models import make_model

@@ -22,6 +22,9 @@ Body = TypeVar("Body", bound=ModelBody, contravariant=True)
 CLIENT_GONE = 499
 """The status of an answer that nobody reads, as nginx has it; it shows in the metrics."""
 
+_LOOPBACK = frozenset({"127.0.0.1", "::1"})
+_LONGEST_NAME = 60
+
 
 class Exchange(Protocol):
     """One request of a dialect, decoded, and the encoder of its answer."""
@@ -63,7 +66,7 @@ class Dialect(Protocol[Body]):
 
 async def respond(service: Service, dialect: Dialect[Body], body: Body, request: Request) -> Response:
     """Answer a request, in one piece or as a stream. Raises ServerError unless a stream has begun."""
-    ticket = Ticket()
+    ticket = Ticket(client=client_of(request))
     await turn()
     body.name(service.default_model)
     exchange = dialect.decode(body, request.headers)
@@ -73,6 +76,16 @@ async def respond(service: Service, dialect: Dialect[Body], body: Body, request:
         return EventStream(events, ticket, refuse=dialect.refuse, fail=exchange.fail, ping=dialect.ping)
     answers = await unless_gone(request, gathered(batches, exchange.request.answers))
     return Response(status_code=CLIENT_GONE) if answers is None else answer(exchange.whole(answers))
+
+
+def client_of(request: Request) -> str:
+    """Return a name for whoever sends a request: its program, and its address unless that is this machine."""
+    agent = request.headers.get("user-agent", "")
+    program = (
+        "browser" if agent.startswith("Mozilla/") else agent.partition("(")[0].strip()[:_LONGEST_NAME] or "unknown"
+    )
+    address = request.client.host if request.client is not None else ""
+    return program if address in _LOOPBACK or not address else f"{program} at {address}"
 
 
 def documented(whole: Any, error: Any, *, stream: str | None = None) -> dict[int | str, dict[str, Any]]:

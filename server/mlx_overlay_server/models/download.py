@@ -23,7 +23,7 @@ import hf_overlay
 
 from mlx_overlay_server import children
 from mlx_overlay_server.children import Child
-from mlx_overlay_server.errors import Forbidden, Unavailable, UnknownModel
+from mlx_overlay_server.errors import Forbidden, ServerError, Unavailable, UnknownModel
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -133,18 +133,10 @@ class Downloader:
 
     async def _fail(self, model_id: str, child: Child, report: Mapping[str, Any]) -> NoReturn:
         """Raise the ServerError for what a process reported, or for its end without a report."""
-        kind = report.get("error", "")
-        if kind == "GatedRepoError":
-            raise Forbidden(
-                f"{model_id} is gated: ask for access on its page on the Hub, then `hf auth login` on the server",
-                field="model",
-                code="model_gated",
-            )
-        if kind in _NOT_FOUND:
+        error = failure(model_id, report, 0 if report else await child.wait())
+        if isinstance(error, UnknownModel):
             self._remember_unknown(model_id)
-            raise _no_model(model_id, kind)
-        message = report["message"] if kind else f"it ended with status {await child.wait()}"
-        raise Unavailable(f"{model_id} cannot be downloaded: {message}", code="download_failed")
+        raise error
 
     def _ended(self, model_id: str, download: _Download, task: asyncio.Task[None]) -> None:
         self._forget(model_id, download)
@@ -167,6 +159,21 @@ class Downloader:
         if len(self._unknown) >= _MAX_UNKNOWN:
             del self._unknown[next(iter(self._unknown))]
         self._unknown[model_id] = time.monotonic()
+
+
+def failure(model_id: str, report: Mapping[str, Any], status: int) -> ServerError:
+    """Return the error for what a download's process reported, or for its end with `status` and without a report."""
+    kind = report.get("error", "")
+    if kind == "GatedRepoError":
+        return Forbidden(
+            f"{model_id} is gated: ask for access on its page on the Hub, then `hf auth login` on the server",
+            field="model",
+            code="model_gated",
+        )
+    if kind in _NOT_FOUND:
+        return _no_model(model_id, kind)
+    message = report["message"] if kind else f"it ended with status {status}"
+    return Unavailable(f"{model_id} cannot be downloaded: {message}", code="download_failed")
 
 
 def _no_model(model_id: str, kind: str) -> UnknownModel:
