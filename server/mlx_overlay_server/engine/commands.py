@@ -87,7 +87,23 @@ class Prefilled(NamedTuple):
     """Tokens reused from the KV caches of earlier prompts."""
 
 
-Item = Sampled | Prefilled | ServerError
+class Scored(NamedTuple):
+    """A token of a prompt, as likely as the model finds it after those before it."""
+
+    logprob: float
+    rank: int
+    """Its place among all tokens, the likeliest being the first."""
+    top: tuple[tuple[int, float], ...]
+    """(token, log probability), likeliest first."""
+
+
+class PromptScores(NamedTuple):
+    """The next tokens of a prompt that was read, from its second on."""
+
+    tokens: tuple[Scored, ...]
+
+
+Item = Sampled | Prefilled | PromptScores | ServerError
 
 
 class Stats(NamedTuple):
