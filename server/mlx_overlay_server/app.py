@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from mlx_overlay_server.api import models_route, status
+from mlx_overlay_server.api import models_route, page, status
 from mlx_overlay_server.api.anthropic import routes as anthropic
 from mlx_overlay_server.api.guard import Guard
 from mlx_overlay_server.api.manage import routes as manage
@@ -67,10 +67,13 @@ def build(settings: Settings, session: hf_overlay.Session, process: Process | No
         title="MLX Omni Server",
         summary="OpenAI- and Anthropic-compatible chat server on mlx-lm.",
         lifespan=lifespan,
+        docs_url=None,  # a page of ours, as FastAPI's load their scripts from another host
+        redoc_url=None,
     )
     for routes in (openai, responses, anthropic, models_route, status):
         app.include_router(routes.router(service))
     app.include_router(manage.router(service, downloader))
+    app.include_router(page.router())
     add_error_handlers(app)
     guarded: Any = Guard(
         app,
