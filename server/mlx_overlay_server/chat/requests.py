@@ -117,6 +117,8 @@ class Request:
     params: Params = Params()
     stop: tuple[str, ...] = ()
     n: int = 1
+    context: int | None = None
+    """Tokens that prompt and answer may have together, where the model could take more."""
 
     @property
     def answers(self) -> int:
@@ -141,6 +143,8 @@ class ChatRequest(Request):
     effort: str | None = None
     """The reasoning effort, in the words of the template."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+    """A chat template in place of the model's own."""
     is_effort_optional: bool = False
     """Whether to ignore `effort` where the template has no such setting, instead of refusing."""
 
