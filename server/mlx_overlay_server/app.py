@@ -17,6 +17,7 @@ from mlx_overlay_server.access import Access
 from mlx_overlay_server.api import models_route, status
 from mlx_overlay_server.api.anthropic import routes as anthropic
 from mlx_overlay_server.api.guard import Guard
+from mlx_overlay_server.api.manage import routes as manage
 from mlx_overlay_server.api.openai import routes as openai
 from mlx_overlay_server.api.refusals import add_error_handlers, refuse
 from mlx_overlay_server.api.responses import routes as responses
@@ -72,6 +73,7 @@ def build(live: Live, session: hf_overlay.Session, process: Process | None = Non
     )
     for routes in (openai, responses, anthropic, models_route, status):
         app.include_router(routes.router(service))
+    app.include_router(manage.router(service, downloader))
     add_error_handlers(app)
     guarded: Any = Guard(
         app,

@@ -68,6 +68,11 @@ class Live:
         has_own_weights = profile.adapter_path is not None or profile.draft_model is not None
         return Target(name if has_own_weights else profile.model, profile)
 
+    def names(self, model_id: str) -> list[str]:
+        """Return the other names that lead to a model: aliases and profiles, sorted."""
+        names = {*self.settings.aliases, *self.settings.profiles} - {model_id}
+        return sorted(name for name in names if self.source(self.target(name).id) == model_id)
+
     def source(self, loaded_as: str) -> str:
         """Return the id of the model that is loaded under a name."""
         profile = self.settings.profiles.get(loaded_as)

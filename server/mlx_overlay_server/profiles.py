@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
-from mlx_overlay_server.chat.prompt import OURS
-from mlx_overlay_server.chat.requests import ChatRequest, Message, TextRequest
+from mlx_overlay_server.chat.requests import OURS, ChatRequest, Message, TextRequest
 from mlx_overlay_server.settings import Profile
 
 R = TypeVar("R", bound=ChatRequest | TextRequest)

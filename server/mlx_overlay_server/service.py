@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from mlx_overlay_server import access, profiles
 from mlx_overlay_server.chat import prompt as chat
-from mlx_overlay_server.chat.events import Done, Event, FinishReason, Started, Text, TokenLogprob, Usage
+from mlx_overlay_server.chat.events import (
+    Done,
+    Event,
+    FinishReason,
+    PromptLogprobs,
+    PromptToken,
+    Started,
+    Text,
+    TokenLogprob,
+    Usage,
+)
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.reader import Token
 from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, TextRequest
-from mlx_overlay_server.engine.commands import Item, Prefilled, Sampled
+from mlx_overlay_server.engine.commands import Item, Prefilled, PromptScores, Sampled, Scored
 from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.errors import InvalidRequest, Overloaded, Stopped, Unavailable, UnknownModel
 from mlx_overlay_server.live import Live
@@ -106,9 +117,23 @@ class Service:
         """Whether somebody waits for an answer."""
         return self._open > 0
 
+    @property
+    def open(self) -> int:
+        """The number of requests that are admitted and have not ended."""
+        return self._open
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether new requests are refused because the server stops."""
+        return self._is_closing
+
+    async def entries(self) -> list[Listed]:
+        """List every model under its own id alone."""
+        return [self._sized(each) for each in await self.library.listed()]
+
     async def models(self) -> list[Listed]:
         """List every model, aliases included, sorted by id."""
-        listed = {each.id: self._sized(each) for each in await self.library.listed()}
+        listed = {each.id: each for each in await self.entries()}
         for name in (*self.live.settings.profiles, *self.live.settings.aliases):
             target = self.live.target(name)
             if (own := listed.get(self.live.source(target.id))) is not None:
@@ -125,6 +150,11 @@ class Service:
         if default in listed and not await self.library.is_known(model_id):
             return listed[default]._replace(id=model_id)
         raise UnknownModel(f"there is no model {model_id!r} here; GET /v1/models lists what there is", field="model")
+
+    def is_default(self, model_id: str) -> bool:
+        """Return whether a model answers requests which name none, or one that is not known."""
+        default = self.default_model
+        return default is not None and self.live.source(self.live.target(default).id) == model_id
 
     def _sized(self, listed: Listed) -> Listed:
         """Return a model with the number of tokens that are usable: what fits in memory, and what the server takes."""
@@ -226,18 +256,20 @@ class Service:
                     if id_ not in open_:  # sampled before it was cancelled
                         continue
                     index, answer = open_[id_]
+                    _add_scored(model, answer, news.scores)
                     if news.cached is not None:
                         answer.cached = news.cached
                         record.tokens_in += len(answer.submit.prompt)
                         record.tokens_cached += news.cached
-                        started: list[Event] = [Started(len(answer.submit.prompt), news.cached)]
-                        yield index, started + ([Text(answer.echo)] if answer.echo else [])
+                        yield index, _beginning(answer)
                     if not news.has_sampled:
                         continue
                     if not has_tokens:
                         has_tokens = True
                         ticket.note = lambda: "generating"
                         self.metrics.first_token.observe(time.monotonic() - ticket.started)
+                    if answer.is_empty:
+                        news.tokens, news.end = [], "length"
                     before = answer.reader.tokens
                     events = answer.reader.feed(news.tokens, news.end)
                     self.recent.count(record, ticket, answer.reader.tokens - before)
@@ -274,6 +306,8 @@ class _News:
 
     cached: int | None = None
     """Set once the prompt is in the KV cache: how many of its tokens were before."""
+    scores: list[Scored] = field(default_factory=list)
+    """Of the prompt's tokens."""
     has_sampled: bool = False
     tokens: list[Token] = field(default_factory=list)
     end: FinishReason | None = None
@@ -294,6 +328,8 @@ def _sorted(model: Loaded, items: Iterable[tuple[int, Item]], ticket: Ticket) ->
             ticket.note = _reading(item)
             if item.done == item.total:
                 came.setdefault(id_, _News()).cached = item.cached
+        elif isinstance(item, PromptScores):
+            came.setdefault(id_, _News()).scores += item.tokens
         else:
             raise item
     return came
@@ -315,10 +351,48 @@ def _reading(item: Prefilled) -> Callable[[], str]:
 def _token(model: Loaded, item: Sampled) -> Token:
     if item.logprob is None:
         return Token(item.token)
+    top = tuple((*_named(model, token), logprob) for token, logprob in item.top)
+    return Token(item.token, TokenLogprob(*_named(model, item.token), item.logprob, top))
 
-    def named(token: int) -> tuple[str, bytes]:
-        data = model.token_bytes(token)
-        return data.decode("utf-8", "replace"), data
 
-    top = tuple((*named(token), logprob) for token, logprob in item.top)
-    return Token(item.token, TokenLogprob(*named(item.token), item.logprob, top))
+def _named(model: Loaded, token: int) -> tuple[str, bytes]:
+    data = model.token_bytes(token)
+    return data.decode("utf-8", "replace"), data
+
+
+def _beginning(answer: Answer) -> list[Event]:
+    """Return an answer's first events, now that its prompt is read."""
+    events: list[Event] = [Started(len(answer.submit.prompt), answer.cached)]
+    if answer.scored:
+        events.append(PromptLogprobs(_as_in_text(answer.scored, answer.echo)))
+    if answer.echo:
+        events.append(Text(answer.echo))
+    return events
+
+
+def _add_scored(model: Loaded, answer: Answer, scores: Sequence[Scored]) -> None:
+    """Add the tokens of a prompt that were read, with their log probabilities; the first has none."""
+    if answer.submit.params.prompt_logprobs is None:
+        return
+    first = len(answer.scored)
+    given: Sequence[Scored | None] = scores if first else (None, *scores)
+    named = functools.cache(functools.partial(_named, model))
+    for id_, score in zip(answer.submit.prompt[first:], given, strict=False):
+        if score is None:
+            answer.scored.append(PromptToken(id_, *named(id_), None))
+            continue
+        top = tuple((token, named(token)[0], logprob) for token, logprob in score.top)
+        answer.scored.append(PromptToken(id_, *named(id_), score.logprob, score.rank, top))
+
+
+def _as_in_text(tokens: Sequence[PromptToken], text: str) -> tuple[PromptToken, ...]:
+    """Return tokens with the bytes that they have in their text, where there is one.
+
+    A mark that the tokenizer put before the text, and a space that decoders drop, have none.
+    """
+    extra = sum(len(each.data) for each in tokens) - len(text.encode("utf-8", "replace")) if text else 0
+    made: list[PromptToken] = []
+    for each in tokens:
+        made.append(each if extra <= 0 else replace(each, data=each.data[extra:]))
+        extra -= len(each.data)
+    return tuple(made)

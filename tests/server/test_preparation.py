@@ -15,7 +15,8 @@ from typing import Any, cast
 
 import pytest
 from mlx_lm.tokenizer_utils import load
-from mlx_overlay_server.chat import grammar, prompt
+from mlx_overlay_server.chat import grammar
+from mlx_overlay_server.chat.images import placed
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import ChatRequest, Format, Image, Message, TextRequest
 from mlx_overlay_server.engine.handle import Engine
@@ -104,7 +105,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch
     small, large = (_image(bomb(side), f"images[{side}]") for side in (6000, 9400))
     for images in ((large, large), (small, small, small)):
         with pytest.raises(InvalidRequest, match="pixels together") as caught:
-            prompt._placed(cast("Loaded", None), "", images)
+            placed(cast("Loaded", None), "", images)
         assert caught.value.param == images[-1].where
 
 

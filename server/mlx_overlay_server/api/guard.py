@@ -19,10 +19,10 @@ from mlx_overlay_server.api.values import MAX_VALUES, ValueCount
 from mlx_overlay_server.errors import Forbidden, InvalidRequest, ServerError, TooLarge
 from mlx_overlay_server.turns import LARGE_BYTES, Turns, becomes_large
 
-_MANAGE = "/manage/"
-"""What the paths of the server's management begin with."""
 _OPEN = frozenset({"/health", "/v1/health"})
 """Paths that need no key: what load balancers ask."""
+_OWN = "/manage/"
+"""What the paths begin with that, without a key, no page but the server's own may use, whichever others are allowed."""
 
 
 class Guard:
@@ -116,25 +116,32 @@ class Guard:
         if size > self._max_body:
             raise self._too_large()
         if self._access.is_open:
-            self._check_browser(headers)
+            self._check_browser(headers, is_own=scope["path"].startswith(_OWN))
         elif scope["path"] not in _OPEN and scope["method"] != "OPTIONS":  # browsers ask beforehand without a key
             given = headers.get("x-api-key") or headers.get("authorization", "").partition(" ")[2]
             key = self._access.key(given.encode("latin-1"))  # as it was sent: headers are bytes
             CURRENT.set(key)
-            if key is not None and key.models and scope["path"].startswith(_MANAGE):
+            if key is not None and key.models and scope["path"].startswith(_OWN):
                 raise Forbidden(f"the key {key.name!r} is for some models, and not for managing the server")
             if key is not None and scope["method"] == "POST":
                 self._access.count(key)
 
-    def _check_browser(self, headers: Headers) -> None:
-        """Without a key, a web page anywhere could use the server through its reader's browser (DNS rebinding)."""
+    def _check_browser(self, headers: Headers, *, is_own: bool) -> None:
+        """Without a key, a web page anywhere could use the server through its reader's browser (DNS rebinding).
+
+        `is_own`: whether only the server's own page may ask, also where others may use the server.
+        """
         host = headers.get("host", "")
         if not self._is_ours(_split(f"//{host}").hostname):
             raise Forbidden(f"requests for host {host!r} are refused without an API key", code="foreign_host")
         origin = headers.get("origin")
-        if origin is None or origin in self._origins or "*" in self._origins:
+        if origin is None or (not is_own and (origin in self._origins or "*" in self._origins)):
             return
         if _split(origin).netloc != host:
+            if is_own:
+                raise Forbidden(
+                    f"pages of {origin} may not manage the server, which has no API key", code="foreign_origin"
+                )
             raise Forbidden(
                 f"requests from pages of {origin} are refused; allow them with --cors-allow-origins",
                 code="foreign_origin",

@@ -11,6 +11,8 @@ from typing_extensions import TypedDict
 from mlx_overlay_server.api.transport import answer
 from mlx_overlay_server.service import Service
 
+State = Literal["starting", "loading", "ready", "waiting", "failed"]
+
 
 class EngineHealth(TypedDict):
     """The engine: sequences that generate or wait, and batches that were lost to an error."""
@@ -26,7 +28,7 @@ class EngineHealth(TypedDict):
 class Health(TypedDict):
     """The answer to `GET /health`."""
 
-    status: Literal["starting", "loading", "ready", "waiting", "failed"]
+    status: State
     loaded: list[str]
     """Ids of the models in memory."""
     loading: list[str]
@@ -38,7 +40,7 @@ def health_of(service: Service) -> Health:
     """Return the server's state now."""
     engine = service.engine
     stats = engine.stats
-    status: Literal["starting", "loading", "ready", "waiting", "failed"]
+    status: State
     if engine.failure is not None:
         status = "failed"
     elif engine.held is not None:

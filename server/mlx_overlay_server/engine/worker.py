@@ -313,6 +313,7 @@ class Worker:
             waiting=sum(runner.waiting for runner in runners) + self._admission.waiting,
             cache_bytes=self._prefixes.nbytes,
             cache_entries=len(self._prefixes),
+            running_bytes=self._admission.running_bytes,
             steps=self._steps,
             failures=self._failures,
             is_alive=True,

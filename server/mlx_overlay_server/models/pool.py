@@ -13,14 +13,14 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from mlx_overlay_server import memory
 from mlx_overlay_server.chat.loaded import Loaded
-from mlx_overlay_server.errors import ServerError, Unavailable
+from mlx_overlay_server.errors import Conflict, ServerError, Unavailable
 from mlx_overlay_server.models import room
 from mlx_overlay_server.models.library import Located
+from mlx_overlay_server.models.load import Load, Resident
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -46,57 +46,19 @@ class Extras(NamedTuple):
     """The id of a smaller model of the same vocabulary."""
 
 
-@dataclass(slots=True)
-class Resident:
-    """A model in memory."""
+class Occupant(NamedTuple):
+    """A model that is in memory, or on its way there, as lists show it."""
 
     id: str
-    model: Loaded
-    number: int
-    """The number of its load."""
-    used: float
-    """When it was last used, in monotonic seconds."""
-
-
-@dataclass(slots=True, eq=False)
-class _Load:
-    """A load of one model, which all requests for it share.
-
-    It looks for the model, which may download it, then waits for room, then loads.
-    """
-
-    id: str
-    number: int = 0
-    nbytes: int = 0
-    since: float = 0
-    """When it began to wait for room, in monotonic seconds."""
-    has_room: bool = False
-    """Whether it has begun to read weights, and takes memory."""
-    task: asyncio.Task[Resident | str] | None = None
-    """Ends with the model, or with the id that the disk spells otherwise, under which the model is loaded."""
-    _room: asyncio.Future[None] | None = None
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether it waits for room."""
-        return self._room is not None and not self._room.done()
-
-    def wait(self, number: int) -> asyncio.Future[None]:
-        """Begin to wait for room, and return what to await."""
-        self.number, self.since = number, time.monotonic()
-        self._room = asyncio.get_running_loop().create_future()
-        return self._room
-
-    def begin(self) -> None:
-        """End the wait for room: there is some."""
-        self.has_room = True
-        if self._room is not None:
-            self._room.set_result(None)
-
-    def refuse(self, error: ServerError) -> None:
-        """End the wait for room with an error."""
-        if self._room is not None:
-            self._room.set_exception(error)
+    is_resident: bool
+    nbytes: int
+    """Bytes of its weights; 0 while they are not known."""
+    users: int
+    """Requests that use it or wait for it."""
+    idle_seconds: float | None
+    """Seconds since it was last used; None while it is in use, or not in memory yet."""
+    is_waiting: bool = False
+    """Whether its load waits for room."""
 
 
 class Pool:
@@ -131,9 +93,9 @@ class Pool:
         self._resident: dict[str, Resident] = {}
         self._users: Counter[str] = Counter()
         """How many requests use a model or wait for it: while there are any, it is not unloaded."""
-        self._loads: dict[str, _Load] = {}
+        self._loads: dict[str, Load] = {}
         """The loads that requests can join, by the model's id."""
-        self._tasks: dict[asyncio.Task[Resident | str], _Load] = {}
+        self._tasks: dict[asyncio.Task[Resident | str], Load] = {}
         """All loads that have not ended, those that were cancelled included."""
         self._numbers = itertools.count()
 
@@ -146,6 +108,36 @@ class Pool:
     def loading(self) -> list[str]:
         """Ids of models on their way into memory, sorted."""
         return sorted(self._loads)
+
+    @property
+    def pinned(self) -> frozenset[str]:
+        """Ids of models that are not unloaded for others, nor for being idle."""
+        return self._pinned
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that weights may take; None until the machine is known."""
+        return self._budget or None
+
+    @property
+    def occupants(self) -> list[Occupant]:
+        """All models in memory, and all on their way there, sorted by id."""
+        now = time.monotonic()
+        there = [
+            Occupant(
+                each.id,
+                is_resident=True,
+                nbytes=each.model.nbytes,
+                users=self._users[each.id],
+                idle_seconds=None if self._users[each.id] else now - each.used,
+            )
+            for each in self._resident.values()
+        ]
+        coming = [
+            Occupant(load.id, False, load.nbytes, self._users[load.id], None, is_waiting=load.is_waiting)
+            for load in self._loads.values()
+        ]
+        return sorted(there + coming)
 
     @property
     def nbytes(self) -> int:
@@ -179,6 +171,39 @@ class Pool:
             if (left := self._resident.get(model_id)) is not None:
                 left.used = time.monotonic()
             self._leave(model_id)
+
+    async def load(self, model_id: str, *, pin: bool = False) -> None:
+        """Load a model unless it is in memory. Raises ServerError."""
+        async with self.use(model_id):
+            if pin:
+                self.pin(model_id)
+
+    def unload(self, model_id: str, *, force: bool = False) -> None:
+        """Unload a model, or give up its load; what pinned it does so no longer. Nothing where it is not in memory.
+
+        Raises Conflict for one that is in use; with `force`, its requests end with an error instead.
+        """
+        if (users := self._users[model_id]) and not force:
+            requests = "1 request uses" if users == 1 else f"{users} requests use"
+            raise Conflict(
+                f"{requests} {model_id}, or waits for it; stop that first, or unload it with `force`", code="model_busy"
+            )
+        self.unpin(model_id)
+        if (load := self._loads.get(model_id)) is not None:
+            load.is_given_up = True
+            self._cancel(load)
+        if (resident := self._resident.get(model_id)) is not None:
+            self._unload(resident, "as asked")
+            self._admit()
+
+    def pin(self, model_id: str) -> None:
+        """Let a model stay in memory once it is there."""
+        self._pinned |= {model_id}
+
+    def unpin(self, model_id: str) -> None:
+        """Let a model be unloaded again for others, or for being idle."""
+        self._pinned -= {model_id}
+        self._admit()
 
     async def sweep(self) -> None:
         """Unload models that were idle for too long, for as long as the server runs."""
@@ -219,7 +244,7 @@ class Pool:
         """Load a model once, however many requests wait for it; or return the id under which to load it."""
         load = self._loads.get(model_id)
         if load is None:
-            load = self._loads[model_id] = _Load(model_id)
+            load = self._loads[model_id] = Load(model_id)
             load.task = asyncio.create_task(self._run(load))
             self._tasks[load.task] = load
             load.task.add_done_callback(self._ended)
@@ -227,6 +252,8 @@ class Pool:
         try:
             return await asyncio.shield(load.task)
         except asyncio.CancelledError:
+            if load.task.cancelled() and load.is_given_up:
+                raise Unavailable(f"the load of {model_id} was given up, as asked", code="model_unloaded") from None
             if load.task.cancelled():
                 raise Unavailable("the server is shutting down") from None
             raise
@@ -241,7 +268,7 @@ class Pool:
             self._cancel(load)
         self._admit()
 
-    def _cancel(self, load: _Load) -> None:
+    def _cancel(self, load: Load) -> None:
         """End a load. A request for its model that comes from now on begins another one."""
         if self._loads.get(load.id) is load:
             del self._loads[load.id]
@@ -256,7 +283,7 @@ class Pool:
             task.exception()  # whoever waited has got it; asyncio warns of errors that nobody has read
         self._admit()
 
-    async def _run(self, load: _Load) -> Resident | str:
+    async def _run(self, load: Load) -> Resident | str:
         extras = self._extras.get(load.id, Extras())
         located = await self._source.locate(load.id)
         if located.id != load.id:  # one model, which must not be in memory twice

@@ -12,11 +12,12 @@ import pickle
 import sys
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from mlx_overlay_server.chat import grammar
+from mlx_overlay_server.chat.events import PromptToken
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.reader import Reader
 from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, Params
@@ -51,6 +52,13 @@ class Answer:
     """Text that the answer begins with."""
     cached: int = 0
     """Tokens of the prompt that came from the KV cache; known once the prompt is read."""
+    scored: list[PromptToken] = field(default_factory=list)
+    """The prompt's tokens with their log probabilities, as far as they are read, where they were asked for."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing but the prompt is wanted. The engine draws a token all the same."""
+        return self.submit.params.max_tokens == 0
 
 
 class Preparation:

@@ -184,6 +184,16 @@ def test_a_page_that_was_allowed_is_answered(allowed: str) -> None:
     assert Door(origins=["http://other.example", allowed]).ask(("origin", "http://localhost:3000")) == 200
 
 
+@pytest.mark.parametrize("allowed", ["http://localhost:3000", "*"])
+def test_no_other_page_manages_the_server_also_where_it_may_use_it(allowed: str) -> None:
+    door = Door(origins=[allowed])
+    assert door.ask(("origin", "http://localhost:3000"), path="/manage/v1/models/unload") == 403
+    assert door.refused is not None
+    assert door.refused.code == "foreign_origin"
+    assert door.ask(("origin", "http://127.0.0.1:10240"), path="/manage/v1/models/unload") == 200
+    assert door.ask(path="/manage/v1/models/unload") == 200, "a program, which no page can make send this"
+
+
 _odd = st.binary(max_size=10) | st.text("h:/[]@.#?%1", max_size=10).map(str.encode)
 
 

@@ -85,6 +85,8 @@ class AssistantMessage(Part):
     reasoning: str | None = None
     """As some clients and servers call it."""
     tool_calls: list[HistoryCall] | None = None
+    function_call: CallFunction | None = None
+    """The call of an answer to `functions`."""
 
 
 class ToolMessage(Part):
@@ -95,7 +97,17 @@ class ToolMessage(Part):
     tool_call_id: str
 
 
-ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+class FunctionMessage(Part):
+    """The result of a `function_call`, which is found by the function's name."""
+
+    role: Literal["function"]
+    content: Content | None = None
+    name: str
+
+
+ChatMessage = Annotated[
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage | FunctionMessage, Field(discriminator="role")
+]
 
 
 def decoded_message(message: ChatMessage, where: str) -> requests.Message:
@@ -107,12 +119,16 @@ def decoded_message(message: ChatMessage, where: str) -> requests.Message:
         return requests.Message("user", content, name=message.name)
     if isinstance(message, ToolMessage):
         return requests.Message("tool", content, call_id=message.tool_call_id)
+    if isinstance(message, FunctionMessage):
+        return requests.Message("tool", content, call_id=message.name, name=message.name)
     calls = tuple(
         requests.Call(
             call.id, call.function.name, arguments(call.function.arguments, f"{where}.tool_calls[{at}].function")
         )
         for at, call in enumerate(message.tool_calls or ())
     )
+    if (call := message.function_call) is not None:
+        calls += (requests.Call(call.name, call.name, arguments(call.arguments, f"{where}.function_call")),)
     return requests.Message(
         "assistant", content, message.reasoning_content or message.reasoning or "", calls, name=message.name
     )
