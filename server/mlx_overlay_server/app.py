@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from mlx_overlay_server.access import Access
 from mlx_overlay_server.api import models_route, page, status
 from mlx_overlay_server.api.anthropic import routes as anthropic
 from mlx_overlay_server.api.guard import Guard
@@ -23,6 +24,7 @@ from mlx_overlay_server.api.responses import routes as responses
 from mlx_overlay_server.awake import keep_awake
 from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.errors import ServerError
+from mlx_overlay_server.live import Live
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.download import Downloader
 from mlx_overlay_server.models.library import Library
@@ -30,21 +32,22 @@ from mlx_overlay_server.models.pool import Extras, Pool, preload
 from mlx_overlay_server.preparation import Preparation
 from mlx_overlay_server.preparation.process import Process
 from mlx_overlay_server.service import Service
-from mlx_overlay_server.settings import Settings
 
 logger = logging.getLogger("mlx_overlay_server")
 
 
-def build(settings: Settings, session: hf_overlay.Session, process: Process | None = None) -> tuple[ASGIApp, Service]:
+def build(live: Live, session: hf_overlay.Session, process: Process | None = None) -> tuple[ASGIApp, Service]:
     """The application, and the service in it; `process` is a preparation process that was started already."""
+    settings = live.settings
     downloader = None if session.is_offline else Downloader(session)
-    service = _service(settings, session, downloader, process)
+    service = _service(live, session, downloader, process)
+    first = tuple(live.target(name).id for name in settings.models)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
         tasks = [
-            asyncio.create_task(preload(service.pool, settings.models, service.engine.warm_up)),
+            asyncio.create_task(preload(service.pool, first, service.engine.warm_up)),
             asyncio.create_task(_log_memory(service.engine, settings.memory_budget)),
             asyncio.create_task(service.pool.sweep()),
             asyncio.create_task(
@@ -77,13 +80,14 @@ def build(settings: Settings, session: hf_overlay.Session, process: Process | No
     add_error_handlers(app)
     guarded: Any = Guard(
         app,
-        api_key=settings.api_key,
+        access=Access(lambda: live.settings),
         host=settings.host,
         origins=settings.origins,
         max_body=settings.limits.body,
         refuse=refuse,
         count=lambda path, code: service.metrics.requests.labels(path, code).inc(),
         turns=service.turns,
+        refresh=live.refresh,
     )
     if settings.origins:
         guarded = CORSMiddleware(
@@ -111,12 +115,26 @@ async def _log_memory(engine: Engine, budget: int | None) -> None:
         )
 
 
+def _arrange(pool: Pool, live: Live) -> None:
+    """Let the pool treat single models as the settings say."""
+    settings = live.settings
+    profiles = {live.target(name).id: profile for name, profile in settings.profiles.items()}
+    extras = {name: Extras(each.adapter_path, each.draft_model) for name, each in profiles.items()}
+    if settings.adapter_path is not None or settings.draft_model is not None:
+        extras[live.target(settings.models[0]).id] = Extras(settings.adapter_path, settings.draft_model)
+    pool.arrange(
+        extras={name: each for name, each in extras.items() if each != Extras()},
+        pinned=[name for name, each in profiles.items() if each.pin],
+        idle_ttls={name: each.idle_ttl for name, each in profiles.items() if each.idle_ttl is not None},
+    )
+
+
 def _service(
-    settings: Settings, session: hf_overlay.Session, downloader: Downloader | None, process: Process | None
+    live: Live, session: hf_overlay.Session, downloader: Downloader | None, process: Process | None
 ) -> Service:
+    settings = live.settings
     engine = Engine(settings.engine)
-    library = Library(session, downloader.fetch if downloader is not None else None)
-    first = settings.models[:1]
+    library = Library(session, downloader.fetch if downloader is not None else None, live.source)
 
     async def weights() -> int:
         return (await engine.memory()).weights
@@ -126,9 +144,10 @@ def _service(
         engine,
         budget=weights if settings.memory_budget is None else settings.memory_budget,
         idle_ttl=settings.idle_ttl,
-        pinned=settings.models,
-        extras={name: Extras(settings.adapter_path, settings.draft_model) for name in first},
+        pinned=tuple(live.target(name).id for name in settings.models),
     )
+    _arrange(pool, live)
+    live.followers.append(lambda _: _arrange(pool, live))
 
     def numbers() -> dict[str, tuple[str, float]]:
         stats = engine.stats
@@ -151,6 +170,5 @@ def _service(
         Metrics(numbers, frozenset({"engine_steps", "engine_failures"})),
         settings.limits,
         Preparation(engine, settings.limits, process),
-        aliases=settings.aliases,
-        default_model=settings.default_model,
+        live=live,
     )
