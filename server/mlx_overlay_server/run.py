@@ -20,6 +20,7 @@ from hf_overlay.text import printable
 from mlx_overlay_server import address
 from mlx_overlay_server.imports import absent
 from mlx_overlay_server.listening import listen, url
+from mlx_overlay_server.live import Live
 from mlx_overlay_server.settings import Settings, rank
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ GRACE_SECONDS = 4.5
 """After `--shutdown-seconds`: how long the server may take to free what it holds before it ends itself."""
 
 
-def serve(settings: Settings) -> int:
+def serve(live: Live) -> int:
     """Serve until SIGINT or SIGTERM, and return the exit code. Called in the main thread, for the signals."""
+    settings = live.settings
     _log_to_stderr(settings.log_level)
     descriptors.raise_limit()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server listens to signals itself
@@ -55,7 +57,7 @@ def serve(settings: Settings) -> int:
                 del os.environ[name]
             if rank(os.environ):
                 return _follow(settings)
-            return _serve_http(settings, session)
+            return _serve_http(live, session)
     except hf_overlay.OverlayError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, hf_overlay.UsageError) else 1
@@ -81,7 +83,8 @@ def _follow(settings: Settings) -> int:
     return 1 if engine.is_alive() else 0
 
 
-def _serve_http(settings: Settings, session: hf_overlay.Session) -> int:
+def _serve_http(live: Live, session: hf_overlay.Session) -> int:
+    settings = live.settings
     try:
         sockets = listen(settings.host, settings.port)
     except OSError as error:
@@ -92,12 +95,13 @@ def _serve_http(settings: Settings, session: hf_overlay.Session) -> int:
 
     first = Process()  # imports what it needs beside us, so that the first answer does not wait for it
     try:
-        return _run(settings, session, sockets, first)
+        return _run(live, session, sockets, first)
     finally:
         first.end()  # a signal may come before there is anything else that ends it
 
 
-def _run(settings: Settings, session: hf_overlay.Session, sockets: list[socket.socket], first: Process) -> int:
+def _run(live: Live, session: hf_overlay.Session, sockets: list[socket.socket], first: Process) -> int:
+    settings = live.settings
     import uvicorn
 
     from mlx_overlay_server.api.connection import Connection
@@ -105,7 +109,7 @@ def _run(settings: Settings, session: hf_overlay.Session, sockets: list[socket.s
     with absent("pydantic.v1"):  # FastAPI imports it to see that no field is one of its own, unless there is none
         from mlx_overlay_server.app import build
 
-        app, service = build(settings, session, first)
+        app, service = build(live, session, first)
     config = uvicorn.Config(
         app,
         http=Connection,

@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import TypeVar
 
+from mlx_overlay_server import access, profiles
 from mlx_overlay_server.chat import prompt as chat
 from mlx_overlay_server.chat.events import (
     Done,
     Event,
     FinishReason,
-    PromptLogprobs,
-    PromptToken,
-    Started,
-    Text,
     TokenLogprob,
     Usage,
 )
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.reader import Token
-from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest
+from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, TextRequest
 from mlx_overlay_server.engine.commands import Item, Prefilled, PromptScores, Sampled, Scored
 from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.errors import InvalidRequest, Overloaded, Stopped, Unavailable, UnknownModel
+from mlx_overlay_server.live import Live
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.library import Library, Listed
 from mlx_overlay_server.models.pool import Pool
 from mlx_overlay_server.preparation import Answer, Preparation
 from mlx_overlay_server.recent import Recent, RequestRecord
-from mlx_overlay_server.settings import Limits
+from mlx_overlay_server.scores import add_scored, beginning, named
+from mlx_overlay_server.settings import Limits, Settings
 from mlx_overlay_server.turns import Turns
 
 
@@ -73,6 +72,7 @@ class Ticket:
             self.on_stop = lambda: None
 
 
+R = TypeVar("R", bound=ChatRequest | TextRequest)
 Batch = tuple[int, list[Event]]
 """Some events of one answer: (the answer's index, events in their order)."""
 
@@ -89,11 +89,10 @@ class Service:
         limits: Limits,
         preparation: Preparation,
         *,
-        aliases: Mapping[str, str] | None = None,
-        default_model: str | None = None,
+        live: Live | None = None,
         recent: Recent | None = None,
     ) -> None:
-        """`aliases` maps further names to model ids; `default_model` answers to names that are not known.
+        """`live` are the settings in force, which say what names stand for.
 
         `recent` keeps records of requests; None: of this service alone.
         """
@@ -102,8 +101,7 @@ class Service:
         self.engine = engine
         self.metrics = metrics
         self.limits = limits
-        self.aliases = aliases or {}
-        self._default = default_model and self.aliases.get(default_model, default_model)
+        self.live = live or Live(Settings())
         self.recent = recent or Recent()
         self.turns = Turns()
         self._preparation = preparation
@@ -132,9 +130,11 @@ class Service:
     async def models(self) -> list[Listed]:
         """List every model, aliases included, sorted by id."""
         listed = {each.id: each for each in await self.entries()}
-        for alias, id_ in self.aliases.items():
-            if id_ in listed:
-                listed.setdefault(alias, listed[id_]._replace(id=alias))
+        for name in (*self.live.settings.profiles, *self.live.settings.aliases):
+            target = self.live.target(name)
+            if (own := listed.get(self.live.source(target.id))) is not None:
+                usable = target.profile.context if target.profile is not None else None
+                listed[name] = own._replace(id=name, usable=_least(own.usable, usable))
         return sorted(listed.values())
 
     async def model(self, model_id: str) -> Listed:
@@ -142,28 +142,34 @@ class Service:
         listed = {each.id: each for each in await self.models()}
         if model_id in listed:
             return listed[model_id]
-        if self._default in listed and not await self.library.is_known(model_id):
-            return listed[self._default]._replace(id=model_id)
+        default = self.default_model
+        if default in listed and not await self.library.is_known(model_id):
+            return listed[default]._replace(id=model_id)
         raise UnknownModel(f"there is no model {model_id!r} here; GET /v1/models lists what there is", field="model")
+
+    def is_default(self, model_id: str) -> bool:
+        """Return whether a model answers requests which name none, or one that is not known."""
+        default = self.default_model
+        return default is not None and self.live.source(self.live.target(default).id) == model_id
 
     def _sized(self, listed: Listed) -> Listed:
         """Return a model with the number of tokens that are usable: what fits in memory, and what the server takes."""
         shares = self.engine.stats.memory
         fits = shares.tokens(listed.nbytes, listed.kv_bytes) if shares is not None else None
         known = (self.pool.context_of(listed.id), listed.context, fits, self.limits.prompt_tokens)
-        return listed._replace(usable=min((tokens for tokens in known if tokens is not None), default=None))
+        return listed._replace(usable=_least(*known))
 
     @property
     def default_model(self) -> str | None:
-        """The id of the model that answers requests which name none, or one that is not known."""
-        return self._default
+        """The name of the model that answers requests which name none, or one that is not known."""
+        return self.live.settings.default_model
 
     async def answer(self, request: AnyRequest, ticket: Ticket) -> AsyncGenerator[Batch]:
         """Generate the answers to a request and yield their events as they come. Raises ServerError."""
         with self.recent.following(request.model, ticket) as record, self._admitted(request):
             async with AsyncExitStack() as held:
                 async with ticket.stoppable():
-                    record.model = await self._resolved(request.model, ticket)
+                    request, record.model = await self._resolved(request, ticket)
                     model = await held.enter_async_context(self.pool.use(record.model))
                     ticket.note = lambda: "reading the prompt"
                     answers = await self._preparation.answers(model, request)
@@ -175,7 +181,8 @@ class Service:
     async def count_tokens(self, request: ChatRequest, ticket: Ticket) -> int:
         """Count the tokens of a conversation's prompt. Raises ServerError."""
         with self._admitted(request):
-            async with self.pool.use(await self._resolved(request.model, ticket)) as model:
+            request, id_ = await self._resolved(request, ticket)
+            async with self.pool.use(id_) as model:
                 return await self._preparation.count_tokens(model, request)
 
     def close(self) -> None:
@@ -213,15 +220,21 @@ class Service:
         finally:
             self._open -= 1
 
-    async def _resolved(self, name: str, ticket: Ticket) -> str:
-        """Return the id that a request's model name stands for. Raises InvalidRequest."""
+    async def _resolved(self, request: R, ticket: Ticket) -> tuple[R, str]:
+        """Return a request with what its model's profile says, and the name under which that model is loaded.
+
+        Raises InvalidRequest, and Forbidden for a model that the request's key is not for.
+        """
+        name = request.model
         chat.check_unicode(name, "model")
-        id_ = self.aliases.get(name, name)
-        if not self.pool.is_resident(id_):
-            if self._default is not None and not await self.library.is_known(id_):
-                id_ = self._default
-            ticket.note = lambda: self.library.progress.get(id_) or f"loading {id_}"
-        return id_
+        target = self.live.target(name)
+        if not self.pool.is_resident(target.id):
+            id_ = self.live.source(target.id)
+            if self.default_model is not None and not await self.library.is_known(id_):
+                target = self.live.target(self.default_model)
+            ticket.note = lambda: self.library.progress.get(id_) or f"loading {target.id}"
+        access.check_model(name, target.id, self.live.source(target.id))
+        return (request if target.profile is None else profiles.applied(target.profile, request)), target.id
 
     async def _run(
         self, model: Loaded, answers: Sequence[Answer], ticket: Ticket, record: RequestRecord
@@ -239,12 +252,12 @@ class Service:
                     if id_ not in open_:  # sampled before it was cancelled
                         continue
                     index, answer = open_[id_]
-                    _add_scored(model, answer, news.scores)
+                    add_scored(model, answer, news.scores)
                     if news.cached is not None:
                         answer.cached = news.cached
                         record.tokens_in += len(answer.submit.prompt)
                         record.tokens_cached += news.cached
-                        yield index, _beginning(answer)
+                        yield index, beginning(answer)
                     if not news.has_sampled:
                         continue
                     if not has_tokens:
@@ -318,6 +331,11 @@ def _sorted(model: Loaded, items: Iterable[tuple[int, Item]], ticket: Ticket) ->
     return came
 
 
+def _least(*numbers: int | None) -> int | None:
+    """Return the least of the numbers that are known; None where none is."""
+    return min((each for each in numbers if each is not None), default=None)
+
+
 def _stopped() -> Stopped:
     return Stopped("this request was stopped by whoever looks after the server")
 
@@ -329,48 +347,5 @@ def _reading(item: Prefilled) -> Callable[[], str]:
 def _token(model: Loaded, item: Sampled) -> Token:
     if item.logprob is None:
         return Token(item.token)
-    top = tuple((*_named(model, token), logprob) for token, logprob in item.top)
-    return Token(item.token, TokenLogprob(*_named(model, item.token), item.logprob, top))
-
-
-def _named(model: Loaded, token: int) -> tuple[str, bytes]:
-    data = model.token_bytes(token)
-    return data.decode("utf-8", "replace"), data
-
-
-def _beginning(answer: Answer) -> list[Event]:
-    """Return an answer's first events, now that its prompt is read."""
-    events: list[Event] = [Started(len(answer.submit.prompt), answer.cached)]
-    if answer.scored:
-        events.append(PromptLogprobs(_as_in_text(answer.scored, answer.echo)))
-    if answer.echo:
-        events.append(Text(answer.echo))
-    return events
-
-
-def _add_scored(model: Loaded, answer: Answer, scores: Sequence[Scored]) -> None:
-    """Add the tokens of a prompt that were read, with their log probabilities; the first has none."""
-    if answer.submit.params.prompt_logprobs is None:
-        return
-    first = len(answer.scored)
-    given: Sequence[Scored | None] = scores if first else (None, *scores)
-    named = functools.cache(functools.partial(_named, model))
-    for id_, score in zip(answer.submit.prompt[first:], given, strict=False):
-        if score is None:
-            answer.scored.append(PromptToken(id_, *named(id_), None))
-            continue
-        top = tuple((token, named(token)[0], logprob) for token, logprob in score.top)
-        answer.scored.append(PromptToken(id_, *named(id_), score.logprob, score.rank, top))
-
-
-def _as_in_text(tokens: Sequence[PromptToken], text: str) -> tuple[PromptToken, ...]:
-    """Return tokens with the bytes that they have in their text, where there is one.
-
-    A mark that the tokenizer put before the text, and a space that decoders drop, have none.
-    """
-    extra = sum(len(each.data) for each in tokens) - len(text.encode("utf-8", "replace")) if text else 0
-    made: list[PromptToken] = []
-    for each in tokens:
-        made.append(each if extra <= 0 else replace(each, data=each.data[extra:]))
-        extra -= len(each.data)
-    return tuple(made)
+    top = tuple((*named(model, token), logprob) for token, logprob in item.top)
+    return Token(item.token, TokenLogprob(*named(model, item.token), item.logprob, top))

@@ -169,3 +169,25 @@ def test_serving_imports_no_command(home: Path) -> None:
     )
     done = finish([PYTHON, "-c", code], environment(home))
     assert done.lines()[-1] == "['mlx_overlay_server.command', 'mlx_overlay_server.command.parser']"
+
+
+def test_config_says_what_holds_and_from_where_and_shows_no_key(home: Path, models: Path) -> None:
+    file = home / ".config/hf-overlay/config.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text(f'model_path = ["{models}"]\n[server]\nport = 8001\n[server.alias]\nx = "acme/y"\n')
+    environ = {"MLX_OMNI_API_KEY": "secret"}
+    done = _run(home, "config", "--host", "0.0.0.0", **environ)
+    assert done.status == 0, done.err
+    assert done.lines()[0] == str(file)
+    cells = {line.split()[0]: line.split()[1:] for line in done.lines()[2:] if not line.startswith(" ")}
+    assert cells["model_path"] == [str(models), f"{file}:1"]
+    assert cells["port"] == ["8001", f"{file}:3"]
+    assert cells["host"] == ["0.0.0.0", "--host"]
+    assert cells["alias"] == ["x=acme/y", f"{file}:4"]
+    assert cells["api_key"] == ["(hidden)", "MLX_OMNI_API_KEY"]
+    assert "secret" not in done.out
+    rows = json.loads(_run(home, "config", "--json", **environ).out)
+    assert {"name": "port", "value": 8001, "origin": f"{file}:3"} in rows["settings"]
+    file.write_text("[server]\nport = 3.5\n")
+    done = _run(home, "config")
+    assert (done.status, f"{file}:2: port: " in done.err) == (2, True)

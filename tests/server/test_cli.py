@@ -76,7 +76,7 @@ def test_every_flag_has_a_setting_and_every_setting_a_flag() -> None:
     nested = {"engine": EngineOptions, "limits": Limits}
     names = {each.name for each in fields(Settings)} - nested.keys()
     names |= {f"{outer}.{each.name}" for outer, owner in nested.items() for each in fields(owner)}
-    assert names == {name for _, _, name, _ in FLAGS}
+    assert names - {"profiles", "keys"} == {name for _, _, name, _ in FLAGS}, "these two are in the file alone"
 
 
 def test_a_flag_that_is_not_given_has_the_default_of_its_dataclass() -> None:

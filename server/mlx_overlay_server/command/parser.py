@@ -97,6 +97,27 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
+def _config(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{options.PROGRAM} config [options]"
+    options.add_options(parser)
+    _add_json(parser)
+
+
+def _key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["add", "ls"])
+    parser.add_argument("name", metavar="NAME", nargs="?", help="who the key is for")
+    parser.add_argument(
+        "--model",
+        dest="models",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="a model that it is for; may be repeated; default: all",
+    )
+    parser.add_argument("--rate", type=options.positive, metavar="N", help="requests that it may send in a minute")
+    _add_json(parser)
+
+
 def _service(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{options.PROGRAM} service [options] {{install,uninstall,status}} [-- OPTION …]"
     parser.epilog = _SERVICE_EXAMPLES
@@ -131,6 +152,8 @@ _OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "stop": _stop,
     "bench": _bench,
     "doctor": _doctor,
+    "config": _config,
+    "key": _key,
     "service": _service,
     "completion": _completion,
 }

@@ -74,9 +74,15 @@ Download = Callable[[str, Callable[[str], None]], Awaitable[None]]
 class Library:
     """The models of one overlay session."""
 
-    def __init__(self, session: hf_overlay.Session, download: Download | None) -> None:
-        """`download` is used for ids that are not found locally; None: the server is offline."""
+    def __init__(
+        self, session: hf_overlay.Session, download: Download | None, source: Callable[[str], str] = lambda name: name
+    ) -> None:
+        """`download` is used for ids that are not found locally; None: the server is offline.
+
+        `source` returns the id of the model that is loaded under a name.
+        """
         self._session = session
+        self._source = source
         self._download = download
         self._sizes: dict[str, _Sizes] = {}
         """What config.json says of each listed model, by its folder; read anew when the file has changed."""
@@ -122,8 +128,9 @@ class Library:
         config = _config(model.path) if file is not None else {}
         return _Sizes(file, context_length(config), _kv_bytes(config), sees="vision_config" in config)
 
-    async def locate(self, model_id: str) -> Located:
+    async def locate(self, name: str) -> Located:
         """Return where to load a model from, after downloading it if it is not found locally. Raises ServerError."""
+        model_id = self._source(name)
         found = await asyncio.to_thread(self._locate, model_id)
         if isinstance(found, _NotHere) and self._download is not None:
             try:
@@ -135,14 +142,15 @@ class Library:
             found = await asyncio.to_thread(self._locate, model_id)
         if isinstance(found, _NotHere):
             raise found.refusal()
-        return found
+        return found if name == model_id else found._replace(id=name)
 
-    async def here(self, model_id: str) -> Located:
+    async def here(self, name: str) -> Located:
         """Return where a model is found locally; nothing is downloaded. Raises ServerError."""
+        model_id = self._source(name)
         found = await asyncio.to_thread(self._locate, model_id)
         if isinstance(found, _NotHere):
             raise found.refusal()
-        return found
+        return found if name == model_id else found._replace(id=name)
 
     async def problems(self) -> list[dict[str, str]]:
         """Return what `hf-overlay doctor` finds now: for each problem `kind`, `where`, `what` and `advice`."""

@@ -84,7 +84,11 @@ class Pool:
         self._find_budget = budget if callable(budget) else None
         self._budget = 0 if callable(budget) else budget
         self._idle_ttl = idle_ttl
+        self._idle_ttls: dict[str, float] = {}
+        """The seconds of models that have their own."""
         self._pinned = frozenset(pinned)
+        self._arranged: frozenset[str] = frozenset()
+        """Those of them that `arrange` has pinned."""
         self._extras = dict(extras or {})
         self._resident: dict[str, Resident] = {}
         self._users: Counter[str] = Counter()
@@ -203,12 +207,28 @@ class Pool:
 
     async def sweep(self) -> None:
         """Unload models that were idle for too long, for as long as the server runs."""
-        while self._idle_ttl:
-            await asyncio.sleep(min(self._idle_ttl / 4, 10))
+        while True:
+            times = [seconds for seconds in (self._idle_ttl, *self._idle_ttls.values()) if seconds]
+            await asyncio.sleep(min(10, *(seconds / 4 for seconds in times)) if times else 10)
             now = time.monotonic()
             for each in self._idle():
-                if now - each.used >= self._idle_ttl:
+                seconds = self._idle_ttls.get(each.id, self._idle_ttl)
+                if seconds and now - each.used >= seconds:
                     self._unload(each, "idle")
+
+    def arrange(self, *, extras: Mapping[str, Extras], pinned: Collection[str], idle_ttls: Mapping[str, float]) -> None:
+        """Follow what the configuration says of single models, by the names under which they are loaded.
+
+        A model whose extras have changed is unloaded, or, while it is in use, loaded otherwise the next time.
+        """
+        for each in self._idle():
+            if self._extras.get(each.id, Extras()) != extras.get(each.id, Extras()):
+                self._unload(each, "the configuration has changed")
+        self._extras = dict(extras)
+        self._pinned = (self._pinned - self._arranged) | frozenset(pinned)
+        self._arranged = frozenset(pinned)
+        self._idle_ttls = dict(idle_ttls)
+        self._admit()
 
     def abort(self) -> None:
         """Cancel loads that still run; whoever waits for them gets Unavailable."""

@@ -10,6 +10,7 @@ import hf_overlay
 import pytest
 from mlx_overlay_server import options, run
 from mlx_overlay_server.errors import Unavailable
+from mlx_overlay_server.live import Live
 from mlx_overlay_server.models.download import Downloader
 
 
@@ -32,5 +33,5 @@ def test_the_flag_reaches_the_overlay(monkeypatch: pytest.MonkeyPatch, flags: li
     monkeypatch.setattr(run, "_log_to_stderr", lambda _level: None)
     said: list[str] = []
     monkeypatch.setattr("builtins.print", lambda text, **_: said.append(text))
-    assert run.serve(options.read(options.make_parser().parse_args(flags), os.environ)) == 1
+    assert run.serve(Live(options.read(options.make_parser().parse_args(flags), os.environ))) == 1
     assert said == [f"error: holds: {bool(flags)}"]

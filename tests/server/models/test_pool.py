@@ -418,7 +418,9 @@ def test_without_a_time_idle_models_stay() -> None:
         shelf = Shelf()
         pool = Pool(shelf, shelf, budget=BUDGET)
         await used(pool, "a")
-        await pool.sweep()
+        sweeping = asyncio.create_task(pool.sweep())
+        await asyncio.sleep(0.05)
+        sweeping.cancel()
         assert pool.resident == ["a"]
 
     run(scenario())

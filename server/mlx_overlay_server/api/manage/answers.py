@@ -284,8 +284,8 @@ def _entry(listed: Listed, service: Service, state: Place) -> ModelEntry:
         "context_length": listed.context,
         "usable_context": listed.usable,
         "images": listed.sees,
-        "aliases": sorted(alias for alias, model_id in service.aliases.items() if model_id == listed.id),
-        "default": listed.id == service.default_model,
+        "aliases": service.live.names(listed.id),
+        "default": service.is_default(listed.id),
         "state": state,
         "pinned": listed.id in service.pool.pinned,
     }

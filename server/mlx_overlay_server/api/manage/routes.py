@@ -110,20 +110,20 @@ def _add_models(routes: APIRouter, service: Service) -> None:
     @routes.post("/models/load", responses=documented(Done, ErrorAnswer))
     async def load(body: ModelToLoad, request: Request) -> Response:
         """Load a model that is here, and answer when it is in memory. It is not downloaded."""
-        found = await service.library.here(service.aliases.get(body.model, body.model))
+        found = await service.library.here(service.live.target(body.model).id)
         loaded = await unless_gone(request, _loaded(service, found.id, body.pin))
         return Response(status_code=CLIENT_GONE) if loaded is None else answer(loaded)
 
     @routes.post("/models/unload", responses=documented(Done, ErrorAnswer))
     async def unload(body: ModelToUnload) -> Response:
         """Unload a model, or give up its load, and pin it no longer."""
-        service.pool.unload(service.aliases.get(body.model, body.model), force=body.force)
+        service.pool.unload(service.live.target(body.model).id, force=body.force)
         return answer(_DONE)
 
     @routes.post("/models/pin", responses=documented(Done, ErrorAnswer))
     async def pin(body: ModelToPin) -> Response:
         """Keep a model in memory once it is there, or no longer; until the server ends."""
-        model_id = service.aliases.get(body.model, body.model)
+        model_id = service.live.target(body.model).id
         if body.pinned:
             service.pool.pin((await service.library.here(model_id)).id)
         else:
