@@ -29,7 +29,7 @@ CHECK_MAC = import platform, sys; mac = platform.mac_ver()[0]; \
 # Where `make dist` leaves the wheels and sdists.
 DIST := dist
 
-.PHONY: help demo serve test agents clients kinds check format bench dist mutants soak clean
+.PHONY: help demo serve test agents clients kinds check format bench screenshots dist mutants soak clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -60,6 +60,9 @@ bench: $(VENV)/.ready  ## print the overlay's, the gateway's and the server's ra
 	$(BIN)/python benchmarks/gateway.py
 	$(BIN)/python benchmarks/server.py
 	$(BIN)/python benchmarks/prompts.py
+
+screenshots: $(VENV)/.ready  ## make the pictures of the server's page in docs/ anew, which takes a Chromium
+	SCREENSHOTS=$(CURDIR)/docs $(BIN)/python -m pytest -n 0 tests/e2e/test_server_page.py -k "loaded or chat"
 
 dist: $(VENV)/.ready  ## build the wheels and sdists of both distributions into dist/
 	rm -rf $(DIST)

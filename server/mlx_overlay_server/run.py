@@ -165,7 +165,7 @@ def _server_class() -> Any:
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if not self.should_exit:
-                logger.info("listening on %s (OpenAI clients: %s/v1)", self._url, self._url)
+                logger.info("listening on %s (open it in a browser; OpenAI clients: %s/v1)", self._url, self._url)
 
     return Server
 
