@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from mlx_overlay_server import logs
 from mlx_overlay_server.access import Access
 from mlx_overlay_server.api import models_route, status
 from mlx_overlay_server.api.anthropic import routes as anthropic
@@ -31,6 +32,7 @@ from mlx_overlay_server.models.library import Library
 from mlx_overlay_server.models.pool import Extras, Pool, preload
 from mlx_overlay_server.preparation import Preparation
 from mlx_overlay_server.preparation.process import Process
+from mlx_overlay_server.recent import Recent
 from mlx_overlay_server.service import Service
 
 logger = logging.getLogger("mlx_overlay_server")
@@ -168,4 +170,5 @@ def _service(
         settings.limits,
         Preparation(engine, settings.limits, process),
         live=live,
+        recent=Recent(logs.request_ended),
     )
