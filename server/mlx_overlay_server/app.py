@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from mlx_overlay_server import logs
 from mlx_overlay_server.access import Access
 from mlx_overlay_server.api import models_route, page, status
 from mlx_overlay_server.api.anthropic import routes as anthropic
@@ -32,6 +33,7 @@ from mlx_overlay_server.models.library import Library
 from mlx_overlay_server.models.pool import Extras, Pool, preload
 from mlx_overlay_server.preparation import Preparation
 from mlx_overlay_server.preparer import Process
+from mlx_overlay_server.recent import Recent
 from mlx_overlay_server.service import Service
 from mlx_overlay_server.settings import rank
 
@@ -176,4 +178,5 @@ def _service(
         settings.limits,
         preparation,
         live=live,
+        recent=Recent(logs.request_ended),
     )
