@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -30,8 +31,9 @@ from mlx_overlay_server.models.download import Downloader
 from mlx_overlay_server.models.library import Library
 from mlx_overlay_server.models.pool import Extras, Pool, preload
 from mlx_overlay_server.preparation import Preparation
-from mlx_overlay_server.preparation.process import Process
+from mlx_overlay_server.preparer import Process
 from mlx_overlay_server.service import Service
+from mlx_overlay_server.settings import rank
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -139,6 +141,9 @@ def _service(
 ) -> Service:
     settings = live.settings
     engine = Engine(settings.engine)
+    preparation = Preparation(engine, settings.limits, process)
+    if rank(os.environ) is None:  # under mlx.launch each rank reads what it needs itself
+        engine.read_tokenizer = preparation.read_tokenizer
     library = Library(session, downloader.fetch if downloader is not None else None, live.source)
 
     async def weights() -> int:
@@ -174,6 +179,6 @@ def _service(
         engine,
         Metrics(numbers, frozenset({"engine_steps", "engine_failures"})),
         settings.limits,
-        Preparation(engine, settings.limits, process),
+        preparation,
         live=live,
     )

@@ -18,12 +18,13 @@ from hf_overlay import descriptors
 from hf_overlay.text import printable
 
 from mlx_overlay_server import address
+from mlx_overlay_server.imports import absent
 from mlx_overlay_server.listening import listen, url
 from mlx_overlay_server.live import Live
 from mlx_overlay_server.settings import Settings, rank
 
 if TYPE_CHECKING:
-    from mlx_overlay_server.preparation.process import Process
+    from mlx_overlay_server.preparer import Process
     from mlx_overlay_server.service import Service
 
 logger = logging.getLogger("mlx_overlay_server")
@@ -90,7 +91,7 @@ def _serve_http(live: Live, session: hf_overlay.Session) -> int:
         reason = error.strerror or error
         print(f"error: cannot listen on {settings.host}:{settings.port}: {reason}; try --port 0", file=sys.stderr)
         return 1
-    from mlx_overlay_server.preparation.process import Process
+    from mlx_overlay_server.preparer import Process
 
     first = Process()  # imports what it needs beside us, so that the first answer does not wait for it
     try:
@@ -104,9 +105,11 @@ def _run(live: Live, session: hf_overlay.Session, sockets: list[socket.socket], 
     import uvicorn
 
     from mlx_overlay_server.api.connection import Connection
-    from mlx_overlay_server.app import build
 
-    app, service = build(live, session, first)
+    with absent("pydantic.v1"):  # FastAPI imports it to see that no field is one of its own, unless there is none
+        from mlx_overlay_server.app import build
+
+        app, service = build(live, session, first)
     config = uvicorn.Config(
         app,
         http=Connection,
