@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp
 
 from mlx_overlay_server import logs
 from mlx_overlay_server.access import Access
-from mlx_overlay_server.api import models_route, status
+from mlx_overlay_server.api import models_route, page, status
 from mlx_overlay_server.api.anthropic import routes as anthropic
 from mlx_overlay_server.api.guard import Guard
 from mlx_overlay_server.api.manage import routes as manage
@@ -31,9 +32,10 @@ from mlx_overlay_server.models.download import Downloader
 from mlx_overlay_server.models.library import Library
 from mlx_overlay_server.models.pool import Extras, Pool, preload
 from mlx_overlay_server.preparation import Preparation
-from mlx_overlay_server.preparation.process import Process
+from mlx_overlay_server.preparer import Process
 from mlx_overlay_server.recent import Recent
 from mlx_overlay_server.service import Service
+from mlx_overlay_server.settings import rank
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -72,10 +74,13 @@ def build(live: Live, session: hf_overlay.Session, process: Process | None = Non
         title="MLX Omni Server",
         summary="OpenAI- and Anthropic-compatible chat server on mlx-lm.",
         lifespan=lifespan,
+        docs_url=None,  # a page of ours, as FastAPI's load their scripts from another host
+        redoc_url=None,
     )
     for routes in (openai, responses, anthropic, models_route, status):
         app.include_router(routes.router(service))
     app.include_router(manage.router(service, downloader))
+    app.include_router(page.router())
     add_error_handlers(app)
     guarded: Any = Guard(
         app,
@@ -133,6 +138,9 @@ def _service(
 ) -> Service:
     settings = live.settings
     engine = Engine(settings.engine)
+    preparation = Preparation(engine, settings.limits, process)
+    if rank(os.environ) is None:  # under mlx.launch each rank reads what it needs itself
+        engine.read_tokenizer = preparation.read_tokenizer
     library = Library(session, downloader.fetch if downloader is not None else None, live.source)
 
     async def weights() -> int:
@@ -168,7 +176,7 @@ def _service(
         engine,
         Metrics(numbers, frozenset({"engine_steps", "engine_failures"})),
         settings.limits,
-        Preparation(engine, settings.limits, process),
+        preparation,
         live=live,
         recent=Recent(logs.request_ended),
     )

@@ -17,12 +17,13 @@ import hf_overlay
 from hf_overlay import descriptors
 
 from mlx_overlay_server import address, logs
+from mlx_overlay_server.imports import absent
 from mlx_overlay_server.listening import listen, url
 from mlx_overlay_server.live import Live
 from mlx_overlay_server.settings import Settings, rank
 
 if TYPE_CHECKING:
-    from mlx_overlay_server.preparation.process import Process
+    from mlx_overlay_server.preparer import Process
     from mlx_overlay_server.service import Service
 
 logger = logging.getLogger("mlx_overlay_server")
@@ -89,7 +90,7 @@ def _serve_http(live: Live, session: hf_overlay.Session) -> int:
         reason = error.strerror or error
         print(f"error: cannot listen on {settings.host}:{settings.port}: {reason}; try --port 0", file=sys.stderr)
         return 1
-    from mlx_overlay_server.preparation.process import Process
+    from mlx_overlay_server.preparer import Process
 
     first = Process()  # imports what it needs beside us, so that the first answer does not wait for it
     try:
@@ -103,9 +104,11 @@ def _run(live: Live, session: hf_overlay.Session, sockets: list[socket.socket], 
     import uvicorn
 
     from mlx_overlay_server.api.connection import Connection
-    from mlx_overlay_server.app import build
 
-    app, service = build(live, session, first)
+    with absent("pydantic.v1"):  # FastAPI imports it to see that no field is one of its own, unless there is none
+        from mlx_overlay_server.app import build
+
+        app, service = build(live, session, first)
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -161,7 +164,7 @@ def _server_class() -> Any:
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if not self.should_exit:
-                logger.info("listening on %s (OpenAI clients: %s/v1)", self._url, self._url)
+                logger.info("listening on %s (open it in a browser; OpenAI clients: %s/v1)", self._url, self._url)
 
     return Server
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from mlx_overlay_server import access, profiles
@@ -16,10 +15,6 @@ from mlx_overlay_server.chat.events import (
     Done,
     Event,
     FinishReason,
-    PromptLogprobs,
-    PromptToken,
-    Started,
-    Text,
     TokenLogprob,
     Usage,
 )
@@ -35,6 +30,7 @@ from mlx_overlay_server.models.library import Library, Listed
 from mlx_overlay_server.models.pool import Pool
 from mlx_overlay_server.preparation import Answer, Preparation
 from mlx_overlay_server.recent import Recent, RequestRecord
+from mlx_overlay_server.scores import add_scored, beginning, named
 from mlx_overlay_server.settings import Limits, Settings
 from mlx_overlay_server.turns import Turns
 
@@ -256,12 +252,12 @@ class Service:
                     if id_ not in open_:  # sampled before it was cancelled
                         continue
                     index, answer = open_[id_]
-                    _add_scored(model, answer, news.scores)
+                    add_scored(model, answer, news.scores)
                     if news.cached is not None:
                         answer.cached = news.cached
                         record.tokens_in += len(answer.submit.prompt)
                         record.tokens_cached += news.cached
-                        yield index, _beginning(answer)
+                        yield index, beginning(answer)
                     if not news.has_sampled:
                         continue
                     if not has_tokens:
@@ -351,48 +347,5 @@ def _reading(item: Prefilled) -> Callable[[], str]:
 def _token(model: Loaded, item: Sampled) -> Token:
     if item.logprob is None:
         return Token(item.token)
-    top = tuple((*_named(model, token), logprob) for token, logprob in item.top)
-    return Token(item.token, TokenLogprob(*_named(model, item.token), item.logprob, top))
-
-
-def _named(model: Loaded, token: int) -> tuple[str, bytes]:
-    data = model.token_bytes(token)
-    return data.decode("utf-8", "replace"), data
-
-
-def _beginning(answer: Answer) -> list[Event]:
-    """Return an answer's first events, now that its prompt is read."""
-    events: list[Event] = [Started(len(answer.submit.prompt), answer.cached)]
-    if answer.scored:
-        events.append(PromptLogprobs(_as_in_text(answer.scored, answer.echo)))
-    if answer.echo:
-        events.append(Text(answer.echo))
-    return events
-
-
-def _add_scored(model: Loaded, answer: Answer, scores: Sequence[Scored]) -> None:
-    """Add the tokens of a prompt that were read, with their log probabilities; the first has none."""
-    if answer.submit.params.prompt_logprobs is None:
-        return
-    first = len(answer.scored)
-    given: Sequence[Scored | None] = scores if first else (None, *scores)
-    named = functools.cache(functools.partial(_named, model))
-    for id_, score in zip(answer.submit.prompt[first:], given, strict=False):
-        if score is None:
-            answer.scored.append(PromptToken(id_, *named(id_), None))
-            continue
-        top = tuple((token, named(token)[0], logprob) for token, logprob in score.top)
-        answer.scored.append(PromptToken(id_, *named(id_), score.logprob, score.rank, top))
-
-
-def _as_in_text(tokens: Sequence[PromptToken], text: str) -> tuple[PromptToken, ...]:
-    """Return tokens with the bytes that they have in their text, where there is one.
-
-    A mark that the tokenizer put before the text, and a space that decoders drop, have none.
-    """
-    extra = sum(len(each.data) for each in tokens) - len(text.encode("utf-8", "replace")) if text else 0
-    made: list[PromptToken] = []
-    for each in tokens:
-        made.append(each if extra <= 0 else replace(each, data=each.data[extra:]))
-        extra -= len(each.data)
-    return tuple(made)
+    top = tuple((*named(model, token), logprob) for token, logprob in item.top)
+    return Token(item.token, TokenLogprob(*named(model, item.token), item.logprob, top))

@@ -12,12 +12,12 @@ from typing import Any
 
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import Params
-from mlx_overlay_server.engine.commands import Command, Item, Sampled, Stats, Stop, Submit
+from mlx_overlay_server.engine.commands import Command, Item, ReadTokenizer, Sampled, Stats, Stop, Submit
 from mlx_overlay_server.engine.worker import Worker
 from mlx_overlay_server.errors import ServerError
 from mlx_overlay_server.settings import EngineOptions
 
-TURNS = 2000
+TURNS = 20_000
 
 Script = Generator[Sequence[Command]]
 
@@ -27,6 +27,7 @@ class Stage:
 
     def __init__(self, options: EngineOptions) -> None:
         self.options = options
+        self.read_tokenizer: ReadTokenizer | None = None
         self.items: dict[int, list[Item]] = {}
         """Each sequence's id -> what was made of it."""
         self.settled: dict[str, Loaded | ServerError] = {}

@@ -21,6 +21,9 @@ from mlx_overlay_server.turns import LARGE_BYTES, Turns, becomes_large
 
 _OPEN = frozenset({"/health", "/v1/health"})
 """Paths that need no key: what load balancers ask."""
+_PAGES = frozenset({"/", "/docs"})
+_PARTS = "/ui/"
+"""The server's own pages, which need no key to be read, and what the paths of their parts begin with."""
 _OWN = "/manage/"
 """What the paths begin with that, without a key, no page but the server's own may use, whichever others are allowed."""
 
@@ -117,7 +120,7 @@ class Guard:
             raise self._too_large()
         if self._access.is_open:
             self._check_browser(headers, is_own=scope["path"].startswith(_OWN))
-        elif scope["path"] not in _OPEN and scope["method"] != "OPTIONS":  # browsers ask beforehand without a key
+        elif not _needs_no_key(scope["method"], scope["path"]):
             given = headers.get("x-api-key") or headers.get("authorization", "").partition(" ")[2]
             key = self._access.key(given.encode("latin-1"))  # as it was sent: headers are bytes
             CURRENT.set(key)
@@ -161,6 +164,12 @@ class Guard:
 
     def _too_large(self) -> TooLarge:
         return TooLarge(f"the body is larger than {self._max_body} bytes, or has more than {MAX_VALUES} values")
+
+
+def _needs_no_key(method: str, path: str) -> bool:
+    if method == "OPTIONS":  # browsers ask beforehand without a key
+        return True
+    return path in _OPEN or (method in ("GET", "HEAD") and (path in _PAGES or path.startswith(_PARTS)))
 
 
 async def _nothing() -> None:

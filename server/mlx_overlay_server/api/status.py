@@ -1,4 +1,4 @@
-"""The routes that say how the server is: health, metrics, and its name."""
+"""The routes that say how the server is: health and metrics."""
 
 from __future__ import annotations
 
@@ -83,10 +83,5 @@ def router(service: Service) -> APIRouter:
     async def metrics() -> Response:
         """Return numbers for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @routes.get("/", include_in_schema=False)
-    @routes.head("/", include_in_schema=False)
-    async def root() -> Response:
-        return answer({"name": "mlx-omni-server", "docs": "/docs"})
 
     return routes

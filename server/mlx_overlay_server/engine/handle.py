@@ -21,6 +21,7 @@ from mlx_overlay_server.engine.commands import (
     Command,
     Item,
     Load,
+    ReadTokenizer,
     Sampled,
     Stats,
     Stop,
@@ -80,6 +81,8 @@ class Engine:
 
     def __init__(self, options: EngineOptions) -> None:
         self.options = options
+        self.read_tokenizer: ReadTokenizer | None = None
+        """Set before the start, has another process read tokenizers: then this one does not import transformers."""
         self.stats = Stats()
         self._inbox: deque[Command] = deque()
         self._wake = threading.Event()

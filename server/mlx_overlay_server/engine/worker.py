@@ -20,6 +20,7 @@ from mlx_overlay_server.engine.commands import (
     Command,
     Item,
     Load,
+    ReadTokenizer,
     Sampled,
     Stats,
     Stop,
@@ -29,6 +30,7 @@ from mlx_overlay_server.engine.commands import (
 from mlx_overlay_server.engine.failures import failure, first_line, is_late, load_failure
 from mlx_overlay_server.engine.outbox import Outbox
 from mlx_overlay_server.errors import ServerError, Unavailable
+from mlx_overlay_server.imports import UNUSED, left_out
 from mlx_overlay_server.memory import Shares, shares
 from mlx_overlay_server.settings import EngineOptions
 
@@ -57,6 +59,7 @@ class Handle(Protocol):
     """Where commands come from and results go. Its methods may be called from the engine's thread."""
 
     options: EngineOptions
+    read_tokenizer: ReadTokenizer | None
 
     def take(self, seconds: float) -> list[Command]: ...
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None: ...
@@ -103,10 +106,11 @@ class Worker:
 
     def _prepare(self) -> None:
         """Import MLX and mlx-lm, which the first load would have to wait for, and set MLX's limits."""
-        from mlx_overlay_server.engine import mlx  # before anything else imports mlx-lm
+        with left_out(*(UNUSED if self._engine.read_tokenizer is not None else ())):
+            from mlx_overlay_server.engine import mlx  # before anything else imports mlx-lm
 
-        # isort: split
-        import mlx_overlay_server.engine.loading  # noqa: F401
+            # isort: split
+            import mlx_overlay_server.engine.loading  # noqa: F401
         from mlx_overlay_server.engine.prefix_cache import PrefixCache
         from mlx_overlay_server.engine.ranks import Ranks
 
@@ -224,7 +228,8 @@ class Worker:
     def _load(self, command: Load) -> Iterator[Runner | None]:
         from mlx_overlay_server.engine.loading import load
 
-        return load(command, self._options, self._ranks.group, self._prefixes, self._memory)
+        read = self._engine.read_tokenizer
+        return load(command, self._options, self._ranks.group, self._prefixes, self._memory, read)
 
     def _go_on_loading(self, key: str, steps: Iterator[Runner | None]) -> None:
         """Load one slice of a model; sequences of other models go on between slices."""

@@ -251,7 +251,16 @@ def test_health_needs_no_key(path: str) -> None:
     assert Door(api_key="secret").ask(path=path, method="GET") == 200
 
 
-@pytest.mark.parametrize("path", ["/", "/metrics", "/health/", "/v1/health/x", "//health", "/v1/models", "/docs"])
+@pytest.mark.parametrize("path", ["/", "/docs", "/ui/app.js"])
+def test_the_server_s_own_pages_are_read_without_one(path: str) -> None:
+    assert Door(api_key="secret").ask(path=path, method="GET") == 200
+    assert Door(api_key="secret").ask(path=path, method="POST") == 401
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/metrics", "/health/", "/v1/health/x", "//health", "/v1/models", "/openapi.json", "/manage/v1/status", "/ui"],
+)
 def test_everything_else_does(path: str) -> None:
     assert Door(api_key="secret").ask(path=path, method="GET") == 401
 

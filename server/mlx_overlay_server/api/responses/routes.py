@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
 
-from mlx_overlay_server.api.dialect import CLIENT_GONE, Dialect, documented, respond
+from mlx_overlay_server.api.dialect import CLIENT_GONE, Dialect, client_of, documented, respond
 from mlx_overlay_server.api.fields import Json
 from mlx_overlay_server.api.openai.errors import ErrorAnswer
 from mlx_overlay_server.api.responses.answers import (
@@ -151,7 +151,7 @@ def router(service: Service) -> APIRouter:
         body.name(service.default_model)
         before = store.before(body.previous_response_id)
         asked = body.decoded(before.turns if before is not None else ())
-        answers = await unless_gone(request, gathered(service.answer(asked, Ticket()), 1))
+        answers = await unless_gone(request, gathered(service.answer(asked, Ticket(client=client_of(request))), 1))
         if answers is None:
             return Response(status_code=CLIENT_GONE)
         items = (*(before.all_items if before is not None else ()), *as_items(body.input or ()))
