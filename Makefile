@@ -9,6 +9,13 @@ HUB_VERSIONS := 0.36.2 1.31.0 1.32.0 1.33.0
 MLX_LM_VERSIONS := 0.32.2
 # Coding agents that tests run against the server, from npm: where it is not, or cannot, those tests are skipped.
 AGENTS := @anthropic-ai/claude-code@2.1.197 @openai/codex@0.169.0
+# Client libraries that tests run against the server, each in a folder of its own: what they depend on differs.
+CLIENTS := langchain pydantic-ai instructor litellm llama-index
+CLIENT_langchain := langchain-tests langchain-openai langchain-anthropic
+CLIENT_pydantic-ai := pydantic-ai-slim[openai,anthropic]
+CLIENT_instructor := instructor[anthropic]
+CLIENT_litellm := litellm
+CLIENT_llama-index := llama-index-llms-openai-like
 # Puts faults into the code for `make mutants`; no part of the development environment otherwise.
 COSMIC_RAY := >=8.7,<9
 NPM_INSTALL := npm install --prefix $(VENV)/.agents.new --no-audit --no-fund --no-update-notifier --loglevel error \
@@ -23,7 +30,7 @@ CHECK_MAC = import platform, sys; mac = platform.mac_ver()[0]; \
 # Where `make dist` leaves the wheels and sdists.
 DIST := dist
 
-.PHONY: help demo serve test agents check format bench dist mutants soak clean
+.PHONY: help demo serve test agents clients check format bench dist mutants soak clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -106,6 +113,14 @@ $(VENV)/.mlx-lms: $(VENV)/.ready
 		} || exit 1; \
 	done
 	@touch $@
+
+clients: $(addprefix $(VENV)/clients/,$(CLIENTS))  ## install client libraries aside; their tests are skipped without them
+
+$(VENV)/clients/%: | $(VENV)/.ready
+	@echo "Setting up $* for the tests (once) …"
+	@rm -rf $(VENV)/clients/.$*
+	@$(PIP) install --no-warn-conflicts --target $(VENV)/clients/.$* $(CLIENT_$*)
+	@mv $(VENV)/clients/.$* $@
 
 # No failure of this is one of `make test`. What is there already, in these versions, stays.
 agents: $(VENV)/.ready
