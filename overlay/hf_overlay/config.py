@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from hf_overlay.errors import UsageError
 
@@ -111,6 +111,8 @@ class ConfigFile(NamedTuple):
     below: tuple[str, ...] = ()
     map: Mapping[str, str] = MappingProxyType({})
     """The folder for each id."""
+    server: Mapping[str, Any] = MappingProxyType({})
+    """The table of mlx-omni-server, which alone knows what may stand in it."""
 
 
 NO_FILE = ConfigFile()

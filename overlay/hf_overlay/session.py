@@ -41,6 +41,8 @@ from hf_overlay.tree.publish import Tree, home_entries
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hf_overlay.doctor import Finding
+
 logger = logging.getLogger("hf_overlay")
 
 
@@ -144,6 +146,17 @@ class Session:
     def models(self) -> tuple[Model, ...]:
         """Every model that can be loaded, one for each id, sorted by id; the real cache is scanned now."""
         return tuple(resolution.winner for resolution in self._catalog.resolutions().values())
+
+    @property
+    def models_away(self) -> dict[str, str]:
+        """The ids of models that the last refresh knew to be away, each with the folder that held it."""
+        return self._catalog.models_away
+
+    def findings(self) -> list[Finding]:
+        """What `hf-overlay doctor` finds, each with what to do about it. The disks are looked at now."""
+        from hf_overlay import doctor
+
+        return doctor.examine(self._catalog, self._environ)
 
     def resolve(self, model_id: str) -> Path:
         """The folder to load for an id: the user's own, else the real cache's snapshot, else a tier's.

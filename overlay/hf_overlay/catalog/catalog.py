@@ -146,6 +146,17 @@ class Catalog:
         is_cached = self.is_cached(repo_id) if kind == "models" else self.is_folder(f"{hub}/{name}", hub)
         return None if is_cached else roots[0]
 
+    @property
+    def models_away(self) -> dict[str, str]:
+        """The ids of the models that maps, model paths and tiers held which have gone away since: id -> folder."""
+        found: dict[str, str] = {}
+        for root, each in self._away.items():
+            for name in each.names:
+                kind, repo_id = config.kind_and_id(hfcache.full_id(name))
+                if kind == "models":
+                    found.setdefault(repo_id, root)
+        return found
+
     def incomplete(self, model_id: str) -> Reject | None:
         """The user's folder of this id that was left out because a part of it is missing; None when there is none."""
         if model_id in self._excluded:
