@@ -185,7 +185,7 @@ def test_large_bodies_arrive_unchanged_in_both_directions(chunked: bool) -> None
             hub.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
         hub.wfile.write(b"0\r\n\r\n" if chunked else b"")
 
-    sent = os.urandom(20_000_000)
+    sent = os.urandom(8_000_000)
     with gateway_to(answer) as gateway:
         connection, prefix = connect(gateway)
         for _ in range(2):
