@@ -19,7 +19,7 @@ from mlx_overlay_server.access import Access
 from mlx_overlay_server.api import models_route, page, status
 from mlx_overlay_server.api.anthropic import routes as anthropic
 from mlx_overlay_server.api.guard import Guard
-from mlx_overlay_server.api.manage import routes as manage
+from mlx_overlay_server.api.late import Late
 from mlx_overlay_server.api.openai import routes as openai
 from mlx_overlay_server.api.refusals import add_error_handlers, refuse
 from mlx_overlay_server.api.responses import routes as responses
@@ -79,11 +79,16 @@ def build(live: Live, session: hf_overlay.Session, process: Process | None = Non
     )
     for routes in (openai, responses, anthropic, models_route, status):
         app.include_router(routes.router(service))
-    app.include_router(manage.router(service, downloader))
     app.include_router(page.router())
     add_error_handlers(app)
+
+    def add_manage() -> None:
+        from mlx_overlay_server.api.manage import routes as manage
+
+        app.include_router(manage.router(service, downloader))
+
     guarded: Any = Guard(
-        app,
+        Late(app, ("/manage/", "/openapi.json"), add_manage),
         access=Access(lambda: live.settings),
         host=settings.host,
         origins=settings.origins,

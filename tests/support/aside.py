@@ -16,7 +16,7 @@ import pytest
 
 KINDS = Path(sys.prefix, "kinds")
 """Python packages that load models."""
-CLIENTS = Path(sys.prefix, "clients")
+CLIENTS = Path(sys.prefix, "hub-clients")
 """Clients of the Hub for other languages: Python packages, and `node_modules`."""
 
 START = f"import sys; sys.path += {[str(KINDS), str(CLIENTS)]}\n"
@@ -34,7 +34,7 @@ def need_node(package: str) -> Path:
     """The folder of a package from npm; skips the test where it, or node, is not there."""
     folder = CLIENTS / "node_modules" / package
     if shutil.which("node") is None or not folder.is_dir():
-        pytest.skip(f"node or {package} is not there: make clients")
+        pytest.skip(f"node or {package} is not there: make hub-clients")
     return folder
 
 

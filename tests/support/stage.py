@@ -31,6 +31,8 @@ class Stage:
         self.items: dict[int, list[Item]] = {}
         """Each sequence's id -> what was made of it."""
         self.settled: dict[str, Loaded | ServerError] = {}
+        self.read: dict[str, int] = {}
+        """The bytes of weights that were read of each model."""
         """Each load's key -> how it ended."""
         self.stats = Stats()
         self.ended: str | None = None
@@ -76,6 +78,9 @@ class Stage:
 
     def reading(self, key: str) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def has_read(self, key: str, nbytes: int) -> None:
+        self.read[key] = self.read.get(key, 0) + nbytes
 
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None:
         self.stats = stats

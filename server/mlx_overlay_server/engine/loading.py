@@ -42,8 +42,10 @@ def load(
     prefixes: PrefixCache,
     shares: Shares | None = None,
     read_tokenizer: ReadTokenizer | None = None,
-) -> Generator[Runner | None, None, None]:
-    """Load a model: yield None after each slice, and the runner at the end. `shares`: how the memory is divided.
+) -> Generator[Runner | int | None, None, None]:
+    """Load a model: yield its bytes after each slice, and the runner at the end; in between None, to let others go on.
+
+    `shares`: how the memory is divided.
 
     `read_tokenizer` reads the model's tokenizer in another process; None: it is read in this one.
     Raises what mlx-lm raises, Unsuitable for a folder that must not be loaded, TimeoutError when a part does not end.
@@ -77,7 +79,7 @@ def load(
         reading = _apart(partial(_read_tokenizer, read_tokenizer, command, config_extra, end_tokens))
         for part in _slices([model, *([draft] if draft is not None else [])]):
             mx.eval(part)
-            yield None
+            yield sum(each.nbytes for each in part)
         yield from _turns(reading, options.load_seconds)
         read = _result(reading, options)
     vocab_size = _vocab_size(config, read.tokenizer)

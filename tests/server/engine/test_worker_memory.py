@@ -67,6 +67,9 @@ class Script:
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None:
         self.items += [item for id_, item in items if id_ == ID]
 
+    def has_read(self, key: str, nbytes: int) -> None:
+        pass
+
     def reading(self, key: str) -> AbstractContextManager[None]:
         return nullcontext()
 
