@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from threading import Event
 from typing import Any
 
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import Params
 from mlx_overlay_server.engine.commands import Command, Item, Sampled, Stats, Stop, Submit
-from mlx_overlay_server.engine.worker import Worker
+from mlx_overlay_server.engine.worker import DISK_POLL_SECONDS, Worker
 from mlx_overlay_server.errors import ServerError
 from mlx_overlay_server.settings import EngineOptions
 
@@ -40,6 +41,7 @@ class Stage:
         """What the worker's clock says."""
         self.worker = Worker(self, lambda: self.now)
         self._error: BaseException | None = None
+        self._woken = Event()
         self._script: Script
 
     def play(self, script: Callable[[Stage], Script]) -> Stage:
@@ -66,6 +68,9 @@ class Stage:
 
     def take(self, seconds: float) -> list[Command]:
         self.waits.append(seconds)
+        if seconds == DISK_POLL_SECONDS:  # it waits for the thread that reads the disk
+            self._woken.wait(seconds)
+            self._woken.clear()
         try:
             assert len(self.waits) < TURNS, "the script waits for something that does not come"
             return list(next(self._script, [Stop()]))
@@ -76,6 +81,9 @@ class Stage:
     def reading(self, key: str) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def wake(self) -> None:
+        self._woken.set()
+
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None:
         self.stats = stats
         for id_, item in items:
@@ -83,6 +91,9 @@ class Stage:
 
     def settle(self, key: str, result: Loaded | ServerError) -> None:
         self.settled[key] = result
+
+    def finish(self) -> None:
+        pass
 
     def end(self, reason: str) -> None:
         self.ended = reason
