@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,11 +14,12 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from mlx_overlay_server import logs
 from mlx_overlay_server.access import Access
 from mlx_overlay_server.api import models_route, page, status
 from mlx_overlay_server.api.anthropic import routes as anthropic
 from mlx_overlay_server.api.guard import Guard
-from mlx_overlay_server.api.manage import routes as manage
+from mlx_overlay_server.api.late import Late
 from mlx_overlay_server.api.openai import routes as openai
 from mlx_overlay_server.api.refusals import add_error_handlers, refuse
 from mlx_overlay_server.api.responses import routes as responses
@@ -30,8 +32,10 @@ from mlx_overlay_server.models.download import Downloader
 from mlx_overlay_server.models.library import Library
 from mlx_overlay_server.models.pool import Extras, Pool, preload
 from mlx_overlay_server.preparation import Preparation
-from mlx_overlay_server.preparation.process import Process
+from mlx_overlay_server.preparer import Process
+from mlx_overlay_server.recent import Recent
 from mlx_overlay_server.service import Service
+from mlx_overlay_server.settings import rank
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -80,11 +84,16 @@ def build(live: Live, session: hf_overlay.Session, process: Process | None = Non
     )
     for routes in (openai, responses, anthropic, models_route, status):
         app.include_router(routes.router(service))
-    app.include_router(manage.router(service, downloader))
     app.include_router(page.router())
     add_error_handlers(app)
+
+    def add_manage() -> None:
+        from mlx_overlay_server.api.manage import routes as manage
+
+        app.include_router(manage.router(service, downloader))
+
     guarded: Any = Guard(
-        app,
+        Late(app, ("/manage/", "/openapi.json"), add_manage),
         access=Access(lambda: live.settings),
         host=settings.host,
         origins=settings.origins,
@@ -139,6 +148,9 @@ def _service(
 ) -> Service:
     settings = live.settings
     engine = Engine(settings.engine)
+    preparation = Preparation(engine, settings.limits, process)
+    if rank(os.environ) is None:  # under mlx.launch each rank reads what it needs itself
+        engine.read_tokenizer = preparation.read_tokenizer
     library = Library(session, downloader.fetch if downloader is not None else None, live.source)
 
     async def weights() -> int:
@@ -180,6 +192,7 @@ def _service(
         engine,
         Metrics(numbers, _COUNTERS),
         settings.limits,
-        Preparation(engine, settings.limits, process),
+        preparation,
         live=live,
+        recent=Recent(logs.request_ended),
     )

@@ -134,6 +134,7 @@ def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
         metavar="ORIGIN",
     )
     add("log_level", "--log-level", "least important messages to log", choices=["debug", "info", "warning", "error"])
+    add("log_format", "--log-format", "lines for people, or JSON for programs", choices=["text", "json"])
 
     add = _Adder(parser.add_argument_group("memory"), Settings, declared)
     add(

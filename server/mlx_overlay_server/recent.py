@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -125,7 +124,7 @@ class Recent:
     def first_token_seconds(self) -> float | None:
         """The median time to the first token of the last requests that had one; None where there was none."""
         lately = [each.first_token_seconds for each in self.ended if each.first_token_seconds is not None][:LATELY]
-        return statistics.median(lately) if lately else None
+        return sorted(lately)[len(lately) // 2] if lately else None
 
     def stop(self, record_id: str) -> bool:
         """End a running request with `Stopped`. Returns whether there is one with that id."""

@@ -150,6 +150,8 @@ class Settings:
     origins: tuple[str, ...] = ()
     """Origins of web pages that may use the server (CORS)."""
     log_level: str = "info"
+    log_format: str = "text"
+    """`text` for people, `json` for programs."""
     shutdown_seconds: float = 5
     """Seconds that running streams may take to end when the server stops."""
 

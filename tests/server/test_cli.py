@@ -32,6 +32,7 @@ FLAGS: list[tuple[str, str, str, Any]] = [
     ("--api-key", "secret", "api_key", "secret"),
     ("--cors-allow-origins", "http://a,http://b", "origins", ("http://a", "http://b")),
     ("--log-level", "debug", "log_level", "debug"),
+    ("--log-format", "json", "log_format", "json"),
     ("--memory-budget", "24G", "memory_budget", 24 * 10**9),
     ("--idle-ttl", "0.5", "idle_ttl", 0.5),
     ("--prompt-cache", "1G", "engine.cache_bytes", 10**9),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _OF_A_GATEWAY = re.compile(r"/[0-9a-f]{40}$")
 _ENDED = "the overlay that this program was started in has ended; start it again in one that is open (hf-overlay env)"
+_OUTER_ENDED = "the overlay that hf-overlay was started in has ended; start it again in another shell (hf-overlay env)"
 
 
 class App:
@@ -69,7 +70,9 @@ class App:
         try:
             answer = self._real_hub().send(request, path)
         except upstream.Unreachable as error:
-            return routes.error(504, "", str(error))
+            # The shell that this overlay was started from had joined another one.
+            was_a_gateway = _OF_A_GATEWAY.search(self._url)
+            return routes.error(504, "", _OUTER_ENDED if was_a_gateway else str(error))
         # A client also writes down in its cache which files a repo lacks.
         is_there = answer.status < 400 or answer.header("x-repo-commit") is not None
         if target is not None and target.precedes_download(request.method) and is_there:

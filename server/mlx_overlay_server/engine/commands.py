@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,6 +10,12 @@ from mlx_overlay_server.chat.grammar import Budget, Constraint
 from mlx_overlay_server.chat.requests import Params
 from mlx_overlay_server.errors import ServerError
 from mlx_overlay_server.memory import Shares
+
+ReadTokenizer = Callable[[str, str, Mapping[str, Any], Any], bytes]
+"""Has another process read a tokenizer, and waits for what `tokenizers.sent` returns there. Raises ServerError.
+
+(key of the model, its folder, options for transformers, what its config.json says of end tokens)
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,8 @@ class Load:
 
     id: str
     number: int = 0
+    path: str = ""
+    """Its folder, once that is known."""
     nbytes: int = 0
     since: float = 0
     """When it began to wait for room, in monotonic seconds."""

@@ -36,6 +36,7 @@ class Loader(Protocol):
 
     async def load(self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None) -> Loaded: ...
     def unload(self, model: Loaded) -> None: ...
+    def bytes_read(self, path: str) -> int: ...
 
 
 class Extras(NamedTuple):
@@ -59,6 +60,8 @@ class Occupant(NamedTuple):
     """Seconds since it was last used; None while it is in use, or not in memory yet."""
     is_waiting: bool = False
     """Whether its load waits for room."""
+    read: int = 0
+    """Bytes of its weights that its load has read."""
 
 
 class Pool:
@@ -134,7 +137,15 @@ class Pool:
             for each in self._resident.values()
         ]
         coming = [
-            Occupant(load.id, False, load.nbytes, self._users[load.id], None, is_waiting=load.is_waiting)
+            Occupant(
+                load.id,
+                is_resident=False,
+                nbytes=load.nbytes,
+                users=self._users[load.id],
+                idle_seconds=None,
+                is_waiting=load.is_waiting,
+                read=self._loader.bytes_read(load.path) if load.has_room else 0,
+            )
             for load in self._loads.values()
         ]
         return sorted(there + coming)
@@ -290,6 +301,7 @@ class Pool:
             self._is_given_for(load.id, located.id)
             return located.id
         draft = await self._source.locate(extras.draft) if extras.draft is not None else None
+        load.path = located.path
         load.nbytes = located.nbytes + (draft.nbytes if draft is not None else 0)
         if self._find_budget is not None:
             self._budget = await self._find_budget()

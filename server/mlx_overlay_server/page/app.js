@@ -73,6 +73,7 @@ function say(text) {
 function report(error) {
   if (error.name === "AbortError") return;
   if (error.status === 401) askForKey(key.get() ? "The server did not take this key." : "");
+  else if (error.status === 403 && key.get()) askForKey(error.message);
   else say(error.message);
 }
 
@@ -90,7 +91,7 @@ async function look() {
     }
     if (shown === "requests") state.requests = await manage("requests");
   } catch (error) {
-    if (error.status === 401) report(error);
+    if (error.status === 401 || error.status === 403) report(error);
     else if (error instanceof ApiError) state.unreachable = error.message;
     else throw error;
   }

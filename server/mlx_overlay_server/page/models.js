@@ -131,7 +131,12 @@ function stateOf(now, live, isPinned) {
     return html`<span class="dot ready"></span>in memory${pin} <span class="hint">${use}</span>`;
   }
   if (now === "loading" || now === "downloading") {
-    return html`<progress aria-label="Loading"></progress> <span class="hint">${live.note}</span>`;
+    const isReading = live.read > 0 && live.bytes > 0;
+    const note = isReading ? `${bytes(live.read)} of ${bytes(live.bytes)}` : live.note;
+    const bar = isReading
+      ? html`<progress aria-label="Loading" max=${live.bytes} value=${live.read}></progress>`
+      : html`<progress aria-label="Loading"></progress>`;
+    return html`${bar} <span class="hint">${note}</span>`;
   }
   if (now === "away") return html`<span class="dot failed"></span>away: connect its drive`;
   return html`on disk${pin}`;

@@ -203,6 +203,21 @@ def test_what_is_no_http_is_refused(data: bytes) -> None:
         assert get(gateway) == b""
 
 
+def test_an_overlay_in_one_that_has_ended_says_so_to_programs() -> None:
+    """P12: not that some address, which is the other one's secret, cannot be reached."""
+    session: Any = _NoModels()
+    gateway = Gateway(session, f"http://127.0.0.1:9/{'a' * 40}")
+    gateway.start()
+    try:
+        connection, prefix = connect(gateway)
+        connection.request("GET", f"{prefix}/api/whoami-v2")
+        answer = connection.getresponse()
+        assert (answer.status, b"the overlay that hf-overlay was started in has ended" in answer.read()) == (504, True)
+        connection.close()
+    finally:
+        gateway.stop()
+
+
 # The end ----------------------------------------------------------------------------------------------------------
 
 

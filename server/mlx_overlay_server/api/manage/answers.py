@@ -49,6 +49,8 @@ class ModelInMemory(TypedDict):
     pinned: bool
     bytes: int
     """Of its weights in memory; 0 while that is not known."""
+    read: int
+    """Bytes of its weights that were read so far, while it is loaded."""
     users: int
     """Requests that use it or wait for it."""
     idle_seconds: float | None
@@ -256,6 +258,7 @@ def _in_memory(occupant: Occupant, service: Service) -> ModelInMemory:
         "note": "" if occupant.is_resident else note,
         "pinned": occupant.id in service.pool.pinned,
         "bytes": occupant.nbytes,
+        "read": occupant.read,
         "users": occupant.users,
         "idle_seconds": occupant.idle_seconds,
     }
