@@ -113,6 +113,21 @@ class PromptScores(NamedTuple):
 Item = Sampled | Prefilled | PromptScores | ServerError
 
 
+class DiskStats(NamedTuple):
+    """What the engine keeps on disk, and what became of it."""
+
+    nbytes: int = 0
+    files: int = 0
+    cap: int = 0
+    """Bytes that it may take; 0: nothing is kept on disk."""
+    written: int = 0
+    """Bytes written so far."""
+    restored: int = 0
+    """Tokens whose KV caches were read so far."""
+    failures: int = 0
+    """Writes that failed so far."""
+
+
 class Stats(NamedTuple):
     """The engine's counts after its last step."""
 
@@ -129,5 +144,6 @@ class Stats(NamedTuple):
     """Batches lost to an error."""
     is_alive: bool = False
     last_failure: str | None = None
+    disk: DiskStats = DiskStats()
     memory: Shares | None = None
     """How the machine's memory is divided; None until the engine knows the machine."""

@@ -16,12 +16,14 @@ import mlx.core as mx
 from hf_overlay.mounts import may_hang
 from hf_overlay.patience import NoAnswer, Patience
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.processors import load_processor
 from mlx_lm.utils import load_adapters, load_model, sharded_load
 
 from mlx_overlay_server.chat.loaded import Loaded, context_length
 from mlx_overlay_server.engine import folder, mlx, tokenizers
 from mlx_overlay_server.engine.commands import Load, ReadTokenizer
+from mlx_overlay_server.engine.disk.identity import identity
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.runner import Runner
 from mlx_overlay_server.memory import Shares
@@ -51,6 +53,7 @@ def load(
     Raises what mlx-lm raises, Unsuitable for a folder that must not be loaded, TimeoutError when a part does not end.
     """
     path = Path(command.path)
+    identities: list[str] = []
     config_extra = {"trust_remote_code": options.trust_remote_code}
     draft = None
     checking = _apart(partial(_check, command, options))
@@ -68,7 +71,7 @@ def load(
         read = tokenizers.described(tokenizer)
     else:
         yield from _turns(checking, math.inf)
-        checking.result()
+        identities = checking.result()
         model, config = load_model(path, lazy=True, trust_remote_code=options.trust_remote_code)
         if command.adapter_path is not None:
             model = load_adapters(model, command.adapter_path)
@@ -107,21 +110,34 @@ def load(
         has_own_calls=read.has_own_calls,
         processor=load_processor(model, config) if group is None else None,
     )
+    if prefixes.disk is not None and identities:
+        models = [model] if draft is None else [model, draft]
+        prefixes.disk.register(
+            command.key,
+            identities,
+            lambda: [layer for each in models for layer in make_prompt_cache(each)],
+            bits=options.kv_bits,
+            group_size=options.kv_group_size,
+            start=options.quantized_kv_start,
+        )
     yield Runner(loaded, model, draft, options, prefixes, group=group)
 
 
-def _check(command: Load, options: EngineOptions) -> None:
+def _check(command: Load, options: EngineOptions) -> list[str]:
     """Look at all files that a load opens, and read weights ahead where their disk may stop answering.
 
+    Returns what tells them from those of other models, adapters and draft models.
     What hangs here, hangs apart from the engine's thread, and is given up on after a time without progress: then it
     raises TimeoutError.
     """
     patience = Patience(options.load_seconds)
+    paths = (command.path, command.adapter_path, command.draft_path)
     try:
-        for path in filter(None, (command.path, command.adapter_path, command.draft_path)):
+        for path in filter(None, paths):
             patience.ask(path, partial(folder.check, path))
             if may_hang(path):
                 patience.ask(path, partial(folder.read_ahead, path))
+        return [patience.ask(path, partial(identity, path)) if path is not None else "" for path in paths]
     except NoAnswer:
         raise _no_progress(options) from None
 
