@@ -45,6 +45,7 @@ def serve(settings: Settings) -> int:
             exclude=settings.exclude,
             trusts_code=settings.engine.trust_remote_code,
             hold_downloads=settings.hold_downloads,
+            announces=True,
             environ=environ,
         ) as session:
             # huggingface_hub reads its environment once, when it is imported, and we are the program that imports it.

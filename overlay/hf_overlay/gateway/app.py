@@ -16,6 +16,7 @@ from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from hf_overlay import hfcache
 from hf_overlay.gateway import routes
 from hf_overlay.gateway.hub import Hub, Unavailable
 from hf_overlay.gateway.routes import Target
@@ -97,6 +98,8 @@ class App:
         found = self._hub.refresh_and_find(target.repo_id, target.kind) if target is not None else None
         if found is None and target is not None and target.precedes_download(method):
             found = self._hub.refuse_download(target.repo_id, target.folder)
+        if isinstance(found, LinkedRepo) and target is not None and target.precedes_download(method):
+            self._hub.expect_download(hfcache.repo_folder(found.model.id, found.model.kind))
         return target, found
 
     async def _pass_on(self, request: Request, path: str, target: Target | None) -> Response:
