@@ -42,6 +42,8 @@ from hf_overlay.tree.shared import Shared
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hf_overlay.doctor import Finding
+
 logger = logging.getLogger("hf_overlay")
 
 
@@ -147,6 +149,17 @@ class Session:
     def models(self) -> tuple[Model, ...]:
         """Every model that can be loaded, one for each id, sorted by id; the real cache is scanned now."""
         return tuple(resolution.winner for resolution in self._catalog.resolutions().values())
+
+    @property
+    def models_away(self) -> dict[str, str]:
+        """The ids of models that the last refresh knew to be away, each with the folder that held it."""
+        return self._catalog.models_away
+
+    def findings(self) -> list[Finding]:
+        """What `hf-overlay doctor` finds, each with what to do about it. The disks are looked at now."""
+        from hf_overlay import doctor
+
+        return doctor.examine(self._catalog, self._environ)
 
     def resolve(self, model_id: str) -> Path:
         """The folder to load for an id: the user's own, else the real cache's snapshot, else a tier's.
@@ -444,6 +457,8 @@ def open_session(
         maps={name: os.fspath(path) for name, path in (maps or {}).items()},
         file=configfile.read(environ),
     )
+    if config.is_overlay(settings.hub_cache) and lease.has_ended(settings.hub_cache):
+        raise config.ended(settings.hub_cache, environ)
     catalog = Catalog(settings, index=config.index_folder(environ))
     if settings.roots:
         logger.info("model paths: %s", ", ".join(settings.roots))

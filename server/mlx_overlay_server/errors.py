@@ -12,6 +12,8 @@ ServerError
 ├── NotFound            404
 │   └── UnknownModel    404
 ├── MethodNotAllowed    405
+├── Conflict            409  a model that is busy is to be unloaded
+├── Stopped             410  whoever looks after the server has stopped the request
 ├── TooLarge            413
 ├── Overloaded          429  the queue is full
 ├── Failed              500  the engine failed; other requests were not harmed
@@ -98,6 +100,19 @@ class MethodNotAllowed(ServerError):
     """The address is known, but not with this HTTP method."""
 
     status = 405
+
+
+class Conflict(ServerError):
+    """What is asked for does not go together with what goes on."""
+
+    status = 409
+
+
+class Stopped(ServerError):
+    """Whoever looks after the server has stopped the request. Clients do not try again after this status."""
+
+    status = 410
+    code = "request_stopped"
 
 
 class TooLarge(ServerError):

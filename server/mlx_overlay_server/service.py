@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+from mlx_overlay_server import access, profiles
 from mlx_overlay_server.chat import prompt as chat
-from mlx_overlay_server.chat.events import Done, Event, FinishReason, Started, Text, TokenLogprob, Usage
+from mlx_overlay_server.chat.events import (
+    Done,
+    Event,
+    FinishReason,
+    TokenLogprob,
+    Usage,
+)
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.reader import Token
-from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest
-from mlx_overlay_server.engine.commands import Item, Prefilled, Sampled
+from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, TextRequest
+from mlx_overlay_server.engine.commands import Item, Prefilled, PromptScores, Sampled, Scored
 from mlx_overlay_server.engine.handle import Engine
-from mlx_overlay_server.errors import InvalidRequest, Overloaded, Unavailable, UnknownModel
+from mlx_overlay_server.errors import InvalidRequest, Overloaded, Stopped, Unavailable, UnknownModel
+from mlx_overlay_server.live import Live
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.library import Library, Listed
 from mlx_overlay_server.models.pool import Pool
 from mlx_overlay_server.preparation import Answer, Preparation
-from mlx_overlay_server.settings import Limits
+from mlx_overlay_server.recent import Recent, RequestRecord
+from mlx_overlay_server.scores import add_scored, beginning, named
+from mlx_overlay_server.settings import Limits, Settings
 from mlx_overlay_server.turns import Turns
 
 
@@ -31,8 +43,36 @@ class Ticket:
     """`time.monotonic()` when the request came."""
     note: Callable[[], str] = lambda: "waiting"
     """Returns what the request is waiting for now, in a few words."""
+    client: str = "unknown"
+    """A name for whoever asked."""
+    is_stopped: bool = False
+    """Whether whoever looks after the server has stopped the request."""
+    on_stop: Callable[[], None] = lambda: None
+    """Ends what the request waits for at the moment."""
+
+    def stop(self) -> None:
+        """End the request with `Stopped`."""
+        self.is_stopped = True
+        self.on_stop()
+
+    @asynccontextmanager
+    async def stoppable(self) -> AsyncIterator[None]:
+        """Let `stop` end what is awaited in this context, in which nothing may be yielded. Raises Stopped."""
+        if self.is_stopped:
+            raise _stopped()
+        try:
+            async with asyncio.timeout(None) as scope:
+                self.on_stop = lambda: scope.reschedule(0)
+                yield
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise _stopped() from None
+        finally:
+            self.on_stop = lambda: None
 
 
+R = TypeVar("R", bound=ChatRequest | TextRequest)
 Batch = tuple[int, list[Event]]
 """Some events of one answer: (the answer's index, events in their order)."""
 
@@ -49,17 +89,20 @@ class Service:
         limits: Limits,
         preparation: Preparation,
         *,
-        aliases: Mapping[str, str] | None = None,
-        default_model: str | None = None,
+        live: Live | None = None,
+        recent: Recent | None = None,
     ) -> None:
-        """`aliases` maps further names to model ids; `default_model` answers to names that are not known."""
+        """`live` are the settings in force, which say what names stand for.
+
+        `recent` keeps records of requests; None: of this service alone.
+        """
         self.library = library
         self.pool = pool
         self.engine = engine
         self.metrics = metrics
         self.limits = limits
-        self.aliases = aliases or {}
-        self._default = default_model and self.aliases.get(default_model, default_model)
+        self.live = live or Live(Settings())
+        self.recent = recent or Recent()
         self.turns = Turns()
         self._preparation = preparation
         self._open = 0
@@ -70,12 +113,28 @@ class Service:
         """Whether somebody waits for an answer."""
         return self._open > 0
 
+    @property
+    def open(self) -> int:
+        """The number of requests that are admitted and have not ended."""
+        return self._open
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether new requests are refused because the server stops."""
+        return self._is_closing
+
+    async def entries(self) -> list[Listed]:
+        """List every model under its own id alone."""
+        return [self._sized(each) for each in await self.library.listed()]
+
     async def models(self) -> list[Listed]:
         """List every model, aliases included, sorted by id."""
-        listed = {each.id: self._sized(each) for each in await self.library.listed()}
-        for alias, id_ in self.aliases.items():
-            if id_ in listed:
-                listed.setdefault(alias, listed[id_]._replace(id=alias))
+        listed = {each.id: each for each in await self.entries()}
+        for name in (*self.live.settings.profiles, *self.live.settings.aliases):
+            target = self.live.target(name)
+            if (own := listed.get(self.live.source(target.id))) is not None:
+                usable = target.profile.context if target.profile is not None else None
+                listed[name] = own._replace(id=name, usable=_least(own.usable, usable))
         return sorted(listed.values())
 
     async def model(self, model_id: str) -> Listed:
@@ -83,36 +142,47 @@ class Service:
         listed = {each.id: each for each in await self.models()}
         if model_id in listed:
             return listed[model_id]
-        if self._default in listed and not await self.library.is_known(model_id):
-            return listed[self._default]._replace(id=model_id)
+        default = self.default_model
+        if default in listed and not await self.library.is_known(model_id):
+            return listed[default]._replace(id=model_id)
         raise UnknownModel(f"there is no model {model_id!r} here; GET /v1/models lists what there is", field="model")
+
+    def is_default(self, model_id: str) -> bool:
+        """Return whether a model answers requests which name none, or one that is not known."""
+        default = self.default_model
+        return default is not None and self.live.source(self.live.target(default).id) == model_id
 
     def _sized(self, listed: Listed) -> Listed:
         """Return a model with the number of tokens that are usable: what fits in memory, and what the server takes."""
         shares = self.engine.stats.memory
         fits = shares.tokens(listed.nbytes, listed.kv_bytes) if shares is not None else None
         known = (self.pool.context_of(listed.id), listed.context, fits, self.limits.prompt_tokens)
-        return listed._replace(usable=min((tokens for tokens in known if tokens is not None), default=None))
+        return listed._replace(usable=_least(*known))
 
     @property
     def default_model(self) -> str | None:
-        """The id of the model that answers requests which name none, or one that is not known."""
-        return self._default
+        """The name of the model that answers requests which name none, or one that is not known."""
+        return self.live.settings.default_model
 
-    async def answer(self, request: AnyRequest, ticket: Ticket) -> AsyncIterator[Batch]:
+    async def answer(self, request: AnyRequest, ticket: Ticket) -> AsyncGenerator[Batch]:
         """Generate the answers to a request and yield their events as they come. Raises ServerError."""
-        with self._admitted(request):
-            async with self.pool.use(await self._resolved(request.model, ticket)) as model:
-                ticket.note = lambda: "reading the prompt"
-                answers = await self._preparation.answers(model, request)
-                async with aclosing(self._run(model, answers, ticket)) as batches:  # cancels before the model is let go
-                    async for batch in batches:
-                        yield batch
+        with self.recent.following(request.model, ticket) as record, self._admitted(request):
+            async with AsyncExitStack() as held:
+                async with ticket.stoppable():
+                    request, record.model = await self._resolved(request, ticket)
+                    model = await held.enter_async_context(self.pool.use(record.model))
+                    ticket.note = lambda: "reading the prompt"
+                    answers = await self._preparation.answers(model, request)
+                batches = self._run(model, answers, ticket, record)
+                await held.enter_async_context(aclosing(batches))  # cancels before the model is let go
+                async for batch in batches:
+                    yield batch
 
     async def count_tokens(self, request: ChatRequest, ticket: Ticket) -> int:
         """Count the tokens of a conversation's prompt. Raises ServerError."""
         with self._admitted(request):
-            async with self.pool.use(await self._resolved(request.model, ticket)) as model:
+            request, id_ = await self._resolved(request, ticket)
+            async with self.pool.use(id_) as model:
                 return await self._preparation.count_tokens(model, request)
 
     def close(self) -> None:
@@ -150,40 +220,58 @@ class Service:
         finally:
             self._open -= 1
 
-    async def _resolved(self, name: str, ticket: Ticket) -> str:
-        """Return the id that a request's model name stands for. Raises InvalidRequest."""
-        chat.check_unicode(name, "model")
-        id_ = self.aliases.get(name, name)
-        if not self.pool.is_resident(id_):
-            if self._default is not None and not await self.library.is_known(id_):
-                id_ = self._default
-            ticket.note = lambda: self.library.progress.get(id_) or f"loading {id_}"
-        return id_
+    async def _resolved(self, request: R, ticket: Ticket) -> tuple[R, str]:
+        """Return a request with what its model's profile says, and the name under which that model is loaded.
 
-    async def _run(self, model: Loaded, answers: Sequence[Answer], ticket: Ticket) -> AsyncGenerator[Batch]:
+        Raises InvalidRequest, and Forbidden for a model that the request's key is not for.
+        """
+        name = request.model
+        chat.check_unicode(name, "model")
+        target = self.live.target(name)
+        if not self.pool.is_resident(target.id):
+            id_ = self.live.source(target.id)
+            if self.default_model is not None and not await self.library.is_known(id_):
+                target = self.live.target(self.default_model)
+            ticket.note = lambda: self.library.progress.get(id_) or f"loading {target.id}"
+        access.check_model(name, target.id, self.live.source(target.id))
+        return (request if target.profile is None else profiles.applied(target.profile, request)), target.id
+
+    async def _run(
+        self, model: Loaded, answers: Sequence[Answer], ticket: Ticket, record: RequestRecord
+    ) -> AsyncGenerator[Batch]:
         open_ = {answer.submit.id: (index, answer) for index, answer in enumerate(answers)}
         mailbox = self.engine.submit(answer.submit for answer in answers)
+        ticket.on_stop = lambda: mailbox.put(answers[0].submit.id, _stopped())
         has_tokens = False
         try:
             while open_:
+                if ticket.is_stopped:
+                    raise _stopped()
                 came = _sorted(model, await mailbox.take(), ticket)
                 for id_, news in came.items():
                     if id_ not in open_:  # sampled before it was cancelled
                         continue
                     index, answer = open_[id_]
+                    add_scored(model, answer, news.scores)
                     if news.cached is not None:
                         answer.cached = news.cached
-                        started: list[Event] = [Started(len(answer.submit.prompt), news.cached)]
-                        yield index, started + ([Text(answer.echo)] if answer.echo else [])
+                        record.tokens_in += len(answer.submit.prompt)
+                        record.tokens_cached += news.cached
+                        yield index, beginning(answer)
                     if not news.has_sampled:
                         continue
                     if not has_tokens:
                         has_tokens = True
                         ticket.note = lambda: "generating"
                         self.metrics.first_token.observe(time.monotonic() - ticket.started)
+                    if answer.is_empty:
+                        news.tokens, news.end = [], "length"
+                    before = answer.reader.tokens
                     events = answer.reader.feed(news.tokens, news.end)
+                    self.recent.count(record, ticket, answer.reader.tokens - before)
                     if answer.reader.reason is not None:
                         del open_[id_]
+                        record.reason = answer.reader.reason
                         self.engine.cancel([id_])
                         events.append(self._done(answer, answer.reader.reason))
                     if events:
@@ -214,6 +302,8 @@ class _News:
 
     cached: int | None = None
     """Set once the prompt is in the KV cache: how many of its tokens were before."""
+    scores: list[Scored] = field(default_factory=list)
+    """Of the prompt's tokens."""
     has_sampled: bool = False
     tokens: list[Token] = field(default_factory=list)
     end: FinishReason | None = None
@@ -234,9 +324,20 @@ def _sorted(model: Loaded, items: Iterable[tuple[int, Item]], ticket: Ticket) ->
             ticket.note = _reading(item)
             if item.done == item.total:
                 came.setdefault(id_, _News()).cached = item.cached
+        elif isinstance(item, PromptScores):
+            came.setdefault(id_, _News()).scores += item.tokens
         else:
             raise item
     return came
+
+
+def _least(*numbers: int | None) -> int | None:
+    """Return the least of the numbers that are known; None where none is."""
+    return min((each for each in numbers if each is not None), default=None)
+
+
+def _stopped() -> Stopped:
+    return Stopped("this request was stopped by whoever looks after the server")
 
 
 def _reading(item: Prefilled) -> Callable[[], str]:
@@ -246,10 +347,5 @@ def _reading(item: Prefilled) -> Callable[[], str]:
 def _token(model: Loaded, item: Sampled) -> Token:
     if item.logprob is None:
         return Token(item.token)
-
-    def named(token: int) -> tuple[str, bytes]:
-        data = model.token_bytes(token)
-        return data.decode("utf-8", "replace"), data
-
-    top = tuple((*named(token), logprob) for token, logprob in item.top)
-    return Token(item.token, TokenLogprob(*named(item.token), item.logprob, top))
+    top = tuple((*named(model, token), logprob) for token, logprob in item.top)
+    return Token(item.token, TokenLogprob(*named(model, item.token), item.logprob, top))

@@ -77,6 +77,23 @@ def test_a_completion_has_sixteen_tokens_unless_told_otherwise(server: Server) -
     assert (len(choice.text.split()), choice.finish_reason) == (20, "length")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_completion_goes_on_past_its_end_until_it_has_min_tokens(server: Server, stream: bool) -> None:
+    ask: Any = server.complete_stream if stream else server.complete
+    options = {"temperature": 0, "extra_body": {"min_tokens": 7}}
+    assert len(_texts(ask(PLAIN, "So?", max_tokens=6, temperature=0, extra_body={"min_tokens": 2}))[0]) == len(HELLO)
+    (text,) = _texts(ask(PLAIN, "So?", max_tokens=9, **options)).values()
+    assert text.startswith(HELLO)
+    assert text != HELLO
+    assert _texts(ask(PLAIN, "So?", stop=["there"], **options))[0].startswith(HELLO)
+
+
+def test_an_answer_with_min_tokens_and_a_seed_goes_on_past_its_end(server: Server) -> None:
+    usage = server.complete(PLAIN, "So?", seed=1, max_tokens=9, extra_body={"min_tokens": 6}).usage
+    assert usage is not None
+    assert usage.completion_tokens >= 6
+
+
 @pytest.mark.parametrize("stop", [["there,"], ["nowhere", "re, gen"], " there"])
 def test_a_completion_ends_before_a_stop_string(server: Server, stop: str | list[str]) -> None:
     text = HELLO[: HELLO.index(stop if isinstance(stop, str) else stop[-1])]

@@ -19,7 +19,10 @@ OTHER = '<tool_call>{"name": "clock", "arguments": {"zones": ["é", null, 1.5]}}
 OSLO, ZONES = ("weather", '{"city": "Oslo"}'), ("clock", '{"zones": ["é", null, 1.5]}')
 SUNNY = "It is sunny in Oslo."
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-WEATHER = {"type": "function", "function": {"name": "weather", "description": "Now.", "parameters": CITY}}
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "weather", "description": "Now.", "parameters": CITY},
+}
 CLOCK = {"type": "function", "function": {"name": "clock"}}
 
 
@@ -389,3 +392,58 @@ def test_arguments_in_the_history_must_be_an_object(server: Server) -> None:
     with pytest.raises(BadRequestError) as refused:
         server.chat("acme/calls", [{"role": "assistant", "tool_calls": [call]}])
     assert refused.value.param == "messages[0].tool_calls[0].function.arguments"
+
+
+# The older form: functions --------------------------------------------------------------------------------------
+
+FUNCTIONS = [WEATHER["function"]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("model", "function", "choice"),
+    [
+        ("acme/one-call", WEATHER["function"], "auto"),
+        ("acme/one-call", WEATHER["function"], None),
+        ("acme/random", PLACE["function"], {"name": "place"}),
+    ],
+)
+def test_functions_are_called_in_the_older_form(
+    server: Server, model: str, function: dict[str, Any], choice: Any, stream: bool
+) -> None:
+    options = {"functions": [function]} | ({} if choice is None else {"function_call": choice})
+    if stream:
+        chunks = server.chat_stream(model, "Where?", **options)
+        calls: list[Any] = [c.choices[0].delta.function_call for c in chunks if c.choices[0].delta.function_call]
+        finish = chunks[-1].choices[0].finish_reason
+        assert not any(chunk.choices[0].delta.tool_calls for chunk in chunks)
+    else:
+        (whole,) = server.chat(model, "Where?", **options).choices
+        calls, finish = [whole.message.function_call], whole.finish_reason
+        assert whole.message.tool_calls is None
+    (call,) = calls
+    assert (call.name, finish) == (function["name"], "function_call")
+    assert isinstance(json.loads(call.arguments or ""), dict)
+
+
+def test_an_answer_of_a_function_is_read_as_a_tool_s(server: Server) -> None:
+    call = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    turns = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "function_call": call},
+        {"role": "function", "name": "weather", "content": "21"},
+    ]
+    assert server.chat("acme/calls", turns, functions=FUNCTIONS).choices[0].message.content == SUNNY
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"functions": FUNCTIONS, "tools": [WEATHER]}, "functions"),
+        ({"functions": FUNCTIONS, "function_call": {"name": "other"}}, "function_call"),
+    ],
+)
+def test_functions_that_cannot_be_called_are_refused(server: Server, options: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequestError) as refused:
+        server.chat("acme/calls", "Weather?", **options)
+    assert refused.value.param == param

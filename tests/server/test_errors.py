@@ -161,6 +161,8 @@ KINDS: dict[type[ServerError], tuple[int, str, str]] = {
     errors.NotFound: (404, "invalid_request_error", "not_found_error"),
     errors.UnknownModel: (404, "invalid_request_error", "not_found_error"),
     errors.MethodNotAllowed: (405, "invalid_request_error", "invalid_request_error"),
+    errors.Conflict: (409, "invalid_request_error", "invalid_request_error"),
+    errors.Stopped: (410, "invalid_request_error", "invalid_request_error"),
     errors.TooLarge: (413, "invalid_request_error", "request_too_large"),
     errors.Overloaded: (429, "rate_limit_error", "rate_limit_error"),
     errors.Failed: (500, "server_error", "api_error"),

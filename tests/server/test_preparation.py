@@ -15,15 +15,16 @@ from typing import Any, cast
 
 import pytest
 from mlx_lm.tokenizer_utils import load
-from mlx_overlay_server.chat import grammar, prompt
+from mlx_overlay_server.chat import grammar
+from mlx_overlay_server.chat.images import placed
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import ChatRequest, Format, Image, Message, TextRequest
 from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.errors import Failed, InvalidRequest
 from mlx_overlay_server.preparation import Preparation, grammars
 from mlx_overlay_server.preparation.grammars import Grammars
-from mlx_overlay_server.preparation.process import Process
 from mlx_overlay_server.preparation.program import _result
+from mlx_overlay_server.preparer import Process
 from mlx_overlay_server.settings import EngineOptions, Limits
 from PIL import ImageFile
 
@@ -104,7 +105,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch
     small, large = (_image(bomb(side), f"images[{side}]") for side in (6000, 9400))
     for images in ((large, large), (small, small, small)):
         with pytest.raises(InvalidRequest, match="pixels together") as caught:
-            prompt._placed(cast("Loaded", None), "", images)
+            placed(cast("Loaded", None), "", images)
         assert caught.value.param == images[-1].where
 
 

@@ -7,12 +7,14 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
+import pytest
 from mlx_overlay_server.chat.events import Done, Event, FinishReason, Started, Text
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.reader import Reader, Token
 from mlx_overlay_server.chat.requests import Params, TextRequest
 from mlx_overlay_server.engine.commands import Prefilled, Sampled, Submit
 from mlx_overlay_server.engine.handle import Engine, Mailbox
+from mlx_overlay_server.errors import Stopped
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.library import Library
 from mlx_overlay_server.models.pool import Pool
@@ -66,6 +68,23 @@ class FakePool:
     @asynccontextmanager
     async def use(self, _: str) -> AsyncIterator[Loaded]:
         yield cast("Loaded", None)
+
+
+class SlowPool(FakePool):
+    """Loads for ever."""
+
+    @asynccontextmanager
+    async def use(self, _: str) -> AsyncIterator[Loaded]:
+        await asyncio.get_running_loop().create_future()
+        yield cast("Loaded", None)
+
+
+class SlowPreparation:
+    """Prepares for ever."""
+
+    async def answers(self, *_: Any) -> list[Answer]:
+        await asyncio.get_running_loop().create_future()
+        return []
 
 
 class FakePreparation:
@@ -150,5 +169,74 @@ def test_who_leaves_has_what_is_open_cancelled() -> None:
         worked.append(service.has_work)
         assert worked == [False, True, False], "a Mac would fall asleep, or never"
         assert sorted(engine.cancelled) == [7, 8]
+
+    asyncio.run(main())
+
+
+def test_a_request_is_on_record_while_it_runs_and_after() -> None:
+    async def main() -> None:
+        engine = FakeEngine()
+        service = _service(engine, (7, 8))
+        for id_, cached in ((7, 1), (8, 2)):
+            engine.mailbox.put(id_, Prefilled(3, 3, cached))
+            engine.mailbox.put(id_, _sampled(5))
+            engine.mailbox.put(id_, _sampled(6, "length"))
+        ticket = Ticket(client="curl/8")
+        batches = service.answer(REQUEST, ticket)
+        await anext(batches)
+        ((record, note),) = service.recent.running
+        assert (record.client, record.model, note) == ("curl/8", MODEL, "reading the prompt: 3 of 3 tokens")
+        async for _ in batches:
+            pass
+        assert service.recent.ended == [record]
+        assert (record.tokens_in, record.tokens_cached, record.tokens_out) == (6, 3, 4)
+        assert (record.outcome, record.reason) == ("answered", "length")
+        assert record.first_token_seconds is not None
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("phase", ["loading", "preparing", "waiting for tokens", "between tokens"])
+def test_a_request_is_stopped_whatever_it_waits_for(phase: str) -> None:
+    async def main() -> None:
+        engine = FakeEngine()
+        service = _service(engine, (7,))
+        if phase == "loading":
+            service.pool = cast("Pool", SlowPool())
+        if phase == "preparing":
+            service._preparation = cast("Preparation", SlowPreparation())
+        if phase == "between tokens":
+            engine.mailbox.put(7, Prefilled(3, 3, 0))
+        ticket = Ticket()
+        batches = service.answer(REQUEST, ticket)
+        if phase == "between tokens":
+            await anext(batches)
+        answering = asyncio.ensure_future(anext(batches))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        ((record, _),) = service.recent.running
+        assert service.recent.stop(record.id)
+        with pytest.raises(Stopped):
+            await answering
+        assert record.outcome == "stopped"
+        assert engine.cancelled == engine.submitted
+        assert not service.has_work
+
+    asyncio.run(main())
+
+
+def test_a_stop_that_comes_while_the_client_reads_ends_the_answer_before_its_next_token() -> None:
+    async def main() -> None:
+        engine = FakeEngine()
+        service = _service(engine, (7,))
+        engine.mailbox.put(7, Prefilled(3, 3, 0))
+        ticket = Ticket()
+        batches = service.answer(REQUEST, ticket)
+        await anext(batches)
+        ticket.stop()
+        engine.mailbox.put(7, _sampled(5))
+        with pytest.raises(Stopped):
+            await anext(batches)
+        assert engine.cancelled == [7]
 
     asyncio.run(main())

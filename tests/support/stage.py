@@ -12,12 +12,12 @@ from typing import Any
 
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import Params
-from mlx_overlay_server.engine.commands import Command, Item, Sampled, Stats, Stop, Submit
+from mlx_overlay_server.engine.commands import Command, Item, ReadTokenizer, Sampled, Stats, Stop, Submit
 from mlx_overlay_server.engine.worker import Worker
 from mlx_overlay_server.errors import ServerError
 from mlx_overlay_server.settings import EngineOptions
 
-TURNS = 2000
+TURNS = 20_000
 
 Script = Generator[Sequence[Command]]
 
@@ -27,9 +27,12 @@ class Stage:
 
     def __init__(self, options: EngineOptions) -> None:
         self.options = options
+        self.read_tokenizer: ReadTokenizer | None = None
         self.items: dict[int, list[Item]] = {}
         """Each sequence's id -> what was made of it."""
         self.settled: dict[str, Loaded | ServerError] = {}
+        self.read: dict[str, int] = {}
+        """The bytes of weights that were read of each model."""
         """Each load's key -> how it ended."""
         self.stats = Stats()
         self.ended: str | None = None
@@ -75,6 +78,9 @@ class Stage:
 
     def reading(self, key: str) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def has_read(self, key: str, nbytes: int) -> None:
+        self.read[key] = self.read.get(key, 0) + nbytes
 
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None:
         self.stats = stats

@@ -153,6 +153,17 @@ class Catalog:
         is_cached = self.is_cached(repo_id) if kind == "models" else self.is_folder(f"{hub}/{name}", hub)
         return None if is_cached else roots[0]
 
+    @property
+    def models_away(self) -> dict[str, str]:
+        """The ids of the models that maps, model paths and tiers held which have gone away since: id -> folder."""
+        found: dict[str, str] = {}
+        for root, each in self._away.items():
+            for name in each.names:
+                kind, repo_id = config.kind_and_id(hfcache.full_id(name))
+                if kind == "models":
+                    found.setdefault(repo_id, root)
+        return found
+
     def incomplete(self, model_id: str) -> Reject | None:
         """The user's folder of this id that was left out because a part of it is missing; None when there is none."""
         if model_id in self._excluded:
@@ -318,7 +329,7 @@ class Catalog:
         cached = self._scanner.read_cached(model_id)
         return explain.model(
             model_id,
-            self.sources,
+            self._about(kind, model_id, self.sources),
             cached,
             self.below,
             look=lambda root: self._scanner.read(f"{root}/{model_id}", model_id, root),
@@ -328,7 +339,14 @@ class Catalog:
         name, hub = hfcache.repo_folder(repo_id, kind), self.settings.hub_cache
         is_cached = self.is_folder(f"{hub}/{name}/snapshots", hub)
         in_tiers = [repo.path for repo in self.tier_repos() if repo.name == name]
-        return explain.other_repo(kind, repo_id, self._layers, f"{hub}/{name}", in_tiers, is_cached=is_cached)
+        layers = self._about(kind, repo_id, self._layers)
+        return explain.other_repo(kind, repo_id, layers, f"{hub}/{name}", in_tiers, is_cached=is_cached)
+
+    def _about(self, kind: str, repo_id: str, sources: Iterable[Source]) -> list[Source]:
+        """Those of some sources that may say something of an id: not the maps of others."""
+        others = {each.folder for each in self.settings.maps if (each.kind, each.id) != (kind, repo_id)}
+        others -= {each.folder for each in self.settings.maps if (each.kind, each.id) == (kind, repo_id)}
+        return [source for source in sources if source.layer != "map" or source.root not in others]
 
     def warnings(self, downloads: str | None = None) -> list[str]:
         """Warnings about paths and folders that cannot be used, without those that the call before has returned.

@@ -199,7 +199,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from hf_overlay.command import doctor
+    from hf_overlay import doctor
 
     findings = doctor.examine(_catalog(options, warn=False, keeps=False), os.environ)
     if options.json:

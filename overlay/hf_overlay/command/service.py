@@ -45,13 +45,14 @@ class Status(NamedTuple):
     @property
     def text(self) -> str:
         """One line for a person: how it fares, and what to do where it does not."""
+        install = "hf-overlay service install" + (" --server" if self.name == SERVER else "")
         if not self.is_installed and not self.is_loaded:
-            return f"not installed (no {self.path}); to install it: hf-overlay service install"
+            return f"not installed (no {self.path}); to install it: {install}"
         if self.pid is not None:
             return f"running (process {self.pid}); {self.path}; its log: {self.log}"
         if self.is_loaded:
             return f"not running, though it is started at login; look at its log: {self.log}"
-        return f"not loaded; to load it: hf-overlay service install ({self.path})"
+        return f"not loaded; to load it: {install} ({self.path})"
 
 
 def install(name: str, options: Sequence[str], environ: Mapping[str, str], *, replaces: bool = False) -> None:

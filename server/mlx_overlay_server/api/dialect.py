@@ -9,6 +9,7 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.responses import Response
 
+from mlx_overlay_server.access import CURRENT
 from mlx_overlay_server.api.fields import ModelBody
 from mlx_overlay_server.api.transport import EventStream, answer, unless_gone
 from mlx_overlay_server.chat.events import Event
@@ -21,6 +22,9 @@ Body = TypeVar("Body", bound=ModelBody, contravariant=True)
 
 CLIENT_GONE = 499
 """The status of an answer that nobody reads, as nginx has it; it shows in the metrics."""
+
+_LOOPBACK = frozenset({"127.0.0.1", "::1"})
+_LONGEST_NAME = 60
 
 
 class Exchange(Protocol):
@@ -63,7 +67,7 @@ class Dialect(Protocol[Body]):
 
 async def respond(service: Service, dialect: Dialect[Body], body: Body, request: Request) -> Response:
     """Answer a request, in one piece or as a stream. Raises ServerError unless a stream has begun."""
-    ticket = Ticket()
+    ticket = Ticket(client=client_of(request))
     await turn()
     body.name(service.default_model)
     exchange = dialect.decode(body, request.headers)
@@ -73,6 +77,18 @@ async def respond(service: Service, dialect: Dialect[Body], body: Body, request:
         return EventStream(events, ticket, refuse=dialect.refuse, fail=exchange.fail, ping=dialect.ping)
     answers = await unless_gone(request, gathered(batches, exchange.request.answers))
     return Response(status_code=CLIENT_GONE) if answers is None else answer(exchange.whole(answers))
+
+
+def client_of(request: Request) -> str:
+    """Return a name for whoever sends a request: its key's, else its program, and its address unless it is local."""
+    if (key := CURRENT.get()) is not None:
+        return key.name
+    agent = request.headers.get("user-agent", "")
+    program = (
+        "browser" if agent.startswith("Mozilla/") else agent.partition("(")[0].strip()[:_LONGEST_NAME] or "unknown"
+    )
+    address = request.client.host if request.client is not None else ""
+    return program if address in _LOOPBACK or not address else f"{program} at {address}"
 
 
 def documented(whole: Any, error: Any, *, stream: str | None = None) -> dict[int | str, dict[str, Any]]:

@@ -53,6 +53,30 @@ class Logprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptToken:
+    """One token of the prompt with the natural logarithm of its probability after the tokens before it."""
+
+    id: int
+    token: str
+    """Its text, with U+FFFD for what is not valid UTF-8 on its own."""
+    data: bytes
+    """Its bytes in the prompt's text; none for a token that the tokenizer has added."""
+    logprob: float | None
+    """None for the first token, before which there is nothing."""
+    rank: int = 1
+    """Its place among all tokens, the likeliest being the first."""
+    top: tuple[tuple[int, str, float], ...] = ()
+    """The likeliest tokens in its place, as (id, text, log probability), likeliest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log probabilities of all tokens of the prompt."""
+
+    tokens: tuple[PromptToken, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Token counts of one answer."""
 
@@ -84,4 +108,4 @@ class Done:
     """The one that ended it, if one did."""
 
 
-Event = Text | Reasoning | ToolCall | Logprobs | Started | Done
+Event = Text | Reasoning | ToolCall | Logprobs | PromptLogprobs | Started | Done

@@ -7,23 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_overlay_server.chat import tool_text
+from mlx_overlay_server.chat.images import placed
 from mlx_overlay_server.chat.loaded import Loaded, Tokenizer
-from mlx_overlay_server.chat.requests import ChatRequest, Image, Message, Tool, described
+from mlx_overlay_server.chat.requests import OURS, ChatRequest, Image, Message, Tool, described
 from mlx_overlay_server.errors import Field, InvalidRequest, PromptTooLong
 
-_OURS = frozenset({"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
-                   "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
-                   "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"})  # fmt: skip
-
-_FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
-"""The formats that the dialects know. Pillow reads more, some by starting other programs."""
-
-MAX_PIXELS = 100_000_000
-"""Pixels of all images of a request together, checked before any of them is decoded.
-
-A file of a few kilobytes can hold so many that decoding takes gigabytes of memory. This many take 300 MB. They are
-twelve screenshots at 4K, or one image of 10,000 x 10,000, of which models look at a few million pixels anyway.
-"""
+_VERBOSITY = {"low": "Keep your answers short.", "high": "Answer in detail."}
+"""Sentences for templates that have no setting for how much an answer says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +37,7 @@ def render(model: Loaded, request: ChatRequest, limit: int | None = None) -> Pro
     A text that must have more tokens than `limit` is refused before megabytes of it are tokenized.
     """
     tokenizer = model.tokenizer
-    if not tokenizer.has_chat_template:
+    if not tokenizer.has_chat_template and request.chat_template is None:
         raise InvalidRequest(f"{request.model} has no chat template; use /v1/completions", field="model")
     if not request.messages:  # dialects may drop empty messages
         raise InvalidRequest("all messages are empty", field="messages")
@@ -56,12 +46,13 @@ def render(model: Loaded, request: ChatRequest, limit: int | None = None) -> Pro
         raise InvalidRequest(f"{request.model} does not take images", param=images[0].where)
     tools = request.tools if request.choice.mode != "none" else ()
     kwargs = _template_kwargs(tokenizer, request)
+    messages = _with_verbosity(request, kwargs)
     continues = request.continues and request.messages[-1].role == "assistant" and not request.messages[-1].calls
-    text, system = _apply(tokenizer, request.messages, tools, kwargs, continues=continues)
+    text, system = _apply(tokenizer, messages, tools, kwargs, continues=continues)
     pixels: tuple[Any, ...] = ()
     if images:
         try:
-            text, pixels = _placed(model, text, images)
+            text, pixels = placed(model, text, images)
         except ValueError as error:  # its template leaves one out, or a text holds the mark of one
             raise InvalidRequest(f"the model cannot place the images: {error}", field="messages") from None
         system = ""
@@ -170,15 +161,26 @@ class _Template:
         """Return the first form of a conversation that the template takes, and its text. Raises InvalidRequest.
 
         Templates differ in what they take (one system message, at the start; turns that alternate). A conversation that
-        a template refuses is tried again in plainer forms with the same content.
+        a template refuses, or whose system messages it drops, is tried again in plainer forms with the same content.
         """
         problem: Exception | None = None
         for form in (_merged_system(messages), _alternating(messages), _without_system(messages)):
             try:
-                return form, self._text(form, tools, self.ending)
+                text = self._text(form, tools, self.ending)
+                if not self._drops_system(form, tools, text):
+                    return form, text
             except Exception as error:  # noqa: BLE001 - templates are programs that come with the model
                 problem = problem or error
         raise InvalidRequest(f"the model's chat template refuses these messages: {problem}", field="messages")
+
+    def _drops_system(self, form: Sequence[Message], tools: Sequence[Tool], text: str) -> bool:
+        """Return whether a system message makes no difference to a conversation's text."""
+        for at, turn in enumerate(form):
+            if turn.role == "system" and turn.text.strip() and turn.text.strip() not in text:
+                other = [*form[:at], replace(turn, content=("other ", *turn.content)), *form[at + 1 :]]
+                if self._text(other, tools, self.ending) == text:
+                    return True
+        return False
 
     def _text(self, turns: Sequence[Message], tools: Sequence[Tool], ending: Mapping[str, bool]) -> str:
         given = [described(tool) for tool in tools] or None
@@ -196,10 +198,15 @@ def _with_other_result(turn: Message) -> Message:
 
 def _merged_system(messages: Sequence[Message]) -> list[Message]:
     """Return the messages with the leading system messages merged into one."""
-    first = next((at for at, turn in enumerate(messages) if turn.role != "system"), len(messages))
+    first = _leading(messages)
     if first == 0:
         return list(messages)
     return [Message("system", ("\n\n".join(turn.text for turn in messages[:first]),)), *messages[first:]]
+
+
+def _leading(messages: Sequence[Message]) -> int:
+    """Return how many system messages a conversation begins with."""
+    return next((at for at, turn in enumerate(messages) if turn.role != "system"), len(messages))
 
 
 def _alternating(messages: Sequence[Message]) -> list[Message]:
@@ -253,9 +260,12 @@ def _as_dict(message: Message) -> dict[str, Any]:
 def _template_kwargs(tokenizer: Tokenizer, request: ChatRequest) -> dict[str, Any]:
     """Return a template's arguments beside the messages. Raises InvalidRequest for those that it does not know."""
     kwargs = dict(request.template_kwargs)
-    if ours := sorted(_OURS & kwargs.keys()):
+    if ours := sorted(OURS & kwargs.keys()):
         raise InvalidRequest(f"the server sets `{ours[0]}` itself; leave it out", field="template_kwargs", key=ours[0])
-    source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    template = request.chat_template if request.chat_template is not None else tokenizer.chat_template
+    source = template if isinstance(template, str) else ""
+    if request.chat_template is not None:
+        kwargs["chat_template"] = request.chat_template
     if request.effort is not None and "reasoning_effort" in source:
         kwargs.setdefault("reasoning_effort", request.effort)
     elif request.effort is not None and tokenizer.has_thinking:  # it can be on or off
@@ -264,7 +274,18 @@ def _template_kwargs(tokenizer: Tokenizer, request: ChatRequest) -> dict[str, An
         raise InvalidRequest(f"{request.model} has no reasoning effort to set; leave it out", field="effort")
     if request.thinking is not None:
         kwargs.setdefault("enable_thinking", request.thinking)
+    if request.verbosity is not None and "verbosity" in source:
+        kwargs.setdefault("verbosity", request.verbosity)
     return kwargs
+
+
+def _with_verbosity(request: ChatRequest, kwargs: Mapping[str, Any]) -> tuple[Message, ...]:
+    """Return a request's messages, with a sentence on how much to say where the template has no setting for that."""
+    sentence = _VERBOSITY.get(request.verbosity or "")
+    if sentence is None or "verbosity" in kwargs:
+        return request.messages
+    leading = _leading(request.messages)
+    return (*request.messages[:leading], Message("system", (sentence,)), *request.messages[leading:])
 
 
 def _opens_reasoning(tokenizer: Tokenizer, text: str) -> bool:
@@ -280,55 +301,3 @@ def _opens_reasoning(tokenizer: Tokenizer, text: str) -> bool:
 def _common(tokens: Sequence[int], others: Sequence[int]) -> int:
     """Return how many tokens two sequences share at their start."""
     return next((at for at, (a, b) in enumerate(zip(tokens, others, strict=False)) if a != b), len(tokens))
-
-
-def _placed(model: Loaded, text: str, images: Sequence[Image]) -> tuple[str, tuple[Any, ...]]:
-    """Return a prompt's text with room for its images, and their pixel values as NumPy arrays.
-
-    Raises InvalidRequest, and ValueError where the text and the images do not go together.
-    """
-    import numpy as np
-
-    opened = []
-    total = 0
-    for image in images:
-        opened.append(_opened(image))
-        width, height = opened[-1].size
-        total += width * height
-        if total > MAX_PIXELS:
-            raise _too_many(image)
-    text, pixels = model.processor(text, images=[_pixels(*each) for each in zip(opened, images, strict=True)])
-    return text, tuple(np.asarray(each) for each in pixels)
-
-
-def _too_many(image: Image) -> InvalidRequest:
-    return InvalidRequest(
-        f"the images have more than {MAX_PIXELS} pixels together; send smaller ones", param=image.where
-    )
-
-
-def _opened(image: Image) -> Any:
-    """Return a Pillow image that is not decoded yet. Raises InvalidRequest."""
-    import io
-    import warnings
-
-    from PIL import Image as Pillow  # only models that see need it
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Pillow.DecompressionBombWarning)  # our own limit is lower
-            return Pillow.open(io.BytesIO(image.data), formats=_FORMATS)
-    except Pillow.DecompressionBombError:
-        raise _too_many(image) from None
-    except Exception:  # noqa: BLE001 - decoders meet whatever is sent
-        raise InvalidRequest("cannot decode the image", param=image.where) from None
-
-
-def _pixels(opened: Any, image: Image) -> Any:
-    """Return an RGB array of height x width x 3 bytes. Raises InvalidRequest."""
-    import numpy as np
-
-    try:
-        return np.asarray(opened.convert("RGB"))
-    except Exception:  # noqa: BLE001 - as above
-        raise InvalidRequest("cannot decode the image", param=image.where) from None

@@ -72,11 +72,13 @@ class Reader:
         is_call: bool = False,
         is_formatted: bool = False,
         continues_text: bool = False,
+        min_tokens: int = 0,
     ) -> None:
         """`has_marks`: False for plain completions. `is_call`: the whole answer is a tool call in JSON, by grammar.
 
         `is_formatted`: the request gives the form of the answer's text, which is no call whatever it looks like.
         `continues_text`: the prompt ends in text that the answer goes on with, so a space at its start belongs to it.
+        `min_tokens`: stop strings count only after so many tokens.
         """
         self._model = model
         self._detokenizer = model.detokenizer()
@@ -85,6 +87,7 @@ class Reader:
                 self._detokenizer.add_token(letter)
             _ = self._detokenizer.last_segment
         self._stops = StopStrings(stop)
+        self._least = min_tokens
         self._name = "normal" if is_call or not has_marks else model.tokenizer.response_initial_state or "normal"
         """The part that the last text belongs to: normal, reasoning, tool, or one that names the addressee."""
         if is_reasoning:
@@ -141,7 +144,7 @@ class Reader:
             self._bytes.decode(logprob.data)
             if not self._bytes.getstate()[0]:  # else the rest of a character comes with a later token
                 self._settle_logprobs()
-        released = self._stops.feed(text)
+        released = self._stops.feed(text) if self.tokens > self._least else text
         self._released += len(released)
         self._split(released)
         self._release_logprobs()

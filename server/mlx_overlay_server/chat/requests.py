@@ -7,6 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
+Verbosity = Literal["low", "medium", "high"]
+
+OURS = frozenset({"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
+                   "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
+                   "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"})  # fmt: skip
+"""Arguments of chat templates that only the server sets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +108,13 @@ class Params:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     max_tokens: int | None = None
-    """None: as many as the model's context holds."""
+    """None: as many as the model's context holds; 0: the prompt is read, and there is no answer."""
+    min_tokens: int = 0
+    """Tokens that the answer has at least: until then nothing ends it but `max_tokens`."""
     logprobs: int | None = None
     """Alternatives to report for each token; None: no log probabilities at all."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +125,8 @@ class Request:
     params: Params = Params()
     stop: tuple[str, ...] = ()
     n: int = 1
+    context: int | None = None
+    """Tokens that prompt and answer may have together, where the model could take more."""
 
     @property
     def answers(self) -> int:
@@ -139,6 +151,12 @@ class ChatRequest(Request):
     effort: str | None = None
     """The reasoning effort, in the words of the template."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+    """A chat template in place of the model's own."""
+    verbosity: Verbosity | None = None
+    """How much the answer says; None or medium: as the model does."""
+    is_truncated: bool = False
+    """Whether the oldest turns may be left out where the prompt would not leave room for an answer."""
     is_effort_optional: bool = False
     """Whether to ignore `effort` where the template has no such setting, instead of refusing."""
 

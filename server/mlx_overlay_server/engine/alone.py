@@ -11,10 +11,10 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.engine import mlx
-from mlx_overlay_server.engine.commands import Item, Prefilled, Sampled, Submit
+from mlx_overlay_server.engine.commands import Item, Prefilled, PromptScores, Sampled, Submit
 from mlx_overlay_server.engine.failures import failure, is_late
 from mlx_overlay_server.engine.generation import Generation
-from mlx_overlay_server.engine.likely import Row, likeliest
+from mlx_overlay_server.engine.likely import Row, likeliest, scored
 from mlx_overlay_server.engine.mlx import Cache
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.sampling import Matcher, Sampling, sampler
@@ -52,7 +52,9 @@ class Alone:
         # A grammar and a budget keep count of tokens, and cannot take back what a draft model guessed.
         has_draft = self._draft is not None and submit.constraint is None and submit.budget is None
         may_reuse = (
-            submit.keeps_cache and not is_seeded and not submit.images and has_draft == (self._draft is not None)
+            submit.keeps_cache
+            and not (is_seeded or submit.images or submit.params.prompt_logprobs is not None)
+            and has_draft == (self._draft is not None)
         )
         cache, cached = self._prefixes.fetch(self._loaded.key, submit.prompt) if may_reuse else (None, 0)
         if cache is None:
@@ -60,7 +62,8 @@ class Alone:
             if has_draft:
                 cache += make_prompt_cache(self._draft)
         # The prompt but for its last token is read here, so that is all that mlx-lm's processors see of it.
-        generation = Generation(submit, sampling, matcher, cached=cached, unseen=len(submit.prompt) - 1)
+        unseen, ends = len(submit.prompt) - 1, self._loaded.ends
+        generation = Generation(submit, sampling, matcher, cached=cached, unseen=unseen, ends=ends)
         reader = _Reader(self._model, self._draft if has_draft else None, cache, self._options)
         embeddings = mlx.image_embeddings(self._model, submit.prompt, submit.images) if submit.images else None
         drawn = self._drawn(generation, sampling, cache, embeddings, has_draft=has_draft)
@@ -139,18 +142,22 @@ class _Reader:
         self._cache = cache
         self._options = options
 
-    def read(self, tokens: Sequence[int], embeddings: Any) -> None:
-        """Read tokens; `embeddings`: what they are for the model when there are images among them, else None."""
+    def read(self, tokens: Sequence[int], embeddings: Any) -> mx.array:
+        """Read tokens, and return the logits after each, not evaluated.
+
+        `embeddings`: what the tokens are for the model when there are images among them, else None.
+        """
         given = {} if embeddings is None else {"input_embeddings": embeddings[None]}
         piece = mx.array([list(tokens)])
         count = len(self._cache) if self._draft is None else len(self._model.layers)
-        self._model(piece, cache=self._cache[:count], **given)
+        logits: mx.array = self._model(piece, cache=self._cache[:count], **given)
         if self._draft is not None:
             self._draft(piece, cache=self._cache[count:])
         options = self._options
         maybe_quantize_kv_cache(self._cache, options.quantized_kv_start, options.kv_group_size, options.kv_bits)
         mlx.evaluate(self._cache)
         mx.clear_cache()
+        return logits[0]
 
 
 class _Running:
@@ -188,7 +195,11 @@ class _Running:
         yield Prefilled(done, size, cached)
         while done < size - 1:
             end = min(done + PIECE, size - 1)
-            self._reader.read(submit.prompt[done:end], None if self._embeddings is None else self._embeddings[done:end])
+            embeddings = None if self._embeddings is None else self._embeddings[done:end]
+            logits = self._reader.read(submit.prompt[done:end], embeddings)
+            if (wanted := submit.params.prompt_logprobs) is not None:
+                yield PromptScores(tuple(scored(logits, submit.prompt[done + 1 : end + 1], wanted)))
+            del logits
             done = end
             self.is_reading = done < size - 1
             yield Prefilled(done, size, cached)

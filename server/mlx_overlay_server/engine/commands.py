@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,6 +10,12 @@ from mlx_overlay_server.chat.grammar import Budget, Constraint
 from mlx_overlay_server.chat.requests import Params
 from mlx_overlay_server.errors import ServerError
 from mlx_overlay_server.memory import Shares
+
+ReadTokenizer = Callable[[str, str, Mapping[str, Any], Any], bytes]
+"""Has another process read a tokenizer, and waits for what `tokenizers.sent` returns there. Raises ServerError.
+
+(key of the model, its folder, options for transformers, what its config.json says of end tokens)
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +94,23 @@ class Prefilled(NamedTuple):
     """Tokens reused from the KV caches of earlier prompts."""
 
 
-Item = Sampled | Prefilled | ServerError
+class Scored(NamedTuple):
+    """A token of a prompt, as likely as the model finds it after those before it."""
+
+    logprob: float
+    rank: int
+    """Its place among all tokens, the likeliest being the first."""
+    top: tuple[tuple[int, float], ...]
+    """(token, log probability), likeliest first."""
+
+
+class PromptScores(NamedTuple):
+    """The next tokens of a prompt that was read, from its second on."""
+
+    tokens: tuple[Scored, ...]
+
+
+Item = Sampled | Prefilled | PromptScores | ServerError
 
 
 class Stats(NamedTuple):
@@ -99,6 +122,8 @@ class Stats(NamedTuple):
     """Sequences that wait for room in a batch."""
     cache_bytes: int = 0
     cache_entries: int = 0
+    running_bytes: int = 0
+    """Bytes that the running sequences are taken to need for their KV caches."""
     steps: int = 0
     failures: int = 0
     """Batches lost to an error."""

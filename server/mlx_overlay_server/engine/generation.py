@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from mlx_overlay_server.chat import grammar
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.engine.commands import Item, Sampled, Submit
@@ -14,16 +16,23 @@ class Generation:
     """A sequence that a model generates, in a batch or alone."""
 
     def __init__(
-        self, submit: Submit, sampling: Sampling, matcher: Matcher | None, *, cached: int, unseen: int | None = None
+        self,
+        submit: Submit,
+        sampling: Sampling,
+        matcher: Matcher | None,
+        *,
+        cached: int,
+        unseen: int | None = None,
+        ends: Iterable[int] = (),
     ) -> None:
-        """`cached`: how many tokens of the prompt were reused from an earlier KV cache.
+        """`cached`: how many tokens of the prompt were reused from an earlier KV cache; `ends`: those that end answers.
 
         `unseen`: how many tokens of the prompt mlx-lm leaves out when it calls logits processors; None: those cached.
         """
         self.submit = submit
         self.cached = cached
         left_out = cached if unseen is None else unseen
-        changes = processors(submit.params, sampling, submit.prompt, cached=left_out)
+        changes = processors(submit.params, sampling, submit.prompt, cached=left_out, ends=ends)
         self.guarded = Guarded(changes, submit.budget, matcher)
         self.processors = [self.guarded] if self.guarded else []
         """Logits processors for mlx-lm: at most one, which stands for all of the request's."""

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mlx_overlay_server.engine.commands import Scored
+
 
 class Row(NamedTuple):
     """A drawn token, and how much shall be known about it."""
@@ -46,6 +48,31 @@ def likeliest(rows: Sequence[Row]) -> list[Likely | None]:
     plain: list[Any] = [ids.tolist(), values.tolist()]
     made = iter([_likely(row.wanted or 0, *each) for row, *each in zip(asking, *plain, strict=True)])
     return [None if row.wanted is None else next(made) for row in rows]
+
+
+_SCORED_AT_ONCE = 32
+"""Rows of logits that are scored at once: a vocabulary of 256,000 takes a megabyte for each."""
+
+
+def scored(logits: mx.array, tokens: Sequence[int], wanted: int) -> list[Scored]:
+    """Return how likely each token is by its row of logits, and the `wanted` likeliest ones in its place."""
+    made: list[Scored] = []
+    for start in range(0, len(tokens), _SCORED_AT_ONCE):
+        ids = mx.array([[token] for token in tokens[start : start + _SCORED_AT_ONCE]])
+        rows = logits[start : start + _SCORED_AT_ONCE].astype(mx.float32)
+        table = rows - mx.logsumexp(rows, axis=-1, keepdims=True)
+        own = mx.take_along_axis(table, ids, axis=-1)
+        ranks = mx.sum(table > own, axis=-1) + 1
+        most = min(wanted, table.shape[-1])
+        if most:
+            best = mx.argpartition(-table, kth=most - 1, axis=-1)[:, :most]
+            ids = mx.concatenate([ids, best.astype(ids.dtype)], axis=-1)
+        values = mx.take_along_axis(table, ids, axis=-1)
+        mx.eval(ids, values, ranks)
+        plain: list[Any] = [ids.tolist(), values.tolist(), ranks.tolist()]
+        for row_ids, row_values, rank in zip(*plain, strict=True):
+            made.append(Scored(row_values[0], rank, _likely(wanted, row_ids, row_values).top))
+    return made
 
 
 def _likely(count: int, ids: list[int], values: list[float]) -> Likely:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
-from mlx_overlay_server.engine.commands import Item, Prefilled, Sampled
+from mlx_overlay_server.engine.commands import Item, Prefilled, PromptScores, Sampled
 
 HOLD_SECONDS = 0.0005
 """Seconds that tokens may be held for each running sequence, so that more of them are handed over at once.
@@ -45,7 +45,7 @@ class Outbox:
         for id_, item in items:
             if not isinstance(item, Sampled) or item.finish is not None or id_ in self._waiting:
                 self._is_urgent = True
-            if not isinstance(item, Prefilled):
+            if not isinstance(item, Prefilled | PromptScores):
                 self._waiting.discard(id_)
             self.items.append((id_, item))
 

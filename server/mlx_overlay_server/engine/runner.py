@@ -121,7 +121,8 @@ class Runner:
         # A seed promises the same text whatever else runs. A batch and a reused KV cache round differently, so the
         # sequence runs by itself, from its first token.
         is_seeded = submit.params.seed is not None and sampling.temperature > 0
-        if not self._can_batch or submit.images or is_seeded:
+        is_scored = submit.params.prompt_logprobs is not None  # which a batch does not compute
+        if not self._can_batch or submit.images or is_seeded or is_scored:
             self._alone.add(submit, sampling, matcher_of(submit, self.loaded), is_seeded=is_seeded)
         else:
             self._add_to_batch(submit, sampling)
@@ -129,7 +130,7 @@ class Runner:
     def _add_to_batch(self, submit: Submit, sampling: Sampling) -> None:
         if not submit.prompt or submit.max_tokens <= 0:
             raise ValueError("nothing to read, or nothing to generate")
-        generation = Generation(submit, sampling, matcher_of(submit, self.loaded), cached=0)
+        generation = Generation(submit, sampling, matcher_of(submit, self.loaded), cached=0, ends=self.loaded.ends)
         tokens = np.asarray(submit.prompt, dtype=np.int64)
         prompt = Prompt(submit.id, len(tokens), rank=0)
         self._share(prompt, tokens)

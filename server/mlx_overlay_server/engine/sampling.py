@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -104,11 +104,13 @@ def processors(
     prompt: Sequence[int],
     *,
     cached: int = 0,
+    ends: Iterable[int] = (),
 ) -> list[Processor]:
     """Return the functions that change the logits of each step before masks and sampling, in order.
 
     mlx-lm calls a processor with the tokens so far, of which the first `cached` of the prompt may be missing.
     Presence and frequency penalties look at the answer alone, as OpenAI's and vLLM's do; repetition at the prompt, too.
+    `ends` are the tokens that end an answer.
     """
     seen = len(prompt) - cached
     made: list[Processor] = []
@@ -127,7 +129,17 @@ def processors(
     if params.frequency_penalty:
         frequent = make_frequency_penalty(params.frequency_penalty, _ALL)
         made.append(lambda so_far, logits: frequent(so_far[seen:], logits))
+    if params.min_tokens and (stops := list(ends)):
+        made.append(_longer(seen + params.min_tokens, mx.array(stops)))
     return made
+
+
+def _longer(size: int, ends: mx.array) -> Processor:
+    """Return a processor that lets no token of `ends` be drawn while fewer than `size` tokens are there.
+
+    A grammar may still end the answer, when it leaves nothing else to draw.
+    """
+    return lambda so_far, logits: logits.at[:, ends].add(_NEVER) if so_far.shape[0] < size else logits
 
 
 def last_of(tokens: mx.array) -> int:

@@ -20,6 +20,7 @@ from mlx_overlay_server.engine.commands import (
     Command,
     Item,
     Load,
+    ReadTokenizer,
     Sampled,
     Stats,
     Stop,
@@ -29,6 +30,7 @@ from mlx_overlay_server.engine.commands import (
 from mlx_overlay_server.engine.failures import failure, first_line, is_late, load_failure
 from mlx_overlay_server.engine.outbox import Outbox
 from mlx_overlay_server.errors import ServerError, Unavailable
+from mlx_overlay_server.imports import UNUSED, left_out
 from mlx_overlay_server.memory import Shares, shares
 from mlx_overlay_server.settings import EngineOptions
 
@@ -57,10 +59,12 @@ class Handle(Protocol):
     """Where commands come from and results go. Its methods may be called from the engine's thread."""
 
     options: EngineOptions
+    read_tokenizer: ReadTokenizer | None
 
     def take(self, seconds: float) -> list[Command]: ...
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None: ...
     def reading(self, key: str) -> AbstractContextManager[None]: ...
+    def has_read(self, key: str, nbytes: int) -> None: ...
     def settle(self, key: str, result: Loaded | ServerError) -> None: ...
     def end(self, reason: str) -> None: ...
 
@@ -76,7 +80,7 @@ class Worker:
         self._commands: deque[Command] = deque()
         """Commands that were taken and not carried out yet."""
         self._runners: dict[str, Runner] = {}
-        self._loading: dict[str, Iterator[Runner | None]] = {}
+        self._loading: dict[str, Iterator[Runner | int | None]] = {}
         self._owner: dict[int, str] = {}
         """Each sequence's id -> the key of its model."""
         self._steps = self._failures = 0
@@ -103,10 +107,11 @@ class Worker:
 
     def _prepare(self) -> None:
         """Import MLX and mlx-lm, which the first load would have to wait for, and set MLX's limits."""
-        from mlx_overlay_server.engine import mlx  # before anything else imports mlx-lm
+        with left_out(*(UNUSED if self._engine.read_tokenizer is not None else ())):
+            from mlx_overlay_server.engine import mlx  # before anything else imports mlx-lm
 
-        # isort: split
-        import mlx_overlay_server.engine.loading  # noqa: F401
+            # isort: split
+            import mlx_overlay_server.engine.loading  # noqa: F401
         from mlx_overlay_server.engine.prefix_cache import PrefixCache
         from mlx_overlay_server.engine.ranks import Ranks
 
@@ -221,26 +226,29 @@ class Worker:
         """Return the bytes of weights and kept KV caches."""
         return sum(runner.loaded.nbytes for runner in self._runners.values()) + self._prefixes.nbytes
 
-    def _load(self, command: Load) -> Iterator[Runner | None]:
+    def _load(self, command: Load) -> Iterator[Runner | int | None]:
         from mlx_overlay_server.engine.loading import load
 
-        return load(command, self._options, self._ranks.group, self._prefixes, self._memory)
+        read = self._engine.read_tokenizer
+        return load(command, self._options, self._ranks.group, self._prefixes, self._memory, read)
 
-    def _go_on_loading(self, key: str, steps: Iterator[Runner | None]) -> None:
+    def _go_on_loading(self, key: str, steps: Iterator[Runner | int | None]) -> None:
         """Load one slice of a model; sequences of other models go on between slices."""
         try:
             with self._engine.reading(key):
-                runner = next(steps)
+                made = next(steps)
         except (Exception, SystemExit) as error:  # loading runs the model's code; some of mlx-lm's calls sys.exit
             if is_late(error):
                 raise
             self._end_load(key, error)
             self._clear_memory()
             return
-        if runner is not None:
+        if isinstance(made, int):
+            self._engine.has_read(key, made)
+        elif made is not None:
             self._loading.pop(key, None)
-            self._runners[key] = runner
-            self._engine.settle(key, runner.loaded)
+            self._runners[key] = made
+            self._engine.settle(key, made.loaded)
 
     def _end_load(self, key: str, error: BaseException) -> None:
         """Give up a load because of an error."""
@@ -313,6 +321,7 @@ class Worker:
             waiting=sum(runner.waiting for runner in runners) + self._admission.waiting,
             cache_bytes=self._prefixes.nbytes,
             cache_entries=len(self._prefixes),
+            running_bytes=self._admission.running_bytes,
             steps=self._steps,
             failures=self._failures,
             is_alive=True,

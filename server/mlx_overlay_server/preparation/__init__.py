@@ -11,22 +11,23 @@ import logging
 import pickle
 import sys
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from mlx_overlay_server.chat import grammar
+from mlx_overlay_server.chat.events import PromptToken
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.reader import Reader
 from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, Params
 from mlx_overlay_server.engine.commands import Submit
 from mlx_overlay_server.engine.handle import Engine
-from mlx_overlay_server.errors import Failed, Field, InvalidRequest, ServerError
+from mlx_overlay_server.errors import Failed, Field, InvalidRequest, ServerError, Unavailable
 from mlx_overlay_server.preparation.grammars import Grammars
-from mlx_overlay_server.preparation.lanes import Lanes, Work
-from mlx_overlay_server.preparation.process import Process
+from mlx_overlay_server.preparation.lanes import READ_TOKENIZER, Lanes, Work
 from mlx_overlay_server.preparation.work import Prepared
+from mlx_overlay_server.preparer import Process
 from mlx_overlay_server.settings import Limits
 from mlx_overlay_server.turns import turn
 
@@ -51,6 +52,13 @@ class Answer:
     """Text that the answer begins with."""
     cached: int = 0
     """Tokens of the prompt that came from the KV cache; known once the prompt is read."""
+    scored: list[PromptToken] = field(default_factory=list)
+    """The prompt's tokens with their log probabilities, as far as they are read, where they were asked for."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing but the prompt is wanted. The engine draws a token all the same."""
+        return self.submit.params.max_tokens == 0
 
 
 class Preparation:
@@ -67,6 +75,7 @@ class Preparation:
 
     def start(self) -> None:
         """Start the processes, while the caller goes on."""
+        self._loop = asyncio.get_running_loop()
         self._lanes.start()
 
     def abort(self) -> None:
@@ -78,6 +87,17 @@ class Preparation:
         for each in self._known.values():
             each.detach()
         await self._lanes.stop()
+
+    def read_tokenizer(self, key: str, path: str, options: Mapping[str, Any], end_tokens: Any) -> bytes:
+        """Read a model's tokenizer in a process: a `ReadTokenizer`, for any thread but the event loop's."""
+        arguments = pickle.dumps((path, options, end_tokens))
+        return asyncio.run_coroutine_threadsafe(self._read_tokenizer(key, arguments), self._loop).result()
+
+    async def _read_tokenizer(self, key: str, arguments: bytes) -> bytes:
+        seconds = self._engine.options.load_seconds
+        work = Work(READ_TOKENIZER, key, arguments, lambda: _unread(seconds), is_slow=False, seconds=seconds)
+        data: bytes = (await self._lanes.run(work)).value
+        return data
 
     async def answers(self, model: Loaded, request: AnyRequest) -> list[Answer]:
         """Prepare every answer of a request, in the order of their indexes.
@@ -145,14 +165,14 @@ class Preparation:
         if model.key in self._known:
             return
         try:
-            data = await asyncio.to_thread(pickle.dumps, model, pickle.HIGHEST_PROTOCOL)
+            data = await asyncio.to_thread(pickle.dumps, _without_tokenizer(model), pickle.HIGHEST_PROTOCOL)
         except Exception as error:  # noqa: BLE001 - tokenizers are code that may come with the model
             raise Failed(f"the model's tokenizer cannot be copied to another process: {type(error).__name__}") from None
         if model.key not in self._known:
             forget = partial(asyncio.get_running_loop().call_soon_threadsafe, self._forget, model.key)
             self._known[model.key] = weakref.finalize(model, forget)
             self._known[model.key].atexit = False
-            self._lanes.learn(model.key, data)
+            self._lanes.learn(model.key, data, model.whole)
 
     def _forget(self, key: str) -> None:
         self._known.pop(key, None)
@@ -169,6 +189,22 @@ class Preparation:
         )
 
 
+def _without_tokenizer(model: Loaded) -> Loaded:
+    """Return a model without the part of its tokenizer that a process replaces by the whole."""
+    if not model.whole:
+        return model
+    nothing: Any = None
+    return replace(model, tokenizer=nothing, detokenizer=nothing, make_grammar_tokenizer=nothing, whole=b"")
+
+
+def _unread(seconds: float) -> ServerError:
+    return Unavailable(
+        f"the model cannot be loaded: its tokenizer could not be read within {seconds:g} s; look at the disk, or raise "
+        "--load-seconds",
+        code="model_load_failed",
+    )
+
+
 def _pickled(value: object) -> bytes:
     """Pickle a request, whose JSON may be nested as deeply as the parser takes it: up to a thousand levels.
 
@@ -183,8 +219,9 @@ def _pickled(value: object) -> bytes:
 
 
 def _reader(model: Loaded, request: AnyRequest, prepared: Prepared) -> Reader:
+    least = request.params.min_tokens
     if not isinstance(request, ChatRequest):
-        return Reader(model, stop=request.stop, has_marks=False, continues_text=True)
+        return Reader(model, stop=request.stop, has_marks=False, continues_text=True, min_tokens=least)
     return Reader(
         model,
         stop=request.stop,
@@ -194,6 +231,7 @@ def _reader(model: Loaded, request: AnyRequest, prepared: Prepared) -> Reader:
         is_call=grammar.is_forced(request),
         is_formatted=request.format is not None,
         continues_text=prepared.prompt.continues_text,
+        min_tokens=least,
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_overlay_server.chat import grammar
@@ -30,14 +31,31 @@ class Prepared:
     budget: Budget | None = None
 
 
+MAX_SCORES = 100_000
+"""Log probabilities of the tokens of a request's prompts, in all: as many as are encoded in a fraction of a second."""
+
+
 def prepare(model: Loaded, request: AnyRequest, limits: Limits) -> list[Prepared]:
     """Turn a request into prompts: one for a conversation, one for each plain prompt. Raises InvalidRequest."""
-    return [_chat(model, request, limits)] if isinstance(request, ChatRequest) else _text(model, request, limits)
+    is_chat = isinstance(request, ChatRequest)
+    prepared = [_chat(model, request, limits)] if isinstance(request, ChatRequest) else _text(model, request, limits)
+    if (wanted := request.params.prompt_logprobs) is not None:
+        field: Field = "messages" if is_chat else "prompts"
+        if any(each.prompt.images for each in prepared):
+            raise InvalidRequest("log probabilities of a prompt with images are not computed", field=field)
+        count = sum(len(each.prompt.tokens) for each in prepared) * (1 + wanted) * request.n
+        if count > MAX_SCORES:
+            raise InvalidRequest(
+                f"{count} log probabilities of the prompt's tokens are more than {MAX_SCORES}; send a shorter prompt, "
+                "or ask for fewer alternatives",
+                field=field,
+            )
+    return prepared
 
 
 def count_tokens(model: Loaded, request: ChatRequest, limits: Limits) -> int:
     """Count the tokens of a conversation's prompt. Raises InvalidRequest."""
-    return len(chat.render(model, request, _prompt_limit(model, limits)).tokens)
+    return len(chat.render(model, request, _prompt_limit(model, request, limits)).tokens)
 
 
 def check_grammar(model: Loaded, constraint: Constraint, limits: Limits) -> None:  # noqa: ARG001 - as all of these
@@ -52,7 +70,9 @@ WORK: dict[str, Callable[[Loaded, Any, Limits], Any]] = {
 
 
 def _chat(model: Loaded, request: ChatRequest, limits: Limits) -> Prepared:
-    prompt = chat.render(model, request, _prompt_limit(model, limits))
+    if request.is_truncated and (limit := _prompt_limit(model, request, limits)) is not None:
+        request = truncated(model, request, limit)
+    prompt = chat.render(model, request, _prompt_limit(model, request, limits))
     return Prepared(
         prompt,
         _answer_limit(model, request, prompt.tokens, limits, "messages"),
@@ -61,12 +81,38 @@ def _chat(model: Loaded, request: ChatRequest, limits: Limits) -> Prepared:
     )
 
 
+def truncated(model: Loaded, request: ChatRequest, limit: int) -> ChatRequest:
+    """Return a request without as many of its oldest turns as it takes for its prompt to leave room for an answer.
+
+    `limit`: tokens that a prompt may have. The room is what `max_tokens` says, a quarter of the limit without it, and
+    half of it at most. System messages at the start stay, and what is left begins with a user's message; of the last
+    one nothing is left out. Raises InvalidRequest.
+    """
+    messages = request.messages
+    first = next((at for at, turn in enumerate(messages) if turn.role != "system"), len(messages))
+    starts = [first, *(at for at, turn in enumerate(messages) if at > first and turn.role == "user")]
+    room = min(request.params.max_tokens or limit // 4, limit // 2)
+
+    def fits(start: int) -> bool:
+        left = replace(request, messages=(*messages[:first], *messages[start:]))
+        try:
+            return len(chat.render(model, left, limit).tokens) <= limit - room
+        except PromptTooLong:
+            return False
+
+    if fits(first):
+        return request
+    # The fewer turns, the shorter the prompt: the first start that fits is found in a few steps.
+    at = bisect.bisect_left(starts, 1, hi=len(starts) - 1, key=fits)
+    return replace(request, messages=(*messages[:first], *messages[starts[at] :]))
+
+
 def _text(model: Loaded, request: TextRequest, limits: Limits) -> list[Prepared]:
     made: list[Prepared] = []
     for prompt in request.prompts:
         if isinstance(prompt, str):
             chat.check_unicode(prompt, "prompts")
-            chat.check_length(model, prompt, _prompt_limit(model, limits), "prompts")
+            chat.check_length(model, prompt, _prompt_limit(model, request, limits), "prompts")
         tokens = tuple(model.tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
         if any(not 0 <= token < model.vocab_size for token in tokens):
             raise InvalidRequest(f"tokens are numbers from 0 to {model.vocab_size - 1}", field="prompts")
@@ -75,9 +121,15 @@ def _text(model: Loaded, request: TextRequest, limits: Limits) -> list[Prepared]
     return made
 
 
-def _prompt_limit(model: Loaded, limits: Limits) -> int | None:
+def _context(model: Loaded, request: AnyRequest) -> int | None:
+    """Return how many tokens prompt and answer may have together; None: any number."""
+    return min((each for each in (model.context, request.context) if each is not None), default=None)
+
+
+def _prompt_limit(model: Loaded, request: AnyRequest, limits: Limits) -> int | None:
     """Return how many tokens a prompt may have; None: any number."""
-    known = [limits.prompt_tokens, model.context and model.context - 1]
+    context = _context(model, request)
+    known = [limits.prompt_tokens, context and context - 1]
     return min((limit for limit in known if limit is not None), default=None)
 
 
@@ -86,7 +138,7 @@ def _answer_limit(model: Loaded, request: AnyRequest, prompt: Sequence[int], lim
     size = len(prompt)
     if not size:
         raise InvalidRequest("the prompt is empty", field=field)
-    limit = _prompt_limit(model, limits)
+    limit = _prompt_limit(model, request, limits)
     if limit is not None and size > limit:
         raise PromptTooLong(f"prompt is too long: {size} tokens > {limit} maximum", field=field)
     if outside := [token for token in request.params.logit_bias if not 0 <= token < model.vocab_size]:
@@ -94,5 +146,8 @@ def _answer_limit(model: Loaded, request: AnyRequest, prompt: Sequence[int], lim
             f"{outside[0]} is not a token of {request.model}; they go from 0 to {model.vocab_size - 1}",
             field="logit_bias",
         )
-    room = model.context - size if model.context is not None else 1 << 30
+    context = _context(model, request)
+    room = context - size if context is not None else 1 << 30
+    if request.params.max_tokens == 0:
+        return 1  # to read a prompt to its end is to draw the next token
     return min(request.params.max_tokens or limits.answer_tokens or room, room)

@@ -30,7 +30,7 @@ def test_a_prompt_that_is_too_long_is_refused(sdk: OpenAI) -> None:
     ("param", "options"),
     [
         ("background", {"background": True}),
-        ("truncation", {"truncation": "auto"}),
+        ("truncation", {"truncation": "middle"}),
         ("conversation", {"conversation": "conv_1"}),
         ("prompt", {"prompt": {"id": "pmpt_1"}}),
         ("temperature", {"temperature": 3}),

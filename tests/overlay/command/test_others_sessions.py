@@ -13,7 +13,8 @@ from tempfile import TemporaryDirectory
 
 import hf_overlay
 import pytest
-from hf_overlay.command import doctor, serve
+from hf_overlay import doctor
+from hf_overlay.command import serve
 from hf_overlay.config import OWNER_FILE
 from hf_overlay.errors import OverlayError
 from hf_overlay.tree import lease

@@ -50,7 +50,11 @@ def test_between_listing_and_load_a_drive_that_is_gone_is_named_and_the_caches_c
         with pytest.raises(hf_overlay.SourceAway, match=str(models)):
             session.resolve("org/mine")
         assert session.resolve("org/both") == cached
+        session.refresh()
+        assert session.models_away == {"org/mine": str(models), "org/both": str(models)}
         away.rename(models)
+        session.refresh()
+        assert session.models_away == {}
         assert session.resolve("org/mine") == models / "org/mine"
         assert session.resolve("org/both") == models / "org/both"
 

@@ -118,7 +118,7 @@ def test_what_is_wrong_with_it_is_told(change: dict[str, Any], reason: str) -> N
     assert reason in _mistake(ChatCompletionRequest, CHAT | change).message
 
 
-@pytest.mark.parametrize("name", ["audio", "functions", "web_search_options", "prediction", "maxtokens"])
+@pytest.mark.parametrize("name", ["audio", "moderation", "web_search_options", "prediction", "maxtokens"])
 def test_what_is_not_known_is_refused_and_not_ignored(name: str) -> None:
     mistake = _mistake(ChatCompletionRequest, {**CHAT, name: 1})
     assert mistake.param == name

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer
-from mlx_overlay_server.api.openai.answers import TextLogprobEncoder, tokens_of
+from mlx_overlay_server.api.openai.logprobs import TextLogprobEncoder, TextLogprobs
 from mlx_overlay_server.chat.events import Event, Text, TokenLogprob
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.prompt import render
@@ -66,11 +66,17 @@ def _keeps_spaces(model: Loaded) -> bool:
     return not getattr(model.detokenizer(), "trim_space", True)
 
 
+def _encoded(events: Sequence[Event]) -> TextLogprobs:
+    encoded = TextLogprobEncoder(0, has_echo=False).encode(events)
+    assert encoded is not None
+    return encoded
+
+
 @pytest.mark.parametrize("words", [[" Paris", " is", " big", "."], ["Paris", " ", " is"]])
 def test_the_offsets_of_tokens_are_those_of_their_text(words: list[str], known: tuple[Loaded, Find]) -> None:
     model, find = known
     events = _read(model, [find(word) for word in words], continues_text=True)
-    encoded = TextLogprobEncoder().encode(tokens_of(events))
+    encoded = _encoded(events)
     text = _said(events)
     assert encoded["tokens"] == words
     assert [text[at:].startswith(word) for at, word in zip(encoded["text_offset"], words, strict=True)] == [True] * len(
@@ -86,7 +92,7 @@ def test_a_character_that_two_tokens_make_counts_once(known: tuple[Loaded, Find]
     halves = ["Ã", "©"] if is_byte_level else ["<0xC3>", "<0xA9>"]
     events = _read(model, [find(word) for word in (*halves, " is", ".")], continues_text=True)
     assert _said(events) == "é is."
-    assert TextLogprobEncoder().encode(tokens_of(events))["text_offset"] == [0, 0, 1, 4]
+    assert _encoded(events)["text_offset"] == [0, 0, 1, 4]
 
 
 def test_a_prompt_tells_whether_the_answer_goes_on_with_its_text(known: tuple[Loaded, Find]) -> None:

@@ -22,6 +22,7 @@ from mlx_overlay_server.engine.commands import (
     Item,
     Load,
     Prefilled,
+    ReadTokenizer,
     Sampled,
     Stats,
     Stop,
@@ -47,6 +48,7 @@ class Script:
 
     def __init__(self, commands: Sequence[Command], options: EngineOptions, until: Callable[[Script], bool]) -> None:
         self.options = options
+        self.read_tokenizer: ReadTokenizer | None = None
         self.items: list[Item] = []
         self.settled: Loaded | ServerError | None = None
         self._commands = list(commands)
@@ -64,6 +66,9 @@ class Script:
 
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None:
         self.items += [item for id_, item in items if id_ == ID]
+
+    def has_read(self, key: str, nbytes: int) -> None:
+        pass
 
     def reading(self, key: str) -> AbstractContextManager[None]:
         return nullcontext()

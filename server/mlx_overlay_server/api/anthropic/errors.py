@@ -31,6 +31,8 @@ _TYPES: dict[type[ServerError], str] = {
     errors.Unauthorized: "authentication_error",
     errors.Forbidden: "permission_error",
     errors.NotFound: "not_found_error",
+    errors.Conflict: "invalid_request_error",
+    errors.Stopped: "invalid_request_error",
     errors.TooLarge: "request_too_large",
     errors.Overloaded: "rate_limit_error",
     errors.Unavailable: "overloaded_error",  # "try again later"; an `api_error` is a fault inside the server

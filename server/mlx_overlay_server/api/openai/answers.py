@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -10,11 +9,22 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from mlx_overlay_server.chat.events import Done, Event, Logprobs, Reasoning, Text, TokenLogprob, ToolCall, Usage
+from mlx_overlay_server.api.openai.logprobs import (
+    ChatLogprobs,
+    PromptLogprobList,
+    TextLogprobEncoder,
+    TextLogprobs,
+    chat_logprobs,
+    no_logprobs,
+    prompt_logprobs,
+    prompt_tokens_of,
+    tokens_of,
+)
+from mlx_overlay_server.chat.events import Done, Event, Reasoning, Text, ToolCall, Usage
 from mlx_overlay_server.chat.requests import ChatRequest, TextRequest
 from mlx_overlay_server.models.library import Listed
 
-FinishName = Literal["stop", "length", "tool_calls"]
+FinishName = Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class PromptTokenDetails(TypedDict):
@@ -37,27 +47,6 @@ class CompletionUsage(TypedDict):
     total_tokens: int
     prompt_tokens_details: PromptTokenDetails
     completion_tokens_details: CompletionTokenDetails
-
-
-class TokenEntry(TypedDict):
-    """A token with its log probability; `bytes` are its UTF-8 bytes."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class SampledTokenEntry(TokenEntry):
-    """A token of the answer, and the likeliest ones in its place."""
-
-    top_logprobs: list[TokenEntry]
-
-
-class ChatLogprobs(TypedDict):
-    """Log probabilities of a message's tokens."""
-
-    content: list[SampledTokenEntry]
-    refusal: None
 
 
 class CalledFunction(TypedDict):
@@ -83,6 +72,8 @@ class ChatAnswerMessage(TypedDict):
     refusal: None
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[MessageToolCall]]
+    function_call: NotRequired[CalledFunction]
+    """The call, where the request has `functions` and not `tools`."""
 
 
 class ChatChoice(TypedDict):
@@ -103,15 +94,7 @@ class ChatCompletion(TypedDict):
     model: str
     choices: list[ChatChoice]
     usage: CompletionUsage
-
-
-class TextLogprobs(TypedDict):
-    """Log probabilities of plain text: four lists of one length; offsets count characters."""
-
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
+    prompt_logprobs: NotRequired[PromptLogprobList]
 
 
 class TextChoice(TypedDict):
@@ -121,6 +104,7 @@ class TextChoice(TypedDict):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: FinishName
+    prompt_logprobs: NotRequired[PromptLogprobList]
 
 
 class Completion(TypedDict):
@@ -156,28 +140,43 @@ class OpenAIModelList(TypedDict):
     data: list[OpenAIModel]
 
 
-def chat_completion(request: ChatRequest, answers: Sequence[Sequence[Event]]) -> ChatCompletion:
-    """Return the answers to a conversation; each is all of its events, in their order."""
+def chat_completion(
+    request: ChatRequest, answers: Sequence[Sequence[Event]], *, has_functions: bool = False
+) -> ChatCompletion:
+    """Return the answers to a conversation; each is all of its events, in their order.
+
+    `has_functions`: calls have the older form, which `tools` replaced.
+    """
     has_logprobs = request.params.logprobs is not None
-    return {
+    made: ChatCompletion = {
         "id": new_id("chatcmpl"),
         "object": "chat.completion",
         "created": int(time.time()),
         "model": request.model,
-        "choices": [_chat_choice(index, events, has_logprobs=has_logprobs) for index, events in enumerate(answers)],
+        "choices": [
+            _chat_choice(index, events, has_logprobs=has_logprobs, has_functions=has_functions)
+            for index, events in enumerate(answers)
+        ],
         "usage": usage_of([done_of(events).usage for events in answers]),
     }
+    if (scored := prompt_tokens_of(answers[0])) and request.params.prompt_logprobs is not None:
+        made["prompt_logprobs"] = prompt_logprobs(scored, request.params.prompt_logprobs)
+    return made
 
 
-def completion(request: TextRequest, answers: Sequence[Sequence[Event]]) -> Completion:
-    """Return the continuations of plain prompts; each is all of its events, in their order."""
-    has_logprobs = request.params.logprobs is not None
+def completion(request: TextRequest, answers: Sequence[Sequence[Event]], *, scores: int | None = None) -> Completion:
+    """Return the continuations of plain prompts; each is all of its events, in their order.
+
+    `scores`: alternatives to each token of the prompt, where `prompt_logprobs` asks for them.
+    """
     return {
         "id": new_id("cmpl"),
         "object": "text_completion",
         "created": int(time.time()),
         "model": request.model,
-        "choices": [_text_choice(index, events, has_logprobs=has_logprobs) for index, events in enumerate(answers)],
+        "choices": [
+            _text_choice(index, events, logprob_encoder(request), scores=scores) for index, events in enumerate(answers)
+        ],
         "usage": usage_of([done_of(events).usage for events in answers], len(request.prompts)),
     }
 
@@ -231,25 +230,11 @@ def usage_of(usages: Sequence[Usage], prompts: int = 1) -> CompletionUsage:
     }
 
 
-def finish_name(done: Done) -> FinishName:
+def finish_name(done: Done, *, has_functions: bool = False) -> FinishName:
     """Return OpenAI's name for why an answer ended."""
+    if done.reason == "tool_calls" and has_functions:
+        return "function_call"
     return "stop" if done.reason == "stop_sequence" else done.reason
-
-
-def logprob_entries(tokens: Iterable[TokenLogprob]) -> list[SampledTokenEntry]:
-    """Return tokens with their log probabilities, as chat completions and Responses have them."""
-    return [
-        {
-            **_entry(each.token, each.data, each.logprob),
-            "top_logprobs": [_entry(token, data, logprob) for token, data, logprob in each.top],
-        }
-        for each in tokens
-    ]
-
-
-def chat_logprobs(tokens: Iterable[TokenLogprob]) -> ChatLogprobs:
-    """Return tokens with their log probabilities, as a choice has them."""
-    return {"content": logprob_entries(tokens), "refusal": None}
 
 
 def tool_call(call: ToolCall) -> MessageToolCall:
@@ -262,41 +247,7 @@ def joined(events: Iterable[Event], kind: type[Text | Reasoning]) -> str:
     return "".join(event.text for event in events if isinstance(event, kind))
 
 
-def tokens_of(events: Iterable[Event]) -> list[TokenLogprob]:
-    """Return the tokens whose log probabilities were asked for."""
-    return [token for event in events if isinstance(event, Logprobs) for token in event.tokens]
-
-
-class TextLogprobEncoder:
-    """Encodes the tokens of one continuation piece by piece, and counts how far into the text they are."""
-
-    def __init__(self) -> None:
-        self._offset = 0
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        """Tokens may end inside a character, which counts once."""
-
-    def encode(self, tokens: Iterable[TokenLogprob]) -> TextLogprobs:
-        """Return the next tokens."""
-        shape: TextLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for each in tokens:
-            shape["tokens"].append(each.token)
-            shape["token_logprobs"].append(_finite(each.logprob))
-            shape["top_logprobs"].append({token: _finite(logprob) for token, _, logprob in each.top})
-            shape["text_offset"].append(self._offset)
-            self._offset += len(self._decoder.decode(each.data))
-        return shape
-
-
-def _entry(token: str, data: bytes, logprob: float) -> TokenEntry:
-    return {"token": token, "logprob": _finite(logprob), "bytes": list(data)}
-
-
-def _finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI sends -9999 for it."""
-    return max(-9999.0, logprob)
-
-
-def _chat_choice(index: int, events: Sequence[Event], *, has_logprobs: bool) -> ChatChoice:
+def _chat_choice(index: int, events: Sequence[Event], *, has_logprobs: bool, has_functions: bool) -> ChatChoice:
     calls = [tool_call(event) for event in events if isinstance(event, ToolCall)]
     text, reasoning = joined(events, Text), joined(events, Reasoning)
     message: ChatAnswerMessage = {
@@ -306,20 +257,33 @@ def _chat_choice(index: int, events: Sequence[Event], *, has_logprobs: bool) -> 
     }
     if reasoning:
         message["reasoning_content"] = reasoning
-    if calls:
+    if calls and has_functions:
+        message["function_call"] = calls[0]["function"]
+    elif calls:
         message["tool_calls"] = calls
     return {
         "index": index,
         "message": message,
         "logprobs": chat_logprobs(tokens_of(events)) if has_logprobs else None,
-        "finish_reason": finish_name(done_of(events)),
+        "finish_reason": finish_name(done_of(events), has_functions=has_functions),
     }
 
 
-def _text_choice(index: int, events: Sequence[Event], *, has_logprobs: bool) -> TextChoice:
-    return {
+def logprob_encoder(request: TextRequest) -> TextLogprobEncoder | None:
+    """Return what encodes the log probabilities of one continuation; None where they were not asked for."""
+    count = request.params.logprobs
+    return None if count is None else TextLogprobEncoder(count, has_echo=request.echo)
+
+
+def _text_choice(
+    index: int, events: Sequence[Event], encoder: TextLogprobEncoder | None, *, scores: int | None
+) -> TextChoice:
+    made: TextChoice = {
         "index": index,
         "text": joined(events, Text),
-        "logprobs": TextLogprobEncoder().encode(tokens_of(events)) if has_logprobs else None,
+        "logprobs": None if encoder is None else encoder.encode(events) or no_logprobs(),
         "finish_reason": finish_name(done_of(events)),
     }
+    if scores is not None:
+        made["prompt_logprobs"] = prompt_logprobs(prompt_tokens_of(events), scores)
+    return made

@@ -30,12 +30,13 @@ class _ChatExchange:
     request: ChatRequest
     is_streamed: bool
     includes_usage: bool
+    has_functions: bool
 
     def whole(self, answers: Sequence[Sequence[Event]]) -> ChatCompletion:
-        return chat_completion(self.request, answers)
+        return chat_completion(self.request, answers, has_functions=self.has_functions)
 
     def stream(self, batches: AsyncIterator[Batch]) -> AsyncGenerator[bytes]:
-        return chat_chunks(self.request, batches, includes_usage=self.includes_usage)
+        return chat_chunks(self.request, batches, includes_usage=self.includes_usage, has_functions=self.has_functions)
 
     def fail(self, error: ServerError) -> bytes:
         return data_event(encode_error(error))
@@ -48,9 +49,11 @@ class _TextExchange:
     request: TextRequest
     is_streamed: bool
     includes_usage: bool
+    scores: int | None
+    """The body's `prompt_logprobs`."""
 
     def whole(self, answers: Sequence[Sequence[Event]]) -> Completion:
-        return completion(self.request, answers)
+        return completion(self.request, answers, scores=self.scores)
 
     def stream(self, batches: AsyncIterator[Batch]) -> AsyncGenerator[bytes]:
         return text_chunks(self.request, batches, includes_usage=self.includes_usage)
@@ -72,7 +75,7 @@ class ChatCompletions(_OpenAI):
 
     def decode(self, body: ChatCompletionRequest, headers: Headers) -> _ChatExchange:  # noqa: ARG002 - the protocol's
         """Return the exchange that a body begins. Raises InvalidRequest."""
-        return _ChatExchange(body.decoded(), bool(body.stream), body.includes_usage)
+        return _ChatExchange(body.decoded(), bool(body.stream), body.includes_usage, body.has_functions)
 
 
 class Completions(_OpenAI):
@@ -80,7 +83,7 @@ class Completions(_OpenAI):
 
     def decode(self, body: CompletionRequest, headers: Headers) -> _TextExchange:  # noqa: ARG002 - the protocol's
         """Return the exchange that a body begins. Raises InvalidRequest."""
-        return _TextExchange(body.decoded(), bool(body.stream), body.includes_usage)
+        return _TextExchange(body.decoded(), bool(body.stream), body.includes_usage, body.prompt_logprobs)
 
 
 def router(service: Service) -> APIRouter:

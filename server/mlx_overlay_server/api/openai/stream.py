@@ -9,20 +9,18 @@ from typing import Literal, NotRequired
 from typing_extensions import TypedDict
 
 from mlx_overlay_server.api.openai.answers import (
-    ChatLogprobs,
+    CalledFunction,
     CompletionUsage,
     FinishName,
     MessageToolCall,
-    TextLogprobEncoder,
-    TextLogprobs,
-    chat_logprobs,
     finish_name,
     joined,
+    logprob_encoder,
     new_id,
-    tokens_of,
     tool_call,
     usage_of,
 )
+from mlx_overlay_server.api.openai.logprobs import ChatLogprobs, TextLogprobEncoder, TextLogprobs, chat_logprobs
 from mlx_overlay_server.api.transport import dumps
 from mlx_overlay_server.chat.events import Done, Logprobs, Reasoning, Started, Text, TokenLogprob, ToolCall, Usage
 from mlx_overlay_server.chat.requests import ChatRequest, TextRequest
@@ -42,6 +40,7 @@ class ChatDelta(TypedDict, total=False):
     content: str
     reasoning_content: str
     tool_calls: list[ToolCallDelta]
+    function_call: CalledFunction
 
 
 class ChatChunkChoice(TypedDict):
@@ -83,9 +82,9 @@ END = b"data: [DONE]\n\n"
 
 
 async def chat_chunks(
-    request: ChatRequest, batches: AsyncIterator[Batch], *, includes_usage: bool
+    request: ChatRequest, batches: AsyncIterator[Batch], *, includes_usage: bool, has_functions: bool = False
 ) -> AsyncGenerator[bytes]:
-    """Yield the answers to a conversation as chunks."""
+    """Yield the answers to a conversation as chunks. `has_functions`: calls have the older form."""
     head = _head("chatcmpl", "chat.completion.chunk", request.model, includes_usage=includes_usage)
     has_logprobs = request.params.logprobs is not None
     usages: dict[int, Usage] = {}
@@ -101,19 +100,22 @@ async def chat_chunks(
                 delta["reasoning_content"] = delta.get("reasoning_content", "") + event.text
             elif isinstance(event, Started):
                 delta["role"], delta["content"] = "assistant", ""
+            elif isinstance(event, ToolCall) and has_functions:
+                delta["function_call"] = tool_call(event)["function"]
             elif isinstance(event, ToolCall):
                 number = calls.get(index, 0)
                 calls[index] = number + 1
                 delta.setdefault("tool_calls", []).append({"index": number, **tool_call(event)})
             elif isinstance(event, Logprobs):
                 tokens += event.tokens
-            else:
+            elif isinstance(event, Done):
                 done, usages[index] = event, event.usage
         logprobs = chat_logprobs(tokens) if tokens and has_logprobs else None
         if delta or logprobs:
             yield _chat_chunk(head, {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None})
         if done is not None:
-            end: ChatChunkChoice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish_name(done)}
+            reason = finish_name(done, has_functions=has_functions)
+            end: ChatChunkChoice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
             yield _chat_chunk(head, end)
     if includes_usage:
         yield _usage_chunk(head, usages, 1)
@@ -126,11 +128,12 @@ async def text_chunks(
     """Yield the continuations of plain prompts as chunks."""
     head = _head("cmpl", "text_completion", request.model, includes_usage=includes_usage)
     usages: dict[int, Usage] = {}
-    encoders: dict[int, TextLogprobEncoder] = {}
+    encoders: dict[int, TextLogprobEncoder | None] = {}
     async for index, events in batches:
-        text, tokens = joined(events, Text), tokens_of(events)
+        text = joined(events, Text)
         done = events[-1] if isinstance(events[-1], Done) else None
-        logprobs = encoders.setdefault(index, TextLogprobEncoder()).encode(tokens) if tokens else None
+        encoder = encoders.setdefault(index, logprob_encoder(request))
+        logprobs = encoder.encode(events) if encoder is not None else None
         if text or logprobs or done:
             choice: TextChunkChoice = {
                 "index": index,

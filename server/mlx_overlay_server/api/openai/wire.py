@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -18,8 +18,8 @@ from mlx_overlay_server.api.fields import (
     Seed,
     Share,
     Temperature,
-    image,
 )
+from mlx_overlay_server.api.openai.messages import ChatMessage, decoded_message
 from mlx_overlay_server.chat import requests
 from mlx_overlay_server.chat.requests import ChatRequest, Params, TextRequest
 from mlx_overlay_server.errors import InvalidRequest
@@ -38,6 +38,8 @@ class _SamplingBody(ModelBody):
     """The fields that chat completions and completions have in common."""
 
     max_tokens: Count | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
@@ -59,6 +61,8 @@ class _SamplingBody(ModelBody):
     metadata: dict[str, Any] | None = None
 
     def _params(self, logprobs: int | None, max_tokens: int | None) -> Params:
+        if self.min_tokens and max_tokens is not None and self.min_tokens > max_tokens:
+            raise InvalidRequest(f"`min_tokens` is more than the answer may have: {max_tokens}", param="min_tokens")
         return Params(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -71,7 +75,9 @@ class _SamplingBody(ModelBody):
             logit_bias=self.logit_bias or {},
             seed=self.seed,
             max_tokens=max_tokens,
+            min_tokens=self.min_tokens or 0,
             logprobs=logprobs,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
     def _stops(self) -> tuple[str, ...]:
@@ -81,6 +87,8 @@ class _SamplingBody(ModelBody):
         return stops
 
     def _check_stream(self) -> None:
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest("`prompt_logprobs` are not streamed", param="prompt_logprobs")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("`stream_options` needs `stream`", param="stream_options")
 
@@ -88,92 +96,6 @@ class _SamplingBody(ModelBody):
     def includes_usage(self) -> bool:
         """Whether the stream ends with a chunk of token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-
-class TextPart(Part):
-    """A text in a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class RefusalPart(Part):
-    """A refusal of an earlier answer, sent back as text."""
-
-    type: Literal["refusal"]
-    refusal: str
-
-
-class ImageUrl(Part):
-    """The address of an image: a data URL."""
-
-    url: str
-    detail: Literal["auto", "low", "high"] | None = None
-
-
-class ImagePart(Part):
-    """An image in a message."""
-
-    type: Literal["image_url"]
-    image_url: ImageUrl
-
-
-ContentPart = Annotated[TextPart | RefusalPart | ImagePart, Field(discriminator="type")]
-Content = str | list[ContentPart]
-
-
-class CallFunction(Part):
-    """The function that an earlier answer called; `arguments` is a JSON object, as text or as it is."""
-
-    name: str
-    arguments: str | Json
-
-
-class HistoryCall(Part):
-    """A tool call of an earlier answer."""
-
-    id: str
-    type: Literal["function"] = "function"
-    function: CallFunction
-
-
-class SystemMessage(Part):
-    """Instructions."""
-
-    role: Literal["system", "developer"]
-    content: Content
-    name: str | None = None
-
-
-class UserMessage(Part):
-    """A message of the user's."""
-
-    role: Literal["user"]
-    content: Content
-    name: str | None = None
-
-
-class AssistantMessage(Part):
-    """An earlier answer."""
-
-    role: Literal["assistant"]
-    content: Content | None = None
-    name: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    """As some clients and servers call it."""
-    tool_calls: list[HistoryCall] | None = None
-
-
-class ToolMessage(Part):
-    """The result of a tool call."""
-
-    role: Literal["tool"]
-    content: Content
-    tool_call_id: str
-
-
-ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
 class FunctionSpec(Part):
@@ -255,6 +177,8 @@ class ChatCompletionRequest(_SamplingBody):
     tools: list[FunctionTool] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    functions: list[FunctionSpec] | None = None
+    function_call: Literal["auto", "none"] | FunctionName | None = None
     response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -263,11 +187,11 @@ class ChatCompletionRequest(_SamplingBody):
     thinking: ThinkingSwitch | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: Json | None = None
+    verbosity: requests.Verbosity | None = None
     # What asks for nothing here.
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
-    verbosity: Literal["medium"] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: Json | None = None
@@ -278,10 +202,8 @@ class ChatCompletionRequest(_SamplingBody):
         self._check_stream()
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("`top_logprobs` needs `logprobs`", param="top_logprobs")
-        tools = tuple(
-            requests.Tool(each.function.name, each.function.description, each.function.parameters)
-            for each in self.tools or ()
-        )
+        specs = [each.function for each in self.tools or ()] + (self.functions or [])
+        tools = tuple(requests.Tool(each.name, each.description, each.parameters) for each in specs)
         reasoning = self.reasoning or ReasoningChoice()
         return ChatRequest(
             model=self.model,
@@ -290,7 +212,7 @@ class ChatCompletionRequest(_SamplingBody):
             ),
             stop=self._stops(),
             n=self.n or 1,
-            messages=tuple(_message(each, f"messages[{at}]") for at, each in enumerate(self.messages)),
+            messages=tuple(decoded_message(each, f"messages[{at}]") for at, each in enumerate(self.messages)),
             tools=tools,
             choice=self._choice(tools),
             format=self._format(),
@@ -298,6 +220,7 @@ class ChatCompletionRequest(_SamplingBody):
             thinking=self._thinking(reasoning),
             reasoning_budget=reasoning.max_tokens,
             template_kwargs=self.chat_template_kwargs or {},
+            verbosity=self.verbosity,
         )
 
     def _thinking(self, reasoning: ReasoningChoice) -> bool | None:
@@ -312,7 +235,14 @@ class ChatCompletionRequest(_SamplingBody):
             raise InvalidRequest(f"{' and '.join(f'`{name}`' for name in given)} disagree", param=next(iter(given)))
         return next(iter(given.values()), None)
 
+    @property
+    def has_functions(self) -> bool:
+        """Whether the answer calls in the older form, which `tools` replaced."""
+        return self.functions is not None
+
     def _choice(self, tools: tuple[requests.Tool, ...]) -> requests.ToolChoice:
+        if self.functions is not None or self.function_call is not None:
+            return self._function_choice(tools)
         is_parallel = self.parallel_tool_calls is not False
         if self.tool_choice is None or self.tool_choice == "auto":
             return requests.ToolChoice(parallel=is_parallel)
@@ -327,60 +257,26 @@ class ChatCompletionRequest(_SamplingBody):
             raise InvalidRequest(f"`tools` has no function {name}", param="tool_choice")
         return requests.ToolChoice("required", name, is_parallel)
 
+    def _function_choice(self, tools: tuple[requests.Tool, ...]) -> requests.ToolChoice:
+        """Return the choice that `function_call` makes: an answer calls one function at most."""
+        newer = {"tools": self.tools, "tool_choice": self.tool_choice, "parallel_tool_calls": self.parallel_tool_calls}
+        if given := [name for name, value in newer.items() if value is not None]:
+            raise InvalidRequest(f"`functions` and `{given[0]}` exclude each other", param="functions")
+        if self.function_call is None or self.function_call == "auto":
+            return requests.ToolChoice(parallel=False)
+        if self.function_call == "none":
+            return requests.ToolChoice("none")
+        name = self.function_call.name
+        if name not in {tool.name for tool in tools}:
+            raise InvalidRequest(f"`functions` has no function {name}", param="function_call")
+        return requests.ToolChoice("required", name, parallel=False)
+
     def _format(self) -> requests.Format | None:
         if isinstance(self.response_format, ObjectFormat):
             return requests.Format(None)
         if isinstance(self.response_format, SchemaFormat):
             return requests.Format(self.response_format.json_schema.schema_)
         return None
-
-
-def _message(message: SystemMessage | UserMessage | AssistantMessage | ToolMessage, where: str) -> requests.Message:
-    content = _content(message.content, f"{where}.content")
-    if isinstance(message, SystemMessage):
-        return requests.Message("system", content, name=message.name)
-    if isinstance(message, UserMessage):
-        return requests.Message("user", content, name=message.name)
-    if isinstance(message, ToolMessage):
-        return requests.Message("tool", content, call_id=message.tool_call_id)
-    calls = tuple(
-        requests.Call(
-            call.id, call.function.name, arguments(call.function.arguments, f"{where}.tool_calls[{at}].function")
-        )
-        for at, call in enumerate(message.tool_calls or ())
-    )
-    return requests.Message(
-        "assistant", content, message.reasoning_content or message.reasoning or "", calls, name=message.name
-    )
-
-
-def _content(content: Content | None, where: str) -> tuple[str | requests.Image, ...]:
-    if content is None:
-        return ()
-    if isinstance(content, str):
-        return (content,)
-    parts: list[str | requests.Image] = []
-    for at, part in enumerate(content):
-        if isinstance(part, TextPart):
-            parts.append(part.text)
-        elif isinstance(part, RefusalPart):
-            parts.append(part.refusal)
-        else:
-            parts.append(image(part.image_url.url, f"{where}[{at}].image_url.url"))
-    return tuple(parts)
-
-
-def arguments(given: str | Json, where: str) -> Json:
-    """Return the arguments of an earlier call, whose place is `where`. Raises InvalidRequest."""
-    if not isinstance(given, str):
-        return given
-    try:
-        parsed = json.loads(given or "{}")
-    except (ValueError, RecursionError):
-        parsed = None
-    if not isinstance(parsed, dict):
-        raise InvalidRequest("the arguments of a call must be a JSON object", param=f"{where}.arguments")
-    return parsed
 
 
 Prompt = str | Annotated[list[str], Field(min_length=1)] | Annotated[list[int], Field(min_length=1)]
@@ -391,6 +287,7 @@ class CompletionRequest(_SamplingBody):
     """`POST /v1/completions`."""
 
     prompt: Prompts
+    max_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
@@ -402,8 +299,10 @@ class CompletionRequest(_SamplingBody):
         count = self.n or 1
         if self.best_of is not None and self.best_of != count:
             raise InvalidRequest("`best_of` is not supported: ask for `n` and choose", param="best_of")
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequest("`logprobs` of an echoed prompt are not supported", param="echo")
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise InvalidRequest(
+                "`max_tokens` is 0: only `echo` and `prompt_logprobs` have an answer then", param="max_tokens"
+            )
         prompts: list[str | tuple[int, ...]] = []
         if isinstance(self.prompt, str):
             prompts = [self.prompt]
@@ -417,10 +316,18 @@ class CompletionRequest(_SamplingBody):
             raise InvalidRequest("more than 128 answers to one request", param="n")
         return TextRequest(
             model=self.model,
-            # OpenAI's default for completions, which have no end of turn to stop at.
-            params=self._params(self.logprobs, self.max_tokens or 16),
+            params=self._prompt_params(),
             stop=self._stops(),
             n=count,
             prompts=tuple(prompts),
             echo=bool(self.echo),
         )
+
+    def _prompt_params(self) -> Params:
+        """Return the parameters: `logprobs` hold for the prompt, too, where it is a part of the answer.
+
+        The default of `max_tokens` is OpenAI's for completions, which have no end of turn to stop at.
+        """
+        params = self._params(self.logprobs, 16 if self.max_tokens is None else self.max_tokens)
+        asked = [each for each in (self.prompt_logprobs, self.logprobs if self.echo else None) if each is not None]
+        return replace(params, prompt_logprobs=max(asked, default=None))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
 from collections.abc import Iterable
 from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
 from mlx_overlay_server.api.fields import Json
-from mlx_overlay_server.api.openai.answers import SampledTokenEntry
+from mlx_overlay_server.api.openai.logprobs import SampledTokenEntry
+from mlx_overlay_server.api.responses.items import new_id
 from mlx_overlay_server.api.responses.tools import ToolParam, Tools
 from mlx_overlay_server.api.responses.wire import ResponsesRequest, ToolChoiceParam
 from mlx_overlay_server.chat import requests
@@ -158,9 +158,36 @@ class ResponseAnswer(TypedDict):
     tools: list[Json]
     top_logprobs: int
     top_p: float | None
-    truncation: Literal["disabled"]
+    truncation: Literal["auto", "disabled"]
     usage: ResponseUsage | None
     user: str | None
+
+
+class InputTokens(TypedDict):
+    """The answer to `POST /v1/responses/input_tokens`."""
+
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
+class ItemList(TypedDict):
+    """The answer to `GET /v1/responses/{response_id}/input_items`."""
+
+    object: Literal["list"]
+    data: list[Json]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class CompactedResponse(TypedDict):
+    """The answer to `POST /v1/responses/compact`: the user's messages, and one item that stands for all the rest."""
+
+    id: str
+    object: Literal["response.compaction"]
+    created_at: int
+    output: list[Json]
+    usage: ResponseUsage
 
 
 class DeletedResponse(TypedDict):
@@ -202,7 +229,7 @@ def response_head(body: ResponsesRequest) -> ResponseAnswer:
         "tools": [_tool(tool) for tool in body.tools or ()],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": body.top_p,
-        "truncation": "disabled",
+        "truncation": body.truncation or "disabled",
         "usage": None,
         "user": body.user,
     }
@@ -258,11 +285,6 @@ def turn_of(events: Iterable[Event]) -> requests.Message:
         elif isinstance(event, ToolCall):
             calls.append(requests.Call(event.id, event.name, json.loads(event.arguments)))
     return requests.Message("assistant", (text,) if text else (), reasoning, tuple(calls))
-
-
-def new_id(kind: str) -> str:
-    """Return a new id that begins with its kind, such as `resp`."""
-    return f"{kind}_{uuid.uuid4().hex}"
 
 
 def _tool(tool: ToolParam) -> Json:

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from starlette.datastructures import Headers
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
-from mlx_overlay_server.api.dialect import Dialect, documented, respond
+from mlx_overlay_server.api.dialect import CLIENT_GONE, Dialect, client_of, documented, respond
+from mlx_overlay_server.api.fields import Json
 from mlx_overlay_server.api.openai.errors import ErrorAnswer
-from mlx_overlay_server.api.responses.answers import DeletedResponse, ResponseAnswer, turn_of
+from mlx_overlay_server.api.responses.answers import (
+    CompactedResponse,
+    DeletedResponse,
+    InputTokens,
+    ItemList,
+    ResponseAnswer,
+    response_head,
+    turn_of,
+)
+from mlx_overlay_server.api.responses.compaction import compacted
 from mlx_overlay_server.api.responses.errors import NAMES, refuse
-from mlx_overlay_server.api.responses.store import STORED, Store, Stored
-from mlx_overlay_server.api.responses.stream import ResponseBuilder, named_event
-from mlx_overlay_server.api.responses.wire import ResponsesRequest
-from mlx_overlay_server.api.transport import answer, comment
+from mlx_overlay_server.api.responses.items import as_items
+from mlx_overlay_server.api.responses.store import STORED, Store, Stored, page_of
+from mlx_overlay_server.api.responses.stream import ResponseBuilder, named_event, replayed
+from mlx_overlay_server.api.responses.wire import CompactRequest, InputTokensRequest, ResponsesRequest
+from mlx_overlay_server.api.transport import answer, comment, unless_gone
 from mlx_overlay_server.chat.events import Done, Event, Logprobs, Text
 from mlx_overlay_server.chat.requests import ChatRequest
-from mlx_overlay_server.errors import PromptTooLong, ServerError
-from mlx_overlay_server.service import Batch, Service
+from mlx_overlay_server.errors import InvalidRequest, PromptTooLong, ServerError
+from mlx_overlay_server.service import Batch, Service, Ticket, gathered
+from mlx_overlay_server.turns import turn
 
 _STREAM = "With `stream`: named server-sent events, `response.created` to `response.completed` or another end."
 
@@ -33,6 +46,8 @@ class _ResponseExchange:
     request: ChatRequest
     builder: ResponseBuilder
     store: Store
+    earlier: tuple[Json, ...]
+    """The items of the conversation that the request continues."""
 
     @property
     def is_streamed(self) -> bool:
@@ -71,7 +86,10 @@ class _ResponseExchange:
         """Store the response, unless the request forbids it."""
         if self.body.store is not False:
             history = self.request.messages[1:] if self.body.instructions else self.request.messages
-            self.store.put(Stored(self.builder.response, (*history, turn_of(events))))
+            items = (*self.earlier, *as_items(self.body.input))
+            self.store.put(
+                Stored(self.builder.response, (*history, turn_of(events)), items, tuple(self.builder.pieces))
+            )
 
 
 class Responses:
@@ -87,8 +105,16 @@ class Responses:
 
     def decode(self, body: ResponsesRequest, headers: Headers) -> _ResponseExchange:  # noqa: ARG002 - the protocol's
         """Return the exchange that a body begins. Raises InvalidRequest."""
-        request, tools = body.decoded(self._store.turns_of(body.previous_response_id))
-        return _ResponseExchange(body, request, ResponseBuilder(body, tools), self._store)
+        before = self._store.before(body.previous_response_id)
+        request, tools = body.decoded(before.turns if before is not None else ())
+        builder = ResponseBuilder(
+            response_head(body),
+            tools,
+            is_summary=body.reasoning is not None and body.reasoning.summary is not None,
+            is_encrypted="reasoning.encrypted_content" in (body.include or ()),
+            has_logprobs=body.has_logprobs,
+        )
+        return _ResponseExchange(body, request, builder, self._store, before.all_items if before is not None else ())
 
 
 def router(service: Service) -> APIRouter:
@@ -103,11 +129,73 @@ def router(service: Service) -> APIRouter:
         """Respond to some input, in one piece or as a stream of server-sent events."""
         return await respond(service, dialect, body, request)
 
-    @routes.get("/v1/responses/{response_id}", responses=documented(ResponseAnswer, ErrorAnswer))
+    @routes.post("/v1/responses/input_tokens", responses=documented(InputTokens, ErrorAnswer))
+    @routes.post("/responses/input_tokens", include_in_schema=False)
+    async def input_tokens(body: InputTokensRequest, request: Request) -> Response:
+        """Count the tokens of a prompt."""
+        await turn()
+        body.name(service.default_model)
+        before = store.before(body.previous_response_id)
+        asked, _ = body.conversation_after(before.turns if before is not None else ())
+        count = await unless_gone(request, service.count_tokens(asked, Ticket()))
+        if count is None:
+            return Response(status_code=CLIENT_GONE)
+        counted: InputTokens = {"object": "response.input_tokens", "input_tokens": count}
+        return answer(counted)
+
+    @routes.post("/v1/responses/compact", responses=documented(CompactedResponse, ErrorAnswer))
+    @routes.post("/responses/compact", include_in_schema=False)
+    async def compact(body: CompactRequest, request: Request) -> Response:
+        """Let the model sum a conversation up, in an item that later requests begin with."""
+        await turn()
+        body.name(service.default_model)
+        before = store.before(body.previous_response_id)
+        asked = body.decoded(before.turns if before is not None else ())
+        answers = await unless_gone(request, gathered(service.answer(asked, Ticket(client=client_of(request))), 1))
+        if answers is None:
+            return Response(status_code=CLIENT_GONE)
+        items = (*(before.all_items if before is not None else ()), *as_items(body.input or ()))
+        return answer(compacted(items, answers[0]))
+
+    @routes.get("/v1/responses/{response_id}", responses=documented(ResponseAnswer, ErrorAnswer, stream=_STREAM))
     @routes.get("/responses/{response_id}", include_in_schema=False)
-    async def retrieve(response_id: str) -> Response:
-        """Return a stored response."""
-        return answer(store.get(response_id).response)
+    async def retrieve(
+        response_id: str, *, stream: bool = False, starting_after: Annotated[int, Query(ge=0)] | None = None
+    ) -> Response:
+        """Return a stored response, or its stream again, from the event that follows number `starting_after`."""
+        stored = store.get(response_id)
+        if not stream:
+            if starting_after is not None:
+                raise InvalidRequest("`starting_after` needs `stream`", param="starting_after")
+            return answer(stored.response)
+        after = -1 if starting_after is None else starting_after
+        events = (
+            named_event(event) for event in replayed(stored.response, stored.pieces) if event["sequence_number"] > after
+        )
+        return StreamingResponse(events, media_type="text/event-stream")
+
+    @routes.get("/v1/responses/{response_id}/input_items", responses=documented(ItemList, ErrorAnswer))
+    @routes.get("/responses/{response_id}/input_items", include_in_schema=False)
+    async def input_items(
+        response_id: str,
+        *,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> Response:
+        """List what a stored response answers, with the conversation before it."""
+        return answer(page_of(store.get(response_id).items, after=after, limit=limit, is_reversed=order == "desc"))
+
+    @routes.post("/v1/responses/{response_id}/cancel", responses=documented(ResponseAnswer, ErrorAnswer))
+    @routes.post("/responses/{response_id}/cancel", include_in_schema=False)
+    async def cancel(response_id: str) -> Response:
+        """Refuse: there are no background responses here, and a client that closes its connection ends its answer."""
+        store.get(response_id)
+        raise InvalidRequest(
+            "only background responses can be cancelled, and this server has none; close the connection of an answer "
+            "to end it",
+            param="response_id",
+        )
 
     @routes.delete("/v1/responses/{response_id}", responses=documented(DeletedResponse, ErrorAnswer))
     @routes.delete("/responses/{response_id}", include_in_schema=False)

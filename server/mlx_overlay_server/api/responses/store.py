@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
 
 from mlx_overlay_server import errors
-from mlx_overlay_server.api.responses.answers import ResponseAnswer
+from mlx_overlay_server.api.fields import Json
+from mlx_overlay_server.api.responses.answers import ItemList, ResponseAnswer
+from mlx_overlay_server.api.responses.stream import Pieces
 from mlx_overlay_server.chat import requests
 from mlx_overlay_server.errors import InvalidRequest
 
@@ -27,6 +29,15 @@ class Stored(NamedTuple):
     response: ResponseAnswer
     turns: tuple[requests.Message, ...]
     """The conversation up to and with the response, without instructions."""
+    items: tuple[Json, ...] = ()
+    """Its input as items, those of earlier responses first."""
+    pieces: Pieces = ()
+    """The pieces of text in which its stream gave it."""
+
+    @property
+    def all_items(self) -> tuple[Json, ...]:
+        """The conversation up to and with the response, as items."""
+        return (*self.items, *(dict(item) for item in self.response["output"]))
 
 
 class Store:
@@ -64,12 +75,12 @@ class Store:
         del self._kept[response_id]
         self._held -= self._sizes.pop(response_id)
 
-    def turns_of(self, response_id: str | None) -> tuple[requests.Message, ...]:
-        """Return the conversation that a request continues; None: nothing. Raises InvalidRequest."""
+    def before(self, response_id: str | None) -> Stored | None:
+        """Return the response that a request continues; None: it continues none. Raises InvalidRequest."""
         if response_id is None:
-            return ()
+            return None
         try:
-            return self.get(response_id).turns
+            return self.get(response_id)
         except errors.NotFound as error:
             raise InvalidRequest(
                 error.message, param="previous_response_id", code="previous_response_not_found"
@@ -88,3 +99,24 @@ def _size_of(stored: Stored) -> int:
 
     written = json.dumps([stored.response, [asdict(turn) for turn in stored.turns]], default=plain, ensure_ascii=False)
     return len(written.encode("utf-8", "replace")) + sum(images)
+
+
+def page_of(items: Sequence[Json], *, after: str | None, limit: int, is_reversed: bool) -> ItemList:
+    """Return `limit` items after the one with the id `after`, the last ones first where that is asked for.
+
+    Raises InvalidRequest for an id that none has.
+    """
+    ordered = list(reversed(items)) if is_reversed else list(items)
+    if after is not None:
+        start = next((at for at, item in enumerate(ordered, 1) if item["id"] == after), None)
+        if start is None:
+            raise InvalidRequest(f"there is no item {after!r} here", param="after")
+        ordered = ordered[start:]
+    page = ordered[:limit]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": len(ordered) > limit,
+    }

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlx_overlay_server.api.fields import Json
-from mlx_overlay_server.api.openai.answers import SampledTokenEntry, logprob_entries
 from mlx_overlay_server.api.openai.errors import message_of
+from mlx_overlay_server.api.openai.logprobs import SampledTokenEntry, logprob_entries
 from mlx_overlay_server.api.responses.answers import (
     CallItem,
     ItemStatus,
@@ -19,13 +19,12 @@ from mlx_overlay_server.api.responses.answers import (
     ReasoningOutput,
     ReasoningText,
     ResponseAnswer,
+    TextItem,
     call_item,
-    new_id,
-    response_head,
     response_usage,
 )
+from mlx_overlay_server.api.responses.items import new_id
 from mlx_overlay_server.api.responses.tools import Tools
-from mlx_overlay_server.api.responses.wire import ResponsesRequest
 from mlx_overlay_server.api.transport import dumps
 from mlx_overlay_server.chat.events import Done, Event, Logprobs, Reasoning, Text, ToolCall
 from mlx_overlay_server.errors import PromptTooLong, ServerError
@@ -34,6 +33,10 @@ from mlx_overlay_server.errors import PromptTooLong, ServerError
 def named_event(event: Json) -> bytes:
     """Return an event of the protocol as a server-sent event."""
     return f"event: {event['type']}\ndata: ".encode() + dumps(event) + b"\n\n"
+
+
+Pieces = Sequence[tuple[int, int]]
+"""The events of text in a stream, in their order: characters, and tokens with log probabilities, of each."""
 
 
 @dataclass(slots=True)
@@ -54,16 +57,30 @@ class _OpenItem:
 class ResponseBuilder:
     """Builds the response object and yields each step as an event of the streaming protocol."""
 
-    def __init__(self, body: ResponsesRequest, tools: Tools) -> None:
+    def __init__(
+        self,
+        response: ResponseAnswer,
+        tools: Tools,
+        *,
+        is_summary: bool = False,
+        is_encrypted: bool = False,
+        has_logprobs: bool = False,
+    ) -> None:
+        """Begin with a response without output.
+
+        `is_summary`: reasoning is shown as a summary; `is_encrypted`: it is there in base64, too; `has_logprobs`: text
+        comes with log probabilities.
+        """
         self._tools = tools
         self._sequence = -1
         self._open: _OpenItem | None = None
         self._tokens: list[SampledTokenEntry] = []
         """Log probabilities for the text that comes next."""
-        self._is_summary = body.reasoning is not None and body.reasoning.summary is not None
-        self._is_encrypted = "reasoning.encrypted_content" in (body.include or ())
-        self._has_logprobs = body.has_logprobs
-        self.response: ResponseAnswer = response_head(body)
+        self._is_summary = is_summary
+        self._is_encrypted = is_encrypted
+        self._has_logprobs = has_logprobs
+        self.pieces: list[tuple[int, int]] = []
+        self.response = response
 
     def begin(self) -> Iterator[Json]:
         """Yield the first two events, which hold nothing of the answer."""
@@ -88,7 +105,33 @@ class ResponseBuilder:
             self.response["incomplete_details"] = {"reason": "max_output_tokens"} if is_cut else None
             self.response["completed_at"] = None if is_cut else int(time.time())
             self.response["usage"] = response_usage(event.usage)
-            yield self._event(f"response.{self.response['status']}", response=self.response)
+            yield self.end()
+
+    def end(self) -> Json:
+        """Return the last event, which holds the response as it has become."""
+        return self._event(f"response.{self.response['status']}", response=self.response)
+
+    def replay(self, item: TextItem | CallItem, pieces: Iterator[tuple[int, int]]) -> Iterator[Json]:
+        """Yield what made an item of an answer that is over, its text in the same pieces as at first."""
+        if item["type"] == "message":
+            self._open, text = self._message_item(), item["content"][0]["text"]
+            logprobs = item["content"][0]["logprobs"]
+        elif item["type"] == "reasoning":
+            self._is_summary, self._is_encrypted = bool(item["summary"]), "encrypted_content" in item
+            self._open, logprobs = self._reasoning_item(), []
+            text = (item["summary"] or item["content"])[0]["text"]
+        else:
+            yield from self._call(item)
+            return
+        self._has_logprobs = bool(logprobs)
+        self._open.item["id"] = item["id"]
+        yield from self._added(self._open)
+        while text:
+            size, tokens = next(pieces, (len(text), len(logprobs)))
+            self._tokens, logprobs = logprobs[:tokens], logprobs[tokens:]
+            yield from self._text(item["type"], text[:size])
+            text = text[size:]
+        yield from self._close(item["status"] if item["type"] == "message" else "completed")
 
     def fail(self, error: ServerError) -> Iterator[Json]:
         """End a stream with an error, also one in which only pings came before."""
@@ -110,6 +153,7 @@ class ResponseBuilder:
             yield from self._added(self._open)
         to = self._open
         to.part["text"] += text
+        self.pieces.append((len(text), len(self._tokens) if kind == "message" else 0))
         extra: Json = {}
         if to.part["type"] == "output_text":
             extra["logprobs"], self._tokens = self._tokens, []
@@ -194,3 +238,22 @@ class ResponseBuilder:
     def _event(self, kind: str, **content: Any) -> Json:
         self._sequence += 1
         return {"type": kind, "sequence_number": self._sequence, **content}
+
+
+def replayed(response: ResponseAnswer, pieces: Pieces) -> Iterator[Json]:
+    """Yield the events of a response that is over, as its stream had them, with the same numbers."""
+    head: ResponseAnswer = {
+        **response,
+        "status": "in_progress",
+        "completed_at": None,
+        "incomplete_details": None,
+        "output": [],
+        "usage": None,
+    }
+    builder = ResponseBuilder(head, Tools(()))
+    yield from builder.begin()
+    left = iter(pieces)
+    for item in response["output"]:
+        yield from builder.replay(item, left)
+    builder.response = response
+    yield builder.end()

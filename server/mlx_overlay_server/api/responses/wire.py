@@ -2,112 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field
-from pydantic import Tag as Variant
+from pydantic import Field
 
-from mlx_overlay_server.api.fields import Body, Count, Json, ModelBody, Part, Share, Temperature, image
-from mlx_overlay_server.api.openai.wire import arguments
+from mlx_overlay_server.api.fields import Body, Count, Json, ModelBody, Part, Share, Temperature
+from mlx_overlay_server.api.responses.items import Item, turns_of
 from mlx_overlay_server.api.responses.tools import ToolParam, Tools
 from mlx_overlay_server.chat import requests
 from mlx_overlay_server.chat.requests import ChatRequest, Params
 from mlx_overlay_server.errors import InvalidRequest
-
-
-class InputText(Part):
-    """A text in a message."""
-
-    type: Literal["input_text", "output_text", "text"]
-    text: str
-
-
-class InputRefusal(Part):
-    """A refusal of an earlier answer, sent back as text."""
-
-    type: Literal["refusal"]
-    refusal: str
-
-
-class InputImage(Part):
-    """An image in a message, as a data URL."""
-
-    type: Literal["input_image"]
-    image_url: str
-
-
-InputPart = Annotated[InputText | InputRefusal | InputImage, Field(discriminator="type")]
-InputContent = str | list[InputPart]
-
-
-class MessageItem(Part):
-    """One message of the conversation."""
-
-    type: Literal["message"] = "message"
-    role: Literal["user", "assistant", "system", "developer"]
-    content: InputContent
-
-
-class FunctionCallParam(Part):
-    """A function call of an earlier answer; `arguments` is a JSON object, as text or as it is."""
-
-    type: Literal["function_call"]
-    call_id: str
-    name: str
-    arguments: str | Json
-    namespace: str | None = None
-
-
-class FunctionCallOutputParam(Part):
-    """The result of a call."""
-
-    type: Literal["function_call_output", "custom_tool_call_output"]
-    call_id: str
-    output: InputContent
-
-
-class CustomToolCallParam(Part):
-    """A call, in an earlier answer, of a tool that takes plain text."""
-
-    type: Literal["custom_tool_call"]
-    call_id: str
-    name: str
-    input: str
-    namespace: str | None = None
-
-
-class ReasoningPart(Part):
-    """A text of reasoning."""
-
-    text: str
-
-
-class ReasoningItem(Part):
-    """The reasoning of an earlier answer."""
-
-    type: Literal["reasoning"]
-    summary: list[ReasoningPart] = Field(default_factory=list)
-    content: list[ReasoningPart] | None = None
-    encrypted_content: str | None = None
-
-
-def _item_type(item: Any) -> str:
-    """Return the tag of an item in the union below; a message may leave its type out."""
-    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", "message")
-    return "function_call_output" if kind == "custom_tool_call_output" else str(kind)
-
-
-Item = Annotated[
-    Annotated[MessageItem, Variant("message")]
-    | Annotated[FunctionCallParam, Variant("function_call")]
-    | Annotated[FunctionCallOutputParam, Variant("function_call_output")]
-    | Annotated[CustomToolCallParam, Variant("custom_tool_call")]
-    | Annotated[ReasoningItem, Variant("reasoning")],
-    Discriminator(_item_type),
-]
 
 
 class ToolChoiceParam(Part):
@@ -135,6 +41,7 @@ class SchemaTextFormat(Part):
 class TextOptions(Part):
     """Options for the answer's text."""
 
+    verbosity: requests.Verbosity | None = None
     format: Annotated[PlainFormat | SchemaTextFormat, Field(discriminator="type")] | None = None
 
 
@@ -151,67 +58,49 @@ class ResponseStreamOptions(Part):
     include_obfuscation: bool | None = None
 
 
-class ResponsesRequest(ModelBody):
-    """`POST /v1/responses`."""
+SUMMARY_TOKENS = 2048
+"""Tokens of a summary that stands for a compacted conversation, at most."""
+SUMMARIZE = (
+    "Summarize our conversation until now, for somebody who goes on with it and has nothing but the summary: what was "
+    "asked, what was done and found, what was decided, what is left to do, with names, numbers and quotes where they "
+    "matter. Write the summary alone."
+)
+"""The question that a conversation is compacted with."""
+
+
+class ConversationBody(ModelBody):
+    """The fields that a conversation's prompt is made of."""
 
     input: str | list[Item]
     instructions: str | None = None
     previous_response_id: str | None = None
-    store: bool | None = None
     tools: list[ToolParam] | None = None
     tool_choice: Literal["auto", "none", "required"] | ToolChoiceParam | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    max_output_tokens: Count | None = None
-    temperature: Temperature | None = None
-    top_p: Share | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    include: list[str] | None = None
-    stream: bool | None = None
-    stream_options: ResponseStreamOptions | None = None
-    background: Literal[False] | None = None
-    truncation: Literal["disabled"] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
     conversation: None = None
-    prompt: None = None
-    # What asks for nothing here: names for billing, caches of their own, and limits on tools that run elsewhere.
-    metadata: dict[str, Any] | None = None
-    client_metadata: Json | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    prompt_cache_options: Json | None = None
-    max_tool_calls: int | None = None
 
-    def decoded(self, before: Sequence[requests.Message]) -> tuple[ChatRequest, Tools]:
+    def conversation_after(self, before: Sequence[requests.Message]) -> tuple[ChatRequest, Tools]:
         """Return the request that all dialects share, with earlier turns before it, and its tools.
 
         Raises InvalidRequest.
         """
         tools = Tools(self.tools or ())
-        given = [requests.Message("user", (self.input,))] if isinstance(self.input, str) else _turns(self.input, tools)
         system = [requests.Message("system", (self.instructions,))] if self.instructions else []
-        logprobs = (self.top_logprobs or 0) if self.has_logprobs else None
         request = ChatRequest(
             model=self.model,
-            params=Params(
-                temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_output_tokens, logprobs=logprobs
-            ),
-            messages=(*system, *before, *given),
+            messages=(*system, *before, *turns_of(self.input, tools)),
             tools=tools.tools,
             choice=self._choice(tools),
             format=self._format(),
             effort=self.reasoning.effort if self.reasoning is not None else None,
+            is_truncated=self.truncation == "auto",
             is_effort_optional=True,
+            verbosity=self.text.verbosity if self.text is not None else None,
         )
         return request, tools
-
-    @property
-    def has_logprobs(self) -> bool:
-        """Whether the answer's text comes with log probabilities."""
-        return self.top_logprobs is not None or "message.output_text.logprobs" in (self.include or ())
 
     def _choice(self, tools: Tools) -> requests.ToolChoice:
         is_parallel = self.parallel_tool_calls is not False
@@ -234,63 +123,80 @@ class ResponsesRequest(ModelBody):
         return requests.Format(None) if wanted is not None and wanted.type == "json_object" else None
 
 
-def _turns(items: Sequence[Item], tools: Tools) -> list[requests.Message]:
-    """Return items as turns; the reasoning, text and calls of one answer become one assistant message again."""
-    turns: list[requests.Message] = []
-    reasoning: list[str] = []
-    content: list[str | requests.Image] = []
-    calls: list[requests.Call] = []
+class InputTokensRequest(ConversationBody):
+    """`POST /v1/responses/input_tokens`."""
 
-    def end_answer() -> None:
-        if reasoning or content or calls:
-            turns.append(requests.Message("assistant", tuple(content), "\n\n".join(reasoning), tuple(calls)))
-            for part in (reasoning, content, calls):
-                part.clear()
-
-    for at, item in enumerate(items):
-        where = f"input[{at}]"
-        if isinstance(item, ReasoningItem):
-            if content or calls:
-                end_answer()
-            reasoning.append(_reasoning(item))
-        elif isinstance(item, FunctionCallParam):
-            name = tools.named(item.namespace, item.name)
-            calls.append(requests.Call(item.call_id, name, arguments(item.arguments, where)))
-        elif isinstance(item, CustomToolCallParam):
-            name = tools.named(item.namespace, item.name)
-            calls.append(requests.Call(item.call_id, name, {"input": item.input}))
-        elif isinstance(item, MessageItem) and item.role == "assistant":
-            if calls:
-                end_answer()
-            content += _content(item.content, f"{where}.content")
-        else:
-            end_answer()
-            if isinstance(item, FunctionCallOutputParam):
-                turns.append(requests.Message("tool", _content(item.output, f"{where}.output"), call_id=item.call_id))
-            else:
-                role: requests.Role = "user" if item.role == "user" else "system"
-                turns.append(requests.Message(role, _content(item.content, f"{where}.content")))
-    end_answer()
-    return turns
+    input: str | list[Item] = Field(default_factory=list)
+    personality: None = None
 
 
-def _content(content: InputContent, where: str) -> tuple[str | requests.Image, ...]:
-    if isinstance(content, str):
-        return (content,)
-    parts: list[str | requests.Image] = []
-    for at, part in enumerate(content):
-        if isinstance(part, InputImage):
-            parts.append(image(part.image_url, f"{where}[{at}].image_url"))
-        else:
-            parts.append(part.refusal if isinstance(part, InputRefusal) else part.text)
-    return tuple(parts)
+class CompactRequest(ModelBody):
+    """`POST /v1/responses/compact`."""
+
+    input: str | list[Item] | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    image: None = None
+    # What asks for nothing here.
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: Json | None = None
+
+    def decoded(self, before: Sequence[requests.Message]) -> ChatRequest:
+        """Return the request for a summary of the conversation. Raises InvalidRequest."""
+        turns = turns_of(self.input or [], Tools(()))
+        system = [requests.Message("system", (self.instructions,))] if self.instructions else []
+        if not turns and not before:
+            raise InvalidRequest("there is no conversation to compact", param="input")
+        return ChatRequest(
+            model=self.model,
+            params=Params(max_tokens=SUMMARY_TOKENS),
+            messages=(*system, *before, *turns, requests.Message("user", (SUMMARIZE,))),
+            thinking=False,
+            is_truncated=True,
+        )
 
 
-def _reasoning(item: ReasoningItem) -> str:
-    texts = [part.text for part in item.content or item.summary]
-    if not texts and item.encrypted_content:
-        try:
-            return base64.b64decode(item.encrypted_content, validate=True).decode()
-        except (binascii.Error, ValueError):  # another server's
-            return ""
-    return "\n\n".join(texts)
+class ResponsesRequest(ConversationBody):
+    """`POST /v1/responses`."""
+
+    store: bool | None = None
+    max_output_tokens: Count | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    include: list[str] | None = None
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    background: Literal[False] | None = None
+    prompt: None = None
+    # What asks for nothing here: names for billing, caches of their own, and limits on tools that run elsewhere.
+    metadata: dict[str, Any] | None = None
+    client_metadata: Json | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: Json | None = None
+    max_tool_calls: int | None = None
+
+    def decoded(self, before: Sequence[requests.Message]) -> tuple[ChatRequest, Tools]:
+        """Return the request that all dialects share, with earlier turns before it, and its tools.
+
+        Raises InvalidRequest.
+        """
+        request, tools = self.conversation_after(before)
+        params = Params(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_tokens=self.max_output_tokens,
+            logprobs=(self.top_logprobs or 0) if self.has_logprobs else None,
+        )
+        return replace(request, params=params), tools
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether the answer's text comes with log probabilities."""
+        return self.top_logprobs is not None or "message.output_text.logprobs" in (self.include or ())

@@ -10,11 +10,11 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
+import hf_overlay
 import pytest
-from hf_overlay import config
+from hf_overlay import config, doctor
 from hf_overlay.catalog.catalog import Catalog
-from hf_overlay.command import doctor
-from hf_overlay.command.doctor import Finding
+from hf_overlay.doctor import Finding
 from hf_overlay.models import Code
 
 from tests.support import hfcache
@@ -43,6 +43,12 @@ def test_a_healthy_machine_has_no_findings(models: Path, hub: Path) -> None:
     lay_model(models / "org/name")
     hfcache.add_repo(hub, "org/cached", FILES)
     assert examine(models) == []
+
+
+def test_a_session_finds_the_same_on_its_own_folders(models: Path, sessions: Path) -> None:
+    lay_model(models / "org/bad", {"model.safetensors": b""})
+    with hf_overlay.open_session([models]) as session:
+        assert session.findings() == [found("rejected", models)]
 
 
 def test_missing_paths_and_rejected_folders(models: Path) -> None:

@@ -1,4 +1,4 @@
-"""`hf-overlay doctor`: diagnoses problems and suggests fixes. Reads disks; leaves nothing behind on them."""
+"""Diagnoses problems and suggests fixes, for `hf-overlay doctor`. Reads disks; leaves nothing behind on them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,46 @@
+"""Runs one command: its module is imported here, and errors become exit codes here and nowhere else."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from hf_overlay import OverlayError, UsageError
+
+from mlx_overlay_server.command.output import say
+from mlx_overlay_server.command.parser import make_parser
+
+_TAKE_MORE = ("service", "launch")
+"""Commands that hand what follows `--` to another program."""
+_MODULES = {"ps": "resident", "stop": "resident", "config": "settings"}
+"""The modules of commands that have another name."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command that the first argument names, and return its exit code; a usage error exits with 2."""
+    name = arguments[0]
+    split = list(arguments).index("--") if "--" in arguments else len(arguments)
+    parser = make_parser(only=name)
+    options = parser.parse_args(arguments[:split])
+    options.more = list(arguments[split + 1 :])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a command that is ended tidies up
+    try:
+        if options.more and name not in _TAKE_MORE:
+            raise UsageError(f"{name} hands nothing on; leave out -- and the rest")
+        module = import_module(f"mlx_overlay_server.command.{_MODULES.get(name, name)}")
+        command: Callable[[argparse.Namespace], int] = getattr(module, name)
+        status = command(options)
+        sys.stdout.flush()
+        return status
+    except OverlayError as error:
+        say(f"error: {error}")
+        return 2 if isinstance(error, UsageError) else 1
+    except BrokenPipeError:  # `mlx-omni-server ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,88 @@
+"""`mlx-omni-server doctor`: problems with folders and cache, as `hf-overlay doctor` finds them, and with serving."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+from hf_overlay import Model, OverlayError
+from hf_overlay import doctor as overlay
+from hf_overlay.doctor import Finding
+from hf_overlay.text import printable
+
+from mlx_overlay_server.command import models
+from mlx_overlay_server.command.client import Client, Refused, running
+from mlx_overlay_server.command.output import print_json, say, size
+from mlx_overlay_server.options import API_KEY_VARIABLE
+
+_SECONDS = 120
+"""Seconds that MLX may take to be imported."""
+_ROOM = """
+from mlx_overlay_server import memory
+from mlx_overlay_server.engine.mlx import machine
+print(memory.shares(machine()).weights)
+"""
+"""A program that prints the bytes that the weights of models may take on this machine."""
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Print each problem with what to do about it; the exit code is 1 where there is any."""
+    catalog = models.catalog(options)
+    findings = [*overlay.examine(catalog, os.environ), *_engine(models.listed(catalog)), *_servers(options)]
+    if options.json:
+        print_json([finding._asdict() for finding in findings])
+    else:
+        for finding in findings:
+            print(printable(f"{finding.where}: {finding.what}\n    {finding.advice}"))
+        if not findings:
+            say("no problems found")
+    return 1 if findings else 0
+
+
+def _engine(found: Sequence[Model]) -> Iterator[Finding]:
+    """MLX, and the models that it cannot hold."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", _ROOM], capture_output=True, text=True, check=False, timeout=_SECONDS
+        )
+        said, room = done.stderr.strip().splitlines(), done.stdout.strip()
+    except subprocess.TimeoutExpired:
+        said, room = [f"it took more than {_SECONDS} s"], ""
+    if not room.isdigit():
+        yield Finding(
+            "mlx",
+            sys.executable,
+            f"MLX cannot be used: {said[-1] if said else 'it ended without a word'}",
+            "Install the server again in this environment: docs/install.md. On a Mac it takes an arm64 Python.",
+        )
+        return
+    for model in found:
+        weights = sum(file.size for file in model.files if file.name.endswith(".safetensors"))
+        if weights > int(room):
+            yield Finding(
+                "memory",
+                model.path,
+                f"{model.id} has {size(weights)} of weights, and there is memory for {size(int(room))}",
+                "Take a smaller quantisation of it; docs/server.md says how a Mac's GPU may use more memory.",
+            )
+
+
+def _servers(options: argparse.Namespace) -> Iterator[Finding]:
+    """The servers that run here, and how they fare."""
+    api_key = options.api_key or os.environ.get(API_KEY_VARIABLE) or None
+    for url in [options.url] if options.url else running():
+        try:
+            health = Client(url, api_key).get("/health")
+        except Refused as refused:
+            health = {"status": "failed", "engine": {"last_failure": str(refused), "waits_for": None}}
+        except OverlayError as error:
+            yield Finding("server", url, str(error), "Look at its log, and start it again.")
+            continue
+        engine = health["engine"]
+        if health["status"] == "waiting":
+            yield Finding("server", url, f"it waits for {engine['waits_for']}", "Check that disk or its server.")
+        elif health["status"] == "failed":
+            yield Finding("server", url, f"its engine failed: {engine['last_failure']}", "Start the server again.")

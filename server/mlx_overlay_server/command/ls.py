@@ -1,0 +1,36 @@
+"""`mlx-omni-server ls`: the models that requests can name."""
+
+from __future__ import annotations
+
+import argparse
+
+from mlx_overlay_server.command import models
+from mlx_overlay_server.command.output import print_json, print_table, say, size
+
+
+def ls(options: argparse.Namespace) -> int:
+    """List the models, one for each id."""
+    catalog = models.catalog(options)
+    found = models.listed(catalog)
+    for warning in catalog.warnings():
+        say(f"warning: {warning}")
+    if options.json:
+        return print_json(
+            [
+                {
+                    "id": each.id,
+                    "source": each.source,
+                    "path": each.path,
+                    "model_type": each.model_type,
+                    "size_bytes": each.size_bytes,
+                }
+                for each in found
+            ]
+        )
+    if not found:
+        looked = ", ".join([*catalog.settings.roots, catalog.settings.hub_cache, *catalog.settings.below])
+        say(f"no models in {looked}; `mlx-omni-server doctor` says what was left out there, and why")
+    return print_table(
+        ("ID", "SOURCE", "SIZE", "TYPE", "PATH"),
+        [(each.id, each.source, size(each.size_bytes), each.model_type or "-", each.path) for each in found],
+    )

@@ -1,0 +1,166 @@
+"""The requests that run, and the last ones that ended: who asked which model, and how it went; never a word of text."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from mlx_overlay_server.errors import ServerError, Stopped
+
+KEPT = 200
+"""Ended requests that are remembered."""
+RATE_SECONDS = 5
+"""Seconds over which tokens per second are counted."""
+LATELY = 20
+"""Requests that the usual time to the first token is taken from."""
+
+Outcome = Literal["running", "answered", "left", "stopped", "refused", "failed"]
+"""`left`: the client went away; `stopped`: by whoever looks after the server; `refused`: an error of the client's."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestRecord:
+    """One request, as lists and the log show it. Counts cover all of its answers."""
+
+    id: str
+    client: str
+    """A name for whoever asked."""
+    model: str
+    """The model's id; until that is known, the name in the request."""
+    started: float = field(default_factory=time.time)
+    """Unix seconds."""
+    seconds: float = 0.0
+    """From the request to its last token so far, or to its end."""
+    tokens_in: int = 0
+    """Tokens of the prompts that have been read."""
+    tokens_cached: int = 0
+    """Those of them that were in the KV cache before."""
+    tokens_out: int = 0
+    first_token_seconds: float | None = None
+    """From the request to its first token; None until that comes."""
+    outcome: Outcome = "running"
+    reason: str | None = None
+    """Why the last answer ended (`stop`, `length`, …), or the error's code or HTTP status; None while it runs."""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens generated per second from the first to the last; None before the second token."""
+        if self.first_token_seconds is None or self.tokens_out < 2 or self.seconds <= self.first_token_seconds:
+            return None
+        return (self.tokens_out - 1) / (self.seconds - self.first_token_seconds)
+
+
+class Live(Protocol):
+    """A running request, as its record's list sees it."""
+
+    @property
+    def client(self) -> str:
+        """A name for whoever asked."""
+
+    @property
+    def started(self) -> float:
+        """`time.monotonic()` when the request came."""
+
+    @property
+    def note(self) -> Callable[[], str]:
+        """Returns what the request is waiting for now, in a few words."""
+
+    def stop(self) -> None:
+        """End the request with `Stopped`."""
+
+
+class Rate:
+    """How many tokens per second there were lately."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` gives monotonic seconds."""
+        self._clock = clock
+        self._counts: deque[tuple[int, int]] = deque(maxlen=RATE_SECONDS + 1)
+        """(second, tokens in it), oldest first."""
+
+    def add(self, tokens: int) -> None:
+        """Count tokens that have come now."""
+        second = int(self._clock())
+        if self._counts and self._counts[-1][0] == second:
+            tokens += self._counts.pop()[1]
+        self._counts.append((second, tokens))
+
+    @property
+    def per_second(self) -> float:
+        """Tokens per second, over the last few whole seconds."""
+        now = int(self._clock())
+        return sum(tokens for second, tokens in self._counts if now - RATE_SECONDS <= second < now) / RATE_SECONDS
+
+
+class Recent:
+    """The requests of one server. Everything here runs on the event loop."""
+
+    def __init__(self, ended: Callable[[RequestRecord], None] = lambda _: None) -> None:
+        """`ended` is called with each request that has ended, such as to log it."""
+        self.rate = Rate()
+        """All generated tokens."""
+        self._report = ended
+        self._numbers = itertools.count(1)
+        self._running: dict[str, tuple[RequestRecord, Live]] = {}
+        self._ended: deque[RequestRecord] = deque(maxlen=KEPT)
+
+    @property
+    def running(self) -> list[tuple[RequestRecord, str]]:
+        """Requests that run, each with what it is waiting for, newest first."""
+        return [(record, live.note()) for record, live in reversed(self._running.values())]
+
+    @property
+    def ended(self) -> list[RequestRecord]:
+        """The last requests that have ended, newest first."""
+        return list(reversed(self._ended))
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        """The median time to the first token of the last requests that had one; None where there was none."""
+        lately = [each.first_token_seconds for each in self.ended if each.first_token_seconds is not None][:LATELY]
+        return sorted(lately)[len(lately) // 2] if lately else None
+
+    def stop(self, record_id: str) -> bool:
+        """End a running request with `Stopped`. Returns whether there is one with that id."""
+        if record_id not in self._running:
+            return False
+        self._running[record_id][1].stop()
+        return True
+
+    @contextmanager
+    def following(self, model: str, live: Live) -> Iterator[RequestRecord]:
+        """Keep a record of the request that is answered in this context, which the caller fills in."""
+        record = RequestRecord(id=f"r{next(self._numbers)}", client=live.client, model=model)
+        self._running[record.id] = (record, live)
+        outcome: Outcome = "failed"
+        try:
+            yield record
+            outcome = "answered"
+        except Stopped as error:
+            outcome, record.reason = "stopped", error.code
+            raise
+        except ServerError as error:
+            outcome, record.reason = "refused" if error.status < 500 else "failed", error.code or str(error.status)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            outcome = "left"
+            raise
+        finally:
+            record.outcome, record.seconds = outcome, time.monotonic() - live.started
+            del self._running[record.id]
+            self._ended.append(record)
+            self._report(record)
+
+    def count(self, record: RequestRecord, live: Live, tokens: int) -> None:
+        """Note that a request has got tokens; the first ones may be none, where an end mark comes first."""
+        record.seconds = time.monotonic() - live.started
+        if record.first_token_seconds is None:
+            record.first_token_seconds = record.seconds
+        record.tokens_out += tokens
+        self.rate.add(tokens)
