@@ -162,6 +162,9 @@ def test_a_chat_streams_an_answer_of_which_only_formatting_is_let_through(
         visit.page.get_by_label("Top k").fill("5")
         button(visit, "New conversation").click()
         visit.page.get_by_label("Message").fill(QUOTED)
+        visit.page.get_by_role("link", name="Models").click()
+        visit.page.get_by_role("link", name="Chat").click()
+        assert visit.page.get_by_label("Message").input_value() == QUOTED
         program = visit.page.locator(".snippets code").nth(1).inner_text()
     asked = run_python(program)
     assert [each["content"] for each in asked["messages"]] == ["You are brief.", QUOTED]
@@ -196,7 +199,7 @@ def test_a_picture_is_shown_to_a_model_that_sees_and_what_runs_is_stopped(server
         assert not visit.page.locator(".warning").count()
         visit.page.get_by_label("Model").select_option(LONG)
         visit.page.get_by_label("Add pictures").wait_for(state="detached")
-        for stop in ("here", "in the list"):
+        for stop in ("here", "in the list", "with its model"):
             button(visit, "New conversation").click()
             visit.page.get_by_label("Message").fill("sesame")
             button(visit, "Send").click()
@@ -204,14 +207,21 @@ def test_a_picture_is_shown_to_a_model_that_sees_and_what_runs_is_stopped(server
             if stop == "here":
                 button(visit, "Stop").click()
                 visit.page.get_by_text("stopped", exact=True).wait_for()
-                continue
-            visit.page.get_by_role("link", name="Requests").click()
-            visit.page.get_by_role("row").filter(has_text="running").get_by_role("button", name="Stop").click()
-            visit.page.get_by_text("stopped here").wait_for()
-            visit.page.get_by_text("client left").wait_for()
-            assert "sesame" not in visit.page.content()
-            visit.page.get_by_role("link", name="Chat").click()
-            visit.page.get_by_text("This request was stopped").wait_for()
+            elif stop == "in the list":
+                visit.page.get_by_role("link", name="Requests").click()
+                visit.page.get_by_role("row").filter(has_text="running").get_by_role("button", name="Stop").click()
+                visit.page.get_by_text("stopped here").wait_for()
+                visit.page.get_by_text("client left").wait_for()
+                assert "sesame" not in visit.page.content()
+                visit.page.get_by_role("link", name="Chat").click()
+                visit.page.get_by_text("This request was stopped").wait_for()
+            else:
+                visit.page.get_by_role("link", name="Models").click()
+                button(visit, f"Unload {LONG}").click()
+                button(visit, "Unload anyway").click()
+                row(visit, LONG).get_by_text("on disk").wait_for()
+                visit.page.get_by_role("link", name="Chat").click()
+                visit.page.get_by_text("The model was unloaded").wait_for()
 
 
 def test_a_key_is_asked_for_once_and_a_server_that_is_gone_is_named(server: Server, chromium: Browser) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from hf_overlay.catalog.tasks import ENCODERS
 from hf_overlay.config import Kind
 from hf_overlay.errors import OverlayError, check_descriptors
 from hf_overlay.models import Model
@@ -27,15 +28,16 @@ _BESIDE_TOKENIZERS = frozenset({"special_tokens_map.json", "added_tokens.json"})
 _OF_SENTENCE_TRANSFORMERS = frozenset({"modules.json", "config_sentence_transformers.json"})
 
 
-def restriction(kind: Kind | None, *, trusts_code: bool = False) -> ModelTypes | None:
+def restriction(kind: Kind | None, *, trusts_code: bool = False, encoders: bool = False) -> ModelTypes | None:
     """The model types that a scan must keep to; None takes models of every kind.
 
     Without a `kind`, those that mlx-lm loads where it is installed, else every kind, since nothing can tell which
-    models mlx-lm loads. Raises OverlayError for the kind `mlx` without mlx-lm.
+    models mlx-lm loads. `encoders`: also the model types for which mlx-omni-server has code of its own.
+    Raises OverlayError for the kind `mlx` without mlx-lm.
     """
     if kind == "any":
         return None
-    types = installed(trusts_code=trusts_code)
+    types = installed(trusts_code=trusts_code, encoders=encoders)
     if types is None and kind == "mlx":
         raise OverlayError(
             f"mlx-lm is not installed for {sys.executable}, so nothing can tell which models it loads; "
@@ -44,7 +46,7 @@ def restriction(kind: Kind | None, *, trusts_code: bool = False) -> ModelTypes |
     return types
 
 
-def installed(*, trusts_code: bool = False) -> ModelTypes | None:
+def installed(*, trusts_code: bool = False, encoders: bool = False) -> ModelTypes | None:
     """The model types of the mlx-lm in this Python environment; None without one.
 
     Raises OverlayError when it is not laid out as expected.
@@ -52,7 +54,7 @@ def installed(*, trusts_code: bool = False) -> ModelTypes | None:
     spec = find_spec("mlx_lm")
     if spec is None or not spec.submodule_search_locations:
         return None
-    return ModelTypes(spec.submodule_search_locations[0], trusts_code=trusts_code)
+    return ModelTypes(spec.submodule_search_locations[0], trusts_code=trusts_code, encoders=encoders)
 
 
 def may_be_tokenizer(name: str) -> bool:
@@ -103,11 +105,13 @@ def _config(model: Model) -> Mapping[str, Any]:
 class ModelTypes:
     """The model types one mlx-lm installation can load."""
 
-    def __init__(self, mlx_lm: str, *, trusts_code: bool = False) -> None:
+    def __init__(self, mlx_lm: str, *, trusts_code: bool = False, encoders: bool = False) -> None:
         """`mlx_lm` is the package's folder. Raises OverlayError when it is not laid out as expected.
 
-        `trusts_code`: whoever loads models tells mlx-lm to run code that comes with them.
+        `trusts_code`: whoever loads models tells mlx-lm to run code that comes with them; `encoders`: they are
+        mlx-omni-server, which also loads `tasks.ENCODERS`.
         """
+        self.takes_encoders = encoders
         self._trusts_code = trusts_code
         self._models = os.path.join(mlx_lm, "models")
         try:
@@ -124,7 +128,10 @@ class ModelTypes:
         self._loadable: dict[str, bool] = {}
 
     def why_not(self, config: Mapping[str, Any]) -> str | None:
-        """None when mlx-lm can load a model with this config, else the reason."""
+        """None when a model with this config can be loaded, else the reason."""
+        is_encoder = isinstance(config.get("model_type"), str) and config["model_type"] in ENCODERS
+        if is_encoder and self.takes_encoders:
+            return None
         if "model_type" not in config:
             return "config.json names no model_type"
         if config.get("model_file") is not None:
@@ -134,7 +141,8 @@ class ModelTypes:
         model_type = config["model_type"]
         if isinstance(model_type, str) and self._is_loadable(self._module(model_type, config)):
             return None
-        return f"model type {str(model_type)[:80]!r} is not one that the installed mlx-lm can load"
+        problem = f"model type {str(model_type)[:80]!r} is not one that the installed mlx-lm can load"
+        return f"{problem}; mlx-omni-server embeds or ranks with it" if is_encoder else problem
 
     def _module(self, model_type: str, config: Mapping[str, Any]) -> str | None:
         architectures = config.get("architectures") or ()

@@ -267,8 +267,11 @@ def _in_memory(occupant: Occupant, service: Service) -> ModelInMemory:
 def models_of(service: Service, listed: Iterable[Listed]) -> ModelEntries:
     """Return every model there is, those that are away included, sorted by id."""
     states: Mapping[str, Place] = {each.id: _in_memory(each, service)["state"] for each in service.pool.occupants}
-    found = [_entry(each, service, states.get(each.id, "on disk")) for each in listed]
-    known = {each["id"] for each in found}
+    known = {each.id: each for each in listed}
+    for name in states.keys() - known.keys():  # profiles with weights of their own
+        if (source := known.get(service.live.source(name))) is not None:
+            known[name] = source._replace(id=name)
+    found = [_entry(each, service, states.get(each.id, "on disk")) for each in known.values()]
     away = [
         _entry(Listed(model_id, 0, layer="custom", root=root), service, "away")
         for model_id, root in service.library.away.items()
