@@ -237,6 +237,11 @@ def _scan_mapped(folder: str, maps: tuple[Map, ...], seen: Seen) -> tuple[Source
                 rejects.append(Reject(folder, each.id, reason_of(error), folder))
     except OSError as error:
         problem = reason_of(error)
+    if not models:
+        # A mount point without its drive, above all. It is away, so that nothing is downloaded in its place.
+        unusable = [each for each in rejects if each.reason.code is not Code.INCOMPLETE]
+        problem = problem or next((each.reason for each in unusable), None)
+        rejects = [each for each in rejects if each not in unusable]
     return Source(folder, problem, tuple(models), tuple(rejects), device=device, layer="map"), seen
 
 
