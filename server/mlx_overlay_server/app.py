@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from mlx_overlay_server.api import models_route, status
+from mlx_overlay_server.api import absent, models_route, status
 from mlx_overlay_server.api.anthropic import routes as anthropic
 from mlx_overlay_server.api.guard import Guard
 from mlx_overlay_server.api.openai import routes as openai
@@ -67,7 +67,7 @@ def build(settings: Settings, session: hf_overlay.Session, process: Process | No
         summary="OpenAI- and Anthropic-compatible chat server on mlx-lm.",
         lifespan=lifespan,
     )
-    for routes in (openai, responses, anthropic, models_route, status):
+    for routes in (openai, responses, anthropic, models_route, status, absent):
         app.include_router(routes.router(service))
     add_error_handlers(app)
     guarded: Any = Guard(

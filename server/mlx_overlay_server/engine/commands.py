@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mlx_overlay_server.chat.grammar import Budget, Constraint
+from mlx_overlay_server.chat.loaded import Shown
 from mlx_overlay_server.chat.requests import Params
 from mlx_overlay_server.errors import ServerError
 from mlx_overlay_server.memory import Shares
@@ -46,6 +47,9 @@ class Submit:
     constraint: Constraint | None = None
     budget: Budget | None = None
     images: tuple[Any, ...] = ()
+    """Pixel values, for mlx-lm."""
+    shown: Shown | None = None
+    """What the model sees of the prompt's images, for mlx-vlm."""
     keeps_cache: bool = True
     """Whether its KV cache may serve later prompts."""
     matcher: Any = None

@@ -21,7 +21,7 @@ from mlx_lm.processors import load_processor
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer, sharded_load
 
 from mlx_overlay_server.chat.loaded import Loaded, context_length
-from mlx_overlay_server.engine import folder, mlx
+from mlx_overlay_server.engine import folder, mlx, vision
 from mlx_overlay_server.engine.commands import Load
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.runner import Runner
@@ -61,7 +61,14 @@ def load(
     else:
         yield from _turns(checking, math.inf)
         checking.result()
-        model, config = load_model(path, lazy=True, trust_remote_code=options.trust_remote_code)
+        only_reads = command.adapter_path or command.draft_path or options.kv_bits
+        seeing = _apart(lambda: not only_reads and vision.is_for(command.path))
+        yield from _turns(seeing, options.load_seconds)
+        if _result(seeing, options):
+            model, config = vision.load(command.path)
+            logger.info("%s: runs by mlx-vlm, which its images need: one request after the other, not in a batch", path)
+        else:
+            model, config = load_model(path, lazy=True, trust_remote_code=options.trust_remote_code)
         if command.adapter_path is not None:
             model = load_adapters(model, command.adapter_path)
             model.eval()
@@ -83,6 +90,7 @@ def load(
         for each in (model, draft)
         if each is not None
     )
+    is_seeing = isinstance(model, vision.SeeingModel)
     loaded = Loaded(
         key=command.key,
         path=command.path,
@@ -97,7 +105,8 @@ def load(
         kv_bytes=kv_bytes,
         defaults=folder.sampling_defaults(path),
         has_own_calls=has_own_calls,
-        processor=load_processor(model, config) if group is None else None,
+        processor=None if group is not None or is_seeing else load_processor(model, config),
+        vision=vision.processor(command.path, config) if is_seeing else None,
     )
     yield Runner(loaded, model, draft, options, prefixes, group=group)
 
