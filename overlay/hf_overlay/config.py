@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from hf_overlay.errors import UsageError
 
@@ -111,6 +111,8 @@ class ConfigFile(NamedTuple):
     below: tuple[str, ...] = ()
     map: Mapping[str, str] = MappingProxyType({})
     """The folder for each id."""
+    server: Mapping[str, Any] = MappingProxyType({})
+    """The table of mlx-omni-server, which alone knows what may stand in it."""
 
 
 NO_FILE = ConfigFile()
@@ -189,10 +191,7 @@ def load(
     tiers = _folders(chosen.below.value, "a folder for --below", environ, cwd)
     cache = _absolute(hub_cache(environ), cwd)
     if is_overlay(cache) and not os.path.isdir(cache):
-        raise UsageError(
-            f'the overlay of this shell has ended ({cache}); join the next one: eval "$(hf-overlay env)", '
-            f"or leave it: {how_to_leave(environ)}"
-        )
+        raise ended(cache, environ)
     return Settings(
         roots=roots,
         hub_cache=cache,
@@ -280,6 +279,14 @@ def hub_cache(environ: Mapping[str, str]) -> str:
 def is_overlay(hub_cache: str) -> bool:
     """Whether a path is the hub cache of a session, living or ended, by its name."""
     return _OVERLAY.search(hub_cache) is not None
+
+
+def ended(hub_cache: str, environ: Mapping[str, str]) -> UsageError:
+    """The error of a command in a shell whose overlay, with this hub cache, has ended."""
+    return UsageError(
+        f'the overlay of this shell has ended ({hub_cache}); join the next one: eval "$(hf-overlay env)", '
+        f"or leave it: {how_to_leave(environ)}"
+    )
 
 
 def how_to_leave(environ: Mapping[str, str]) -> str:

@@ -7,6 +7,10 @@
     [map]
     "org/name" = "/data/my-model"
 
+    [server]
+    default_model = "org/name"
+
+The last table is for mlx-omni-server, which reads it itself.
 Every mistake in it is a UsageError that names the file, the line, and what to do.
 """
 
@@ -22,7 +26,8 @@ from hf_overlay.errors import UsageError, check_descriptors
 
 _LISTS = {"model_path": "folders", "below": "folders", "exclude": "ids"}
 """Settings that are lists of texts, and of what."""
-_KEYS = (*_LISTS, "map")
+_TABLES = ("map", "server")
+_KEYS = (*_LISTS, *_TABLES)
 
 
 def read(environ: Mapping[str, str]) -> ConfigFile:
@@ -65,7 +70,8 @@ def parse(path: str, text: str) -> ConfigFile:
     for name, folder in found.get("map", {}).items():
         if (mistake := _not_mapped(name, folder)) is not None:
             raise UsageError(f"{path}:{line_of(text, 'map', name)}: {mistake}")
-    return ConfigFile(path, text, map=found.get("map", {}), **{key: tuple(found.get(key, ())) for key in _LISTS})
+    lists = {key: tuple(found.get(key, ())) for key in _LISTS}
+    return ConfigFile(path, text, map=found.get("map", {}), server=found.get("server", {}), **lists)
 
 
 def line_of(text: str, *keys: str) -> int:
@@ -99,9 +105,11 @@ def _mistake(key: str, value: object) -> str | None:
 
         near = get_close_matches(key.replace("-", "_"), _KEYS, 1)
         return f"there is no setting {key!r}; " + (f"write {near[0]}" if near else f"there are {', '.join(_KEYS)}")
+    if key in _TABLES and isinstance(value, dict):
+        return None
+    if key == "server":
+        return "server must be a table; write [server], and below it the server's settings"
     if key == "map":
-        if isinstance(value, dict):
-            return None
         return 'map must be a table of folders; write [map], and below it "org/name" = "/data/my-model"'
     if not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
         return f'{key} must be a list of {_LISTS[key]}; write {key} = ["…", "…"]'

@@ -433,6 +433,8 @@ def open_session(
         maps={name: os.fspath(path) for name, path in (maps or {}).items()},
         file=configfile.read(environ),
     )
+    if config.is_overlay(settings.hub_cache) and lease.has_ended(settings.hub_cache):
+        raise config.ended(settings.hub_cache, environ)
     catalog = Catalog(settings)
     if settings.roots:
         logger.info("model paths: %s", ", ".join(settings.roots))

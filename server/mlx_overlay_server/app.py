@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,37 +14,49 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from mlx_overlay_server.api import absent, models_route, status
+from mlx_overlay_server import logs
+from mlx_overlay_server.access import Access
+from mlx_overlay_server.api import absent, models_route, page, status
 from mlx_overlay_server.api.anthropic import routes as anthropic
 from mlx_overlay_server.api.guard import Guard
+from mlx_overlay_server.api.late import Late
 from mlx_overlay_server.api.openai import routes as openai
 from mlx_overlay_server.api.refusals import add_error_handlers, refuse
 from mlx_overlay_server.api.responses import routes as responses
 from mlx_overlay_server.awake import keep_awake
 from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.errors import ServerError
+from mlx_overlay_server.live import Live
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.download import Downloader
 from mlx_overlay_server.models.library import Library
 from mlx_overlay_server.models.pool import Extras, Pool, preload
 from mlx_overlay_server.preparation import Preparation
-from mlx_overlay_server.preparation.process import Process
+from mlx_overlay_server.preparer import Process
+from mlx_overlay_server.recent import Recent
 from mlx_overlay_server.service import Service
-from mlx_overlay_server.settings import Settings
+from mlx_overlay_server.settings import rank
 
 logger = logging.getLogger("mlx_overlay_server")
 
+_COUNTERS = frozenset(
+    {"engine_steps", "engine_failures", "kv_disk_written_bytes", "kv_disk_read_tokens", "kv_disk_failures"}
+)
+"""The numbers among the metrics that only grow."""
 
-def build(settings: Settings, session: hf_overlay.Session, process: Process | None = None) -> tuple[ASGIApp, Service]:
+
+def build(live: Live, session: hf_overlay.Session, process: Process | None = None) -> tuple[ASGIApp, Service]:
     """The application, and the service in it; `process` is a preparation process that was started already."""
+    settings = live.settings
     downloader = None if session.is_offline else Downloader(session)
-    service = _service(settings, session, downloader, process)
+    service = _service(live, session, downloader, process)
+    first = tuple(live.target(name).id for name in settings.models)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
         tasks = [
-            asyncio.create_task(preload(service.pool, settings.models, service.engine.warm_up)),
+            asyncio.create_task(preload(service.pool, first, service.engine.warm_up)),
             asyncio.create_task(_log_memory(service.engine, settings.memory_budget)),
             asyncio.create_task(service.pool.sweep()),
             asyncio.create_task(
@@ -66,19 +79,29 @@ def build(settings: Settings, session: hf_overlay.Session, process: Process | No
         title="MLX Omni Server",
         summary="OpenAI- and Anthropic-compatible chat server on mlx-lm.",
         lifespan=lifespan,
+        docs_url=None,  # a page of ours, as FastAPI's load their scripts from another host
+        redoc_url=None,
     )
     for routes in (openai, responses, anthropic, models_route, status, absent):
         app.include_router(routes.router(service))
+    app.include_router(page.router())
     add_error_handlers(app)
+
+    def add_manage() -> None:
+        from mlx_overlay_server.api.manage import routes as manage
+
+        app.include_router(manage.router(service, downloader))
+
     guarded: Any = Guard(
-        app,
-        api_key=settings.api_key,
+        Late(app, ("/manage/", "/openapi.json"), add_manage),
+        access=Access(lambda: live.settings),
         host=settings.host,
         origins=settings.origins,
         max_body=settings.limits.body,
         refuse=refuse,
         count=lambda path, code: service.metrics.requests.labels(path, code).inc(),
         turns=service.turns,
+        refresh=live.refresh,
     )
     if settings.origins:
         guarded = CORSMiddleware(
@@ -106,12 +129,29 @@ async def _log_memory(engine: Engine, budget: int | None) -> None:
         )
 
 
+def _arrange(pool: Pool, live: Live) -> None:
+    """Let the pool treat single models as the settings say."""
+    settings = live.settings
+    profiles = {live.target(name).id: profile for name, profile in settings.profiles.items()}
+    extras = {name: Extras(each.adapter_path, each.draft_model) for name, each in profiles.items()}
+    if settings.adapter_path is not None or settings.draft_model is not None:
+        extras[live.target(settings.models[0]).id] = Extras(settings.adapter_path, settings.draft_model)
+    pool.arrange(
+        extras={name: each for name, each in extras.items() if each != Extras()},
+        pinned=[name for name, each in profiles.items() if each.pin],
+        idle_ttls={name: each.idle_ttl for name, each in profiles.items() if each.idle_ttl is not None},
+    )
+
+
 def _service(
-    settings: Settings, session: hf_overlay.Session, downloader: Downloader | None, process: Process | None
+    live: Live, session: hf_overlay.Session, downloader: Downloader | None, process: Process | None
 ) -> Service:
+    settings = live.settings
     engine = Engine(settings.engine)
-    library = Library(session, downloader.fetch if downloader is not None else None)
-    first = settings.models[:1]
+    preparation = Preparation(engine, settings.limits, process)
+    if rank(os.environ) is None:  # under mlx.launch each rank reads what it needs itself
+        engine.read_tokenizer = preparation.read_tokenizer
+    library = Library(session, downloader.fetch if downloader is not None else None, live.source)
 
     async def weights() -> int:
         return (await engine.memory()).weights
@@ -121,9 +161,10 @@ def _service(
         engine,
         budget=weights if settings.memory_budget is None else settings.memory_budget,
         idle_ttl=settings.idle_ttl,
-        pinned=settings.models,
-        extras={name: Extras(settings.adapter_path, settings.draft_model) for name in first},
+        pinned=tuple(live.target(name).id for name in settings.models),
     )
+    _arrange(pool, live)
+    live.followers.append(lambda _: _arrange(pool, live))
 
     def numbers() -> dict[str, tuple[str, float]]:
         stats = engine.stats
@@ -133,6 +174,12 @@ def _service(
             "pending_sequences": ("Sequences that somebody waits for.", engine.pending),
             "kv_cache_bytes": ("KV caches kept for later prompts, in bytes.", stats.cache_bytes),
             "kv_cache_entries": ("KV caches kept for later prompts.", stats.cache_entries),
+            "kv_disk_bytes": ("Disk space that kept KV caches take, in bytes.", stats.disk.nbytes),
+            "kv_disk_limit_bytes": ("Disk space that they may take, in bytes.", stats.disk.cap),
+            "kv_disk_files": ("Files of kept KV caches.", stats.disk.files),
+            "kv_disk_written_bytes": ("KV caches written to disk, in bytes.", stats.disk.written),
+            "kv_disk_read_tokens": ("Tokens of prompts whose KV caches were read from disk.", stats.disk.restored),
+            "kv_disk_failures": ("KV caches that could not be written to disk.", stats.disk.failures),
             "engine_steps": ("Steps of the engine.", stats.steps),
             "engine_failures": ("Batches lost to an error.", stats.failures),
             "models_resident": ("Models in memory.", len(pool.resident)),
@@ -143,9 +190,9 @@ def _service(
         library,
         pool,
         engine,
-        Metrics(numbers, frozenset({"engine_steps", "engine_failures"})),
+        Metrics(numbers, _COUNTERS),
         settings.limits,
-        Preparation(engine, settings.limits, process),
-        aliases=settings.aliases,
-        default_model=settings.default_model,
+        preparation,
+        live=live,
+        recent=Recent(logs.request_ended),
     )

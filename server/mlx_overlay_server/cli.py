@@ -8,10 +8,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
+from hf_overlay import UsageError
+
+from mlx_overlay_server import configuration
+from mlx_overlay_server import options as options_
 from mlx_overlay_server.command import NAMES
 from mlx_overlay_server.command.parser import make_parser
-from mlx_overlay_server.options import PROGRAM, read
+from mlx_overlay_server.options import PROGRAM
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,9 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(arguments: Sequence[str]) -> int:
-    parser = make_parser()
+    # Without the other commands, whose options take longer to make than those for serving, unless they are asked for.
+    parser = make_parser() if {*arguments} & {*NAMES, "-h", "--help"} else options_.make_parser()
     options = parser.parse_args(arguments)
-    if options.command is not None:
+    if getattr(options, "command", None) is not None:
         parser.error(f"the command comes first, and then its options: {PROGRAM} {options.command} …")
     if options.version:
         from importlib.metadata import version
@@ -35,12 +41,21 @@ def _serve(arguments: Sequence[str]) -> int:
         print(f"mlx-omni-server {version('mlx-overlay-server')}")
         return 0
     try:
-        chosen = read(options, os.environ)
+        settings = configuration.load(options, os.environ)
     except ValueError as error:
         parser.error(str(error))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     from mlx_overlay_server import run
+    from mlx_overlay_server.live import Live
 
-    status = run.serve(chosen)
+    live = Live(
+        settings,
+        stamp=partial(configuration.stamp, dict(os.environ)),
+        reread=partial(configuration.load, options, dict(os.environ)),
+    )
+    status = run.serve(live)
     if "mlx" in sys.modules:
         # A thread may wait for lost ranks for ever, and MLX's own threads have aborted processes that ended under them.
         for stream in (sys.stdout, sys.stderr):

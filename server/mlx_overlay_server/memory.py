@@ -6,8 +6,10 @@ take MLX, and tells the shares to everybody else.
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
+from typing import NamedTuple
 
 PREFIXES = 1 / 8
 """The part of the memory for KV caches that are kept for later prompts."""
@@ -21,7 +23,11 @@ PREFILL = 1 / 4
 """The part of what running sequences have that is left for computing, and not for their KV caches."""
 
 LEAST_TOKENS = 2048
-"""Tokens that a sequence may have whatever the numbers say: they are estimates."""
+"""Tokens that one sequence must have room for beside its model's weights, or the model is not loaded."""
+CONTAINER = 4 / 5
+"""The part of a container's memory that MLX may take."""
+SPARE = 1 / 20
+"""The part of MLX's memory that must stay free in the machine when a sequence begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,16 @@ class Shares:
     @property
     def held(self) -> int:
         """All that stays from step to step: weights, kept KV caches and those of running sequences."""
-        return max(0, self.usable - self.pool - int(self.running * PREFILL))
+        return max(0, self.usable - self.pool - self.computing)
+
+    @property
+    def computing(self) -> int:
+        """What a prefill may compute with."""
+        return int(self.running * PREFILL)
+
+    def has_room(self, weights: int, kv_bytes: int, context: int | None) -> bool:
+        """Return whether a model's weights fit together with one sequence, which may have `context` tokens."""
+        return weights + kv_bytes * min(context or LEAST_TOKENS, LEAST_TOKENS) <= self.held
 
     def tokens(self, weights: int, kv_bytes: int) -> int | None:
         """Return how many tokens one sequence may have that has its model's weights and nothing else beside it.
@@ -63,6 +78,24 @@ class Shares:
         `kv_bytes`: the bytes that each token takes; 0: unknown, and then the result is None.
         """
         return max(LEAST_TOKENS, (self.held - weights) // kv_bytes) if kv_bytes else None
+
+
+class Cost(NamedTuple):
+    """The bytes that a pass of a model computes with, beside weights and KV caches."""
+
+    token: int = 0
+    """For each token that it reads."""
+    pair: int = 0
+    """For each token that it reads and each that this one attends to; 0: attention needs no memory for them."""
+
+    def tokens(self, context: int, limit: int) -> int:
+        """Return how many tokens a pass may read after so many others, when it may compute with `limit` bytes."""
+        if not self.token and not self.pair:
+            return 1 << 30
+        alone = self.token + self.pair * context
+        if not self.pair:
+            return limit // alone
+        return int((math.sqrt(alone**2 + 4 * self.pair * limit) - alone) / (2 * self.pair))
 
 
 def shares(machine: Machine, *, prefixes: int | None = None) -> Shares:

@@ -10,7 +10,17 @@ from typing import Any
 from mlx_overlay_server import settings as settings_
 from mlx_overlay_server.settings import API_KEY_VARIABLE, EngineOptions, Limits, Settings, size
 
-__all__ = ["API_KEY_VARIABLE", "PROGRAM", "SHELLS", "add_folders", "make_parser", "positive", "read"]
+__all__ = [
+    "API_KEY_VARIABLE",
+    "PROGRAM",
+    "SHELLS",
+    "add_folders",
+    "add_options",
+    "given",
+    "make_parser",
+    "positive",
+    "read",
+]
 
 PROGRAM = "mlx-omni-server"
 SHELLS = ("bash", "zsh", "fish", "tcsh")
@@ -36,23 +46,35 @@ then:
 """
 
 
-def read(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
-    """Settings from the command line, which wins, and the environment. Raises ValueError."""
-    if (arguments.draft_model or arguments.adapter_path) and not arguments.models:
+def given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of the flags that were given, by their field."""
+    found = {name: tuple(each) if isinstance(each, list) else each for name, each in vars(arguments).items()}
+    found["aliases"] = dict(arguments.aliases)
+    found["maps"] = dict(arguments.maps)
+    return {name: value for name, value in found.items() if value is not None and value not in ((), {}, "")}
+
+
+def read(arguments: argparse.Namespace, environ: Mapping[str, str], file: Mapping[str, Any] | None = None) -> Settings:
+    """Settings from the command line, which wins, the environment, and what a configuration file gives, by field.
+
+    Raises ValueError.
+    """
+    values = dict(file or {})
+    if key := environ.get(API_KEY_VARIABLE):
+        values["api_key"] = key
+    values |= given(arguments)
+    has_extras = values.get("draft_model") or values.get("adapter_path")
+    if has_extras and not values.get("models"):
         raise ValueError("--draft-model and --adapter-path belong to a model: name it with --model")
-    if settings_.rank(environ) is not None and (arguments.draft_model or arguments.adapter_path):
+    if settings_.rank(environ) is not None and has_extras:
         raise ValueError("under mlx.launch, mlx-lm loads neither draft models nor adapters")
-    given = {name: tuple(each) if isinstance(each, list) else each for name, each in vars(arguments).items()}
-    given["aliases"] = dict(arguments.aliases)
-    given["maps"] = dict(arguments.maps)
-    given["api_key"] = arguments.api_key or environ.get(API_KEY_VARIABLE) or None
-    settings = Settings(**_fields_of(Settings, given))
-    if arguments.cache_bytes is None and settings.memory_budget is not None:
-        given["cache_bytes"] = settings.memory_budget // 8
+    settings = Settings(**_fields_of(Settings, values))
+    if values.get("cache_bytes") is None and settings.memory_budget is not None:
+        values["cache_bytes"] = settings.memory_budget // 8
     return replace(
         settings,
-        engine=EngineOptions(**_fields_of(EngineOptions, given)),
-        limits=Limits(**_fields_of(Limits, given)),
+        engine=EngineOptions(**_fields_of(EngineOptions, values)),
+        limits=Limits(**_fields_of(Limits, values)),
     )
 
 
@@ -61,16 +83,25 @@ def _fields_of(owner: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
     return {each.name: given[each.name] for each in fields(owner) if given.get(each.name) is not None}
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the options for serving."""
+def make_parser(declared: dict[str, argparse.Action] | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the options for serving, which are also put into `declared`, by their field."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
+        usage=f"{PROGRAM} [options]\n       {PROGRAM} COMMAND [options]",
         description="Serve the models in your folders and Hugging Face cache with the APIs of OpenAI and Anthropic.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_folders(parser)
-    add = _Adder(parser, Settings)
+    add_options(parser, declared)
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Action] | None = None) -> None:
+    """Add the options for serving, which are also put into `declared`, by their field."""
+    declared = {} if declared is None else declared
+    add_folders(parser, declared)
+    add = _Adder(parser, Settings, declared)
     add("is_offline", "--offline", "download nothing")
     add(
         "hold_downloads",
@@ -104,8 +135,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="ORIGIN",
     )
     add("log_level", "--log-level", "least important messages to log", choices=["debug", "info", "warning", "error"])
+    add("log_format", "--log-format", "lines for people, or JSON for programs", choices=["text", "json"])
 
-    add = _Adder(parser.add_argument_group("memory"), Settings)
+    add = _Adder(parser.add_argument_group("memory"), Settings, declared)
     add(
         "memory_budget",
         "--memory-budget",
@@ -125,6 +157,13 @@ def make_parser() -> argparse.ArgumentParser:
         "cache_bytes",
         "--prompt-cache",
         "memory for KV caches kept for later prompts; default: 1/8 of --memory-budget, else of the machine's",
+        type=_size,
+        metavar="SIZE",
+    )
+    add(
+        "kv_disk",
+        "--kv-disk",
+        "disk space for KV caches kept for later prompts, also after a restart; 0: none; default: 20G",
         type=_size,
         metavar="SIZE",
     )
@@ -149,7 +188,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="TOKENS",
     )
 
-    add = _Adder(parser.add_argument_group("limits"), EngineOptions)
+    add = _Adder(parser.add_argument_group("limits"), EngineOptions, declared)
     add(
         "load_seconds",
         "--load-seconds",
@@ -213,7 +252,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
     )
 
-    add = _Adder(parser.add_argument_group("models (of the first --model)"), Settings)
+    add = _Adder(parser.add_argument_group("models (of the first --model)"), Settings, declared)
     add("draft_model", "--draft-model", "draft model for speculative decoding; disables batching", metavar="ID")
     add("adapter_path", "--adapter-path", "folder of LoRA weights", metavar="DIR")
     add = add.of(EngineOptions)
@@ -226,13 +265,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("trust_remote_code", "--trust-remote-code", "run Python files that come with models")
     add("is_pipeline", "--pipeline", "under mlx.launch: distribute layers instead of splitting tensors")
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
-    return parser
 
 
-def add_folders(parser: argparse.ArgumentParser) -> None:
+def add_folders(parser: argparse.ArgumentParser, declared: dict[str, argparse.Action] | None = None) -> None:
     """Add the options that say where the models are, which most commands take."""
-    add = _Adder(parser, Settings)
+    add = _Adder(parser, Settings, {} if declared is None else declared)
     add("model_paths", "--model-path", "a folder of models; may be repeated", many=True, metavar="DIR")
     add(
         "below",
@@ -261,14 +298,17 @@ def add_folders(parser: argparse.ArgumentParser) -> None:
 class _Adder:
     """Adds flags to a parser, or a group of one; each flag's default is its field's in a dataclass of settings."""
 
-    def __init__(self, parser: argparse._ActionsContainer, owner: type[Any]) -> None:
+    def __init__(
+        self, parser: argparse._ActionsContainer, owner: type[Any], declared: dict[str, argparse.Action]
+    ) -> None:
         self._parser = parser
+        self._declared = declared
         self._owner = owner
         self._fields = {each.name: each for each in fields(owner)}
 
     def of(self, owner: type[Any]) -> _Adder:
         """Return an adder to the same group for the fields of another dataclass."""
-        return _Adder(self._parser, owner)
+        return _Adder(self._parser, owner, self._declared)
 
     def __call__(self, name: str, flag: str, text: str, *, many: bool = False, **options: Any) -> None:
         """Add a flag for the field `name`, with `text` and the default as its help. `many`: it may be repeated."""
@@ -282,7 +322,9 @@ class _Adder:
             text = f"{text}; default: {shown}"
         is_list = options.get("action") in ("append", "extend")
         # None: not given. Repeated flags need a list to add to.
-        self._parser.add_argument(flag, dest=name, default=[] if is_list else None, help=text, **options)
+        self._declared[name] = self._parser.add_argument(
+            flag, dest=name, default=[] if is_list else None, help=text, **options
+        )
 
 
 def _alias(text: str) -> tuple[str, str]:

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import hf_overlay
 from hf_overlay import descriptors
-from hf_overlay.text import printable
 
-from mlx_overlay_server import address
+from mlx_overlay_server import address, logs
+from mlx_overlay_server.imports import absent
 from mlx_overlay_server.listening import listen, url
+from mlx_overlay_server.live import Live
 from mlx_overlay_server.settings import Settings, rank
 
 if TYPE_CHECKING:
-    from mlx_overlay_server.preparation.process import Process
+    from mlx_overlay_server.preparer import Process
     from mlx_overlay_server.service import Service
 
 logger = logging.getLogger("mlx_overlay_server")
@@ -31,9 +32,10 @@ GRACE_SECONDS = 4.5
 """After `--shutdown-seconds`: how long the server may take to free what it holds before it ends itself."""
 
 
-def serve(settings: Settings) -> int:
+def serve(live: Live) -> int:
     """Serve until SIGINT or SIGTERM, and return the exit code. Called in the main thread, for the signals."""
-    _log_to_stderr(settings.log_level)
+    settings = live.settings
+    logs.set_up(settings.log_level, settings.log_format)
     descriptors.raise_limit()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server listens to signals itself
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"} if settings.is_offline else dict(os.environ)
@@ -54,7 +56,7 @@ def serve(settings: Settings) -> int:
                 del os.environ[name]
             if rank(os.environ):
                 return _follow(settings)
-            return _serve_http(settings, session)
+            return _serve_http(live, session)
     except hf_overlay.OverlayError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, hf_overlay.UsageError) else 1
@@ -80,29 +82,33 @@ def _follow(settings: Settings) -> int:
     return 1 if engine.is_alive() else 0
 
 
-def _serve_http(settings: Settings, session: hf_overlay.Session) -> int:
+def _serve_http(live: Live, session: hf_overlay.Session) -> int:
+    settings = live.settings
     try:
         sockets = listen(settings.host, settings.port)
     except OSError as error:
         reason = error.strerror or error
         print(f"error: cannot listen on {settings.host}:{settings.port}: {reason}; try --port 0", file=sys.stderr)
         return 1
-    from mlx_overlay_server.preparation.process import Process
+    from mlx_overlay_server.preparer import Process
 
     first = Process()  # imports what it needs beside us, so that the first answer does not wait for it
     try:
-        return _run(settings, session, sockets, first)
+        return _run(live, session, sockets, first)
     finally:
         first.end()  # a signal may come before there is anything else that ends it
 
 
-def _run(settings: Settings, session: hf_overlay.Session, sockets: list[socket.socket], first: Process) -> int:
+def _run(live: Live, session: hf_overlay.Session, sockets: list[socket.socket], first: Process) -> int:
+    settings = live.settings
     import uvicorn
 
     from mlx_overlay_server.api.connection import Connection
-    from mlx_overlay_server.app import build
 
-    app, service = build(settings, session, first)
+    with absent("pydantic.v1"):  # FastAPI imports it to see that no field is one of its own, unless there is none
+        from mlx_overlay_server.app import build
+
+        app, service = build(live, session, first)
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -158,7 +164,7 @@ def _server_class() -> Any:
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if not self.should_exit:
-                logger.info("listening on %s (OpenAI clients: %s/v1)", self._url, self._url)
+                logger.info("listening on %s (open it in a browser; OpenAI clients: %s/v1)", self._url, self._url)
 
     return Server
 
@@ -167,19 +173,3 @@ def _end() -> None:
     """End the process, whatever hangs: a step of the engine, a disk. The next start tidies up what is left."""
     logger.error("the server did not stop in time and ends now")
     os._exit(1)
-
-
-class _Printable(logging.Formatter):
-    """A formatter whose lines cannot steer a terminal: ids and paths in them may hold anything."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
-
-
-def _log_to_stderr(level: str) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-    for name in ("mlx_overlay_server", "hf_overlay", "uvicorn"):
-        logging.getLogger(name).addHandler(handler)
-        logging.getLogger(name).setLevel(level.upper() if name != "uvicorn" else "WARNING")
-        logging.getLogger(name).propagate = False

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+from mlx_overlay_server import access, profiles
 from mlx_overlay_server.chat import prompt as chat
 from mlx_overlay_server.chat.events import (
     Done,
@@ -18,17 +20,18 @@ from mlx_overlay_server.chat.events import (
 )
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.reader import Token
-from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest
+from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, TextRequest
 from mlx_overlay_server.engine.commands import Item, Prefilled, PromptScores, Sampled, Scored
 from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.errors import InvalidRequest, Overloaded, Stopped, Unavailable, UnknownModel
+from mlx_overlay_server.live import Live
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.library import Library, Listed
 from mlx_overlay_server.models.pool import Pool
 from mlx_overlay_server.preparation import Answer, Preparation
 from mlx_overlay_server.recent import Recent, RequestRecord
 from mlx_overlay_server.scores import add_scored, beginning, named
-from mlx_overlay_server.settings import Limits
+from mlx_overlay_server.settings import Limits, Settings
 from mlx_overlay_server.turns import Turns
 
 
@@ -69,6 +72,7 @@ class Ticket:
             self.on_stop = lambda: None
 
 
+R = TypeVar("R", bound=ChatRequest | TextRequest)
 Batch = tuple[int, list[Event]]
 """Some events of one answer: (the answer's index, events in their order)."""
 
@@ -85,11 +89,10 @@ class Service:
         limits: Limits,
         preparation: Preparation,
         *,
-        aliases: Mapping[str, str] | None = None,
-        default_model: str | None = None,
+        live: Live | None = None,
         recent: Recent | None = None,
     ) -> None:
-        """`aliases` maps further names to model ids; `default_model` answers to names that are not known.
+        """`live` are the settings in force, which say what names stand for.
 
         `recent` keeps records of requests; None: of this service alone.
         """
@@ -98,8 +101,7 @@ class Service:
         self.engine = engine
         self.metrics = metrics
         self.limits = limits
-        self.aliases = aliases or {}
-        self._default = default_model and self.aliases.get(default_model, default_model)
+        self.live = live or Live(Settings())
         self.recent = recent or Recent()
         self.turns = Turns()
         self._preparation = preparation
@@ -111,12 +113,28 @@ class Service:
         """Whether somebody waits for an answer."""
         return self._open > 0
 
+    @property
+    def open(self) -> int:
+        """The number of requests that are admitted and have not ended."""
+        return self._open
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether new requests are refused because the server stops."""
+        return self._is_closing
+
+    async def entries(self) -> list[Listed]:
+        """List every model under its own id alone."""
+        return [self._sized(each) for each in await self.library.listed()]
+
     async def models(self) -> list[Listed]:
         """List every model, aliases included, sorted by id."""
-        listed = {each.id: self._sized(each) for each in await self.library.listed()}
-        for alias, id_ in self.aliases.items():
-            if id_ in listed:
-                listed.setdefault(alias, listed[id_]._replace(id=alias))
+        listed = {each.id: each for each in await self.entries()}
+        for name in (*self.live.settings.profiles, *self.live.settings.aliases):
+            target = self.live.target(name)
+            if (own := listed.get(self.live.source(target.id))) is not None:
+                usable = target.profile.context if target.profile is not None else None
+                listed[name] = own._replace(id=name, usable=_least(own.usable, usable))
         return sorted(listed.values())
 
     async def model(self, model_id: str) -> Listed:
@@ -124,28 +142,34 @@ class Service:
         listed = {each.id: each for each in await self.models()}
         if model_id in listed:
             return listed[model_id]
-        if self._default in listed and not await self.library.is_known(model_id):
-            return listed[self._default]._replace(id=model_id)
+        default = self.default_model
+        if default in listed and not await self.library.is_known(model_id):
+            return listed[default]._replace(id=model_id)
         raise UnknownModel(f"there is no model {model_id!r} here; GET /v1/models lists what there is", field="model")
+
+    def is_default(self, model_id: str) -> bool:
+        """Return whether a model answers requests which name none, or one that is not known."""
+        default = self.default_model
+        return default is not None and self.live.source(self.live.target(default).id) == model_id
 
     def _sized(self, listed: Listed) -> Listed:
         """Return a model with the number of tokens that are usable: what fits in memory, and what the server takes."""
         shares = self.engine.stats.memory
         fits = shares.tokens(listed.nbytes, listed.kv_bytes) if shares is not None else None
         known = (self.pool.context_of(listed.id), listed.context, fits, self.limits.prompt_tokens)
-        return listed._replace(usable=min((tokens for tokens in known if tokens is not None), default=None))
+        return listed._replace(usable=_least(*known))
 
     @property
     def default_model(self) -> str | None:
-        """The id of the model that answers requests which name none, or one that is not known."""
-        return self._default
+        """The name of the model that answers requests which name none, or one that is not known."""
+        return self.live.settings.default_model
 
     async def answer(self, request: AnyRequest, ticket: Ticket) -> AsyncGenerator[Batch]:
         """Generate the answers to a request and yield their events as they come. Raises ServerError."""
         with self.recent.following(request.model, ticket) as record, self._admitted(request):
             async with AsyncExitStack() as held:
                 async with ticket.stoppable():
-                    record.model = await self._resolved(request.model, ticket)
+                    request, record.model = await self._resolved(request, ticket)
                     model = await held.enter_async_context(self.pool.use(record.model))
                     ticket.note = lambda: "reading the prompt"
                     answers = await self._preparation.answers(model, request)
@@ -157,7 +181,8 @@ class Service:
     async def count_tokens(self, request: ChatRequest, ticket: Ticket) -> int:
         """Count the tokens of a conversation's prompt. Raises ServerError."""
         with self._admitted(request):
-            async with self.pool.use(await self._resolved(request.model, ticket)) as model:
+            request, id_ = await self._resolved(request, ticket)
+            async with self.pool.use(id_) as model:
                 return await self._preparation.count_tokens(model, request)
 
     def close(self) -> None:
@@ -195,15 +220,21 @@ class Service:
         finally:
             self._open -= 1
 
-    async def _resolved(self, name: str, ticket: Ticket) -> str:
-        """Return the id that a request's model name stands for. Raises InvalidRequest."""
+    async def _resolved(self, request: R, ticket: Ticket) -> tuple[R, str]:
+        """Return a request with what its model's profile says, and the name under which that model is loaded.
+
+        Raises InvalidRequest, and Forbidden for a model that the request's key is not for.
+        """
+        name = request.model
         chat.check_unicode(name, "model")
-        id_ = self.aliases.get(name, name)
-        if not self.pool.is_resident(id_):
-            if self._default is not None and not await self.library.is_known(id_):
-                id_ = self._default
-            ticket.note = lambda: self.library.progress.get(id_) or f"loading {id_}"
-        return id_
+        target = self.live.target(name)
+        if not self.pool.is_resident(target.id):
+            id_ = self.live.source(target.id)
+            if self.default_model is not None and not await self.library.is_known(id_):
+                target = self.live.target(self.default_model)
+            ticket.note = lambda: self.library.progress.get(id_) or f"loading {target.id}"
+        access.check_model(name, target.id, self.live.source(target.id))
+        return (request if target.profile is None else profiles.applied(target.profile, request)), target.id
 
     async def _run(
         self, model: Loaded, answers: Sequence[Answer], ticket: Ticket, record: RequestRecord
@@ -298,6 +329,11 @@ def _sorted(model: Loaded, items: Iterable[tuple[int, Item]], ticket: Ticket) ->
         else:
             raise item
     return came
+
+
+def _least(*numbers: int | None) -> int | None:
+    """Return the least of the numbers that are known; None where none is."""
+    return min((each for each in numbers if each is not None), default=None)
 
 
 def _stopped() -> Stopped:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 API_KEY_VARIABLE = "MLX_OMNI_API_KEY"
 
@@ -41,6 +42,8 @@ class EngineOptions:
     """Milliseconds that a decoding sequence waits at most for others' prompts, between two of its tokens."""
     cache_bytes: int | None = None
     """Bytes of KV caches that are kept for later prompts; None: a part of the machine's memory (`memory`)."""
+    kv_disk: int = 20 * 10**9
+    """Bytes of KV caches that are kept on disk; 0: none."""
     no_wired_memory: bool = False
     """On macOS: do not let Metal wire memory, which keeps models from being paged out."""
     kv_bits: int | None = None
@@ -78,8 +81,54 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """What requests for a model get where they say nothing themselves. None: as without a profile."""
+
+    model: str
+    """The id of the model."""
+    context: int | None = None
+    """Tokens that prompt and answer may have together, where the model could take more."""
+    max_tokens: int | None = None
+    """Tokens of an answer."""
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    system: str | None = None
+    """The system prompt of conversations that have none."""
+    chat_template: str | None = None
+    """A chat template in place of the model's own."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template; a request's own win."""
+    reasoning_budget: int | None = None
+    """Tokens that the reasoning may take."""
+    draft_model: str | None = None
+    """The id of a draft model for speculative decoding."""
+    adapter_path: str | None = None
+    """A folder of LoRA weights."""
+    pin: bool = False
+    """Never unload the model."""
+    idle_ttl: float | None = None
+    """Seconds after which the model is unloaded when it is idle; 0: never."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """An API key, of which nothing is kept but its hash."""
+
+    name: str
+    digest: str
+    """The SHA-256 of the key, in hexadecimal."""
+    models: tuple[str, ...] = ()
+    """The names of models that it is for; (): all."""
+    rate: int | None = None
+    """Requests that it may send in a minute; None: any number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Everything that the command line and the environment say at the server's start."""
+    """Everything that the command line, the environment and the configuration file say."""
 
     model_paths: tuple[str, ...] = ()
     """Folders of models; (): those in MLX_OMNI_MODEL_PATH, else those in hf-overlay's configuration file."""
@@ -101,6 +150,8 @@ class Settings:
     origins: tuple[str, ...] = ()
     """Origins of web pages that may use the server (CORS)."""
     log_level: str = "info"
+    log_format: str = "text"
+    """`text` for people, `json` for programs."""
     shutdown_seconds: float = 5
     """Seconds that running streams may take to end when the server stops."""
 
@@ -119,6 +170,11 @@ class Settings:
     """Bytes that the weights of resident models may take; None: what other uses of the machine's memory leave."""
     idle_ttl: float = 0
     """Seconds after which an idle model is unloaded; 0: never."""
+
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
+    """By the id of a model, or by a name of their own, under which requests reach them."""
+    keys: tuple[Key, ...] = ()
+    """Keys of the configuration file, beside `api_key`."""
 
     engine: EngineOptions = EngineOptions()
     limits: Limits = Limits()

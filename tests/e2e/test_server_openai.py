@@ -168,7 +168,7 @@ def test_a_wrong_key_is_refused(locked: Server, key: str) -> None:
         assert key not in refused.value.message
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/docs", "/openapi.json", "/v1/nothing"])
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/openapi.json", "/manage/v1/status", "/v1/nothing"])
 def test_without_a_key_only_the_health_is_told(locked: Server, path: str) -> None:
     assert locked.http.get(path).status_code == 401
     assert locked.http.get("/health").status_code == 200

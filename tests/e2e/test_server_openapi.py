@@ -102,6 +102,20 @@ def test_health_is_as_described(server: Server, schema: dict[str, Any]) -> None:
     _check(schema, "get", "/health", "200", server.http.get("/health").json())
 
 
+@pytest.mark.parametrize("name", ["status", "models", "problems", "requests", "downloads"])
+def test_what_the_page_shows_is_as_described(name: str, server: Server, schema: dict[str, Any]) -> None:
+    server.chat(MODEL, "Hi")
+    answer = server.http.get(f"/manage/v1/{name}")
+    _check(schema, "get", f"/manage/v1/{name}", "200", answer.json())
+
+
+@pytest.mark.parametrize("name", ["models/load", "models/unload", "models/pin", "downloads", "downloads/cancel"])
+def test_what_the_page_does_is_refused_as_described(name: str, server: Server, schema: dict[str, Any]) -> None:
+    answer = server.http.post(f"/manage/v1/{name}", json={"model": 5})
+    assert answer.status_code == 400
+    _check(schema, "post", f"/manage/v1/{name}", "4XX", answer.json())
+
+
 def test_stored_responses_are_as_described(server: Server, schema: dict[str, Any]) -> None:
     path = "/v1/responses/{response_id}"
     made = server.http.post("/v1/responses", json={"model": MODEL, "input": "Hi"}).json()

@@ -28,13 +28,17 @@ below = ["/shared/hub"]
 [map]
 "org/mapped" = "/data/mine"
 "datasets/org/rows" = "~/rows"
+
+[server]
+port = 8000
 """
 MISTAKES = {
     "no TOML": ('exclude = ["a"]\nmodel_path = /Volumes\n', 2, "this is not TOML (Invalid value"),
     "an end that is missing": ('\nmodel_path = ["/a"\n', 2, "this is not TOML (Unclosed array"),
     "a name that is close": ('exclude = []\n\nmodel-paths = ["/a"]\n', 3, "no setting 'model-paths'; write model_path"),
     "a name of nothing": ("# c\nport = 3\n", 2, "no setting 'port'; there are model_path"),
-    "a table of nothing": ("exclude = []\n[server]\nport = 3\n", 2, "no setting 'server'"),
+    "a table of nothing": ("exclude = []\n[servers]\nport = 3\n", 2, "no setting 'servers'; write server"),
+    "a server that is no table": ("exclude = []\nserver = 3\n", 2, "server must be a table; write [server]"),
     "one text": ('\n\nmodel_path = "/a"\n', 3, 'must be a list of folders; write model_path = ["'),
     "a number": ('model_path = [\n"/a",\n3]\n', 1, "must be a list of folders"),
     "a table in place of a list": ("[exclude]\na = 1\n", 1, "must be a list of ids"),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import hf_overlay
 import pytest
-from mlx_overlay_server import run
+from mlx_overlay_server import logs, run
+from mlx_overlay_server.live import Live
 from mlx_overlay_server.settings import Settings
 
 from tests.support.processes import PYTHON, environment, finish
@@ -31,13 +32,13 @@ def test_the_server_looks_where_the_file_says(
     file.write_text(f'model_path = ["{models}"]\nexclude = ["org/mine"]\n')
     seen = []
 
-    def serve(_: Settings, session: hf_overlay.Session) -> int:
+    def serve(_: Live, session: hf_overlay.Session) -> int:
         seen.append((session.settings.roots, session.settings.exclude))
         return 0
 
     monkeypatch.setattr(run, "_serve_http", serve)
-    monkeypatch.setattr(run, "_log_to_stderr", lambda _: None)
-    assert run.serve(Settings()) == 0
+    monkeypatch.setattr(logs, "set_up", lambda *_: None)
+    assert run.serve(Live(Settings())) == 0
     assert seen == [((str(models),), ("org/mine",))]
 
 

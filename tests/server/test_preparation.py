@@ -23,8 +23,8 @@ from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.errors import Failed, InvalidRequest
 from mlx_overlay_server.preparation import Preparation, grammars
 from mlx_overlay_server.preparation.grammars import Grammars
-from mlx_overlay_server.preparation.process import Process
 from mlx_overlay_server.preparation.program import _result
+from mlx_overlay_server.preparer import Process
 from mlx_overlay_server.settings import EngineOptions, Limits
 from PIL import ImageFile
 

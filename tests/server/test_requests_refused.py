@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import hf_overlay
 import pytest
 from mlx_overlay_server.app import build
+from mlx_overlay_server.live import Live
 from mlx_overlay_server.options import make_parser, read
 from mlx_overlay_server.service import Service
 from starlette.testclient import TestClient
@@ -37,7 +38,7 @@ def running(models: Path, sessions: Path) -> Iterator[Running]:
     make_model(models / _MODEL, "Hello there.", context=_CONTEXT)
     settings = read(make_parser().parse_args(["--offline", "--memory-budget", "1G", "--prompt-cache", "10M"]), {})
     with hf_overlay.open_session([models]) as session:
-        app, service = build(settings, session)
+        app, service = build(Live(settings), session)
         with TestClient(app, base_url="http://localhost") as client:
             yield Running(client, service)
 

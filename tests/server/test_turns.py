@@ -7,7 +7,9 @@ import time
 from typing import Any
 
 import pytest
+from mlx_overlay_server.access import Access
 from mlx_overlay_server.api.guard import Guard
+from mlx_overlay_server.settings import Settings
 from mlx_overlay_server.turns import LARGE_BYTES, Turns, becomes_large, turn
 
 STEP = 0.02
@@ -102,7 +104,15 @@ def test_a_large_body_waits_for_its_turn(size: int, is_large: bool, monkeypatch:
         async def receive() -> Any:
             return messages.pop(0)
 
-        guard: Any = Guard(app, api_key=None, host="", origins=["*"], max_body=1 << 20, refuse=None, count=None)  # type: ignore[arg-type]
+        guard: Any = Guard(
+            app,
+            access=Access(Settings),
+            host="",
+            origins=["*"],
+            max_body=1 << 20,
+            refuse=None,  # type: ignore[arg-type]
+            count=None,  # type: ignore[arg-type]
+        )
         scope = {"type": "http", "path": "/", "method": "POST", "headers": [(b"host", b"localhost")]}
         await guard(scope, receive, None)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import hf_overlay
 from mlx_overlay_server.app import build
+from mlx_overlay_server.live import Live
 from mlx_overlay_server.options import make_parser, read
 from starlette.testclient import TestClient
 
@@ -19,7 +20,7 @@ def test_a_model_of_the_start_is_warmed_up(models: Path, sessions: Path) -> None
     make_model(models / "org" / "first", "Hello there.")
     settings = read(make_parser().parse_args(["--offline", "--model", "org/first"]), {})
     with hf_overlay.open_session([models]) as session:
-        app, service = build(settings, session)
+        app, service = build(Live(settings), session)
         with TestClient(app):
             deadline = time.monotonic() + SECONDS
             while not service.engine.stats.steps or service.engine.pending:

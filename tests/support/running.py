@@ -25,7 +25,7 @@ class Running:
     def __init__(self, folder: Path, options: EngineOptions = EngineOptions()) -> None:  # noqa: B008 - frozen
         self.prefixes = PrefixCache(1 << 30)
         runners = list(load(Load("0:m", str(folder)), options, None, self.prefixes))
-        assert runners[-1] is not None
+        assert isinstance(runners[-1], Runner)
         self.runner: Runner = runners[-1]
         self.runner._clock = lambda: 0.0
         self._ids = itertools.count()

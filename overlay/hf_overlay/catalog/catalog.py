@@ -322,7 +322,7 @@ class Catalog:
         cached = self._scanner.read_cached(model_id)
         return explain.model(
             model_id,
-            self.sources,
+            self._about(kind, model_id, self.sources),
             cached,
             self.below,
             look=lambda root: self._scanner.read(f"{root}/{model_id}", model_id, root),
@@ -332,7 +332,14 @@ class Catalog:
         name, hub = hfcache.repo_folder(repo_id, kind), self.settings.hub_cache
         is_cached = self.is_folder(f"{hub}/{name}/snapshots", hub)
         in_tiers = [repo.path for repo in self.tier_repos() if repo.name == name]
-        return explain.other_repo(kind, repo_id, self._layers, f"{hub}/{name}", in_tiers, is_cached=is_cached)
+        layers = self._about(kind, repo_id, self._layers)
+        return explain.other_repo(kind, repo_id, layers, f"{hub}/{name}", in_tiers, is_cached=is_cached)
+
+    def _about(self, kind: str, repo_id: str, sources: Iterable[Source]) -> list[Source]:
+        """Those of some sources that may say something of an id: not the maps of others."""
+        others = {each.folder for each in self.settings.maps if (each.kind, each.id) != (kind, repo_id)}
+        others -= {each.folder for each in self.settings.maps if (each.kind, each.id) == (kind, repo_id)}
+        return [source for source in sources if source.layer != "map" or source.root not in others]
 
     def warnings(self, downloads: str | None = None) -> list[str]:
         """Warnings about paths and folders that cannot be used, without those that the call before has returned.

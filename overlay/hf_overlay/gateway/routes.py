@@ -10,23 +10,22 @@ import errno
 import json
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote
 
 from hf_overlay import hfcache
 from hf_overlay.catalog import links
 from hf_overlay.gateway import manifests
+from hf_overlay.gateway.exchange import Answer, Request, in_json
 from hf_overlay.models import File, Model
 from hf_overlay.patience import NoAnswer
 
-if TYPE_CHECKING:
-    from starlette.requests import Request
-    from starlette.responses import Response
-
 _PIECE_BYTES = 1 << 22
 """Bytes of a file that are read at once."""
+_NEVER = "1970-01-01T00:00:00.000Z"
+"""The date of what has none in a folder."""
 
 # Request paths ---------------------------------------------------------------------------------------------------
 
@@ -90,14 +89,12 @@ def parse(path: str, is_model: Callable[[str], bool]) -> Target | None:
 # Answers for a user's model --------------------------------------------------------------------------------------
 
 
-Ask = Callable[[str, Callable[[], Any]], Awaitable[Any]]
+Ask = Callable[[str, Callable[[], Any]], Any]
 """Returns what a function returns that looks at the disk of a model path. Raises NoAnswer when the disk hangs."""
 
 
-async def answer(request: Request, target: Target, model: Model, commit: str, ask: Ask) -> Response:
+def answer(request: Request, target: Target, model: Model, commit: str, ask: Ask) -> Answer:
     """The Hub's answer about a user's model, of which `commit` is the one revision."""
-    from starlette.responses import JSONResponse
-
     if request.method not in ("GET", "HEAD") and target.part != "paths-info":
         message = (
             f"{model.id} is served from {model.path}, which is only read; to reach the Hub's: --exclude {model.id}"
@@ -110,20 +107,21 @@ async def answer(request: Request, target: Target, model: Model, commit: str, as
         )
         return error(404, "RevisionNotFound", message)
     if target.part in ("info", "revision"):
-        return JSONResponse(_info(model, commit))
+        return in_json(_info(model, commit))
     if target.part == "tree":
-        return _tree_answer(request, target, model)
+        return _tree_answer(request, target, model, commit)
     if target.part == "paths-info":
-        wanted = await _wanted_paths(request)
-        return JSONResponse([_entry(model, file) for file in model.files if file.name in wanted])
+        wanted = _form(request)
+        entries = [_entry(model, file) for file in model.files if file.name in wanted.get("paths", ())]
+        return in_json(_with_commit(entries, commit) if _is_set(wanted.get("expand")) else entries)
     if target.part == "refs":
         branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": commit}
-        return JSONResponse({"branches": [branch], "tags": [], "converts": [], "pullRequests": []})
+        return in_json({"branches": [branch], "tags": [], "converts": [], "pullRequests": []})
     if target.part == "manifests":
         return _manifest(model, target.path)
     if target.part == "resolve":
         try:
-            return await _file(request, model, commit, target.path, ask)
+            return _file(request, model, commit, target.path, ask)
         except NoAnswer:
             message = f"{model.id} is in {model.root}, which does not answer; check its drive or server"
             return not_now(target, message, has_copy=False)
@@ -133,17 +131,15 @@ async def answer(request: Request, target: Target, model: Model, commit: str, as
     return error(404, "EntryNotFound", message)
 
 
-def error(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> Response:
+def error(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> Answer:
     """An error in the Hub's shape; `code` becomes X-Error-Code. Clients print the X-Error-Message."""
-    from starlette.responses import JSONResponse
-
     shape = {"X-Error-Message": quote(message, safe=" !#$%&'()*+,-./:;<=>?@[]^_`{|}~")}
     if code:
         shape["X-Error-Code"] = code
-    return JSONResponse({"error": message}, status, {**shape, **(headers or {})})
+    return in_json({"error": message}, status, {**shape, **(headers or {})}.items())
 
 
-def not_now(target: Target, message: str, *, has_copy: bool) -> Response:
+def not_now(target: Target, message: str, *, has_copy: bool) -> Answer:
     """The answer about a repo that may not be downloaded now: at once, and so that the client shows `message`.
 
     403 sends clients to their cache, and unlike 504, which old releases repeat for 20 seconds, at once. Without a copy
@@ -167,32 +163,31 @@ def _info(model: Model, commit: str) -> dict[str, object]:
         "tags": [],
         "downloads": 0,
         "likes": 0,
-        "lastModified": "1970-01-01T00:00:00.000Z",
-        "createdAt": "1970-01-01T00:00:00.000Z",
+        "lastModified": _NEVER,
+        "createdAt": _NEVER,
         "siblings": [{"rfilename": file.name, **_sizes(model, file)} for file in model.files],
     }
 
 
-def _tree_answer(request: Request, target: Target, model: Model) -> Response:
-    from starlette.responses import JSONResponse
-
+def _tree_answer(request: Request, target: Target, model: Model, commit: str) -> Answer:
     if _verifies(request) and any(file.etag is None for file in model.files):
         message = f"{model.path} was not made by hf download, so there are no checksums to verify its files with"
         return error(400, "", message)  # of all kinds, the one of which `hf` shows the message alone
-    entries = _tree(model, target.path, is_recursive="recursive" in request.query_params)
-    return JSONResponse(entries) if entries else error(404, "EntryNotFound", f"{model.path} has no {target.path}")
+    query = parse_qs(request.query, keep_blank_values=True)
+    entries = _tree(model, target.path, is_recursive="recursive" in query)
+    if not entries:
+        return error(404, "EntryNotFound", f"{model.path} has no {target.path}")
+    return in_json(_with_commit(entries, commit) if _is_set(query.get("expand")) else entries)
 
 
-def _manifest(model: Model, tag: str) -> Response:
+def _manifest(model: Model, tag: str) -> Answer:
     """The answer to llama.cpp, which asks for the GGUF file that a tag means."""
-    from starlette.responses import JSONResponse
-
     chosen = manifests.chosen(model.files, tag)
     if chosen is None:
         return error(404, "EntryNotFound", f"{model.path} has no GGUF file for the tag {tag}")
     found = {"ggufFile": chosen[0], "mmprojFile": chosen[1]}
     files = {name: {"rfilename": file.name, **_sizes(model, file)} for name, file in found.items() if file is not None}
-    return JSONResponse({"schemaVersion": 2, **files})
+    return in_json({"schemaVersion": 2, **files})
 
 
 def _verifies(request: Request) -> bool:
@@ -200,10 +195,10 @@ def _verifies(request: Request) -> bool:
 
     huggingface_hub >= 1.32 marks the requests that belong to a download, so the others are told apart by that.
     """
-    version = re.search(r"hf_hub/(\d+)\.(\d+)", request.headers.get("user-agent", ""))
+    version = re.search(r"hf_hub/(\d+)\.(\d+)", request.header("user-agent") or "")
     marks_downloads = version is not None and (int(version[1]), int(version[2])) >= (1, 32)
-    is_pinned = _COMMIT.search(request.url.path.rpartition("/tree/")[2]) is not None
-    return marks_downloads and is_pinned and "x-hf-download-counter" not in request.headers
+    is_pinned = _COMMIT.search(request.path.rpartition("/tree/")[2]) is not None
+    return marks_downloads and is_pinned and request.header("x-hf-download-counter") is None
 
 
 def _tree(model: Model, below: str, *, is_recursive: bool) -> list[dict[str, object]]:
@@ -227,6 +222,17 @@ def _entry(model: Model, file: File) -> dict[str, object]:
     return {"type": "file", "path": file.name, "oid": sizes.pop("blobId"), **sizes}
 
 
+def _with_commit(entries: Iterable[dict[str, object]], commit: str) -> list[dict[str, object]]:
+    """Entries of a listing with the commit that each was last changed in, for clients that keep files below it."""
+    last = {"id": commit, "title": "", "date": _NEVER}
+    return [{**entry, "lastCommit": last} for entry in entries]
+
+
+def _is_set(value: object) -> bool:
+    """Whether a value of a query, a form or JSON stands for true."""
+    return str(value[0] if isinstance(value, list) and value else value).lower() in ("true", "1")
+
+
 def _sizes(model: Model, file: File) -> dict[str, object]:
     etag = hfcache.etag(model, file)
     sizes: dict[str, object] = {"size": file.size, "blobId": hfcache.blob_id(etag, file.size)}
@@ -235,22 +241,21 @@ def _sizes(model: Model, file: File) -> dict[str, object]:
     return sizes
 
 
-async def _wanted_paths(request: Request) -> set[str]:
-    """The paths that a paths-info request names in its body, which is JSON or a form; empty for anything else."""
-    body = (await request.body()).decode("utf-8", "replace")
+def _form(request: Request) -> dict[str, Any]:
+    """The fields of a request's body, which is JSON or a form; empty for anything else."""
+    body = b"".join(request.body).decode("utf-8", "replace")
     try:
-        paths = json.loads(body).get("paths", []) if body.startswith("{") else parse_qs(body).get("paths", [])
-    except ValueError:
-        return set()
-    return {paths} if isinstance(paths, str) else {str(path) for path in paths}
+        fields = json.loads(body) if body.startswith("{") else parse_qs(body)
+    except (ValueError, RecursionError):
+        return {}
+    paths = fields.get("paths")
+    return {**fields, "paths": paths if isinstance(paths, list) else [paths]}
 
 
-async def _file(request: Request, model: Model, commit: str, name: str, ask: Ask) -> Response:
-    from starlette.responses import Response, StreamingResponse
-
+def _file(request: Request, model: Model, commit: str, name: str, ask: Ask) -> Answer:
     file = next((file for file in model.files if file.name == name), None)
     # Looked at again: since the scan, a link may have taken the file's place.
-    size = await ask(model.root, partial(_size, model.path, name)) if file is not None else None
+    size = ask(model.root, partial(_size, model.path, name)) if file is not None else None
     if file is None or size is None:
         return error(404, "EntryNotFound", f"{model.path} has no {name}", {"X-Repo-Commit": commit})
     etag = f'"{hfcache.etag(model, file)}"'
@@ -263,27 +268,25 @@ async def _file(request: Request, model: Model, commit: str, name: str, ask: Ask
         "X-Linked-ETag": etag,
     }
     if first >= end and size > 0:
-        return Response(status_code=416, headers={**headers, "Content-Range": f"bytes */{size}"})
+        headers |= {"Content-Range": f"bytes */{size}", "Content-Length": "0"}
+        return Answer(416, list(headers.items()))
     is_part = end - first < size
     if is_part:
         headers["Content-Range"] = f"bytes {first}-{end - 1}/{size}"
-    headers["Content-Length"] = str(end - first)
+    headers |= {"Content-Length": str(end - first), "Content-Type": "application/octet-stream"}
 
-    async def body() -> AsyncIterator[bytes]:
+    def body() -> Iterator[bytes]:
         for offset in range(first, end, _PIECE_BYTES):
             length = min(_PIECE_BYTES, end - offset)
-            yield await ask(model.root, partial(_piece, f"{model.path}/{name}", offset, length))
+            yield ask(model.root, partial(_piece, f"{model.path}/{name}", offset, length))
 
-    media_type = "application/octet-stream"
-    if request.method == "HEAD":
-        return Response(status_code=206 if is_part else 200, headers=headers, media_type=media_type)
-    return StreamingResponse(body(), 206 if is_part else 200, headers, media_type)
+    return Answer(206 if is_part else 200, list(headers.items()), body())
 
 
 def _range(request: Request, size: int, etag: str) -> tuple[int, int]:
     """The first byte that a request asks for, and the one after the last; all of them unless it asks for one range."""
-    asked = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("range", ""))
-    if asked is None or asked[0] == "bytes=-" or request.headers.get("if-range", etag) != etag:
+    asked = re.fullmatch(r"bytes=(\d*)-(\d*)", request.header("range") or "")
+    if asked is None or asked[0] == "bytes=-" or (request.header("if-range") or etag) != etag:
         return 0, size
     if not asked[1]:
         return max(0, size - int(asked[2])), size

@@ -22,16 +22,19 @@ from typing import TYPE_CHECKING
 from hf_overlay.gateway.hub import Hub
 
 if TYPE_CHECKING:
-    import uvicorn
+    from hf_overlay.gateway.app import App
+    from hf_overlay.gateway.connection import Connection
 
 DEFAULT_UPSTREAM = "https://huggingface.co"
 STOP_SECONDS = 10.0
 """The longest that answers under way may take when the gateway is stopped. They are short, since large files come from
 a CDN; and launchd kills a service that takes 20 seconds to stop, systemd one that takes 90."""
+_CUT_SECONDS = 1.0
+"""How long a connection that was cut is waited for."""
 
 
 class Gateway:
-    """A Hub on 127.0.0.1, in a thread of its own between `start` and `stop`.
+    """A Hub on 127.0.0.1 between `start` and `stop`: a thread that listens, and one for each connection.
 
     What answers is imported when the first program connects: it takes longer than all else that a start does, and many
     programs never ask.
@@ -41,12 +44,12 @@ class Gateway:
         self._hub = hub
         self._upstream = upstream.rstrip("/")
         self._prefix = f"/{os.urandom(20).hex()}"
-        # Named, or asyncio leaves Nagle's algorithm on: 40 ms for each answer with a body.
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        self._stops, self._stopping = socket.socketpair()
-        """The second is closed to end the wait for the first connection."""
+        self._socket = socket.socket()
+        self._ending, self._stopping = socket.socketpair()
+        """The second is closed to stop the gateway, which makes the first one readable."""
         self._cut = threading.Event()
-        self._server: uvicorn.Server | None = None
+        self._connections: set[Connection] = set()
+        self._is_listening = False
         self._thread = threading.Thread(target=self._run, name="hub-gateway", daemon=True)
 
     @property
@@ -58,83 +61,91 @@ class Gateway:
         """Listen on a free port; connections wait in its backlog until the thread is ready. Raises OSError."""
         self._socket.bind(("127.0.0.1", 0))
         self._socket.listen(256)
+        self._socket.setblocking(False)  # or a program that leaves at once may keep the thread in `accept`
+        self._is_listening = True
         self._thread.start()
 
     def stop(self) -> None:
         """Take no more requests, and wait for the answers under way: `STOP_SECONDS` at most, or until `cut`."""
         self._stopping.close()
         deadline = time.monotonic() + STOP_SECONDS
-        self._wait_until_ready(deadline)
-        if self._server is not None:
-            self._server.should_exit = True
-            # The server closes the connections that have nothing to answer, and clients that have gone close theirs.
-            while self._server.server_state.connections and self._may_wait(deadline):
-                self._thread.join(timeout=0.02)
-            self._server.force_exit = True
-            self._thread.join(timeout=5)
-        if not self._thread.is_alive():  # else it closes its sockets itself, as soon as it can
-            self._socket.close()
+        while self._is_busy() and time.monotonic() < deadline and not self._cut.wait(0.02):
+            pass
+        for each in list(self._connections):
+            each.cut()
+        deadline = time.monotonic() + _CUT_SECONDS
+        while (self._connections or self._is_listening) and time.monotonic() < deadline:
+            time.sleep(0.005)
 
     def cut(self) -> None:
         """Let `stop` wait no longer; what is under way is cut. May be called by a signal handler."""
         self._cut.set()
 
-    def _may_wait(self, deadline: float) -> bool:
-        return time.monotonic() < deadline and not self._cut.is_set()
-
-    def _wait_until_ready(self, deadline: float) -> None:
-        """Let the server take the first connection, if one has come and what answers it is still being imported."""
-        is_late = False
-        while self._thread.is_alive() and (self._server is None or not self._server.started):
-            if not self._may_wait(deadline):
-                return
-            is_late = True
-            self._thread.join(timeout=0.02)
-        if is_late:
-            self._thread.join(timeout=0.1)  # it listens, and has not accepted yet
+    def _is_busy(self) -> bool:
+        """Whether connections may wait in the backlog, or for an answer; those whose program has left do not count."""
+        return self._is_listening or not all(each.has_left for each in list(self._connections))
 
     def _run(self) -> None:
-        with self._stops, self._socket:  # closed also when the import fails, or clients would wait for ever
-            if self._is_asked():
-                self._serve()
+        try:
+            with self._socket:  # closed also when the import fails, or clients would wait for ever
+                if self._socket in self._wait():
+                    self._serve()
+        finally:
+            self._is_listening = False
+            self._close_what_nobody_uses()
 
-    def _is_asked(self) -> bool:
-        """Wait for the first connection, which is left in the backlog; False where the gateway is stopped first."""
+    def _wait(self) -> list[socket.socket]:
+        """Wait for a connection, which is left in the backlog, or until the gateway is stopped; the one that came."""
         events = select.poll()
-        for each in (self._socket, self._stops):
+        for each in (self._socket, self._ending):
             events.register(each, select.POLLIN)
-        return self._stops.fileno() not in dict(events.poll())
+        found = dict(events.poll())
+        return [each for each in (self._socket, self._ending) if each.fileno() in found]
 
     def _serve(self) -> None:
-        import asyncio
-
-        import uvicorn
-
+        """Take connections until the gateway is stopped; then only those that have come by then."""
         from hf_overlay.gateway.app import App
 
-        if self._cut.is_set():
-            return
         app = App(self._hub, self._upstream, self.endpoint)
-        config = uvicorn.Config(
-            app,
-            interface="asgi3",
-            http="h11",
-            ws="none",
-            lifespan="off",
-            proxy_headers=False,
-            server_header=False,
-            date_header=False,
-            access_log=False,  # paths hold the secret
-            log_config=None,
-            log_level="critical",
-            timeout_keep_alive=75,
-        )
-        server = self._server = uvicorn.Server(config)
+        while not self._cut.is_set():
+            came = self._wait()
+            if self._socket in came and self._accept(app):
+                continue
+            if self._ending in came:
+                break
+        app.close()
 
-        async def serve() -> None:
-            try:
-                await server.serve(sockets=[self._socket])
-            finally:
-                await app.close()
+    def _accept(self, app: App) -> bool:
+        """Take one connection and answer it in a thread of its own; False when that is not possible for now."""
+        from hf_overlay.gateway.connection import Connection
 
-        asyncio.run(serve())
+        try:
+            program, _ = self._socket.accept()
+        except OSError:  # no descriptor is free, or the program has left
+            time.sleep(0.02)
+            return False
+        try:
+            connection = Connection(program, self._ending, app.respond)
+        except OSError:  # it has left since
+            program.close()
+            return True
+        thread = threading.Thread(target=self._answer, args=(connection,), name="hub-gateway-answer", daemon=True)
+        self._connections.add(connection)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no thread left: the program is refused, and may try again
+            self._connections.discard(connection)
+            program.close()
+        return True
+
+    def _answer(self, connection: Connection) -> None:
+        try:
+            connection.serve()
+        finally:
+            self._connections.discard(connection)
+            self._close_what_nobody_uses()
+
+    def _close_what_nobody_uses(self) -> None:
+        """Close the descriptor by which threads learn of the end, once the last of them is over."""
+        if not self._connections and not self._is_listening:
+            self._ending.close()

@@ -176,6 +176,15 @@ def dead(sessions: str, path: str) -> Iterator[bool]:
         os.close(fd)
 
 
+def has_ended(hub_cache: str) -> bool:
+    """Whether the overlay with this hub cache is over. Its tree may still be there, for a program that uses it."""
+    if not os.path.isdir(hub_cache):
+        return True
+    session = os.path.dirname(os.path.dirname(hub_cache))
+    with dead(os.path.dirname(session), session) as is_dead:
+        return is_dead
+
+
 def opener(path: str) -> int | None:
     """The id of the process that opened the session at `path`, which is in its name; None for other names."""
     match = re.fullmatch(rf"{_PREFIX}(\d+)-\w+", os.path.basename(path), re.ASCII)

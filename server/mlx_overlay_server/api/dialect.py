@@ -9,6 +9,7 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.responses import Response
 
+from mlx_overlay_server.access import CURRENT
 from mlx_overlay_server.api.fields import ModelBody
 from mlx_overlay_server.api.transport import EventStream, answer, unless_gone
 from mlx_overlay_server.chat.events import Event
@@ -79,7 +80,9 @@ async def respond(service: Service, dialect: Dialect[Body], body: Body, request:
 
 
 def client_of(request: Request) -> str:
-    """Return a name for whoever sends a request: its program, and its address unless that is this machine."""
+    """Return a name for whoever sends a request: its key's, else its program, and its address unless it is local."""
+    if (key := CURRENT.get()) is not None:
+        return key.name
     agent = request.headers.get("user-agent", "")
     program = (
         "browser" if agent.startswith("Mozilla/") else agent.partition("(")[0].strip()[:_LONGEST_NAME] or "unknown"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from urllib.parse import SplitResult, urlsplit
 
@@ -15,12 +14,18 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mlx_overlay_server.access import CURRENT, Access
 from mlx_overlay_server.api.values import MAX_VALUES, ValueCount
-from mlx_overlay_server.errors import Forbidden, InvalidRequest, ServerError, TooLarge, Unauthorized
+from mlx_overlay_server.errors import Forbidden, InvalidRequest, ServerError, TooLarge
 from mlx_overlay_server.turns import LARGE_BYTES, Turns, becomes_large
 
 _OPEN = frozenset({"/health", "/v1/health"})
 """Paths that need no key: what load balancers ask."""
+_PAGES = frozenset({"/", "/docs"})
+_PARTS = "/ui/"
+"""The server's own pages, which need no key to be read, and what the paths of their parts begin with."""
+_OWN = "/manage/"
+"""What the paths begin with that, without a key, no page but the server's own may use, whichever others are allowed."""
 
 
 class Guard:
@@ -30,28 +35,30 @@ class Guard:
         self,
         app: ASGIApp,
         *,
-        api_key: str | None,
+        access: Access,
         host: str,
         origins: Iterable[str],
         max_body: int,
         refuse: Callable[[Scope, ServerError], Response],
         count: Callable[[str, int], None],
         turns: Turns | None = None,
+        refresh: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """Guard an application.
+        """Guard an application, which `access` says who may use.
 
         `host` is the name that the server listens on, `origins` the web pages that may use it, `max_body` the bytes
         that a body may have. `refuse` encodes an error for its client; `count` gets each answer's route and status;
-        `turns` are what large bodies wait for.
+        `turns` are what large bodies wait for; `refresh` brings what `access` goes by up to date.
         """
         self._app = app
-        self._key = api_key.encode() if api_key else None
+        self._access = access
         self._hosts = {"localhost", host.lower(), *names_of_this_machine()}
         self._origins = frozenset(origins)
         self._max_body = max_body
         self._refuse = refuse
         self._count = count
         self._turns = turns or Turns()
+        self._refresh = refresh or _nothing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve as an ASGI application."""
@@ -89,6 +96,7 @@ class Guard:
 
         refused: ServerError | None = None
         try:
+            await self._refresh()
             self._check(scope, Headers(scope=scope))
             await self._app(scope, bounded, sent)
         except ServerError as error:
@@ -110,22 +118,33 @@ class Guard:
             raise InvalidRequest("the Content-Length header must be a number of bytes")
         if size > self._max_body:
             raise self._too_large()
-        if self._key is None:
-            self._check_browser(headers)
-        elif scope["path"] not in _OPEN and scope["method"] != "OPTIONS":  # browsers ask beforehand without a key
+        if self._access.is_open:
+            self._check_browser(headers, is_own=scope["path"].startswith(_OWN))
+        elif not _needs_no_key(scope["method"], scope["path"]):
             given = headers.get("x-api-key") or headers.get("authorization", "").partition(" ")[2]
-            if not hmac.compare_digest(given.encode("latin-1"), self._key):  # as it was sent: headers are bytes
-                raise Unauthorized("this server needs an API key: send Authorization: Bearer …, or x-api-key")
+            key = self._access.key(given.encode("latin-1"))  # as it was sent: headers are bytes
+            CURRENT.set(key)
+            if key is not None and key.models and scope["path"].startswith(_OWN):
+                raise Forbidden(f"the key {key.name!r} is for some models, and not for managing the server")
+            if key is not None and scope["method"] == "POST":
+                self._access.count(key)
 
-    def _check_browser(self, headers: Headers) -> None:
-        """Without a key, a web page anywhere could use the server through its reader's browser (DNS rebinding)."""
+    def _check_browser(self, headers: Headers, *, is_own: bool) -> None:
+        """Without a key, a web page anywhere could use the server through its reader's browser (DNS rebinding).
+
+        `is_own`: whether only the server's own page may ask, also where others may use the server.
+        """
         host = headers.get("host", "")
         if not self._is_ours(_split(f"//{host}").hostname):
             raise Forbidden(f"requests for host {host!r} are refused without an API key", code="foreign_host")
         origin = headers.get("origin")
-        if origin is None or origin in self._origins or "*" in self._origins:
+        if origin is None or (not is_own and (origin in self._origins or "*" in self._origins)):
             return
         if _split(origin).netloc != host:
+            if is_own:
+                raise Forbidden(
+                    f"pages of {origin} may not manage the server, which has no API key", code="foreign_origin"
+                )
             raise Forbidden(
                 f"requests from pages of {origin} are refused; allow them with --cors-allow-origins",
                 code="foreign_origin",
@@ -145,6 +164,16 @@ class Guard:
 
     def _too_large(self) -> TooLarge:
         return TooLarge(f"the body is larger than {self._max_body} bytes, or has more than {MAX_VALUES} values")
+
+
+def _needs_no_key(method: str, path: str) -> bool:
+    if method == "OPTIONS":  # browsers ask beforehand without a key
+        return True
+    return path in _OPEN or (method in ("GET", "HEAD") and (path in _PAGES or path.startswith(_PARTS)))
+
+
+async def _nothing() -> None:
+    """Do nothing."""
 
 
 def names_of_this_machine(local_name: Callable[[], str] | None = None) -> set[str]:

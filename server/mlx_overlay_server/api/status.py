@@ -1,4 +1,4 @@
-"""The routes that say how the server is: health, metrics, and its name."""
+"""The routes that say how the server is: health and metrics."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing_extensions import TypedDict
 
 from mlx_overlay_server.api.transport import answer
 from mlx_overlay_server.service import Service
+
+State = Literal["starting", "loading", "ready", "waiting", "failed"]
 
 
 class EngineHealth(TypedDict):
@@ -26,7 +28,7 @@ class EngineHealth(TypedDict):
 class Health(TypedDict):
     """The answer to `GET /health`."""
 
-    status: Literal["starting", "loading", "ready", "waiting", "failed"]
+    status: State
     loaded: list[str]
     """Ids of the models in memory."""
     loading: list[str]
@@ -38,7 +40,7 @@ def health_of(service: Service) -> Health:
     """Return the server's state now."""
     engine = service.engine
     stats = engine.stats
-    status: Literal["starting", "loading", "ready", "waiting", "failed"]
+    status: State
     if engine.failure is not None:
         status = "failed"
     elif engine.held is not None:
@@ -81,10 +83,5 @@ def router(service: Service) -> APIRouter:
     async def metrics() -> Response:
         """Return numbers for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @routes.get("/", include_in_schema=False)
-    @routes.head("/", include_in_schema=False)
-    async def root() -> Response:
-        return answer({"name": "mlx-omni-server", "docs": "/docs"})
 
     return routes

@@ -90,6 +90,7 @@ class Loaded:
     path: str
     """Its folder."""
     tokenizer: Tokenizer
+    """In the server's process it may be a part of the tokenizer: `engine.tokenizers.AnswerTokenizer`."""
     marks: Marks
     detokenizer: Callable[[], Detokenizer]
     """Makes a detokenizer for one answer."""
@@ -103,6 +104,10 @@ class Loaded:
     """Tokens that prompt and answer may have together, as its config says or memory allows; None: nobody knows."""
     defaults: Mapping[str, Any]
     """Its generation_config.json."""
+    letter: tuple[int, ...] = ()
+    """The tokens of one letter: as a context, they show decoders that the next token does not begin a text."""
+    whole: bytes = b""
+    """The whole tokenizer, pickled, for preparation processes; b"": `tokenizer` is the whole."""
     longest_token: int = 1 << 20
     """Characters of the longest token: a text has at least its own length divided by this many tokens."""
     has_own_calls: bool = True
@@ -149,11 +154,6 @@ class Loaded:
     def ends(self) -> list[int]:
         """The tokens that end an answer."""
         return sorted(token for token in self.tokenizer.eos_token_ids if token < self.vocab_size)
-
-    @functools.cached_property
-    def letter(self) -> tuple[int, ...]:
-        """The tokens of one letter: as a context, they show decoders that the next token does not begin a text."""
-        return tuple(self.tokenizer.encode("a", add_special_tokens=False))
 
     def _decoded_after_text(self, token: int) -> str:
         """Return a token's text where other text precedes it: at the start of a text, decoders drop a space."""

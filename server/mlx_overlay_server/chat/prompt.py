@@ -9,12 +9,8 @@ from typing import Any
 from mlx_overlay_server.chat import tool_text
 from mlx_overlay_server.chat.images import placed, shown
 from mlx_overlay_server.chat.loaded import Loaded, Shown, Tokenizer
-from mlx_overlay_server.chat.requests import ChatRequest, Image, Message, Tool, described
+from mlx_overlay_server.chat.requests import OURS, ChatRequest, Image, Message, Tool, described
 from mlx_overlay_server.errors import Field, InvalidRequest, PromptTooLong
-
-_OURS = frozenset({"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
-                   "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
-                   "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"})  # fmt: skip
 
 _VERBOSITY = {"low": "Keep your answers short.", "high": "Answer in detail."}
 """Sentences for templates that have no setting for how much an answer says."""
@@ -48,7 +44,7 @@ def render(model: Loaded, request: ChatRequest, limit: int | None = None) -> Pro
     A text that must have more tokens than `limit` is refused before megabytes of it are tokenized.
     """
     tokenizer = model.tokenizer
-    if not tokenizer.has_chat_template:
+    if not tokenizer.has_chat_template and request.chat_template is None:
         raise InvalidRequest(f"{request.model} has no chat template; use /v1/completions", field="model")
     if not request.messages:  # dialects may drop empty messages
         raise InvalidRequest("all messages are empty", field="messages")
@@ -278,9 +274,12 @@ def _as_dict(message: Message) -> dict[str, Any]:
 def _template_kwargs(tokenizer: Tokenizer, request: ChatRequest) -> dict[str, Any]:
     """Return a template's arguments beside the messages. Raises InvalidRequest for those that it does not know."""
     kwargs = dict(request.template_kwargs)
-    if ours := sorted(_OURS & kwargs.keys()):
+    if ours := sorted(OURS & kwargs.keys()):
         raise InvalidRequest(f"the server sets `{ours[0]}` itself; leave it out", field="template_kwargs", key=ours[0])
-    source = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    template = request.chat_template if request.chat_template is not None else tokenizer.chat_template
+    source = template if isinstance(template, str) else ""
+    if request.chat_template is not None:
+        kwargs["chat_template"] = request.chat_template
     if request.effort is not None and "reasoning_effort" in source:
         kwargs.setdefault("reasoning_effort", request.effort)
     elif request.effort is not None and tokenizer.has_thinking:  # it can be on or off

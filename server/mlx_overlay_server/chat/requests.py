@@ -9,6 +9,11 @@ from typing import Any, Literal
 Role = Literal["system", "user", "assistant", "tool"]
 Verbosity = Literal["low", "medium", "high"]
 
+OURS = frozenset({"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
+                   "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
+                   "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"})  # fmt: skip
+"""Arguments of chat templates that only the server sets."""
+
 
 @dataclass(frozen=True, slots=True)
 class Image:
@@ -120,6 +125,8 @@ class Request:
     params: Params = Params()
     stop: tuple[str, ...] = ()
     n: int = 1
+    context: int | None = None
+    """Tokens that prompt and answer may have together, where the model could take more."""
 
     @property
     def answers(self) -> int:
@@ -144,6 +151,8 @@ class ChatRequest(Request):
     effort: str | None = None
     """The reasoning effort, in the words of the template."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+    """A chat template in place of the model's own."""
     verbosity: Verbosity | None = None
     """How much the answer says; None or medium: as the model does."""
     is_truncated: bool = False

@@ -22,6 +22,18 @@ _TEXTS = {
     "completion": "print a completion script for your shell",
 }
 
+AGENTS = ("claude", "codex", "opencode", "aider")
+"""What `launch` starts."""
+
+_LAUNCH_EXAMPLES = """\
+What follows -- are arguments of the agent. A server is started where none runs, and ends with the agent. None of your
+files is changed: the agent gets all it needs in its own environment.
+
+examples:
+  mlx-omni-server launch claude
+  mlx-omni-server launch codex --model qwen3-coder -- exec "What does this project do?"
+"""
+
 _SERVICE_EXAMPLES = """\
 What follows -- are options of mlx-omni-server. The unit also carries the shell's variables that it reads: HF_HOME,
 MLX_OMNI_MODEL_PATH, HF_TOKEN, proxies, …
@@ -67,6 +79,7 @@ def _ps(parser: argparse.ArgumentParser) -> None:
 
 def _stop(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="an id, or a part of one that no other model in memory has")
+    parser.add_argument("--force", action="store_true", help="also while requests use it, which end with an error then")
     _add_server(parser)
     _add_json(parser)
 
@@ -97,12 +110,44 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
+def _config(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{options.PROGRAM} config [options]"
+    options.add_options(parser)
+    _add_json(parser)
+
+
+def _key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["add", "ls"])
+    parser.add_argument("name", metavar="NAME", nargs="?", help="who the key is for")
+    parser.add_argument(
+        "--model",
+        dest="models",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="a model that it is for; may be repeated; default: all",
+    )
+    parser.add_argument("--rate", type=options.positive, metavar="N", help="requests that it may send in a minute")
+    _add_json(parser)
+
+
 def _service(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{options.PROGRAM} service [options] {{install,uninstall,status}} [-- OPTION …]"
     parser.epilog = _SERVICE_EXAMPLES
     parser.add_argument("action", choices=["install", "uninstall", "status"])
     parser.add_argument("--replace", action="store_true", help="also overwrite or remove a unit that is not ours")
     _add_json(parser)
+
+
+def _launch(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{options.PROGRAM} launch [options] AGENT [-- ARGUMENT …]"
+    parser.epilog = _LAUNCH_EXAMPLES
+    parser.add_argument("agent", metavar="AGENT", choices=AGENTS, help=", ".join(AGENTS))
+    parser.add_argument(
+        "--model", metavar="MODEL", help="an id, alias or profile, or a part of one; default: the best one that is able"
+    )
+    options.add_folders(parser)
+    _add_server(parser)
 
 
 def _completion(parser: argparse.ArgumentParser) -> None:
@@ -131,7 +176,10 @@ _OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "stop": _stop,
     "bench": _bench,
     "doctor": _doctor,
+    "config": _config,
+    "key": _key,
     "service": _service,
+    "launch": _launch,
     "completion": _completion,
 }
 """What adds the options of each command to its parser."""

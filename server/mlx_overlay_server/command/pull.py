@@ -16,8 +16,8 @@ from hf_overlay import IncompleteModel, Model, ModelNotFound, OverlayError, Sess
 from mlx_overlay_server import children
 from mlx_overlay_server.command import models
 from mlx_overlay_server.command.output import print_json, say
-from mlx_overlay_server.command.progress import Bar
 from mlx_overlay_server.models import download
+from mlx_overlay_server.progress import Bar
 
 
 def pull(options: argparse.Namespace) -> int:

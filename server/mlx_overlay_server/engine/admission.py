@@ -70,6 +70,11 @@ class Admission:
         """Sequences that wait for memory."""
         return len(self._waiting)
 
+    @property
+    def running_bytes(self) -> int:
+        """Bytes that the sequences which have begun are taken to need for their KV caches."""
+        return self._bytes(self._batches())
+
     def add(self, submit: Submit, kv_bytes: int) -> None:
         """Let a sequence wait; `next` hands it out. `kv_bytes`: bytes that each of its tokens takes; 0: unknown."""
         self._waiting[submit.id] = _Sequence(submit, kv_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,6 +11,12 @@ from mlx_overlay_server.chat.loaded import Shown
 from mlx_overlay_server.chat.requests import Params
 from mlx_overlay_server.errors import ServerError
 from mlx_overlay_server.memory import Shares
+
+ReadTokenizer = Callable[[str, str, Mapping[str, Any], Any], bytes]
+"""Has another process read a tokenizer, and waits for what `tokenizers.sent` returns there. Raises ServerError.
+
+(key of the model, its folder, options for transformers, what its config.json says of end tokens)
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +117,21 @@ class PromptScores(NamedTuple):
 Item = Sampled | Prefilled | PromptScores | ServerError
 
 
+class DiskStats(NamedTuple):
+    """What the engine keeps on disk, and what became of it."""
+
+    nbytes: int = 0
+    files: int = 0
+    cap: int = 0
+    """Bytes that it may take; 0: nothing is kept on disk."""
+    written: int = 0
+    """Bytes written so far."""
+    restored: int = 0
+    """Tokens whose KV caches were read so far."""
+    failures: int = 0
+    """Writes that failed so far."""
+
+
 class Stats(NamedTuple):
     """The engine's counts after its last step."""
 
@@ -119,10 +141,13 @@ class Stats(NamedTuple):
     """Sequences that wait for room in a batch."""
     cache_bytes: int = 0
     cache_entries: int = 0
+    running_bytes: int = 0
+    """Bytes that the running sequences are taken to need for their KV caches."""
     steps: int = 0
     failures: int = 0
     """Batches lost to an error."""
     is_alive: bool = False
     last_failure: str | None = None
+    disk: DiskStats = DiskStats()
     memory: Shares | None = None
     """How the machine's memory is divided; None until the engine knows the machine."""

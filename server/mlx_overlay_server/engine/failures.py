@@ -24,6 +24,19 @@ _PATH = re.compile(r"(?<![\w/.])~?/[\w.-]+/")
 _REASON_CHARACTERS = 400
 
 
+class Unreadable(Exception):
+    """A tokenizer that another process could not read, and why."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        """`kind` is the name of the error's type there."""
+        super().__init__(kind, text)
+        self.kind = kind
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def is_late(error: BaseException) -> bool:
     """Return whether an error of the GPU may come from work that was begun before, even for another model.
 
@@ -62,6 +75,8 @@ def failure(error: Exception) -> ServerError:
 
 def load_failure(error: BaseException, folder: str) -> ServerError:
     """Return the error for the clients of a model in a folder that cannot be loaded."""
+    if isinstance(error, ServerError):
+        return error
     cause = gpu_failure(error)
     reason = load_reason(error, folder) if cause is None else cause.message
     code = "model_load_failed" if cause is None else cause.code
@@ -71,9 +86,10 @@ def load_failure(error: BaseException, folder: str) -> ServerError:
 def load_reason(error: BaseException, folder: str) -> str:
     """Return in one line why a model cannot be loaded, for clients: without the paths of this machine."""
     text = " ".join(str(error).replace(f"{folder}/", "").replace(folder, "its folder").split())
-    if not text or _PATH.search(text):  # of another place than its folder: the log has it
-        return f"{type(error).__name__}; the server's log says why"
-    return text if len(text) <= _REASON_CHARACTERS else f"{type(error).__name__}; the server's log says why"
+    if text and not _PATH.search(text) and len(text) <= _REASON_CHARACTERS:
+        return text
+    kind = error.kind if isinstance(error, Unreadable) else type(error).__name__
+    return f"{kind}; the server's log says why"  # the log has paths of other places than the model's folder
 
 
 def first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ import itertools
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -21,6 +21,7 @@ from mlx_overlay_server.engine.commands import (
     Command,
     Item,
     Load,
+    ReadTokenizer,
     Sampled,
     Stats,
     Stop,
@@ -80,6 +81,8 @@ class Engine:
 
     def __init__(self, options: EngineOptions) -> None:
         self.options = options
+        self.read_tokenizer: ReadTokenizer | None = None
+        """Set before the start, has another process read tokenizers: then this one does not import transformers."""
         self.stats = Stats()
         self._inbox: deque[Command] = deque()
         self._wake = threading.Event()
@@ -91,6 +94,9 @@ class Engine:
         self._keys = itertools.count()
         self._reading: tuple[str, float] | None = None
         """The key of the model of which the thread loads a part, and since when, in monotonic seconds."""
+        self._is_finished = False
+        self._read: Counter[str] = Counter()
+        """The bytes of weights that were read of each model which is being loaded, by its key."""
         self._has_said_held = False
         self._is_aborted = False
         self._failure: str | None = None
@@ -128,6 +134,11 @@ class Engine:
             raise
         finally:
             self._loads.pop(key, None)
+            self._read.pop(key, None)
+
+    def bytes_read(self, path: str) -> int:
+        """Return how many bytes of weights were read of the model in a folder that is being loaded."""
+        return sum(nbytes for key, nbytes in list(self._read.items()) if key.partition(":")[2] == path)
 
     async def memory(self) -> Shares:
         """Return how the machine's memory is divided, once the thread knows the machine. Raises ServerError."""
@@ -204,9 +215,10 @@ class Engine:
     def is_stuck(self) -> bool:
         """Whether the thread has begun its work and still runs; after `stop` this means that it will not end.
 
-        One that still imports mlx-lm has begun nothing, and may be left.
+        One that still imports mlx-lm has begun nothing, and may be left, as may one that writes KV caches at its end.
         """
-        return self._is_prepared.is_set() and self._thread is not None and self._thread.is_alive()
+        is_alive = self._thread is not None and self._thread.is_alive()
+        return self._is_prepared.is_set() and not self._is_finished and is_alive
 
     @property
     def held(self) -> Held | None:
@@ -272,9 +284,17 @@ class Engine:
             commands.append(self._inbox.popleft())
         return commands
 
+    def wake(self) -> None:
+        """Let the next `take` return. Any thread may call this."""
+        self._wake.set()
+
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None:
         """Hand over the items of a step, all at once."""
         self._call(self._deliver, items, stats)
+
+    def finish(self) -> None:
+        """Note that the thread has no more work, but for KV caches that are not on disk yet."""
+        self._is_finished = True
 
     def end(self, reason: str) -> None:
         """Note that the thread cannot work any more, and why."""
@@ -288,6 +308,11 @@ class Engine:
             yield
         finally:
             self._reading = None
+
+    def has_read(self, key: str, nbytes: int) -> None:
+        """Note that a slice of a model's weights was read."""
+        if key in self._loads:
+            self._read[key] += nbytes
 
     def settle(self, key: str, result: Loaded | ServerError) -> None:
         """Note that a load has ended."""

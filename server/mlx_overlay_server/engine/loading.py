@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,14 @@ import mlx.core as mx
 from hf_overlay.mounts import may_hang
 from hf_overlay.patience import NoAnswer, Patience
 from mlx.utils import tree_flatten
-from mlx_lm.generate import make_text_state_machine
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.processors import load_processor
-from mlx_lm.utils import load_adapters, load_model, load_tokenizer, sharded_load
+from mlx_lm.utils import load_adapters, load_model, sharded_load
 
 from mlx_overlay_server.chat.loaded import Loaded, context_length
-from mlx_overlay_server.engine import folder, mlx, vision
-from mlx_overlay_server.engine.commands import Load
+from mlx_overlay_server.engine import folder, mlx, tokenizers, vision
+from mlx_overlay_server.engine.commands import Load, ReadTokenizer
+from mlx_overlay_server.engine.disk.identity import identity
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.runner import Runner
 from mlx_overlay_server.memory import Shares
@@ -37,13 +38,22 @@ SLICE_BYTES = 1 << 28
 
 
 def load(
-    command: Load, options: EngineOptions, group: Any, prefixes: PrefixCache, shares: Shares | None = None
-) -> Generator[Runner | None, None, None]:
-    """Load a model: yield None after each slice, and the runner at the end. `shares`: how the memory is divided.
+    command: Load,
+    options: EngineOptions,
+    group: Any,
+    prefixes: PrefixCache,
+    shares: Shares | None = None,
+    read_tokenizer: ReadTokenizer | None = None,
+) -> Generator[Runner | int | None, None, None]:
+    """Load a model: yield its bytes after each slice, and the runner at the end; in between None, to let others go on.
 
+    `shares`: how the memory is divided.
+
+    `read_tokenizer` reads the model's tokenizer in another process; None: it is read in this one.
     Raises what mlx-lm raises, Unsuitable for a folder that must not be loaded, TimeoutError when a part does not end.
     """
     path = Path(command.path)
+    identities: list[str] = []
     config_extra = {"trust_remote_code": options.trust_remote_code}
     draft = None
     checking = _apart(partial(_check, command, options))
@@ -58,9 +68,10 @@ def load(
             tokenizer_config=config_extra,
             trust_remote_code=options.trust_remote_code,
         )
+        read = tokenizers.described(tokenizer)
     else:
         yield from _turns(checking, math.inf)
-        checking.result()
+        identities = checking.result()
         only_reads = command.adapter_path or command.draft_path or options.kv_bits
         seeing = _apart(lambda: not only_reads and vision.is_for(command.path))
         yield from _turns(seeing, options.load_seconds)
@@ -75,15 +86,13 @@ def load(
         if command.draft_path is not None:
             draft, _ = load_model(Path(command.draft_path), lazy=True, trust_remote_code=options.trust_remote_code)
         end_tokens = folder.end_tokens(config.get("eos_token_id"), path)
-        reading = _apart(partial(load_tokenizer, path, config_extra, end_tokens))
+        reading = _apart(partial(_read_tokenizer, read_tokenizer, command, config_extra, end_tokens))
         for part in _slices([model, *([draft] if draft is not None else [])]):
             mx.eval(part)
-            yield None
+            yield sum(each.nbytes for each in part)
         yield from _turns(reading, options.load_seconds)
-        tokenizer = _result(reading, options)
-    has_own_calls = tokenizer.has_tool_calling
-    mlx.prepare_tokenizer(tokenizer)
-    vocab_size = _vocab_size(config, tokenizer)
+        read = _result(reading, options)
+    vocab_size = _vocab_size(config, read.tokenizer)
     nbytes = sum(part.nbytes for each in (model, draft) if each is not None for part in _parameters(each))
     kv_bytes = sum(
         mlx.kv_bytes(each, bits=options.kv_bits, group_size=options.kv_group_size)
@@ -94,37 +103,60 @@ def load(
     loaded = Loaded(
         key=command.key,
         path=command.path,
-        tokenizer=tokenizer,
-        marks=make_text_state_machine(tokenizer),
-        detokenizer=partial(mlx.detokenizer, tokenizer),
-        make_grammar_tokenizer=partial(mlx.grammar_tokenizer, tokenizer, vocab_size),
-        longest_token=max(map(len, tokenizer.get_vocab()), default=1),
+        tokenizer=read.tokenizer,
+        marks=read.marks,
+        detokenizer=partial(mlx.detokenizer, read.tokenizer),
+        make_grammar_tokenizer=partial(mlx.grammar_tokenizer, read.tokenizer, vocab_size),
+        letter=read.letter,
+        whole=read.whole,
+        longest_token=read.longest_token,
         nbytes=nbytes,
         vocab_size=vocab_size,
         context=_fitting(context_length(config), shares.tokens(nbytes, kv_bytes) if shares is not None else None, path),
         kv_bytes=kv_bytes,
         defaults=folder.sampling_defaults(path),
-        has_own_calls=has_own_calls,
+        has_own_calls=read.has_own_calls,
         processor=None if group is not None or is_seeing else load_processor(model, config),
         vision=vision.processor(command.path, config) if is_seeing else None,
     )
+    if prefixes.disk is not None and identities and not is_seeing:
+        models = [model] if draft is None else [model, draft]
+        prefixes.disk.register(
+            command.key,
+            identities,
+            lambda: [layer for each in models for layer in make_prompt_cache(each)],
+            bits=options.kv_bits,
+            group_size=options.kv_group_size,
+            start=options.quantized_kv_start,
+        )
     yield Runner(loaded, model, draft, options, prefixes, group=group)
 
 
-def _check(command: Load, options: EngineOptions) -> None:
+def _check(command: Load, options: EngineOptions) -> list[str]:
     """Look at all files that a load opens, and read weights ahead where their disk may stop answering.
 
+    Returns what tells them from those of other models, adapters and draft models.
     What hangs here, hangs apart from the engine's thread, and is given up on after a time without progress: then it
     raises TimeoutError.
     """
     patience = Patience(options.load_seconds)
+    paths = (command.path, command.adapter_path, command.draft_path)
     try:
-        for path in filter(None, (command.path, command.adapter_path, command.draft_path)):
+        for path in filter(None, paths):
             patience.ask(path, partial(folder.check, path))
             if may_hang(path):
                 patience.ask(path, partial(folder.read_ahead, path))
+        return [patience.ask(path, partial(identity, path)) if path is not None else "" for path in paths]
     except NoAnswer:
         raise _no_progress(options) from None
+
+
+def _read_tokenizer(
+    elsewhere: ReadTokenizer | None, command: Load, options: Mapping[str, Any], end_tokens: Any
+) -> tokenizers.Read:
+    if elsewhere is None:
+        return tokenizers.read_here(command.path, options, end_tokens)
+    return tokenizers.received(elsewhere(command.key, command.path, options, end_tokens))
 
 
 def _apart(work: Callable[[], T]) -> Future[T]:

@@ -18,7 +18,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from mlx_overlay_server.memory import Machine
+from mlx_overlay_server.engine import system
+from mlx_overlay_server.memory import CONTAINER, Cost, Machine
 
 
 @contextmanager
@@ -43,7 +44,13 @@ def _file_limit_kept() -> Iterator[None]:
 
 with _file_limit_kept():
     from mlx_lm.generate import BatchGenerator
-    from mlx_lm.models.cache import CacheList, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+    from mlx_lm.models.cache import (
+        CacheList,
+        RotatingKVCache,
+        can_trim_prompt_cache,
+        make_prompt_cache,
+        trim_prompt_cache,
+    )
     from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer
     from mlx_lm.tool_parsers import json_tools
 
@@ -58,8 +65,19 @@ def machine() -> Machine:
     facts = mx.device_info()
     recommended = facts.get("max_recommended_working_set_size")  # Metal alone has it
     if recommended is None:
-        return Machine(mx.get_memory_limit())
+        most = mx.get_memory_limit()
+        container = system.limit() if mx.default_device() == mx.Device(mx.cpu) else None  # a GPU's is its own
+        return Machine(most if container is None else min(most, int(container * CONTAINER)))
     return Machine(int(recommended), is_metal=True)
+
+
+def reach() -> int | None:
+    """Return how many bytes MLX can have by now: what it has, and what is free in the machine; None: nobody knows.
+
+    It is known on Linux, for MLX on the CPU.
+    """
+    free = system.free() if mx.default_device() == mx.Device(mx.cpu) else None
+    return None if free is None else mx.get_active_memory() + mx.get_cache_memory() + free
 
 
 def wire(nbytes: int) -> None:
@@ -81,6 +99,11 @@ def limit_pool(nbytes: int) -> None:
 def clear_pool() -> None:
     """Give the freed buffers that MLX keeps back to the system."""
     mx.clear_cache()
+
+
+def settle() -> None:
+    """Wait until nothing is computed any more. Raises the errors that MLX keeps for whoever uses it next."""
+    mx.synchronize(mx.default_stream(mx.default_device()))
 
 
 def drain() -> None:
@@ -105,6 +128,20 @@ def can_batch(model: Any) -> bool:
     return not getattr(model, "runs_alone", False) and all(
         hasattr(layer, "merge") for layer in make_prompt_cache(model)
     )
+
+
+def can_cut(model: Any) -> bool:
+    """Return whether a model's KV caches can be cut at any token, however long they are.
+
+    Those of sliding windows say so of themselves only until their windows are full.
+    """
+    cache = make_prompt_cache(model)
+    return can_trim_prompt_cache(cache) and not any(isinstance(leaf, RotatingKVCache) for leaf in leaves(cache))
+
+
+def leaves(cache: Sequence[Any]) -> list[Any]:
+    """Return the layers of a KV cache, and where one of them is made of several caches, these."""
+    return [leaf for layer in cache for leaf in (leaves(layer.caches) if isinstance(layer, CacheList) else [layer])]
 
 
 def make_batch(model: Any, **options: Any) -> BatchGenerator:
@@ -163,6 +200,26 @@ def kv_bytes(model: Any, *, bits: int | None, group_size: int) -> int:
         return 0
     per_token = (sizes[-1] - sizes[-2]) // _GROWTH_TOKENS
     return per_token if bits is None else int(per_token * (bits + 32 / group_size) / 16)
+
+
+_FUSED_HEADS = (64, 80, 128)
+"""Sizes of heads for which MLX's attention on a GPU keeps no score for each pair of tokens."""
+_NUMBER = 4
+"""Bytes of a number while something is computed."""
+
+
+def cost(config: dict[str, Any]) -> Cost:
+    """Estimate what a pass computes with, from a model's config.json; nothing where it does not say."""
+    inner = config.get("text_config")
+    shape = {**config, **inner} if isinstance(inner, dict) else config
+    hidden, heads = (shape.get(name) for name in ("hidden_size", "num_attention_heads"))
+    if not isinstance(hidden, int) or not isinstance(heads, int) or not heads:
+        return Cost()
+    between = shape.get("intermediate_size")
+    head = shape.get("head_dim") or hidden // heads
+    is_fused = mx.default_device() != mx.Device(mx.cpu) and head in _FUSED_HEADS
+    token = (8 * hidden + 4 * (between if isinstance(between, int) else 4 * hidden)) * _NUMBER
+    return Cost(token, 0 if is_fused else 3 * heads * _NUMBER // 2)
 
 
 _GROWTH_TOKENS = 1024
@@ -246,26 +303,52 @@ def prepare_tokenizer(tokenizer: Any) -> None:
         tokenizer._tool_call_end = json_tools.tool_call_end  # noqa: SLF001
 
 
-def detokenizer(tokenizer: Any) -> Any:
-    """Return a new streaming detokenizer for one answer.
+def backend(tokenizer: Any) -> Any:
+    """Return the tokenizers library's own object of a tokenizer; None: it is none of that library's."""
+    return getattr(tokenizer, "backend_tokenizer", None)
 
-    It is mlx-lm's own, except where mlx-lm has only its naive one, which decodes the whole line anew for each token:
-    then the tokenizers library's stream takes its place.
+
+def own_detokenizer(tokenizer: Any) -> Any:
+    """Return what mlx-lm copies for each answer; None where `StreamDetokenizer` takes its place.
+
+    That is where mlx-lm has only its naive detokenizer, which decodes the whole line anew for each token.
     """
-    made = tokenizer.detokenizer
-    inner = getattr(tokenizer, "backend_tokenizer", None)
-    return _Detokenizer(inner) if isinstance(made, NaiveStreamingDetokenizer) and inner is not None else made
+    made = tokenizer._detokenizer  # noqa: SLF001 - it is made at once; the public property copies it
+    return None if isinstance(made, NaiveStreamingDetokenizer) and backend(tokenizer) is not None else made
+
+
+def copied_detokenizer(made: Any) -> Any:
+    """Return a new streaming detokenizer like another one."""
+    own = copy.copy(made)
+    own.reset()
+    return own
+
+
+def detokenizer(tokenizer: Any) -> Any:
+    """Return a new streaming detokenizer for one answer."""
+    made = own_detokenizer(tokenizer)
+    return StreamDetokenizer(backend(tokenizer)) if made is None else copied_detokenizer(made)
 
 
 def grammar_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
     """Return llguidance's view of a tokenizer's vocabulary; takes up to a second. Raises ValueError."""
-    from llguidance.hf import from_tokenizer
+    from llguidance import LLTokenizer
 
-    inner = tokenizer._tokenizer  # noqa: SLF001 - llguidance takes transformers' classes, and the wrapper is none of them
-    return from_tokenizer(inner, n_vocab=vocab_size, eos_token=sorted(tokenizer.eos_token_ids))
+    inner = backend(tokenizer)
+    if inner is None:
+        raise ValueError("only tokenizers of the tokenizers library are supported")
+    return LLTokenizer(plain_json(inner), n_vocab=vocab_size, eos_token=sorted(tokenizer.eos_token_ids))
 
 
-class _Detokenizer:
+def plain_json(inner: Any) -> str:
+    """Return an object of the tokenizers library as it writes it, without padding and truncation."""
+    own = copy.copy(inner)
+    own.no_padding()
+    own.no_truncation()
+    return str(own.to_str())
+
+
+class StreamDetokenizer:
     """The tokenizers library's stream of text, with the methods of mlx-lm's detokenizers that the server uses."""
 
     def __init__(self, tokenizer: Any) -> None:

@@ -18,8 +18,10 @@ from mlx_overlay_server.engine.admission import Admission
 from mlx_overlay_server.engine.commands import (
     Cancel,
     Command,
+    DiskStats,
     Item,
     Load,
+    ReadTokenizer,
     Sampled,
     Stats,
     Stop,
@@ -29,12 +31,14 @@ from mlx_overlay_server.engine.commands import (
 from mlx_overlay_server.engine.failures import failure, first_line, is_late, load_failure
 from mlx_overlay_server.engine.outbox import Outbox
 from mlx_overlay_server.errors import ServerError, Unavailable
+from mlx_overlay_server.imports import UNUSED, left_out
 from mlx_overlay_server.memory import Shares, shares
 from mlx_overlay_server.settings import EngineOptions
 
 if TYPE_CHECKING:
     from mlx_overlay_server.engine.prefix_cache import PrefixCache
     from mlx_overlay_server.engine.ranks import Ranks
+    from mlx_overlay_server.engine.restoring import Restoring
     from mlx_overlay_server.engine.runner import Runner
 
 logger = logging.getLogger("mlx_overlay_server")
@@ -49,6 +53,12 @@ Between the requests of one client it is worth keeping: the next one needs buffe
 """
 
 
+DISK_POLL_SECONDS = 0.25
+"""Seconds between two looks at whether a disk that is read has stopped answering."""
+
+DISK_SECONDS = 2.0
+"""Seconds that are left, when the engine stops, to write kept KV caches that are not on disk yet."""
+
 GROWTH_STEPS = 64
 """Steps between two looks at whether running sequences have grown into the memory of kept KV caches."""
 
@@ -57,12 +67,16 @@ class Handle(Protocol):
     """Where commands come from and results go. Its methods may be called from the engine's thread."""
 
     options: EngineOptions
+    read_tokenizer: ReadTokenizer | None
 
     def take(self, seconds: float) -> list[Command]: ...
+    def wake(self) -> None: ...
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None: ...
     def reading(self, key: str) -> AbstractContextManager[None]: ...
+    def has_read(self, key: str, nbytes: int) -> None: ...
     def settle(self, key: str, result: Loaded | ServerError) -> None: ...
     def end(self, reason: str) -> None: ...
+    def finish(self) -> None: ...
 
 
 class Worker:
@@ -76,7 +90,7 @@ class Worker:
         self._commands: deque[Command] = deque()
         """Commands that were taken and not carried out yet."""
         self._runners: dict[str, Runner] = {}
-        self._loading: dict[str, Iterator[Runner | None]] = {}
+        self._loading: dict[str, Iterator[Runner | int | None]] = {}
         self._owner: dict[int, str] = {}
         """Each sequence's id -> the key of its model."""
         self._steps = self._failures = 0
@@ -88,25 +102,34 @@ class Worker:
         self._admission: Admission
         self._ranks: Ranks
         self._prefixes: PrefixCache
+        self._restoring: Restoring | None = None
+        """The sequences that wait for KV caches from disk; None where none is kept there."""
+        self._has_disk_news = False
 
     def run(self) -> None:
         """Run until Stop, or until nothing can go on, and say so to the handle."""
         try:
             self._prepare()
             self._run()
+            self._prefixes.spill()
+            self._release()
         except Exception as error:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
             reason = f"{type(error).__name__}: {first_line(error)}"
             logger.error("the engine has failed: %s", reason)
             self._engine.end(reason)
         self._runners.clear()
         self._loading.clear()
+        self._engine.finish()
+        if self._restoring is not None:
+            self._restoring.tier.close(DISK_SECONDS)
 
     def _prepare(self) -> None:
         """Import MLX and mlx-lm, which the first load would have to wait for, and set MLX's limits."""
-        from mlx_overlay_server.engine import mlx  # before anything else imports mlx-lm
+        with left_out(*(UNUSED if self._engine.read_tokenizer is not None else ())):
+            from mlx_overlay_server.engine import mlx  # before anything else imports mlx-lm
 
-        # isort: split
-        import mlx_overlay_server.engine.loading  # noqa: F401
+            # isort: split
+            import mlx_overlay_server.engine.loading  # noqa: F401
         from mlx_overlay_server.engine.prefix_cache import PrefixCache
         from mlx_overlay_server.engine.ranks import Ranks
 
@@ -122,7 +145,21 @@ class Worker:
         limit = self._memory.held if self._ranks.group is None else 1 << 62
         self._admission = Admission(limit, self._options.batch_size)
         self._prefixes = PrefixCache(kept)
+        if self._options.kv_disk and self._ranks.group is None:  # the disks of ranks do not hold the same
+            self._open_disk(kept)
         self._publish([])
+
+    def _open_disk(self, budget: int) -> None:
+        from mlx_overlay_server.engine.disk.tier import Tier, folder
+        from mlx_overlay_server.engine.restoring import Restoring
+
+        self._prefixes.disk = Tier(folder(), self._options.kv_disk, budget, self._note_disk)
+        self._restoring = Restoring(self._prefixes.disk, self._prefixes)
+
+    def _note_disk(self) -> None:
+        """Note that something was read from disk, or written. Other threads call this."""
+        self._has_disk_news = True
+        self._engine.wake()
 
     def _run(self) -> None:
         """Take turns. An error that no model is to blame for ends every sequence, and nothing else."""
@@ -149,7 +186,9 @@ class Worker:
         for key, runner in list(self._runners.items()):
             if runner.is_busy:
                 self._step(key, runner)
-        if commands or self._outbox.is_due:
+        self._release()
+        has_news, self._has_disk_news = self._has_disk_news, False
+        if commands or self._outbox.is_due or has_news:
             self._publish(self._outbox.items)
             self._outbox.sent(len(self._owner))
         return True
@@ -160,6 +199,8 @@ class Worker:
         if has_waiting or any(runner.is_busy for runner in self._runners.values()):
             self._worked_at = self._clock()
             return 0
+        if self._restoring:
+            return 0 if self._restoring.is_copying else DISK_POLL_SECONDS
         longest = IDLE_SECONDS if self._ranks.group is not None else 3600
         if self._worked_at is None:
             return longest
@@ -190,14 +231,19 @@ class Worker:
                 self._outbox.add([(command.id, Unavailable("the model was unloaded; try again"))])
                 return
             self._owner[command.id] = command.key
-            self._admission.add(command, runner.loaded.kv_bytes)
+            if self._restoring is None or not self._restoring.add(command):
+                self._admission.add(command, runner.loaded.kv_bytes)
         elif isinstance(command, Cancel) and (key := self._owner.pop(command.id, None)) is not None:
             self._outbox.forget([command.id])
+            if self._restoring is not None:
+                self._restoring.drop(command.id)
             if self._admission.drop(command.id):
                 self._runners[key].cancel(command.id)
 
     def _admit(self) -> None:
         """Let sequences begin for which there is memory. Kept KV caches go before anybody waits or runs out of it."""
+        for restored in self._restoring.step() if self._restoring else ():
+            self._admission.add(restored, self._runners[restored.key].loaded.kv_bytes)
         if self._steps % GROWTH_STEPS == 0 and (excess := self._admission.excess(self._taken())):
             self._prefixes.trim(max(0, self._prefixes.nbytes - excess))
         while self._admission.waiting:
@@ -217,30 +263,42 @@ class Worker:
                 self._admission.drop(submit.id)
                 self._outbox.add([(submit.id, failure(error))])
 
+    def _release(self) -> None:
+        """Have written what was kept in this turn: no error of the GPU can come to light any more that spoils it."""
+        disk = self._prefixes.disk
+        if disk is not None and disk.has_staged:
+            from mlx_overlay_server.engine import mlx
+
+            mlx.settle()
+            disk.release()
+
     def _taken(self) -> int:
         """Return the bytes of weights and kept KV caches."""
         return sum(runner.loaded.nbytes for runner in self._runners.values()) + self._prefixes.nbytes
 
-    def _load(self, command: Load) -> Iterator[Runner | None]:
+    def _load(self, command: Load) -> Iterator[Runner | int | None]:
         from mlx_overlay_server.engine.loading import load
 
-        return load(command, self._options, self._ranks.group, self._prefixes, self._memory)
+        read = self._engine.read_tokenizer
+        return load(command, self._options, self._ranks.group, self._prefixes, self._memory, read)
 
-    def _go_on_loading(self, key: str, steps: Iterator[Runner | None]) -> None:
+    def _go_on_loading(self, key: str, steps: Iterator[Runner | int | None]) -> None:
         """Load one slice of a model; sequences of other models go on between slices."""
         try:
             with self._engine.reading(key):
-                runner = next(steps)
+                made = next(steps)
         except (Exception, SystemExit) as error:  # loading runs the model's code; some of mlx-lm's calls sys.exit
             if is_late(error):
                 raise
             self._end_load(key, error)
             self._clear_memory()
             return
-        if runner is not None:
+        if isinstance(made, int):
+            self._engine.has_read(key, made)
+        elif made is not None:
             self._loading.pop(key, None)
-            self._runners[key] = runner
-            self._engine.settle(key, runner.loaded)
+            self._runners[key] = made
+            self._engine.settle(key, made.loaded)
 
     def _end_load(self, key: str, error: BaseException) -> None:
         """Give up a load because of an error."""
@@ -303,6 +361,8 @@ class Worker:
         for id_ in ids:
             del self._owner[id_]
             self._admission.drop(id_)
+            if self._restoring is not None:
+                self._restoring.drop(id_)
         self._outbox.forget(ids)
         return ids
 
@@ -313,10 +373,12 @@ class Worker:
             waiting=sum(runner.waiting for runner in runners) + self._admission.waiting,
             cache_bytes=self._prefixes.nbytes,
             cache_entries=len(self._prefixes),
+            running_bytes=self._admission.running_bytes,
             steps=self._steps,
             failures=self._failures,
             is_alive=True,
             last_failure=self._last_failure,
+            disk=self._prefixes.disk.stats if self._prefixes.disk is not None else DiskStats(),
             memory=self._memory,
         )
         self._engine.post(items, stats)

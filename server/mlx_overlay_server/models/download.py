@@ -17,11 +17,11 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import hf_overlay
 
-from mlx_overlay_server import children
+from mlx_overlay_server import children, logs
 from mlx_overlay_server.children import Child
 from mlx_overlay_server.errors import Forbidden, ServerError, Unavailable, UnknownModel
 
@@ -34,14 +34,34 @@ DOWNLOADS = 4
 UNKNOWN_SECONDS = 30.0
 """Seconds for which the Hub is not asked again for a model that it does not have."""
 _MAX_UNKNOWN = 10_000
+_MAX_ENDED = 20
+"""Downloads that have ended, which lists show."""
+State = Literal["waiting", "downloading", "done", "cancelled", "failed"]
+"""`waiting`: for the Hub's answer, or for a place among the downloads."""
 _NOT_FOUND = frozenset({"RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError"})
+
+
+class Progress(NamedTuple):
+    """How far a download is, or how it ended."""
+
+    id: str
+    state: State
+    done: int = 0
+    """Bytes that are there."""
+    total: int = 0
+    """Bytes of all its files; 0 while that is not known."""
+    message: str = ""
+    """Why it failed."""
 
 
 @dataclass(slots=True)
 class _Download:
     """A download, or the look-up before it, for all who wait for one model."""
 
-    progress: Callable[[str], None]
+    now: Progress
+    progress: Callable[[str], None] = lambda _: None
+    is_wanted: bool = False
+    """Whether it goes on when nobody waits, also while the Hub is still asked."""
     waiting: int = 0
     """Number of callers that wait for it."""
     is_found: bool = False
@@ -55,6 +75,8 @@ class Downloader:
     def __init__(self, session: hf_overlay.Session) -> None:
         self._session = session
         self._running: dict[str, _Download] = {}
+        self._past: dict[str, Progress] = {}
+        """The last downloads that have ended, by id, oldest first."""
         self._look_ups = asyncio.Semaphore(LOOK_UPS)
         self._downloads = asyncio.Semaphore(DOWNLOADS)
         self._unknown: dict[str, float] = {}
@@ -65,31 +87,67 @@ class Downloader:
         """Whether a model is being downloaded, or looked up."""
         return bool(self._running)
 
+    @property
+    def shown(self) -> list[Progress]:
+        """The downloads that run, and the last ones that ended, in the order in which they began."""
+        return [*self._past.values(), *(each.now for each in self._running.values())]
+
+    def progress_of(self, model_id: str) -> Progress | None:
+        """Return how far a model's download is; None where there was none lately."""
+        running = self._running.get(model_id)
+        return running.now if running is not None else self._past.get(model_id)
+
+    def start(self, model_id: str) -> None:
+        """Begin to download a model, or go on with what there is of it; it goes on until it has ended.
+
+        Raises UnknownModel when the Hub said a moment ago that it has none, Unavailable when nothing is downloaded now.
+        """
+        self._begin(model_id).is_wanted = True
+
+    def cancel(self, model_id: str) -> bool:
+        """End a download; its files stay for the next one. Returns whether there was one."""
+        download = self._running.get(model_id)
+        if download is None or download.task is None:
+            return False
+        self._end(model_id, download, download.now._replace(state="cancelled"))
+        download.task.cancel()
+        return True
+
     async def fetch(self, model_id: str, progress: Callable[[str], None]) -> None:
         """Download a model.
 
         Raises UnknownModel when the Hub has none, Forbidden for one that is gated, Unavailable when it does not answer.
         """
-        if (why := self._session.why_no_downloads) is not None:
-            raise Unavailable(f"{model_id} is not downloaded: {why}", code="download_refused")
-        if self._is_unknown(model_id):
-            raise _no_model(model_id, "asked a moment ago")
+        download = self._begin(model_id)
         progress(f"downloading {model_id}")
-        download = self._running.get(model_id)
-        if download is None:
-            download = self._running[model_id] = _Download(progress)
-            download.task = asyncio.create_task(self._run(model_id, download))
-            download.task.add_done_callback(lambda task: self._ended(model_id, download, task))
-        assert download.task is not None  # noqa: S101 - set above
+        assert download.task is not None  # noqa: S101 - set where it began
         download.progress = progress
         download.waiting += 1
         try:
             await asyncio.shield(download.task)
+        except asyncio.CancelledError:
+            if download.task.done() and download.now.state == "cancelled":
+                raise Unavailable(f"the download of {model_id} was cancelled", code="download_cancelled") from None
+            raise
         finally:
             download.waiting -= 1
-            if not download.waiting and not download.is_found:  # nobody need know any more
+            if not (download.waiting or download.is_found or download.is_wanted):  # nobody need know any more
                 self._forget(model_id, download)
                 download.task.cancel()
+
+    def _begin(self, model_id: str) -> _Download:
+        """Return the download of a model, which begins now unless it runs. Raises UnknownModel and Unavailable."""
+        if (why := self._session.why_no_downloads) is not None:
+            raise Unavailable(f"{model_id} is not downloaded: {why}", code="download_refused")
+        if self._is_unknown(model_id):
+            raise _no_model(model_id, "asked a moment ago")
+        download = self._running.get(model_id)
+        if download is None:
+            download = self._running[model_id] = _Download(Progress(model_id, "waiting"))
+            download.task = asyncio.create_task(self._run(model_id, download))
+            download.task.add_done_callback(lambda task: self._ended(model_id, download, task))
+            self._past.pop(model_id, None)
+        return download
 
     async def close(self) -> None:
         """End all downloads. What they have fetched stays for the next ones."""
@@ -118,16 +176,15 @@ class Downloader:
             download.is_found = True
             self._session.expect_model(model_id)  # only now: ids are what clients send, and must leave no folders
             child.write(b"\n")
-            logged = -1  # percent
+            download.now = Progress(model_id, "downloading")
             async for report in reports:
                 if "error" in report:
                     await self._fail(model_id, child, report)
+                download.now = Progress(model_id, "downloading", report["done"], report["total"])
                 download.progress(
                     f"downloading {model_id}: {report['done'] / 1e6:.0f} of {report['total'] / 1e6:.0f} MB"
                 )
-                if (percent := report["done"] * 10 // max(report["total"], 1) * 10) != logged:
-                    logged = percent
-                    logger.info("downloading %s: %d %% of %.1f MB", model_id, percent, report["total"] / 1e6)
+                logs.downloading(model_id, report["done"], report["total"])
             if await child.wait():
                 await self._fail(model_id, child, {})
 
@@ -139,13 +196,35 @@ class Downloader:
         raise error
 
     def _ended(self, model_id: str, download: _Download, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or download.now.state == "cancelled":
+            self._forget(model_id, download)
+            return
+        error = task.exception()
+        if error is None:
+            self._end(model_id, download, download.now._replace(state="done", done=download.now.total))
+            return
+        message = " ".join(str(error).split())
+        self._end(model_id, download, download.now._replace(state="failed", message=message))
+        if not download.waiting:
+            logger.warning("%s", message)
+
+    def _end(self, model_id: str, download: _Download, last: Progress) -> None:
+        """Keep what lists show of a download that has ended; of one that only requests waited for, if it began."""
+        download.now = last
         self._forget(model_id, download)
-        if not task.cancelled() and (error := task.exception()) is not None and not download.waiting:
-            logger.warning("%s", " ".join(str(error).split()))
+        if not (
+            download.is_wanted or download.is_found
+        ):  # ids are what clients send: they must not be seen, nor pile up
+            return
+        self._past.pop(model_id, None)
+        if len(self._past) >= _MAX_ENDED:
+            del self._past[next(iter(self._past))]
+        self._past[model_id] = last
 
     def _forget(self, model_id: str, download: _Download) -> None:
         if self._running.get(model_id) is download:
             del self._running[model_id]
+            logs.download_ended(model_id)
 
     def _is_unknown(self, model_id: str) -> bool:
         """Return whether the Hub said a moment ago that it has no such model."""

@@ -30,6 +30,20 @@ class Listed(NamedTuple):
     """Bytes of its weights."""
     kv_bytes: int = 0
     """Bytes that each token takes in its KV cache, estimated from config.json; 0: unknown."""
+    kind: str = "text"
+    """What it makes."""
+    architecture: str | None = None
+    """The `model_type` of its config.json."""
+    sees: bool = False
+    """Whether its config.json tells of a part for images."""
+    size: int = 0
+    """Bytes of all its files."""
+    layer: str = "cache"
+    """Where it was found: `map`, `custom` (a model path), `cache` or `tier`."""
+    root: str = ""
+    """That map, model path, cache or tier."""
+    path: str = ""
+    """The folder it is loaded from."""
 
 
 class Located(NamedTuple):
@@ -60,9 +74,15 @@ Download = Callable[[str, Callable[[str], None]], Awaitable[None]]
 class Library:
     """The models of one overlay session."""
 
-    def __init__(self, session: hf_overlay.Session, download: Download | None) -> None:
-        """`download` is used for ids that are not found locally; None: the server is offline."""
+    def __init__(
+        self, session: hf_overlay.Session, download: Download | None, source: Callable[[str], str] = lambda name: name
+    ) -> None:
+        """`download` is used for ids that are not found locally; None: the server is offline.
+
+        `source` returns the id of the model that is loaded under a name.
+        """
         self._session = session
+        self._source = source
         self._download = download
         self._sizes: dict[str, _Sizes] = {}
         """What config.json says of each listed model, by its folder; read anew when the file has changed."""
@@ -106,10 +126,11 @@ class Library:
         if known is not None and known.file == file:
             return known
         config = _config(model.path) if file is not None else {}
-        return _Sizes(file, context_length(config), _kv_bytes(config))
+        return _Sizes(file, context_length(config), _kv_bytes(config), sees="vision_config" in config)
 
-    async def locate(self, model_id: str) -> Located:
+    async def locate(self, name: str) -> Located:
         """Return where to load a model from, after downloading it if it is not found locally. Raises ServerError."""
+        model_id = self._source(name)
         found = await asyncio.to_thread(self._locate, model_id)
         if isinstance(found, _NotHere) and self._download is not None:
             try:
@@ -121,7 +142,25 @@ class Library:
             found = await asyncio.to_thread(self._locate, model_id)
         if isinstance(found, _NotHere):
             raise found.refusal()
-        return found
+        return found if name == model_id else found._replace(id=name)
+
+    async def here(self, name: str) -> Located:
+        """Return where a model is found locally; nothing is downloaded. Raises ServerError."""
+        model_id = self._source(name)
+        found = await asyncio.to_thread(self._locate, model_id)
+        if isinstance(found, _NotHere):
+            raise found.refusal()
+        return found if name == model_id else found._replace(id=name)
+
+    async def problems(self) -> list[dict[str, str]]:
+        """Return what `hf-overlay doctor` finds now: for each problem `kind`, `where`, `what` and `advice`."""
+        findings = await asyncio.to_thread(self._session.findings)
+        return [finding._asdict() for finding in findings]
+
+    @property
+    def away(self) -> dict[str, str]:
+        """The ids of models that have gone away with their folder, as of the last look: id -> folder."""
+        return self._session.models_away
 
     async def is_known(self, model_id: str) -> bool:
         """Return whether a model is found locally. Raises ServerError, but not UnknownModel."""
@@ -156,6 +195,8 @@ class _Sizes(NamedTuple):
     """The file as it was when it was read; None: there is none."""
     context: int | None
     kv_bytes: int
+    sees: bool
+    """Whether it has a part for images."""
 
 
 def _weights(model: hf_overlay.Model) -> int:
@@ -165,7 +206,20 @@ def _weights(model: hf_overlay.Model) -> int:
 
 def _listed(model: hf_overlay.Model, sizes: _Sizes) -> Listed:
     created = max((file.mtime_ns for file in model.files), default=0) // 10**9
-    return Listed(model.id, created, sizes.context, sizes.context, _weights(model), sizes.kv_bytes)
+    return Listed(
+        model.id,
+        created,
+        sizes.context,
+        sizes.context,
+        _weights(model),
+        sizes.kv_bytes,
+        architecture=model.model_type,
+        sees=sizes.sees,
+        size=model.size_bytes,
+        layer=model.source,
+        root=model.root,
+        path=model.path,
+    )
 
 
 def _config(path: str) -> Mapping[str, Any]:

@@ -13,14 +13,14 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from mlx_overlay_server import memory
 from mlx_overlay_server.chat.loaded import Loaded
-from mlx_overlay_server.errors import ServerError, Unavailable
+from mlx_overlay_server.errors import Conflict, ServerError, Unavailable
 from mlx_overlay_server.models import room
 from mlx_overlay_server.models.library import Located
+from mlx_overlay_server.models.load import Load, Resident
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -36,6 +36,7 @@ class Loader(Protocol):
 
     async def load(self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None) -> Loaded: ...
     def unload(self, model: Loaded) -> None: ...
+    def bytes_read(self, path: str) -> int: ...
 
 
 class Extras(NamedTuple):
@@ -46,57 +47,21 @@ class Extras(NamedTuple):
     """The id of a smaller model of the same vocabulary."""
 
 
-@dataclass(slots=True)
-class Resident:
-    """A model in memory."""
+class Occupant(NamedTuple):
+    """A model that is in memory, or on its way there, as lists show it."""
 
     id: str
-    model: Loaded
-    number: int
-    """The number of its load."""
-    used: float
-    """When it was last used, in monotonic seconds."""
-
-
-@dataclass(slots=True, eq=False)
-class _Load:
-    """A load of one model, which all requests for it share.
-
-    It looks for the model, which may download it, then waits for room, then loads.
-    """
-
-    id: str
-    number: int = 0
-    nbytes: int = 0
-    since: float = 0
-    """When it began to wait for room, in monotonic seconds."""
-    has_room: bool = False
-    """Whether it has begun to read weights, and takes memory."""
-    task: asyncio.Task[Resident | str] | None = None
-    """Ends with the model, or with the id that the disk spells otherwise, under which the model is loaded."""
-    _room: asyncio.Future[None] | None = None
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether it waits for room."""
-        return self._room is not None and not self._room.done()
-
-    def wait(self, number: int) -> asyncio.Future[None]:
-        """Begin to wait for room, and return what to await."""
-        self.number, self.since = number, time.monotonic()
-        self._room = asyncio.get_running_loop().create_future()
-        return self._room
-
-    def begin(self) -> None:
-        """End the wait for room: there is some."""
-        self.has_room = True
-        if self._room is not None:
-            self._room.set_result(None)
-
-    def refuse(self, error: ServerError) -> None:
-        """End the wait for room with an error."""
-        if self._room is not None:
-            self._room.set_exception(error)
+    is_resident: bool
+    nbytes: int
+    """Bytes of its weights; 0 while they are not known."""
+    users: int
+    """Requests that use it or wait for it."""
+    idle_seconds: float | None
+    """Seconds since it was last used; None while it is in use, or not in memory yet."""
+    is_waiting: bool = False
+    """Whether its load waits for room."""
+    read: int = 0
+    """Bytes of its weights that its load has read."""
 
 
 class Pool:
@@ -122,14 +87,18 @@ class Pool:
         self._find_budget = budget if callable(budget) else None
         self._budget = 0 if callable(budget) else budget
         self._idle_ttl = idle_ttl
+        self._idle_ttls: dict[str, float] = {}
+        """The seconds of models that have their own."""
         self._pinned = frozenset(pinned)
+        self._arranged: frozenset[str] = frozenset()
+        """Those of them that `arrange` has pinned."""
         self._extras = dict(extras or {})
         self._resident: dict[str, Resident] = {}
         self._users: Counter[str] = Counter()
         """How many requests use a model or wait for it: while there are any, it is not unloaded."""
-        self._loads: dict[str, _Load] = {}
+        self._loads: dict[str, Load] = {}
         """The loads that requests can join, by the model's id."""
-        self._tasks: dict[asyncio.Task[Resident | str], _Load] = {}
+        self._tasks: dict[asyncio.Task[Resident | str], Load] = {}
         """All loads that have not ended, those that were cancelled included."""
         self._numbers = itertools.count()
 
@@ -142,6 +111,44 @@ class Pool:
     def loading(self) -> list[str]:
         """Ids of models on their way into memory, sorted."""
         return sorted(self._loads)
+
+    @property
+    def pinned(self) -> frozenset[str]:
+        """Ids of models that are not unloaded for others, nor for being idle."""
+        return self._pinned
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that weights may take; None until the machine is known."""
+        return self._budget or None
+
+    @property
+    def occupants(self) -> list[Occupant]:
+        """All models in memory, and all on their way there, sorted by id."""
+        now = time.monotonic()
+        there = [
+            Occupant(
+                each.id,
+                is_resident=True,
+                nbytes=each.model.nbytes,
+                users=self._users[each.id],
+                idle_seconds=None if self._users[each.id] else now - each.used,
+            )
+            for each in self._resident.values()
+        ]
+        coming = [
+            Occupant(
+                load.id,
+                is_resident=False,
+                nbytes=load.nbytes,
+                users=self._users[load.id],
+                idle_seconds=None,
+                is_waiting=load.is_waiting,
+                read=self._loader.bytes_read(load.path) if load.has_room else 0,
+            )
+            for load in self._loads.values()
+        ]
+        return sorted(there + coming)
 
     @property
     def nbytes(self) -> int:
@@ -176,14 +183,63 @@ class Pool:
                 left.used = time.monotonic()
             self._leave(model_id)
 
+    async def load(self, model_id: str, *, pin: bool = False) -> None:
+        """Load a model unless it is in memory. Raises ServerError."""
+        async with self.use(model_id):
+            if pin:
+                self.pin(model_id)
+
+    def unload(self, model_id: str, *, force: bool = False) -> None:
+        """Unload a model, or give up its load; what pinned it does so no longer. Nothing where it is not in memory.
+
+        Raises Conflict for one that is in use; with `force`, its requests end with an error instead.
+        """
+        if (users := self._users[model_id]) and not force:
+            requests = "1 request uses" if users == 1 else f"{users} requests use"
+            raise Conflict(
+                f"{requests} {model_id}, or waits for it; stop that first, or unload it with `force`", code="model_busy"
+            )
+        self.unpin(model_id)
+        if (load := self._loads.get(model_id)) is not None:
+            load.is_given_up = True
+            self._cancel(load)
+        if (resident := self._resident.get(model_id)) is not None:
+            self._unload(resident, "as asked")
+            self._admit()
+
+    def pin(self, model_id: str) -> None:
+        """Let a model stay in memory once it is there."""
+        self._pinned |= {model_id}
+
+    def unpin(self, model_id: str) -> None:
+        """Let a model be unloaded again for others, or for being idle."""
+        self._pinned -= {model_id}
+        self._admit()
+
     async def sweep(self) -> None:
         """Unload models that were idle for too long, for as long as the server runs."""
-        while self._idle_ttl:
-            await asyncio.sleep(min(self._idle_ttl / 4, 10))
+        while True:
+            times = [seconds for seconds in (self._idle_ttl, *self._idle_ttls.values()) if seconds]
+            await asyncio.sleep(min(10, *(seconds / 4 for seconds in times)) if times else 10)
             now = time.monotonic()
             for each in self._idle():
-                if now - each.used >= self._idle_ttl:
+                seconds = self._idle_ttls.get(each.id, self._idle_ttl)
+                if seconds and now - each.used >= seconds:
                     self._unload(each, "idle")
+
+    def arrange(self, *, extras: Mapping[str, Extras], pinned: Collection[str], idle_ttls: Mapping[str, float]) -> None:
+        """Follow what the configuration says of single models, by the names under which they are loaded.
+
+        A model whose extras have changed is unloaded, or, while it is in use, loaded otherwise the next time.
+        """
+        for each in self._idle():
+            if self._extras.get(each.id, Extras()) != extras.get(each.id, Extras()):
+                self._unload(each, "the configuration has changed")
+        self._extras = dict(extras)
+        self._pinned = (self._pinned - self._arranged) | frozenset(pinned)
+        self._arranged = frozenset(pinned)
+        self._idle_ttls = dict(idle_ttls)
+        self._admit()
 
     def abort(self) -> None:
         """Cancel loads that still run; whoever waits for them gets Unavailable."""
@@ -199,7 +255,7 @@ class Pool:
         """Load a model once, however many requests wait for it; or return the id under which to load it."""
         load = self._loads.get(model_id)
         if load is None:
-            load = self._loads[model_id] = _Load(model_id)
+            load = self._loads[model_id] = Load(model_id)
             load.task = asyncio.create_task(self._run(load))
             self._tasks[load.task] = load
             load.task.add_done_callback(self._ended)
@@ -207,6 +263,8 @@ class Pool:
         try:
             return await asyncio.shield(load.task)
         except asyncio.CancelledError:
+            if load.task.cancelled() and load.is_given_up:
+                raise Unavailable(f"the load of {model_id} was given up, as asked", code="model_unloaded") from None
             if load.task.cancelled():
                 raise Unavailable("the server is shutting down") from None
             raise
@@ -221,7 +279,7 @@ class Pool:
             self._cancel(load)
         self._admit()
 
-    def _cancel(self, load: _Load) -> None:
+    def _cancel(self, load: Load) -> None:
         """End a load. A request for its model that comes from now on begins another one."""
         if self._loads.get(load.id) is load:
             del self._loads[load.id]
@@ -236,13 +294,14 @@ class Pool:
             task.exception()  # whoever waited has got it; asyncio warns of errors that nobody has read
         self._admit()
 
-    async def _run(self, load: _Load) -> Resident | str:
+    async def _run(self, load: Load) -> Resident | str:
         extras = self._extras.get(load.id, Extras())
         located = await self._source.locate(load.id)
         if located.id != load.id:  # one model, which must not be in memory twice
             self._is_given_for(load.id, located.id)
             return located.id
         draft = await self._source.locate(extras.draft) if extras.draft is not None else None
+        load.path = located.path
         load.nbytes = located.nbytes + (draft.nbytes if draft is not None else 0)
         if self._find_budget is not None:
             self._budget = await self._find_budget()

@@ -11,7 +11,7 @@ import logging
 import pickle
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,11 +23,11 @@ from mlx_overlay_server.chat.reader import Reader
 from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, Params
 from mlx_overlay_server.engine.commands import Submit
 from mlx_overlay_server.engine.handle import Engine
-from mlx_overlay_server.errors import Failed, Field, InvalidRequest, ServerError
+from mlx_overlay_server.errors import Failed, Field, InvalidRequest, ServerError, Unavailable
 from mlx_overlay_server.preparation.grammars import Grammars
-from mlx_overlay_server.preparation.lanes import Lanes, Work
-from mlx_overlay_server.preparation.process import Process
+from mlx_overlay_server.preparation.lanes import READ_TOKENIZER, Lanes, Work
 from mlx_overlay_server.preparation.work import Prepared
+from mlx_overlay_server.preparer import Process
 from mlx_overlay_server.settings import Limits
 from mlx_overlay_server.turns import turn
 
@@ -75,6 +75,7 @@ class Preparation:
 
     def start(self) -> None:
         """Start the processes, while the caller goes on."""
+        self._loop = asyncio.get_running_loop()
         self._lanes.start()
 
     def abort(self) -> None:
@@ -86,6 +87,17 @@ class Preparation:
         for each in self._known.values():
             each.detach()
         await self._lanes.stop()
+
+    def read_tokenizer(self, key: str, path: str, options: Mapping[str, Any], end_tokens: Any) -> bytes:
+        """Read a model's tokenizer in a process: a `ReadTokenizer`, for any thread but the event loop's."""
+        arguments = pickle.dumps((path, options, end_tokens))
+        return asyncio.run_coroutine_threadsafe(self._read_tokenizer(key, arguments), self._loop).result()
+
+    async def _read_tokenizer(self, key: str, arguments: bytes) -> bytes:
+        seconds = self._engine.options.load_seconds
+        work = Work(READ_TOKENIZER, key, arguments, lambda: _unread(seconds), is_slow=False, seconds=seconds)
+        data: bytes = (await self._lanes.run(work)).value
+        return data
 
     async def answers(self, model: Loaded, request: AnyRequest) -> list[Answer]:
         """Prepare every answer of a request, in the order of their indexes.
@@ -154,14 +166,14 @@ class Preparation:
         if model.key in self._known:
             return
         try:
-            data = await asyncio.to_thread(pickle.dumps, model, pickle.HIGHEST_PROTOCOL)
+            data = await asyncio.to_thread(pickle.dumps, _without_tokenizer(model), pickle.HIGHEST_PROTOCOL)
         except Exception as error:  # noqa: BLE001 - tokenizers are code that may come with the model
             raise Failed(f"the model's tokenizer cannot be copied to another process: {type(error).__name__}") from None
         if model.key not in self._known:
             forget = partial(asyncio.get_running_loop().call_soon_threadsafe, self._forget, model.key)
             self._known[model.key] = weakref.finalize(model, forget)
             self._known[model.key].atexit = False
-            self._lanes.learn(model.key, data)
+            self._lanes.learn(model.key, data, model.whole)
 
     def _forget(self, key: str) -> None:
         self._known.pop(key, None)
@@ -176,6 +188,22 @@ class Preparation:
             field=field,
             code="too_expensive",
         )
+
+
+def _without_tokenizer(model: Loaded) -> Loaded:
+    """Return a model without the part of its tokenizer that a process replaces by the whole."""
+    if not model.whole:
+        return model
+    nothing: Any = None
+    return replace(model, tokenizer=nothing, detokenizer=nothing, make_grammar_tokenizer=nothing, whole=b"")
+
+
+def _unread(seconds: float) -> ServerError:
+    return Unavailable(
+        f"the model cannot be loaded: its tokenizer could not be read within {seconds:g} s; look at the disk, or raise "
+        "--load-seconds",
+        code="model_load_failed",
+    )
 
 
 def _pickled(value: object) -> bytes:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 
 from mlx_overlay_server.errors import Failed, ServerError, Unavailable
-from mlx_overlay_server.preparation.frames import Result
-from mlx_overlay_server.preparation.process import Ended, Process
+from mlx_overlay_server.frames import Result
+from mlx_overlay_server.preparer import Ended, Process
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -20,6 +20,8 @@ LONG_SECONDS = 1.0
 """Work that takes longer is remembered as slow. A busy machine makes much of what is quick late, but not so late."""
 AT_REST = 2
 """Processes that wait for work: one that does it, and a spare one for when that work turns out to be slow."""
+SPARE_SECONDS = 1.0
+"""How long after the first process the spare one starts: what it imports would take time from the first answer."""
 AT_MOST = 4
 """Processes while there is slow work."""
 SLOW = AT_MOST - AT_REST
@@ -30,20 +32,26 @@ SHRINK_SECONDS = 60.0
 """How long more processes than `AT_REST` stay when there is no slow work any more."""
 
 
+READ_TOKENIZER = "read_tokenizer"
+"""The work of reading a model's tokenizer, for which the model need not be known."""
+
+
 @dataclass(eq=False, slots=True)
 class Work:
     """A piece of work, from when it comes until its result is there."""
 
     name: str
-    """The function's, in `work.WORK`."""
+    """The function's, in `work.WORK`, or READ_TOKENIZER."""
     key: str
-    """The model's, which `Lanes.learn` was called with."""
+    """The model's. For a function of `work.WORK`, `Lanes.learn` was called with it."""
     arguments: bytes
     """The function's other arguments: a pickled tuple."""
     refused: Callable[[], ServerError]
     """Makes the error for a client whose work takes longer than it may."""
     is_slow: bool
     """Whether it is expected to be slow, or was found to be."""
+    seconds: float | None = None
+    """How long it may take; None: as long as a request's."""
     result: asyncio.Future[Result] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     process: Process | None = None
     """The process that it runs in; None while it waits."""
@@ -63,7 +71,7 @@ class Lanes:
         """`seconds`: how long one piece of work may take; `first`: a process that was started already."""
         self._first = first
         self._seconds = seconds
-        self._models: dict[str, bytes] = {}
+        self._models: dict[str, tuple[bytes, bytes]] = {}
         self._quick: deque[Work] = deque()
         self._slow: deque[Work] = deque()
         self._running: set[Work] = set()
@@ -74,7 +82,7 @@ class Lanes:
         self._idle: list[Process] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._at_rest = 1
-        """The spare process starts once the first is ready: until then, it would take time from that one's start."""
+        """Processes that wait for work now."""
         self._is_stopped = False
 
     def start(self) -> None:
@@ -98,9 +106,9 @@ class Lanes:
         await asyncio.gather(*(process.close() for process in self._processes))
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def learn(self, key: str, model: bytes) -> None:
-        """Get to know a model, which is pickled: work may name it from now on."""
-        self._models[key] = model
+    def learn(self, key: str, model: bytes, tokenizer: bytes) -> None:
+        """Get to know a model, with `tokenizer` as for `Process.teach`: work may name it from now on."""
+        self._models[key] = (model, tokenizer)
 
     def forget(self, key: str) -> None:
         """Drop a model that no work names any more."""
@@ -151,7 +159,7 @@ class Lanes:
         return sum(work.is_slow for work in self._running)
 
     def _begin(self, work: Work) -> None:
-        process = next((each for each in self._idle if work.key in each.models), self._idle[0])
+        process = max(self._idle, key=lambda each: (work.key in each.models, work.key == each.has_read))
         self._idle.remove(process)
         work.process = process
         self._running.add(work)
@@ -163,13 +171,17 @@ class Lanes:
         loop = asyncio.get_running_loop()
         timers: list[asyncio.TimerHandle] = []
         try:
-            if work.key in process.models or (result := await self._taught(process, work.key)).unexpected is None:
+            is_known = work.key in process.models or work.name == READ_TOKENIZER
+            if is_known or (result := await self._taught(process, work.key)).unexpected is None:
                 timers = [
                     loop.call_later(QUICK_SECONDS, self._is_late, process, work),
                     loop.call_later(LONG_SECONDS, self._is_long, process, work),
-                    loop.call_later(self._seconds, self._is_over, process, work),
+                    loop.call_later(work.seconds or self._seconds, self._is_over, process, work),
                 ]
-                result = await process.work(work.name, work.key, work.arguments)
+                if work.name == READ_TOKENIZER:
+                    result = await process.read_tokenizer(work.key, work.arguments)
+                else:
+                    result = await process.work(work.name, work.key, work.arguments)
             if not work.result.done():
                 work.result.set_result(result)
             self._idle.append(process)
@@ -183,7 +195,7 @@ class Lanes:
             self._dispatch()
 
     async def _taught(self, process: Process, key: str) -> Result:
-        return await process.teach(key, self._models[key])
+        return await process.teach(key, *self._models[key])
 
     async def _teach(self, process: Process, key: str) -> None:
         try:
@@ -247,6 +259,11 @@ class Lanes:
             if len(self._processes) > AT_REST:
                 asyncio.get_running_loop().call_later(SHRINK_SECONDS, self._shrink)
 
+    def _rest(self) -> None:
+        """Start the spare process."""
+        self._at_rest = AT_REST
+        self._dispatch()
+
     def _shrink(self) -> None:
         if self._slow or self._slow_running:
             asyncio.get_running_loop().call_later(SHRINK_SECONDS, self._shrink)
@@ -262,7 +279,7 @@ class Lanes:
         try:
             await process.ready()
             self._idle.append(process)
-            self._at_rest = AT_REST
+            asyncio.get_running_loop().call_later(SPARE_SECONDS, self._rest)
         except Ended:
             self._processes.discard(process)
             status = await process.close()

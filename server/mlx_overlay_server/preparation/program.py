@@ -13,29 +13,42 @@ from collections.abc import Callable
 from typing import Any
 
 from mlx_overlay_server.errors import ServerError
-from mlx_overlay_server.preparation.frames import LENGTH, Result, packed
+from mlx_overlay_server.frames import LENGTH, Result, packed
 
 
 def main() -> None:
     """Work until the server closes the socket."""
     server = socket.socket(fileno=os.dup(0))
+    with open(os.devnull, "rb") as nothing:  # a tokenizer may be code that reads its input
+        os.dup2(nothing.fileno(), 0)
     frames: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(server, frames.put), daemon=True).start()
 
-    from mlx_overlay_server.engine import mlx  # noqa: F401 - imports all that models need: before the first one comes
+    from mlx_overlay_server.imports import import_transformers
+
+    import_transformers()
+    from mlx_overlay_server.engine import tokenizers  # imports all that models need: before the first one comes
     from mlx_overlay_server.preparation.work import WORK
 
     server.sendall(packed(None))
     models: dict[str, Any] = {}
+    whole: dict[str, Any] = {}
+    """By its model's key, the tokenizer that was read last."""
     while True:
         kind, *rest = frames.get()
         if kind == "forget":
             models.pop(rest[0], None)
+        elif kind == "tokenizer":
+            key, arguments = rest
+            data, read = tokenizers.sent(*pickle.loads(arguments))  # noqa: S301
+            whole = {key: read}
+            server.sendall(packed(Result(data)))
         elif kind == "model":
-            key, data, path = rest
+            key, data, tokenizer, path = rest
             # A tokenizer may be code that came with its model: it is where the server has found it.
             sys.path += [folder for folder in path if folder not in sys.path]
-            server.sendall(packed(_result(lambda: models.__setitem__(key, pickle.loads(data)))))  # noqa: B023, S301
+            known = whole.pop(key, None)
+            server.sendall(packed(_result(lambda: models.__setitem__(key, _model(data, tokenizer, known)))))  # noqa: B023
         else:
             name, key, arguments = rest
             server.sendall(packed(_result(lambda: WORK[name](models[key], *pickle.loads(arguments)))))  # noqa: B023, S301
@@ -49,6 +62,16 @@ def _read(server: socket.socket, put: Callable[[Any], None]) -> None:
                 put(pickle.loads(file.read(LENGTH.unpack(head)[0])))  # noqa: S301 - from the server, which started us
     finally:
         os._exit(0)
+
+
+def _model(data: bytes, tokenizer: bytes, known: Any) -> Any:
+    """Return a model with its whole tokenizer: the one that is known, else the pickled one, else its own."""
+    from mlx_overlay_server.engine import tokenizers
+
+    model = pickle.loads(data)  # noqa: S301
+    if known is None and not tokenizer:
+        return model
+    return tokenizers.with_whole(model, known if known is not None else pickle.loads(tokenizer))  # noqa: S301
 
 
 def _result(work: Callable[[], Any]) -> Result:

@@ -55,7 +55,7 @@ def prepare(model: Loaded, request: AnyRequest, limits: Limits) -> list[Prepared
 
 def count_tokens(model: Loaded, request: ChatRequest, limits: Limits) -> int:
     """Count the tokens of a conversation's prompt. Raises InvalidRequest."""
-    return len(chat.render(model, request, _prompt_limit(model, limits)).tokens)
+    return len(chat.render(model, request, _prompt_limit(model, request, limits)).tokens)
 
 
 def check_grammar(model: Loaded, constraint: Constraint, limits: Limits) -> None:  # noqa: ARG001 - as all of these
@@ -70,9 +70,9 @@ WORK: dict[str, Callable[[Loaded, Any, Limits], Any]] = {
 
 
 def _chat(model: Loaded, request: ChatRequest, limits: Limits) -> Prepared:
-    if request.is_truncated and (limit := _prompt_limit(model, limits)) is not None:
+    if request.is_truncated and (limit := _prompt_limit(model, request, limits)) is not None:
         request = truncated(model, request, limit)
-    prompt = chat.render(model, request, _prompt_limit(model, limits))
+    prompt = chat.render(model, request, _prompt_limit(model, request, limits))
     return Prepared(
         prompt,
         _answer_limit(model, request, prompt.tokens, limits, "messages"),
@@ -112,7 +112,7 @@ def _text(model: Loaded, request: TextRequest, limits: Limits) -> list[Prepared]
     for prompt in request.prompts:
         if isinstance(prompt, str):
             chat.check_unicode(prompt, "prompts")
-            chat.check_length(model, prompt, _prompt_limit(model, limits), "prompts")
+            chat.check_length(model, prompt, _prompt_limit(model, request, limits), "prompts")
         tokens = tuple(model.tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
         if any(not 0 <= token < model.vocab_size for token in tokens):
             raise InvalidRequest(f"tokens are numbers from 0 to {model.vocab_size - 1}", field="prompts")
@@ -121,9 +121,15 @@ def _text(model: Loaded, request: TextRequest, limits: Limits) -> list[Prepared]
     return made
 
 
-def _prompt_limit(model: Loaded, limits: Limits) -> int | None:
+def _context(model: Loaded, request: AnyRequest) -> int | None:
+    """Return how many tokens prompt and answer may have together; None: any number."""
+    return min((each for each in (model.context, request.context) if each is not None), default=None)
+
+
+def _prompt_limit(model: Loaded, request: AnyRequest, limits: Limits) -> int | None:
     """Return how many tokens a prompt may have; None: any number."""
-    known = [limits.prompt_tokens, model.context and model.context - 1]
+    context = _context(model, request)
+    known = [limits.prompt_tokens, context and context - 1]
     return min((limit for limit in known if limit is not None), default=None)
 
 
@@ -132,7 +138,7 @@ def _answer_limit(model: Loaded, request: AnyRequest, prompt: Sequence[int], lim
     size = len(prompt)
     if not size:
         raise InvalidRequest("the prompt is empty", field=field)
-    limit = _prompt_limit(model, limits)
+    limit = _prompt_limit(model, request, limits)
     if limit is not None and size > limit:
         raise PromptTooLong(f"prompt is too long: {size} tokens > {limit} maximum", field=field)
     if outside := [token for token in request.params.logit_bias if not 0 <= token < model.vocab_size]:
@@ -140,7 +146,8 @@ def _answer_limit(model: Loaded, request: AnyRequest, prompt: Sequence[int], lim
             f"{outside[0]} is not a token of {request.model}; they go from 0 to {model.vocab_size - 1}",
             field="logit_bias",
         )
-    room = model.context - size if model.context is not None else 1 << 30
+    context = _context(model, request)
+    room = context - size if context is not None else 1 << 30
     if request.params.max_tokens == 0:
         return 1  # to read a prompt to its end is to draw the next token
     return min(request.params.max_tokens or limits.answer_tokens or room, room)

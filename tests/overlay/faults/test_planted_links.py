@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import hf_overlay
 import pytest
 from hf_overlay.catalog import links
 from hf_overlay.gateway import routes
-from starlette.requests import Request
+from hf_overlay.gateway.exchange import Request
 
 from tests.support.folders import lay_model
 
@@ -106,12 +103,8 @@ def test_a_whole_model_that_is_a_link_stays(models: Path, other: Path, sessions:
 
 def status(session: hf_overlay.Session, model: hf_overlay.Model, name: str) -> int:
     """The status of the gateway's answer to a request for a file."""
-    request = Request({"type": "http", "method": "HEAD", "headers": []})
-
-    async def ask(root: str, function: Callable[[], Any]) -> Any:
-        return session.ask(root, function)
-
-    return asyncio.run(routes._file(request, model, "c" * 40, name, ask)).status_code
+    request = Request("HEAD", "", [], iter(()))
+    return routes._file(request, model, "c" * 40, name, session.ask).status
 
 
 def test_a_link_that_took_a_files_place_after_the_scan_is_not_served(

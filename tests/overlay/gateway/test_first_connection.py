@@ -41,7 +41,7 @@ def test_a_gateway_that_nobody_asks_imports_nothing_and_ends_at_once() -> None:
         "gateway = Gateway(None, 'http://127.0.0.1:9')\n"
         "gateway.start()\n"
         "gateway.stop()\n"
-        "heavy = {'asyncio', 'ssl', 'httpx2', 'starlette', 'uvicorn'}\n"
+        "heavy = {'asyncio', 'ssl', 'h11', 'urllib3', 'http.client'}\n"
         "print(heavy & set(sys.modules), threading.active_count())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -91,10 +91,10 @@ def test_a_request_that_came_while_it_was_starting_is_answered_before_it_stops_u
 def test_where_it_cannot_start_clients_are_refused_and_the_error_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", seen.append)
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.setitem(sys.modules, "hf_overlay.gateway.connection", None)
     gateway = _gateway()
     gateway.start()
-    with _connect(gateway) as connection, pytest.raises(ConnectionResetError):
+    with pytest.raises(ConnectionError), _connect(gateway) as connection:
         _read(connection)  # else it would wait for ten seconds
     gateway._thread.join(10)
     assert seen[0].exc_type is ModuleNotFoundError

@@ -14,9 +14,11 @@ import pytest
 from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_overlay_server.access import Access
 from mlx_overlay_server.api import guard as guard_module
 from mlx_overlay_server.api.guard import Guard, names_of_this_machine
 from mlx_overlay_server.errors import ServerError
+from mlx_overlay_server.settings import Settings
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,6 +27,11 @@ _LIMIT = 10
 _OURS = (("host", "127.0.0.1:10240"),)
 
 Header = tuple[str, str | bytes]
+
+
+def access_with(api_key: str | None) -> Access:
+    """Access by one key for everything, or, without it, by anybody."""
+    return Access(lambda: Settings(api_key=api_key))
 
 
 async def _plain(scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,7 +103,7 @@ class Door:
     def guard(self) -> Guard:
         return Guard(
             self.app,
-            api_key=self.api_key,
+            access=access_with(self.api_key),
             host=self.host,
             origins=self.origins,
             max_body=_LIMIT,
@@ -177,6 +184,16 @@ def test_a_page_that_was_allowed_is_answered(allowed: str) -> None:
     assert Door(origins=["http://other.example", allowed]).ask(("origin", "http://localhost:3000")) == 200
 
 
+@pytest.mark.parametrize("allowed", ["http://localhost:3000", "*"])
+def test_no_other_page_manages_the_server_also_where_it_may_use_it(allowed: str) -> None:
+    door = Door(origins=[allowed])
+    assert door.ask(("origin", "http://localhost:3000"), path="/manage/v1/models/unload") == 403
+    assert door.refused is not None
+    assert door.refused.code == "foreign_origin"
+    assert door.ask(("origin", "http://127.0.0.1:10240"), path="/manage/v1/models/unload") == 200
+    assert door.ask(path="/manage/v1/models/unload") == 200, "a program, which no page can make send this"
+
+
 _odd = st.binary(max_size=10) | st.text("h:/[]@.#?%1", max_size=10).map(str.encode)
 
 
@@ -234,7 +251,16 @@ def test_health_needs_no_key(path: str) -> None:
     assert Door(api_key="secret").ask(path=path, method="GET") == 200
 
 
-@pytest.mark.parametrize("path", ["/", "/metrics", "/health/", "/v1/health/x", "//health", "/v1/models", "/docs"])
+@pytest.mark.parametrize("path", ["/", "/docs", "/ui/app.js"])
+def test_the_server_s_own_pages_are_read_without_one(path: str) -> None:
+    assert Door(api_key="secret").ask(path=path, method="GET") == 200
+    assert Door(api_key="secret").ask(path=path, method="POST") == 401
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/metrics", "/health/", "/v1/health/x", "//health", "/v1/models", "/openapi.json", "/manage/v1/status", "/ui"],
+)
 def test_everything_else_does(path: str) -> None:
     assert Door(api_key="secret").ask(path=path, method="GET") == 401
 
@@ -301,7 +327,7 @@ def test_what_is_no_http_passes() -> None:
 
     guard = Guard(
         app,
-        api_key="secret",
+        access=access_with("secret"),
         host="127.0.0.1",
         origins=(),
         max_body=_LIMIT,

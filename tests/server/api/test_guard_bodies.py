@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from mlx_overlay_server.access import Access
 from mlx_overlay_server.api.guard import Guard
 from mlx_overlay_server.errors import ServerError
+from mlx_overlay_server.settings import Settings
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -37,7 +39,7 @@ def ask(app: ASGIApp, chunks: Sequence[bytes], *headers: tuple[bytes, bytes]) ->
 
     guard = Guard(
         app,
-        api_key=None,
+        access=Access(Settings),
         host="localhost",
         origins=(),
         max_body=_LIMIT,

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from mlx_overlay_server.chat.loaded import Loaded
-from mlx_overlay_server.engine import folder, handle, loading
+from mlx_overlay_server.engine import folder, handle, loading, tokenizers
 from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.errors import ServerError, Unavailable
 from mlx_overlay_server.settings import EngineOptions
@@ -206,7 +206,7 @@ class Hang:
         monkeypatch.setattr(owner, name, call)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(folder, "check"), (loading, "load_tokenizer")])
+@pytest.mark.parametrize(("owner", "name"), [(folder, "check"), (tokenizers, "load_tokenizer")])
 def test_a_load_without_progress_is_given_up_and_others_go_on_meanwhile(
     owner: Any, name: str, model: Path, well: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,7 +226,7 @@ def test_a_load_without_progress_is_given_up_and_others_go_on_meanwhile(
 def test_a_load_that_is_cancelled_leaves_nothing_and_costs_nobody(
     model: Path, well: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hang = Hang(monkeypatch, loading, "load_tokenizer", model)
+    hang = Hang(monkeypatch, tokenizers, "load_tokenizer", model)
     settled: list[str] = []
     settle = Engine.settle
 

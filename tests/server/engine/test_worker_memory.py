@@ -22,6 +22,7 @@ from mlx_overlay_server.engine.commands import (
     Item,
     Load,
     Prefilled,
+    ReadTokenizer,
     Sampled,
     Stats,
     Stop,
@@ -47,6 +48,7 @@ class Script:
 
     def __init__(self, commands: Sequence[Command], options: EngineOptions, until: Callable[[Script], bool]) -> None:
         self.options = options
+        self.read_tokenizer: ReadTokenizer | None = None
         self.items: list[Item] = []
         self.settled: Loaded | ServerError | None = None
         self._commands = list(commands)
@@ -62,14 +64,23 @@ class Script:
             return [self._commands.pop(0)]
         return [Stop()] if not self._commands and self._until(self) else []
 
+    def wake(self) -> None:
+        pass
+
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None:
         self.items += [item for id_, item in items if id_ == ID]
+
+    def has_read(self, key: str, nbytes: int) -> None:
+        pass
 
     def reading(self, key: str) -> AbstractContextManager[None]:
         return nullcontext()
 
     def settle(self, key: str, result: Loaded | ServerError) -> None:
         self.settled = result
+
+    def finish(self) -> None:
+        pass
 
     def end(self, reason: str) -> None:
         pytest.fail(reason)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 from mlx_overlay_server import children
 from mlx_overlay_server.errors import Unavailable, UnknownModel
 from mlx_overlay_server.models import download
-from mlx_overlay_server.models.download import DOWNLOADS, LOOK_UPS, Downloader
+from mlx_overlay_server.models.download import DOWNLOADS, LOOK_UPS, Downloader, Progress
 
 from tests.server.models.test_pool import run, settled
 
@@ -183,5 +183,71 @@ def test_a_process_that_ends_without_a_word_is_an_error(monkeypatch: pytest.Monk
         monkeypatch.setattr(hub, "_lines", nothing)
         with pytest.raises(Unavailable, match="it ended with status 0"):
             await hub.downloader().fetch("acme/one", _quiet)
+
+    run(scenario())
+
+
+def test_a_download_that_somebody_began_goes_on_with_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        hub = Hub(monkeypatch, {"acme/one": 5})
+        downloader = hub.downloader()
+        downloader.start("acme/one")
+        asking = asyncio.create_task(downloader.fetch("acme/one", _quiet))
+        await settled()
+        asking.cancel()
+        await settled()
+        assert downloader.shown == [Progress("acme/one", "waiting")]
+        hub.answers.set()
+        await settled()
+        assert downloader.shown == [Progress("acme/one", "downloading")]
+        hub.sends.set()
+        await settled()
+        assert downloader.shown == [Progress("acme/one", "done", 5, 5)]
+        assert (len(hub.started), hub.running) == (1, 0)
+
+    run(scenario())
+
+
+def test_a_cancelled_download_ends_for_all_who_wait_and_is_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        hub = Hub(monkeypatch, {"acme/one": 5})
+        hub.answers.set()
+        downloader = hub.downloader()
+        asking = [asyncio.create_task(downloader.fetch("acme/one", _quiet)) for _ in range(2)]
+        await settled()
+        assert downloader.cancel("acme/one")
+        assert not downloader.cancel("acme/one")
+        told = await asyncio.gather(*asking, return_exceptions=True)
+        assert [each.code for each in told if isinstance(each, Unavailable)] == ["download_cancelled"] * 2
+        assert hub.running == 0
+        assert downloader.shown == [Progress("acme/one", "cancelled")]
+        hub.sends.set()
+        downloader.start("acme/one")
+        await settled()
+        assert downloader.shown == [Progress("acme/one", "done", 5, 5)]
+
+    run(scenario())
+
+
+def test_what_is_shown_of_ended_downloads_is_bounded_and_free_of_made_up_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "_MAX_ENDED", 2)
+
+    async def scenario() -> None:
+        hub = Hub(monkeypatch, {"acme/1": 5, "acme/2": 5})
+        hub.answers.set()
+        hub.sends.set()
+        downloader = hub.downloader()
+        for name in ("acme/0", "acme/1", "acme/2"):
+            downloader.start(name)
+            await settled()
+        with pytest.raises(UnknownModel):
+            await downloader.fetch("acme/made-up", _quiet)
+        assert [each.id for each in downloader.shown] == ["acme/1", "acme/2"]
+        for name in ("acme/7", "acme/7"):
+            with suppress(UnknownModel):
+                downloader.start(name)
+            await settled()
+        assert [(each.id, each.state) for each in downloader.shown] == [("acme/2", "done"), ("acme/7", "failed")]
+        assert "acme/7" in downloader.shown[1].message
 
     run(scenario())

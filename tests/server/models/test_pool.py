@@ -49,6 +49,9 @@ class Shelf:
     def unload(self, model: Loaded) -> None:
         self.unloads.append(model.key)
 
+    def bytes_read(self, path: str) -> int:
+        return 7 if path[1:] in self.loaded else 0
+
     @property
     def loaded(self) -> list[str]:
         return [name for name, _, _ in self.loads]
@@ -418,7 +421,9 @@ def test_without_a_time_idle_models_stay() -> None:
         shelf = Shelf()
         pool = Pool(shelf, shelf, budget=BUDGET)
         await used(pool, "a")
-        await pool.sweep()
+        sweeping = asyncio.create_task(pool.sweep())
+        await asyncio.sleep(0.05)
+        sweeping.cancel()
         assert pool.resident == ["a"]
 
     run(scenario())

@@ -35,6 +35,9 @@ class Shelf:
         model: Any = SimpleNamespace(nbytes=self._nbytes)
         return model  # type: ignore[no-any-return]
 
+    def bytes_read(self, path: str) -> int:
+        return 0
+
     def unload(self, model: Loaded) -> None:
         raise AssertionError("nothing was loaded")
 

@@ -4,7 +4,9 @@ They speak frames over a socket: eight bytes with a length, then a pickled value
 
     to the process                                          from the process
                                                             None, once it is ready
-    ("model", key, the pickled Loaded, sys.path)            Result
+    ("tokenizer", key of its model, pickled arguments)      Result, of `engine.tokenizers.sent`
+    ("model", key, the pickled Loaded, its pickled whole    Result
+        tokenizer; b"": it was just read, sys.path)
     ("forget", key)                                         nothing
     ("work", name, key of a model, pickled arguments)       Result
 """

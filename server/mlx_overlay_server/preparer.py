@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from mlx_overlay_server import children
-from mlx_overlay_server.preparation.frames import LENGTH, Result, packed
+from mlx_overlay_server.frames import LENGTH, Result, packed
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -27,6 +27,8 @@ class Process:
     def __init__(self) -> None:
         self.models: set[str] = set()
         """Keys of the models that it has got."""
+        self.has_read: str | None = None
+        """Key of the model whose tokenizer it has read last, and keeps until it gets the model."""
         self.is_killed = False
         self._socket, theirs = socket.socketpair()
         self._reader: asyncio.StreamReader | None = None
@@ -52,9 +54,15 @@ class Process:
         self._reader, self._writer = await asyncio.open_connection(sock=self._socket)
         await self._answer()
 
-    async def teach(self, key: str, data: bytes) -> Result:
-        """Give it a model, which is pickled. Raises Ended."""
-        result = await self._ask(("model", key, data, sys.path))
+    async def read_tokenizer(self, key: str, arguments: bytes) -> Result:
+        """Have it read a model's tokenizer; `arguments`: those of `tokenizers.sent`, a pickled tuple. Raises Ended."""
+        result = await self._ask(("tokenizer", key, arguments))
+        self.has_read = key
+        return result
+
+    async def teach(self, key: str, model: bytes, tokenizer: bytes) -> Result:
+        """Give it a model and its whole tokenizer, both pickled; b"" where the model holds that. Raises Ended."""
+        result = await self._ask(("model", key, model, b"" if self.has_read == key else tokenizer, sys.path))
         if result.unexpected is None:
             self.models.add(key)
         return result

@@ -1,0 +1,156 @@
+"""Reads models' tokenizers, and cuts out the part of each that turns answers into text.
+
+The whole of a tokenizer is a transformers object, whose import takes a second and 40 MB. So it is read in a preparation
+process, where prompts are made, and the server's process gets the part, which needs none of that.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlx_lm.generate import make_text_state_machine
+from mlx_lm.utils import load_tokenizer
+
+from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.engine import mlx
+from mlx_overlay_server.engine.failures import Unreadable
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerTokenizer:
+    """The part of a tokenizer that turns the tokens of answers into text, with the names of mlx-lm's wrapper."""
+
+    size: int
+    """Tokens in its vocabulary."""
+    eos_token_ids: set[int]
+    tool_call_start: str | None
+    tool_call_end: str | None
+    tool_parser: Any
+    response_initial_state: str | None
+    json: str | None
+    """As the tokenizers library writes it; None: it is none of that library's."""
+    _detokenizer: Any
+    """As `mlx.own_detokenizer` returns it."""
+    _whole: Any = None
+    """The whole tokenizer, where there is no `json`."""
+
+    def __len__(self) -> int:
+        return self.size
+
+    @cached_property
+    def backend_tokenizer(self) -> Any:
+        """The tokenizers library's own object, made at first use: probabilities, grammars and some models need it."""
+        from tokenizers import Tokenizer
+
+        return None if self.json is None else Tokenizer.from_str(self.json)
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of tokens, special ones included."""
+        if self.json is None:
+            return str(self._whole.decode(tokens))
+        return str(self.backend_tokenizer.decode(tokens, skip_special_tokens=False))
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str | None]:
+        """Return each token as the vocabulary writes it; None for ids without one."""
+        if self.json is None:
+            return list(self._whole.convert_ids_to_tokens(ids))
+        return [self.backend_tokenizer.id_to_token(each) for each in ids]
+
+
+class Read(NamedTuple):
+    """What a model's tokenizer is to the server's process; the fields are Loaded's, but for the first two."""
+
+    whole: bytes
+    """The whole of it, pickled, for preparation processes; b"": `tokenizer` is the whole."""
+    tokenizer: Any
+    marks: Any
+    letter: tuple[int, ...]
+    longest_token: int
+    has_own_calls: bool
+
+
+def read_here(path: str, options: Mapping[str, Any], end_tokens: Any) -> Read:
+    """Read the tokenizer in a folder in this process, which has imported mlx-lm with transformers.
+
+    `options` are for transformers, `end_tokens` is what the model's config.json says of them.
+    """
+    return described(load_tokenizer(Path(path), dict(options), end_tokens))
+
+
+def described(tokenizer: Any) -> Read:
+    """Describe a tokenizer that mlx-lm has read. `Read.tokenizer` is the whole."""
+    has_own_calls = tokenizer.has_tool_calling
+    mlx.prepare_tokenizer(tokenizer)
+    return Read(
+        b"",
+        tokenizer,
+        make_text_state_machine(tokenizer),
+        tuple(tokenizer.encode("a", add_special_tokens=False)),
+        max(map(len, tokenizer.get_vocab()), default=1),
+        has_own_calls,
+    )
+
+
+def cut(read: Read) -> Read:
+    """Return the same with the part in the whole's place."""
+    tokenizer = read.tokenizer
+    inner = mlx.backend(tokenizer)
+    json = None if inner is None else mlx.plain_json(inner)
+    part = AnswerTokenizer(
+        len(tokenizer),
+        set(tokenizer.eos_token_ids),
+        tokenizer.tool_call_start,
+        tokenizer.tool_call_end,
+        tokenizer.tool_parser,
+        tokenizer.response_initial_state,
+        json,
+        mlx.own_detokenizer(tokenizer),
+        tokenizer if json is None else None,
+    )
+    return read._replace(tokenizer=part, whole=pickle.dumps(tokenizer, pickle.HIGHEST_PROTOCOL))
+
+
+def sent(path: str, options: Mapping[str, Any], end_tokens: Any) -> tuple[bytes, Any]:
+    """Read a tokenizer for another process: return what `received` takes there, and the whole tokenizer; None: none.
+
+    Runs code that comes with models, which may raise or call anything.
+    """
+    whole = None
+    try:
+        read = read_here(path, options, end_tokens)
+        whole = read.tokenizer
+        result: Read | Unreadable = cut(read)
+        data = pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
+    except BaseException as error:  # noqa: BLE001 - the boundary: a panic in Rust and sys.exit are no Exceptions
+        data = pickle.dumps(Unreadable(type(error).__name__, str(error)))
+    return pickle.dumps((tuple(sys.path), data)), whole
+
+
+def received(data: bytes) -> Read:
+    """Return what another process has sent. Raises Unreadable."""
+    path, inner = pickle.loads(data)  # noqa: S301 - from our own program
+    sys.path += [
+        folder for folder in path if folder not in sys.path
+    ]  # a tokenizer may be code that came with its model
+    result = pickle.loads(inner)  # noqa: S301
+    if isinstance(result, Unreadable):
+        raise result
+    assert isinstance(result, Read)  # noqa: S101
+    return result
+
+
+def with_whole(model: Loaded, tokenizer: Any) -> Loaded:
+    """Return a model as a preparation process has it: with the whole tokenizer in the place of its part."""
+    return replace(
+        model,
+        tokenizer=tokenizer,
+        detokenizer=partial(mlx.detokenizer, tokenizer),
+        make_grammar_tokenizer=partial(mlx.grammar_tokenizer, tokenizer, model.vocab_size),
+        whole=b"",
+    )

@@ -1,0 +1,148 @@
+"""Imports of large packages, without what takes most of their time and is never used."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+UNUSED = ("transformers", "huggingface_hub")
+"""What mlx-lm imports, and uses only to read tokenizers and to download: other processes do both.
+
+They would take most of the time until the first answer, and half of the memory beside weights.
+"""
+
+
+@contextmanager
+def left_out(*packages: str) -> Iterator[None]:
+    """Let imports of packages give stand-ins while this lasts, except for those that are imported already.
+
+    Whoever imports them later gets the real ones. Modules that were imported meanwhile keep the stand-ins.
+    """
+    names = frozenset(packages) - sys.modules.keys()
+    finder = _Finder(names)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.partition(".")[0] in names]:
+            del sys.modules[name]
+
+
+@contextmanager
+def absent(module: str) -> Iterator[None]:
+    """Let imports of a module fail while this lasts, if it is not imported already."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+class _StandInType(type):
+    """The type of classes without anything in them, whose other attributes are functions that do nothing."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *_, **__: None
+
+
+class _StandIn(ModuleType):
+    """A module that has a class for every name."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _StandInType(name, (), {"__module__": self.__name__})
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds packages and all of their modules as stand-ins."""
+
+    def __init__(self, packages: frozenset[str]) -> None:
+        self._packages = packages
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,  # noqa: ARG002 - the protocol's
+        target: ModuleType | None = None,  # noqa: ARG002
+    ) -> ModuleSpec | None:
+        if fullname.partition(".")[0] not in self._packages:
+            return None
+        return ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _StandIn(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """There is nothing to run."""
+
+
+def import_transformers() -> None:
+    """Import transformers, which looks into all of its 1,700 model files twice: here it does so once."""
+    finder = _Patching("transformers.utils.import_utils", _remember_looks)
+    sys.meta_path.insert(0, finder)
+    try:
+        importlib.import_module("transformers")
+    finally:
+        sys.meta_path.remove(finder)
+
+
+def _remember_looks(module: Any) -> None:
+    """Let transformers' function that looks into a folder's files remember what it found."""
+    name = "create_import_structure_from_path"
+    look = getattr(module, name, None)
+    if look is None:  # another release: it may look as often as it likes
+        return
+    found: dict[str, Any] = {}
+
+    def remembered(path: Any, **options: Any) -> Any:
+        if options:
+            return look(path, **options)
+        folder = os.path.dirname(path) if os.path.isfile(path) else os.fspath(path)
+        if folder not in found:
+            found[folder] = look(folder)
+        return copy.deepcopy(found[folder])
+
+    setattr(module, name, remembered)
+
+
+class _Patching(MetaPathFinder, Loader):
+    """Finds one module as it is, and calls a function with it once it has been run."""
+
+    def __init__(self, name: str, patch: Callable[[Any], None]) -> None:
+        self._name = name
+        self._patch = patch
+        self._loader: Any = None
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None = None,  # noqa: ARG002 - the protocol's
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, path) if fullname == self._name else None
+        if spec is not None:
+            self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        self._patch(module)

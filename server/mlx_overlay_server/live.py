@@ -1,0 +1,101 @@
+"""The settings in force while the server runs: the configuration file is looked at again before each request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import fields
+from typing import NamedTuple
+
+from hf_overlay import OverlayError
+
+from mlx_overlay_server.settings import Profile, Settings
+
+logger = logging.getLogger("mlx_overlay_server")
+
+CHANGING = frozenset({"aliases", "default_model", "profiles", "keys"})
+"""The settings that change with the file at once; the others do at the next start."""
+LOOK_SECONDS = 2.0
+"""A disk that takes longer to say whether the file has changed holds up no request."""
+
+
+class Target(NamedTuple):
+    """What the name of a model in a request stands for."""
+
+    id: str
+    """The name under which the model is loaded: its id, or the profile's where that has weights of its own."""
+    profile: Profile | None = None
+
+
+class Live:
+    """The settings, and what follows them."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        stamp: Callable[[], object] = lambda: None,
+        reread: Callable[[], Settings] | None = None,
+    ) -> None:
+        """`stamp` returns another value once the file has changed, and `reread` what it says then."""
+        self.settings = settings
+        self.followers: list[Callable[[Settings], None]] = []
+        """Called with the settings when they have changed."""
+        self._stamp = stamp
+        self._reread = reread
+        self._seen = stamp()
+        self._look: asyncio.Task[None] | None = None
+
+    async def refresh(self) -> None:
+        """Take over what has changed in the file. A mistake in it is logged, and the last good one stays in force."""
+        if self._reread is None:
+            return
+        if self._look is None or self._look.done():
+            self._look = asyncio.create_task(self._once())
+        try:
+            async with asyncio.timeout(LOOK_SECONDS):
+                await asyncio.shield(self._look)
+        except TimeoutError:
+            pass  # the look goes on, and the first request after it finds what it saw
+
+    def target(self, name: str) -> Target:
+        """Return what a name stands for: an alias, a profile, or a model's own id."""
+        name = self.settings.aliases.get(name, name)
+        profile = self.settings.profiles.get(name)
+        if profile is None:
+            return Target(name)
+        has_own_weights = profile.adapter_path is not None or profile.draft_model is not None
+        return Target(name if has_own_weights else profile.model, profile)
+
+    def names(self, model_id: str) -> list[str]:
+        """Return the other names that lead to a model: aliases and profiles, sorted."""
+        names = {*self.settings.aliases, *self.settings.profiles} - {model_id}
+        return sorted(name for name in names if self.source(self.target(name).id) == model_id)
+
+    def source(self, loaded_as: str) -> str:
+        """Return the id of the model that is loaded under a name."""
+        profile = self.settings.profiles.get(loaded_as)
+        return loaded_as if profile is None else profile.model
+
+    async def _once(self) -> None:
+        stamp = await asyncio.to_thread(self._stamp)
+        if stamp == self._seen or self._reread is None:
+            return
+        self._seen = stamp
+        try:
+            settings = await asyncio.to_thread(self._reread)
+        except (OverlayError, ValueError) as error:
+            logger.warning("the configuration stays as it was: %s", error)
+            return
+        self._take(settings)
+
+    def _take(self, settings: Settings) -> None:
+        before, self.settings = self.settings, settings
+        changed = {each.name for each in fields(Settings) if getattr(before, each.name) != getattr(settings, each.name)}
+        if now := sorted(changed & CHANGING):
+            logger.info("the configuration has changed: %s", ", ".join(now))
+        if later := sorted(changed - CHANGING):
+            logger.warning("the configuration has changed, and takes effect at the next start: %s", ", ".join(later))
+        for follow in self.followers:
+            follow(settings)

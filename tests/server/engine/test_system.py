@@ -1,0 +1,54 @@
+"""What the system says of memory, in files as Linux writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mlx_overlay_server.engine import system
+
+_MB = 2**20
+
+
+def _files(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return root
+
+
+_NEW = {
+    "proc/self/cgroup": "0::/pod/box\n",
+    "sys/fs/cgroup/pod/memory.max": f"{900 * _MB}\n",
+    "sys/fs/cgroup/pod/memory.current": f"{850 * _MB}\n",
+    "sys/fs/cgroup/pod/memory.stat": f"anon 1\ninactive_file {30 * _MB}\n",
+    "sys/fs/cgroup/pod/box/memory.max": "max\n",
+    "sys/fs/cgroup/pod/box/memory.current": f"{700 * _MB}\n",
+}
+_OLD = {
+    "proc/self/cgroup": "5:devices:/\n4:memory:/box\n",
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+    "sys/fs/cgroup/memory/memory.usage_in_bytes": "1\n",
+    "sys/fs/cgroup/memory/box/memory.limit_in_bytes": f"{900 * _MB}\n",
+    "sys/fs/cgroup/memory/box/memory.usage_in_bytes": f"{850 * _MB}\n",
+    "sys/fs/cgroup/memory/box/memory.stat": f"total_inactive_file {30 * _MB}\n",
+}
+_MACHINE = {"proc/meminfo": f"MemTotal: {2048 * 1024} kB\nMemAvailable: {500 * 1024} kB\n"}
+
+
+@pytest.mark.parametrize("files", [_NEW, _OLD], ids=["version 2", "version 1"])
+def test_a_container_has_what_its_control_groups_leave(tmp_path: Path, files: dict[str, str]) -> None:
+    root = _files(tmp_path, files | _MACHINE)
+    assert system.limit(root) == 900 * _MB
+    assert system.free(root) == 80 * _MB
+
+
+def test_without_a_container_what_the_machine_has_is_free(tmp_path: Path) -> None:
+    root = _files(tmp_path, {"proc/self/cgroup": "0::/\n"} | _MACHINE)
+    assert system.limit(root) is None
+    assert system.free(root) == 500 * _MB
+
+
+def test_where_the_system_says_nothing_nothing_is_known(tmp_path: Path) -> None:
+    assert (system.limit(tmp_path), system.free(tmp_path)) == (None, None)
