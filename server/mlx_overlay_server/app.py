@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from mlx_overlay_server import logs
 from mlx_overlay_server.access import Access
-from mlx_overlay_server.api import models_route, page, status
+from mlx_overlay_server.api import absent, models_route, page, status
 from mlx_overlay_server.api.anthropic import routes as anthropic
 from mlx_overlay_server.api.guard import Guard
 from mlx_overlay_server.api.late import Late
@@ -84,7 +84,7 @@ def build(live: Live, session: hf_overlay.Session, process: Process | None = Non
         docs_url=None,  # a page of ours, as FastAPI's load their scripts from another host
         redoc_url=None,
     )
-    for routes in (openai, responses, anthropic, embeddings, rerank, models_route, status):
+    for routes in (openai, responses, anthropic, embeddings, rerank, models_route, status, absent):
         app.include_router(routes.router(service))
     app.include_router(page.router())
     add_error_handlers(app)

@@ -21,7 +21,7 @@ from hf_overlay.catalog.plan import fold
 from hf_overlay.catalog.walk import Collected, RootScan, Seen
 from hf_overlay.catalog.weights import Problems
 from hf_overlay.config import Map
-from hf_overlay.models import CachedRepo, Layer, Model, Reject, Source
+from hf_overlay.models import CachedRepo, Code, Layer, Model, Reject, Source
 from hf_overlay.patience import Patience
 from hf_overlay.progress import alive
 

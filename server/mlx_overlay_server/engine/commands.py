@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hf_overlay import Task
 
 from mlx_overlay_server.chat.grammar import Budget, Constraint
+from mlx_overlay_server.chat.loaded import Shown
 from mlx_overlay_server.chat.requests import Params
 from mlx_overlay_server.encoding.loaded import Passage
 from mlx_overlay_server.errors import ServerError
@@ -61,6 +62,9 @@ class Submit:
     constraint: Constraint | None = None
     budget: Budget | None = None
     images: tuple[Any, ...] = ()
+    """Pixel values, for mlx-lm."""
+    shown: Shown | None = None
+    """What the model sees of the prompt's images, for mlx-vlm."""
     keeps_cache: bool = True
     """Whether its KV cache may serve later prompts."""
     matcher: Any = None

@@ -21,7 +21,7 @@ from mlx_lm.processors import load_processor
 from mlx_lm.utils import load_adapters, load_model, sharded_load
 
 from mlx_overlay_server.chat.loaded import Loaded, context_length
-from mlx_overlay_server.engine import folder, mlx, tokenizers
+from mlx_overlay_server.engine import folder, mlx, tokenizers, vision
 from mlx_overlay_server.engine.commands import Load, ReadTokenizer
 from mlx_overlay_server.engine.disk.identity import identity
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
@@ -72,7 +72,14 @@ def load(
     else:
         yield from turns(checking, math.inf)
         identities = checking.result()
-        model, config = load_model(path, lazy=True, trust_remote_code=options.trust_remote_code)
+        only_reads = command.adapter_path or command.draft_path or options.kv_bits
+        seeing = apart(lambda: not only_reads and vision.is_for(command.path))
+        yield from turns(seeing, options.load_seconds)
+        if result(seeing, options):
+            model, config = vision.load(command.path)
+            logger.info("%s: runs by mlx-vlm, which its images need: one request after the other, not in a batch", path)
+        else:
+            model, config = load_model(path, lazy=True, trust_remote_code=options.trust_remote_code)
         if command.adapter_path is not None:
             model = load_adapters(model, command.adapter_path)
             model.eval()
@@ -92,6 +99,7 @@ def load(
         for each in (model, draft)
         if each is not None
     )
+    is_seeing = isinstance(model, vision.SeeingModel)
     loaded = Loaded(
         key=command.key,
         path=command.path,
@@ -108,9 +116,10 @@ def load(
         kv_bytes=kv_bytes,
         defaults=folder.sampling_defaults(path),
         has_own_calls=read.has_own_calls,
-        processor=load_processor(model, config) if group is None else None,
+        processor=None if group is not None or is_seeing else load_processor(model, config),
+        vision=vision.processor(command.path, config) if is_seeing else None,
     )
-    if prefixes.disk is not None and identities:
+    if prefixes.disk is not None and identities and not is_seeing:
         models = [model] if draft is None else [model, draft]
         prefixes.disk.register(
             command.key,

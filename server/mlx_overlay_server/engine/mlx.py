@@ -126,7 +126,9 @@ def drain() -> None:
 
 def can_batch(model: Any) -> bool:
     """Return whether a model's sequences can share a continuous batch: each layer's cache must be able to merge."""
-    return all(hasattr(layer, "merge") for layer in make_prompt_cache(model))
+    return not getattr(model, "runs_alone", False) and all(
+        hasattr(layer, "merge") for layer in make_prompt_cache(model)
+    )
 
 
 def can_cut(model: Any) -> bool:
