@@ -57,6 +57,11 @@ def installed(*, trusts_code: bool = False, encoders: bool = False) -> ModelType
     return ModelTypes(spec.submodule_search_locations[0], trusts_code=trusts_code, encoders=encoders)
 
 
+def version(types: ModelTypes | None) -> list[object]:
+    """Equal for restrictions that take the same models, also in another process."""
+    return ["any"] if types is None else types.version
+
+
 def may_be_tokenizer(name: str) -> bool:
     """Whether a file directly in a model's folder can be what transformers, and so mlx-lm, makes a tokenizer of.
 
@@ -113,6 +118,7 @@ class ModelTypes:
         """
         self.takes_encoders = encoders
         self._trusts_code = trusts_code
+        self._package = mlx_lm
         self._models = os.path.join(mlx_lm, "models")
         try:
             with open(os.path.join(mlx_lm, "utils.py"), encoding="utf-8") as file:
@@ -126,6 +132,13 @@ class ModelTypes:
                 check_descriptors(error)
             raise OverlayError(f"cannot read which models mlx-lm at {mlx_lm} loads: {error}; reinstall it") from error
         self._loadable: dict[str, bool] = {}
+
+    @property
+    def version(self) -> list[object]:
+        """Equal for objects that take the same models. Packages beside mlx-lm may be what a model's module imports."""
+        package = os.path.abspath(self._package)
+        paths = (os.path.dirname(package), os.path.join(package, "utils.py"), self._models)
+        return [package, self._trusts_code, *([status.st_ino, status.st_mtime_ns] for status in map(os.stat, paths))]
 
     def why_not(self, config: Mapping[str, Any]) -> str | None:
         """None when a model with this config can be loaded, else the reason."""
