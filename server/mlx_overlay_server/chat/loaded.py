@@ -134,6 +134,11 @@ class Loaded:
         with self._lock:
             return self._grammar_tokenizer
 
+    @property
+    def sees(self) -> bool:
+        """Whether requests to it may have images."""
+        return self.processor is not None or self.vision is not None
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy in another process is made of: all but the lock, and what is made at first use."""
         return {name: value for name, value in vars(self).items() if name not in ("_lock", "_grammar_tokenizer")}
