@@ -8,7 +8,9 @@ from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
 import pytest
+from hf_overlay import Task
 from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.errors import ServerError, Unavailable, UnknownModel
 from mlx_overlay_server.models import pool as pool_module
 from mlx_overlay_server.models.library import Located
@@ -38,7 +40,9 @@ class Shelf:
             raise UnknownModel(f"there is no model {model_id}")
         return Located(f"/{model_id}", self.sizes[model_id], model_id)
 
-    async def load(self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None) -> Loaded:
+    async def load(
+        self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, task: Task = "text"
+    ) -> Loaded:
         self.loads.append((path[1:], adapter_path, draft_path))
         await self.held.wait()
         if self.failures:
@@ -46,7 +50,7 @@ class Shelf:
         nbytes = self.sizes[path[1:]] + (self.sizes[draft_path[1:]] if draft_path else 0)
         return Loaded(path[1:], path, _NOTHING, _NOTHING, _NOTHING, _NOTHING, nbytes, 0, None, {})
 
-    def unload(self, model: Loaded) -> None:
+    def unload(self, model: AnyLoaded) -> None:
         self.unloads.append(model.key)
 
     def bytes_read(self, path: str) -> int:
