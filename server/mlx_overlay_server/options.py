@@ -87,6 +87,7 @@ def make_parser(declared: dict[str, argparse.Action] | None = None) -> argparse.
     """Return the parser of the options for serving, which are also put into `declared`, by their field."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
+        usage=f"{PROGRAM} [options]\n       {PROGRAM} COMMAND [options]",
         description="Serve the models in your folders and Hugging Face cache with the APIs of OpenAI and Anthropic.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

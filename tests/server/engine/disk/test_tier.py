@@ -252,4 +252,4 @@ def test_more_than_there_is_memory_for_does_not_wait(blocked: Callable[[], None]
         blocked()
 
     Stage(EngineOptions(cache_bytes=10**6)).play(script)
-    assert len(list(place.glob("*.safetensors"))) == 2
+    assert len(list(place.glob("*.safetensors"))) >= 2  # all four, if the first two are written before the engine ends
