@@ -19,6 +19,8 @@ MODEL_PATH_VARIABLE = "MLX_OMNI_MODEL_PATH"
 BELOW_VARIABLE = "HF_OVERLAY_BELOW"
 FILE_VARIABLE = "HF_OVERLAY_CONFIG"
 """Names another configuration file; empty: none is read."""
+DIRECTORY_VARIABLE = "HF_OVERLAY_DIR"
+"""Names another folder for sessions."""
 OWNER_FILE = ".hf-overlay-session"
 """Names the living owner in every session's folder; a scan that meets one knows the folder for ours."""
 
@@ -309,6 +311,11 @@ def own_folder(environ: Mapping[str, str]) -> str:
     if sys.platform == "darwin":
         return os.path.join(expand_user("~/Library/Application Support", environ), _NAME)
     return _cache_folder(environ)
+
+
+def index_folder(environ: Mapping[str, str]) -> str:
+    """The folder for what scans found (see catalog.index): beside the sessions, or, with HF_OVERLAY_DIR, in it."""
+    return os.path.join(os.path.abspath(environ.get(DIRECTORY_VARIABLE) or own_folder(environ)), "index")
 
 
 def earlier_folders(environ: Mapping[str, str]) -> tuple[str, ...]:

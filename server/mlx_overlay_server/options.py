@@ -161,6 +161,13 @@ def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
         metavar="SIZE",
     )
     add(
+        "kv_disk",
+        "--kv-disk",
+        "disk space for KV caches kept for later prompts, also after a restart; 0: none; default: 20G",
+        type=_size,
+        metavar="SIZE",
+    )
+    add(
         "no_wired_memory",
         "--no-wired-memory",
         "on macOS: let the system page models out; slower for large ones, but no kernel panics of wired memory",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hf_overlay import Task
 
 from mlx_overlay_server.chat.grammar import Budget, Constraint
+from mlx_overlay_server.chat.loaded import Shown
 from mlx_overlay_server.chat.requests import Params
 from mlx_overlay_server.encoding.loaded import Passage
 from mlx_overlay_server.errors import ServerError
@@ -61,6 +62,9 @@ class Submit:
     constraint: Constraint | None = None
     budget: Budget | None = None
     images: tuple[Any, ...] = ()
+    """Pixel values, for mlx-lm."""
+    shown: Shown | None = None
+    """What the model sees of the prompt's images, for mlx-vlm."""
     keeps_cache: bool = True
     """Whether its KV cache may serve later prompts."""
     matcher: Any = None
@@ -145,6 +149,21 @@ def is_last(item: Item) -> bool:
     return isinstance(item, (Encoded, ServerError)) or (isinstance(item, Sampled) and item.finish is not None)
 
 
+class DiskStats(NamedTuple):
+    """What the engine keeps on disk, and what became of it."""
+
+    nbytes: int = 0
+    files: int = 0
+    cap: int = 0
+    """Bytes that it may take; 0: nothing is kept on disk."""
+    written: int = 0
+    """Bytes written so far."""
+    restored: int = 0
+    """Tokens whose KV caches were read so far."""
+    failures: int = 0
+    """Writes that failed so far."""
+
+
 class Stats(NamedTuple):
     """The engine's counts after its last step."""
 
@@ -161,5 +180,6 @@ class Stats(NamedTuple):
     """Batches lost to an error."""
     is_alive: bool = False
     last_failure: str | None = None
+    disk: DiskStats = DiskStats()
     memory: Shares | None = None
     """How the machine's memory is divided; None until the engine knows the machine."""

@@ -104,6 +104,7 @@ class Engine:
         self._keys = itertools.count()
         self._reading: tuple[str, float] | None = None
         """The key of the model of which the thread loads a part, and since when, in monotonic seconds."""
+        self._is_finished = False
         self._read: Counter[str] = Counter()
         """The bytes of weights that were read of each model which is being loaded, by its key."""
         self._has_said_held = False
@@ -255,9 +256,10 @@ class Engine:
     def is_stuck(self) -> bool:
         """Whether the thread has begun its work and still runs; after `stop` this means that it will not end.
 
-        One that still imports mlx-lm has begun nothing, and may be left.
+        One that still imports mlx-lm has begun nothing, and may be left, as may one that writes KV caches at its end.
         """
-        return self._is_prepared.is_set() and self._thread is not None and self._thread.is_alive()
+        is_alive = self._thread is not None and self._thread.is_alive()
+        return self._is_prepared.is_set() and not self._is_finished and is_alive
 
     @property
     def held(self) -> Held | None:
@@ -323,9 +325,17 @@ class Engine:
             commands.append(self._inbox.popleft())
         return commands
 
+    def wake(self) -> None:
+        """Let the next `take` return. Any thread may call this."""
+        self._wake.set()
+
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None:
         """Hand over the items of a step, all at once."""
         self._call(self._deliver, items, stats)
+
+    def finish(self) -> None:
+        """Note that the thread has no more work, but for KV caches that are not on disk yet."""
+        self._is_finished = True
 
     def end(self, reason: str) -> None:
         """Note that the thread cannot work any more, and why."""

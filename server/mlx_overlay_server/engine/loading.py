@@ -16,12 +16,14 @@ import mlx.core as mx
 from hf_overlay.mounts import may_hang
 from hf_overlay.patience import NoAnswer, Patience
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.processors import load_processor
 from mlx_lm.utils import load_adapters, load_model, sharded_load
 
 from mlx_overlay_server.chat.loaded import Loaded, context_length
-from mlx_overlay_server.engine import folder, mlx, tokenizers
+from mlx_overlay_server.engine import folder, mlx, tokenizers, vision
 from mlx_overlay_server.engine.commands import Load, ReadTokenizer
+from mlx_overlay_server.engine.disk.identity import identity
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.runner import Runner
 from mlx_overlay_server.memory import Shares
@@ -51,6 +53,7 @@ def load(
     Raises what mlx-lm raises, Unsuitable for a folder that must not be loaded, TimeoutError when a part does not end.
     """
     path = Path(command.path)
+    identities: list[str] = []
     config_extra = {"trust_remote_code": options.trust_remote_code}
     draft = None
     checking = apart(partial(check, command, options))
@@ -68,8 +71,15 @@ def load(
         read = tokenizers.described(tokenizer)
     else:
         yield from turns(checking, math.inf)
-        checking.result()
-        model, config = load_model(path, lazy=True, trust_remote_code=options.trust_remote_code)
+        identities = checking.result()
+        only_reads = command.adapter_path or command.draft_path or options.kv_bits
+        seeing = apart(lambda: not only_reads and vision.is_for(command.path))
+        yield from turns(seeing, options.load_seconds)
+        if result(seeing, options):
+            model, config = vision.load(command.path)
+            logger.info("%s: runs by mlx-vlm, which its images need: one request after the other, not in a batch", path)
+        else:
+            model, config = load_model(path, lazy=True, trust_remote_code=options.trust_remote_code)
         if command.adapter_path is not None:
             model = load_adapters(model, command.adapter_path)
             model.eval()
@@ -89,6 +99,7 @@ def load(
         for each in (model, draft)
         if each is not None
     )
+    is_seeing = isinstance(model, vision.SeeingModel)
     loaded = Loaded(
         key=command.key,
         path=command.path,
@@ -105,23 +116,37 @@ def load(
         kv_bytes=kv_bytes,
         defaults=folder.sampling_defaults(path),
         has_own_calls=read.has_own_calls,
-        processor=load_processor(model, config) if group is None else None,
+        processor=None if group is not None or is_seeing else load_processor(model, config),
+        vision=vision.processor(command.path, config) if is_seeing else None,
     )
+    if prefixes.disk is not None and identities and not is_seeing:
+        models = [model] if draft is None else [model, draft]
+        prefixes.disk.register(
+            command.key,
+            identities,
+            lambda: [layer for each in models for layer in make_prompt_cache(each)],
+            bits=options.kv_bits,
+            group_size=options.kv_group_size,
+            start=options.quantized_kv_start,
+        )
     yield Runner(loaded, model, draft, options, prefixes, group=group)
 
 
-def check(command: Load, options: EngineOptions) -> None:
+def check(command: Load, options: EngineOptions) -> list[str]:
     """Look at all files that a load opens, and read weights ahead where their disk may stop answering.
 
+    Returns what tells them from those of other models, adapters and draft models.
     What hangs here, hangs apart from the engine's thread, and is given up on after a time without progress: then it
     raises TimeoutError.
     """
     patience = Patience(options.load_seconds)
+    paths = (command.path, command.adapter_path, command.draft_path)
     try:
-        for path in filter(None, (command.path, command.adapter_path, command.draft_path)):
+        for path in filter(None, paths):
             patience.ask(path, partial(folder.check, path))
             if may_hang(path):
                 patience.ask(path, partial(folder.read_ahead, path))
+        return [patience.ask(path, partial(identity, path)) if path is not None else "" for path in paths]
     except NoAnswer:
         raise _no_progress(options) from None
 

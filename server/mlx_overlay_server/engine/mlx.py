@@ -45,7 +45,13 @@ def _file_limit_kept() -> Iterator[None]:
 
 with _file_limit_kept():
     from mlx_lm.generate import BatchGenerator
-    from mlx_lm.models.cache import CacheList, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+    from mlx_lm.models.cache import (
+        CacheList,
+        RotatingKVCache,
+        can_trim_prompt_cache,
+        make_prompt_cache,
+        trim_prompt_cache,
+    )
     from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer
     from mlx_lm.tool_parsers import json_tools
 
@@ -96,6 +102,11 @@ def clear_pool() -> None:
     mx.clear_cache()
 
 
+def settle() -> None:
+    """Wait until nothing is computed any more. Raises the errors that MLX keeps for whoever uses it next."""
+    mx.synchronize(mx.default_stream(mx.default_device()))
+
+
 def drain() -> None:
     """Wait until nothing is computed any more, and drop the errors that MLX keeps for whoever uses it next.
 
@@ -115,7 +126,23 @@ def drain() -> None:
 
 def can_batch(model: Any) -> bool:
     """Return whether a model's sequences can share a continuous batch: each layer's cache must be able to merge."""
-    return all(hasattr(layer, "merge") for layer in make_prompt_cache(model))
+    return not getattr(model, "runs_alone", False) and all(
+        hasattr(layer, "merge") for layer in make_prompt_cache(model)
+    )
+
+
+def can_cut(model: Any) -> bool:
+    """Return whether a model's KV caches can be cut at any token, however long they are.
+
+    Those of sliding windows say so of themselves only until their windows are full.
+    """
+    cache = make_prompt_cache(model)
+    return can_trim_prompt_cache(cache) and not any(isinstance(leaf, RotatingKVCache) for leaf in leaves(cache))
+
+
+def leaves(cache: Sequence[Any]) -> list[Any]:
+    """Return the layers of a KV cache, and where one of them is made of several caches, these."""
+    return [leaf for layer in cache for leaf in (leaves(layer.caches) if isinstance(layer, CacheList) else [layer])]
 
 
 def make_batch(model: Any, **options: Any) -> BatchGenerator:

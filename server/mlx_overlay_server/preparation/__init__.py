@@ -122,6 +122,7 @@ class Preparation:
                     constraint=each.constraint,
                     budget=each.budget,
                     images=each.prompt.images,
+                    shown=each.prompt.shown,
                     matcher=matchers[number],
                 )
                 answers.append(Answer(submit, _reader(model, request, each), each.echo))

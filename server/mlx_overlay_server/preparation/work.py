@@ -43,7 +43,7 @@ def prepare(model: Loaded, request: AnyRequest, limits: Limits) -> list[Prepared
     prepared = [_chat(model, request, limits)] if isinstance(request, ChatRequest) else _text(model, request, limits)
     if (wanted := request.params.prompt_logprobs) is not None:
         field: Field = "messages" if is_chat else "prompts"
-        if any(each.prompt.images for each in prepared):
+        if any(each.prompt.has_images for each in prepared):
             raise InvalidRequest("log probabilities of a prompt with images are not computed", field=field)
         count = sum(len(each.prompt.tokens) for each in prepared) * (1 + wanted) * request.n
         if count > MAX_SCORES:

@@ -65,6 +65,9 @@ class Script:
             return [self._commands.pop(0)]
         return [Stop()] if not self._commands and self._until(self) else []
 
+    def wake(self) -> None:
+        pass
+
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None:
         self.items += [item for id_, item in items if id_ == ID]
 
@@ -76,6 +79,9 @@ class Script:
 
     def settle(self, key: str, result: AnyLoaded | ServerError) -> None:
         self.settled = result
+
+    def finish(self) -> None:
+        pass
 
     def end(self, reason: str) -> None:
         pytest.fail(reason)

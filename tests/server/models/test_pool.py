@@ -500,3 +500,24 @@ def test_what_is_given_for_one_spelling_of_an_id_counts_for_the_model() -> None:
             assert shelf.unloads == ["b"], "it is pinned"
 
     run(work())
+
+
+def test_the_configuration_arranges_single_models_and_what_it_no_longer_names_is_as_before() -> None:
+    async def scenario() -> None:
+        shelf = Shelf()
+        pool = Pool(shelf, shelf, budget=BUDGET, pinned=("flag",))
+        pool.arrange(extras={}, pinned=["a"], idle_ttls={"b": 0.01})
+        assert pool.pinned == {"flag", "a"}
+        await used(pool, "a")
+        await used(pool, "b")
+        sweeping = asyncio.create_task(pool.sweep())
+        await asyncio.sleep(0.2)
+        sweeping.cancel()
+        assert pool.resident == ["a"], "b has a time of its own, and a has none"
+        pool.arrange(extras={"a": Extras(adapter_path="/lora")}, pinned=[], idle_ttls={})
+        assert pool.pinned == {"flag"}
+        await used(pool, "a")
+        pool.arrange(extras={}, pinned=[], idle_ttls={})
+        assert pool.resident == [], "its adapter has changed: the next request loads it without"
+
+    run(scenario())

@@ -1,4 +1,4 @@
-"""LangChain's standard tests of chat models and embeddings against the server in SERVER_URL, in a pytest of their own."""
+"""LangChain's standard tests of chat models and embeddings against the server in SERVER_URL, in their own pytest."""
 
 from __future__ import annotations
 
