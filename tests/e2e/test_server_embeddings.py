@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -234,27 +233,3 @@ def test_requests_as_open_webui_sends_them(server: Server) -> None:
     body = {"model": RERANK, "query": "cats", "documents": ["cats", "dogs"], "top_n": 2}
     ranked = server.http.post("/v1/rerank", json=body, headers=headers).json()["results"]
     assert sorted(each["index"] for each in ranked) == [0, 1]
-
-
-@pytest.mark.skipif(find_spec("langchain_openai") is None, reason="langchain-openai is not installed")
-def test_langchain(server: Server) -> None:
-    from langchain_openai import OpenAIEmbeddings
-
-    client = OpenAIEmbeddings(
-        model=EMBED, base_url=f"{server.url}/v1", api_key="none", check_embedding_ctx_length=False
-    )
-    np.testing.assert_allclose(client.embed_documents(["cats", "dogs"]), _vectors(server, ["cats", "dogs"]), atol=1e-6)
-    np.testing.assert_allclose(client.embed_query("cats"), _vectors(server, "cats")[0], atol=1e-6)
-
-
-@pytest.mark.skipif(
-    find_spec("llama_index") is None or find_spec("llama_index.embeddings") is None,
-    reason="llama-index-embeddings-openai-like is not installed",
-)
-def test_llama_index(server: Server) -> None:
-    from llama_index.embeddings.openai_like import OpenAILikeEmbedding
-
-    client = OpenAILikeEmbedding(model_name=EMBED, api_base=f"{server.url}/v1", api_key="none")
-    np.testing.assert_allclose(
-        client.get_text_embedding_batch(["cats", "dogs"]), _vectors(server, ["cats", "dogs"]), atol=1e-6
-    )

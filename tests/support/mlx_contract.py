@@ -358,6 +358,27 @@ def a_cache_can_be_copied_into_buffers_of_its_own(_: Path) -> None:
     assert mlx.compact([cache.KVCache()])[0].empty()
 
 
+def a_model_without_its_head_gives_hidden_states_whole_and_in_parts(folder: Path) -> None:
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+    from mlx_overlay_server.engine import mlx
+
+    from tests.support.encoders import make_encoder
+
+    for head in (None, "ForCausalLM", "ForSequenceClassification"):
+        made = make_encoder(folder / str(head), "qwen3", head=head, modes=None)
+        model, _ = load_model(made, get_model_classes=mlx.headless_classes)
+        tokens = mx.arange(4, 10)[None]
+        whole = model(tokens)
+        assert whole.shape == (1, 6, 32)
+        cache = mlx.new_cache(model)
+        parts = mx.concatenate([model(tokens[:, :4], cache), model(tokens[:, 4:], cache)], axis=1)
+        assert mx.allclose(whole, parts, atol=1e-4).item()
+        assert mlx.kv_bytes(model, bits=None, group_size=64) > 0
+        assert ("score" in model) is (head == "ForSequenceClassification")
+        assert mlx.logits_of(model)(whole).shape[:2] == (1, 6)
+
+
 def a_cache_can_be_taken_apart_and_put_together(_: Path) -> None:
     """Each kind, and several of them in one layer: equal after more tokens."""
     import mlx.core as mx

@@ -46,8 +46,33 @@ def batch_of(texts: Sequence[Passage]) -> Batch:
 
 def activation(name: str) -> Callable[[mx.array], mx.array]:
     """Return an activation function; the names are those in `hf_overlay.catalog.tasks`, and `tanh`."""
+    if name == "gelu" and mx.default_device() == mx.Device(mx.cpu):
+        return _gelu_on_processor
     return _ACTIVATIONS[name]
 
+
+def _gelu_on_processor(x: mx.array) -> mx.array:
+    """Return GELU of single precision, from Abramowitz and Stegun's formula 7.1.28 for the error function.
+
+    It takes a third of the time of MLX's own on a processor, which is half of that of the whole of a small encoder.
+    """
+    size = mx.abs(x)
+    tail = size * _TAIL[-1]
+    for each in reversed(_TAIL[:-1]):
+        tail = (tail + each) * size
+    tail = tail + 1
+    for _ in range(4):
+        tail = mx.square(tail)
+    return mx.maximum(x, 0) - 0.5 * size / tail
+
+
+_TAIL = tuple(
+    each / 2 ** (power / 2)
+    for power, each in enumerate(
+        (0.0705230784, 0.0422820123, 0.0092705272, 0.0001520143, 0.0002765672, 0.0000430638), 1
+    )
+)
+"""The formula's coefficients, for x instead of x / √2."""
 
 _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "gelu": nn.gelu,
