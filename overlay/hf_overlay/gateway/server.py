@@ -69,8 +69,11 @@ class Gateway:
         """Take no more requests, and wait for the answers under way: `STOP_SECONDS` at most, or until `cut`."""
         self._stopping.close()
         deadline = time.monotonic() + STOP_SECONDS
-        while self._is_busy() and time.monotonic() < deadline and not self._cut.wait(0.02):
-            pass
+        while self._is_busy() and time.monotonic() < deadline and not self._cut.is_set():
+            if self._is_listening:
+                self._thread.join(timeout=0.02)
+            else:
+                self._cut.wait(0.005)
         for each in list(self._connections):
             each.cut()
         deadline = time.monotonic() + _CUT_SECONDS
