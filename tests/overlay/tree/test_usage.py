@@ -104,7 +104,8 @@ def test_a_chain_of_programs_that_start_the_next_and_end_is_never_missed(session
     """Each is over before the list of processes can be read twice."""
     enough = tmp_path / "enough"
     chain = (
-        f"import os, sys, time\nend = time.time() + 60\nwhile time.time() < end and not os.path.exists({str(enough)!r}):\n"
+        "import os, sys, time\nend = time.time() + 60\n"
+        f"while time.time() < end and not os.path.exists({str(enough)!r}):\n"
         "    if os.fork():\n        os._exit(0)\n    os.setsid()\n"
     )
     environ = {"HF_HUB_CACHE": str(session / "home/hub")}
