@@ -67,8 +67,8 @@ def temporary_folder(parent: Path | None = None, prefix: str | None = None) -> I
 
 
 def unseal(folder: Path) -> None:
-    """Let this user write to all folders at and below one, as root can."""
-    for inside, names, _ in os.walk(folder):
-        for path in (inside, *(os.path.join(inside, name) for name in names)):
+    """Let this user write to all folders and files at and below one, as root can."""
+    for inside, folders, files in os.walk(folder):
+        for path in (inside, *(os.path.join(inside, name) for name in (*folders, *files))):
             if not os.path.islink(path):
                 os.chmod(path, 0o700)
