@@ -21,7 +21,7 @@ CLIENT_langchain := langchain-tests langchain-openai langchain-anthropic
 CLIENT_pydantic-ai := pydantic-ai-slim[openai,anthropic]
 CLIENT_instructor := instructor[anthropic]
 CLIENT_litellm := litellm
-CLIENT_llama-index := llama-index-llms-openai-like
+CLIENT_llama-index := llama-index-llms-openai-like llama-index-embeddings-openai-like
 # Puts faults into the code for `make mutants`; no part of the development environment otherwise.
 COSMIC_RAY := >=8.7,<9
 NPM_INSTALL = npm install --prefix $(VENV)/.$@.new --no-audit --no-fund --no-update-notifier --loglevel error \

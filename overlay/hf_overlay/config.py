@@ -93,6 +93,8 @@ class Settings(NamedTuple):
     """Ids for which the user's folders do not count: the cache, and the Hub, answer."""
     trusts_code: bool = False
     """Also take models whose architecture is in a Python file of their own."""
+    encoders: bool = False
+    """Beside models of mlx-lm, take encoders that mlx-omni-server loads."""
     holds_downloads: bool = False
     """Download also while the real cache is away or read-only; what comes is held in the session's folder."""
     below: tuple[str, ...] = ()
@@ -178,6 +180,7 @@ def load(
     kind: Kind | None = None,
     exclude: Sequence[str] = (),
     trusts_code: bool = False,
+    encoders: bool = False,
     holds_downloads: bool = False,
     below: Sequence[str] = (),
     maps: Mapping[str, str] | None = None,
@@ -201,6 +204,7 @@ def load(
         kind=kind,
         exclude=tuple(chosen.exclude.value),
         trusts_code=trusts_code,
+        encoders=encoders,
         holds_downloads=holds_downloads,
         below=tuple(tier for tier in tiers if tier not in roots),
         maps=tuple(_map(name, folder, environ, cwd) for name, folder in chosen.map.value.items()),

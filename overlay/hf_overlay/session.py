@@ -415,6 +415,7 @@ def open_session(
     exclude: Sequence[str] = (),
     gateway: bool = False,
     trusts_code: bool = False,
+    encoders: bool = False,
     hold_downloads: bool = False,
     announces: bool = False,
     environ: Mapping[str, str] | None = None,
@@ -429,7 +430,8 @@ def open_session(
     With `gateway`, programs keep the network: a Hub on loopback serves the user's models and passes on the rest;
     without it, a program that asks the Hub may download a model that the user has. `kind` is `mlx` for models that
     mlx-lm can load, or `any`; None: `mlx` if mlx-lm is installed, else `any`. `trusts_code` also takes models that
-    bring their architecture as a Python file, which mlx-lm runs only when its caller allows it.
+    bring their architecture as a Python file, which mlx-lm runs only when its caller allows it. `encoders` also takes
+    those that mlx-omni-server embeds and ranks texts with, and leaves out what it cannot embed or rank with.
 
     While the real cache is away or read-only, nothing is downloaded: the gateway refuses, and without one programs are
     put offline. With `hold_downloads` they download all the same; it is held in the session's folder, shown by later
@@ -452,6 +454,7 @@ def open_session(
         kind=kind,
         exclude=exclude,
         trusts_code=trusts_code,
+        encoders=encoders,
         holds_downloads=hold_downloads,
         below=[os.fspath(path) for path in below],
         maps={name: os.fspath(path) for name, path in (maps or {}).items()},

@@ -17,6 +17,8 @@ KEPT = 200
 """Ended requests that are remembered."""
 RATE_SECONDS = 5
 """Seconds over which tokens per second are counted."""
+_LONGEST_NAME = 200
+"""Characters of a model's name that are kept: clients may send any number."""
 LATELY = 20
 """Requests that the usual time to the first token is taken from."""
 
@@ -153,6 +155,7 @@ class Recent:
             raise
         finally:
             record.outcome, record.seconds = outcome, time.monotonic() - live.started
+            record.model = record.model[:_LONGEST_NAME]
             del self._running[record.id]
             self._ended.append(record)
             self._report(record)

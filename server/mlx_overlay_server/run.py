@@ -46,6 +46,7 @@ def serve(live: Live) -> int:
             maps=settings.maps,
             kind="mlx",
             exclude=settings.exclude,
+            encoders=True,
             trusts_code=settings.engine.trust_remote_code,
             hold_downloads=settings.hold_downloads,
             announces=True,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import clients
+from tests.support.encoders import make_encoder
 from tests.support.models import make_model
 from tests.support.server import Server, serving
 
@@ -28,12 +29,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     make_model(models / "noargs", _call("magic_function_no_args"), calls_tools=True, after_tool="It is 5.")
     weather = _call("get_weather", location="San Francisco, CA")
     make_model(models / "weather", weather, calls_tools=True, after_tool="It is sunny.")
+    make_encoder(models / "embed")
     with serving(top / "home", top / "models", options=["--offline"]) as server:
         yield server
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dialect", ["ChatCompletions", "Responses", "Messages"])
+@pytest.mark.parametrize("dialect", ["ChatCompletions", "Responses", "Messages", "Embeddings"])
 def test_langchain_s_standard_tests_pass(dialect: str, server: Server, tmp_path: Path) -> None:
     done = clients.run("langchain", server, tmp_path / "home", tests=f"Test{dialect}")
     assert done.status == 0, f"{done.out}{done.err}"

@@ -17,6 +17,7 @@ import pytest
 
 from tests.support import browser
 from tests.support.browser import Visit, browsing, visiting
+from tests.support.encoders import make_encoder
 from tests.support.loopback_hub import LoopbackHub
 from tests.support.models import make_model
 from tests.support.server import Server, serving
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.skipif(browser.WHY_NOT is not None, reason=browser.WHY_
 KEY = "sesame-open"
 QUOTED = 'It\'s "quoted"\n\\ and \u2028 é'
 MINE, LONG, SEES = "ann/notes-assistant", "HuggingFaceTB/SmolLM2-135M-Instruct", "ann/sees-pictures"
+FINDS = "ann/finds-notes"
 SAYS = """<think>A short question. I answer with a list.</think>Three things to try:
 
 1. **Pin** a model, so that it stays in memory.
@@ -57,6 +59,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, hub: LoopbackHub) -> Iterat
     make_model(top / "models" / MINE, SAYS, thinks=True)
     make_model(top / "models" / LONG, "word " * 4000)
     make_vision_model(top / "models" / SEES)
+    make_encoder(top / "models" / FINDS)
     options = ["--trust-remote-code", "--alias", f"claude-sonnet-4-5={MINE}", "--memory-budget", "300M"]
     environ = hub.environment(top / "home") | {"HF_HUB_OFFLINE": "0", "MLX_OMNI_API_KEY": KEY}
     with serving(top / "home", top / "models", options=options, environ=environ, api_key=KEY) as server:
@@ -106,6 +109,8 @@ def test_a_model_is_loaded_pinned_and_unloaded_also_by_keyboard(server: Server, 
             reached.append(visit.page.evaluate("document.activeElement.ariaLabel ?? document.activeElement.innerText"))
             if reached[-1] == f"Load {MINE}":
                 break
+        row(visit, FINDS).get_by_text("embedding").wait_for()
+        assert not button(visit, f"Chat with {FINDS}").count()
         assert reached[0] == "Skip to the content"
         visit.page.keyboard.press("Enter")
         row(visit, MINE).get_by_text("in memory").wait_for()
@@ -121,7 +126,7 @@ def test_a_model_is_loaded_pinned_and_unloaded_also_by_keyboard(server: Server, 
         row(visit, MINE).get_by_text("pinned").wait_for(state="detached")
         button(visit, f"Unload {MINE}").click()
         row(visit, MINE).get_by_text("on disk").wait_for()
-        visit.page.get_by_label("Find").fill("SMOL")
+        visit.page.get_by_role("searchbox", name="Find").fill("SMOL")
         row(visit, MINE).wait_for(state="detached")
         assert row(visit, LONG).count() == 1
 
@@ -162,6 +167,9 @@ def test_a_chat_streams_an_answer_of_which_only_formatting_is_let_through(
         visit.page.get_by_label("Top k").fill("5")
         button(visit, "New conversation").click()
         visit.page.get_by_label("Message").fill(QUOTED)
+        visit.page.get_by_role("link", name="Models").click()
+        visit.page.get_by_role("link", name="Chat").click()
+        assert visit.page.get_by_label("Message").input_value() == QUOTED
         program = visit.page.locator(".snippets code").nth(1).inner_text()
     asked = run_python(program)
     assert [each["content"] for each in asked["messages"]] == ["You are brief.", QUOTED]
@@ -196,7 +204,7 @@ def test_a_picture_is_shown_to_a_model_that_sees_and_what_runs_is_stopped(server
         assert not visit.page.locator(".warning").count()
         visit.page.get_by_label("Model").select_option(LONG)
         visit.page.get_by_label("Add pictures").wait_for(state="detached")
-        for stop in ("here", "in the list"):
+        for stop in ("here", "in the list", "with its model"):
             button(visit, "New conversation").click()
             visit.page.get_by_label("Message").fill("sesame")
             button(visit, "Send").click()
@@ -204,14 +212,21 @@ def test_a_picture_is_shown_to_a_model_that_sees_and_what_runs_is_stopped(server
             if stop == "here":
                 button(visit, "Stop").click()
                 visit.page.get_by_text("stopped", exact=True).wait_for()
-                continue
-            visit.page.get_by_role("link", name="Requests").click()
-            visit.page.get_by_role("row").filter(has_text="running").get_by_role("button", name="Stop").click()
-            visit.page.get_by_text("stopped here").wait_for()
-            visit.page.get_by_text("client left").wait_for()
-            assert "sesame" not in visit.page.content()
-            visit.page.get_by_role("link", name="Chat").click()
-            visit.page.get_by_text("This request was stopped").wait_for()
+            elif stop == "in the list":
+                visit.page.get_by_role("link", name="Requests").click()
+                visit.page.get_by_role("row").filter(has_text="running").get_by_role("button", name="Stop").click()
+                visit.page.get_by_text("stopped here").wait_for()
+                visit.page.get_by_text("client left").wait_for()
+                assert "sesame" not in visit.page.content()
+                visit.page.get_by_role("link", name="Chat").click()
+                visit.page.get_by_text("This request was stopped").wait_for()
+            else:
+                visit.page.get_by_role("link", name="Models").click()
+                button(visit, f"Unload {LONG}").click()
+                button(visit, "Unload anyway").click()
+                row(visit, LONG).get_by_text("on disk").wait_for()
+                visit.page.get_by_role("link", name="Chat").click()
+                visit.page.get_by_text("The model was unloaded").wait_for()
 
 
 def test_a_key_is_asked_for_once_and_a_server_that_is_gone_is_named(server: Server, chromium: Browser) -> None:

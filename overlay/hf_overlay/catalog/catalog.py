@@ -38,7 +38,7 @@ class Catalog:
         be read.
         """
         self.settings = settings
-        self.types = kinds.restriction(settings.kind, trusts_code=settings.trusts_code)
+        self.types = kinds.restriction(settings.kind, trusts_code=settings.trusts_code, encoders=settings.encoders)
         self.patience = Patience()
         """What asks the disks of the model paths and of the real cache."""
         self._scanner = Scanner(

@@ -21,7 +21,7 @@ from hf_overlay.catalog.plan import fold
 from hf_overlay.catalog.walk import Collected, RootScan, Seen
 from hf_overlay.catalog.weights import Problems
 from hf_overlay.config import Map
-from hf_overlay.models import CachedRepo, Layer, Model, Reject, Source
+from hf_overlay.models import CachedRepo, Code, Layer, Model, Reject, Source
 from hf_overlay.patience import Patience
 from hf_overlay.progress import alive
 
@@ -237,6 +237,11 @@ def _scan_mapped(folder: str, maps: tuple[Map, ...], seen: Seen) -> tuple[Source
                 rejects.append(Reject(folder, each.id, reason_of(error), folder))
     except OSError as error:
         problem = reason_of(error)
+    if not models:
+        # A mount point without its drive, above all. It is away, so that nothing is downloaded in its place.
+        unusable = [each for each in rejects if each.reason.code is not Code.INCOMPLETE]
+        problem = problem or next((each.reason for each in unusable), None)
+        rejects = [each for each in rejects if each not in unusable]
     return Source(folder, problem, tuple(models), tuple(rejects), device=device, layer="map"), seen
 
 

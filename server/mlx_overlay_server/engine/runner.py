@@ -11,18 +11,18 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import BatchGenerator, StopSequences
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.engine import mlx
 from mlx_overlay_server.engine.alone import Alone
-from mlx_overlay_server.engine.commands import Item, Prefilled, Submit
+from mlx_overlay_server.engine.arrays import Tokens
+from mlx_overlay_server.engine.commands import Encode, Item, Prefilled, Submit
 from mlx_overlay_server.engine.generation import Generation, matcher_of
 from mlx_overlay_server.engine.likely import Likely, Row, likeliest
 from mlx_overlay_server.engine.mlx import Cache
 from mlx_overlay_server.engine.pace import Pace
 from mlx_overlay_server.engine.prefill import LEAST_SHARED, NOTHING, Pass, Prompt, plan, rank
-from mlx_overlay_server.engine.prefix_cache import PrefixCache, Tokens, common
+from mlx_overlay_server.engine.prefix_cache import PrefixCache, common
 from mlx_overlay_server.engine.ranks import slowest
 from mlx_overlay_server.engine.sampling import Sampler, Sampling, effective, sampler
 from mlx_overlay_server.errors import Failed
@@ -74,7 +74,7 @@ class Runner:
         self._eos = StopSequences([(token,) for token in loaded.tokenizer.eos_token_ids])
         self._stream = mx.default_stream(mx.default_device())
         self._can_batch = draft is None and options.kv_bits is None and mlx.can_batch(model)
-        self._can_trim = can_trim_prompt_cache(make_prompt_cache(model))
+        self._can_trim = mlx.can_cut(model)
         self._group = group
         self._clock = clock
         self._pace = Pace(options.prefill_step, options.max_stall_ms / 1000)
@@ -98,6 +98,8 @@ class Runner:
         """Drop the model, too."""
         self.reset()
         self._prefixes.drop(self.loaded.key)
+        if self._prefixes.disk is not None:
+            self._prefixes.disk.forget(self.loaded.key)
         del self._alone, self._model, self._draft
 
     @property
@@ -115,8 +117,10 @@ class Runner:
         """Sequences that the batch has no room for yet."""
         return max(0, len(self._sequences) - self._options.batch_size)
 
-    def add(self, submit: Submit) -> None:
+    def add(self, submit: Submit | Encode) -> None:
         """Take on a sequence. Raises what mlx-lm raises on parameters it does not like."""
+        if isinstance(submit, Encode):
+            raise ValueError("the model neither embeds nor ranks")
         sampling = effective(submit.params, self.loaded.defaults, self.loaded.vocab_size)
         # A seed promises the same text whatever else runs. A batch and a reused KV cache round differently, so the
         # sequence runs by itself, from its first token.

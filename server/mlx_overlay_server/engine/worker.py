@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
-from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.engine.admission import Admission
 from mlx_overlay_server.engine.commands import (
     Cancel,
     Command,
+    DiskStats,
+    Encode,
     Item,
     Load,
     ReadTokenizer,
@@ -26,6 +28,7 @@ from mlx_overlay_server.engine.commands import (
     Stop,
     Submit,
     Unload,
+    is_last,
 )
 from mlx_overlay_server.engine.failures import failure, first_line, is_late, load_failure
 from mlx_overlay_server.engine.outbox import Outbox
@@ -35,9 +38,13 @@ from mlx_overlay_server.memory import Shares, shares
 from mlx_overlay_server.settings import EngineOptions
 
 if TYPE_CHECKING:
+    from mlx_overlay_server.engine.encoding.runner import EncodingRunner
     from mlx_overlay_server.engine.prefix_cache import PrefixCache
     from mlx_overlay_server.engine.ranks import Ranks
+    from mlx_overlay_server.engine.restoring import Restoring
     from mlx_overlay_server.engine.runner import Runner
+
+    AnyRunner = Runner | EncodingRunner
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -51,6 +58,12 @@ Between the requests of one client it is worth keeping: the next one needs buffe
 """
 
 
+DISK_POLL_SECONDS = 0.25
+"""Seconds between two looks at whether a disk that is read has stopped answering."""
+
+DISK_SECONDS = 2.0
+"""Seconds that are left, when the engine stops, to write kept KV caches that are not on disk yet."""
+
 GROWTH_STEPS = 64
 """Steps between two looks at whether running sequences have grown into the memory of kept KV caches."""
 
@@ -62,11 +75,13 @@ class Handle(Protocol):
     read_tokenizer: ReadTokenizer | None
 
     def take(self, seconds: float) -> list[Command]: ...
+    def wake(self) -> None: ...
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None: ...
     def reading(self, key: str) -> AbstractContextManager[None]: ...
     def has_read(self, key: str, nbytes: int) -> None: ...
-    def settle(self, key: str, result: Loaded | ServerError) -> None: ...
+    def settle(self, key: str, result: AnyLoaded | ServerError) -> None: ...
     def end(self, reason: str) -> None: ...
+    def finish(self) -> None: ...
 
 
 class Worker:
@@ -79,8 +94,8 @@ class Worker:
         self._clock = clock
         self._commands: deque[Command] = deque()
         """Commands that were taken and not carried out yet."""
-        self._runners: dict[str, Runner] = {}
-        self._loading: dict[str, Iterator[Runner | int | None]] = {}
+        self._runners: dict[str, AnyRunner] = {}
+        self._loading: dict[str, Iterator[AnyRunner | int | None]] = {}
         self._owner: dict[int, str] = {}
         """Each sequence's id -> the key of its model."""
         self._steps = self._failures = 0
@@ -92,18 +107,26 @@ class Worker:
         self._admission: Admission
         self._ranks: Ranks
         self._prefixes: PrefixCache
+        self._restoring: Restoring | None = None
+        """The sequences that wait for KV caches from disk; None where none is kept there."""
+        self._has_disk_news = False
 
     def run(self) -> None:
         """Run until Stop, or until nothing can go on, and say so to the handle."""
         try:
             self._prepare()
             self._run()
+            self._prefixes.spill()
+            self._release()
         except Exception as error:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
             reason = f"{type(error).__name__}: {first_line(error)}"
             logger.error("the engine has failed: %s", reason)
             self._engine.end(reason)
         self._runners.clear()
         self._loading.clear()
+        self._engine.finish()
+        if self._restoring is not None:
+            self._restoring.tier.close(DISK_SECONDS)
 
     def _prepare(self) -> None:
         """Import MLX and mlx-lm, which the first load would have to wait for, and set MLX's limits."""
@@ -127,7 +150,21 @@ class Worker:
         limit = self._memory.held if self._ranks.group is None else 1 << 62
         self._admission = Admission(limit, self._options.batch_size)
         self._prefixes = PrefixCache(kept)
+        if self._options.kv_disk and self._ranks.group is None:  # the disks of ranks do not hold the same
+            self._open_disk(kept)
         self._publish([])
+
+    def _open_disk(self, budget: int) -> None:
+        from mlx_overlay_server.engine.disk.tier import Tier, folder
+        from mlx_overlay_server.engine.restoring import Restoring
+
+        self._prefixes.disk = Tier(folder(), self._options.kv_disk, budget, self._note_disk)
+        self._restoring = Restoring(self._prefixes.disk, self._prefixes)
+
+    def _note_disk(self) -> None:
+        """Note that something was read from disk, or written. Other threads call this."""
+        self._has_disk_news = True
+        self._engine.wake()
 
     def _run(self) -> None:
         """Take turns. An error that no model is to blame for ends every sequence, and nothing else."""
@@ -154,7 +191,9 @@ class Worker:
         for key, runner in list(self._runners.items()):
             if runner.is_busy:
                 self._step(key, runner)
-        if commands or self._outbox.is_due:
+        self._release()
+        has_news, self._has_disk_news = self._has_disk_news, False
+        if commands or self._outbox.is_due or has_news:
             self._publish(self._outbox.items)
             self._outbox.sent(len(self._owner))
         return True
@@ -165,6 +204,8 @@ class Worker:
         if has_waiting or any(runner.is_busy for runner in self._runners.values()):
             self._worked_at = self._clock()
             return 0
+        if self._restoring:
+            return 0 if self._restoring.is_copying else DISK_POLL_SECONDS
         longest = IDLE_SECONDS if self._ranks.group is not None else 3600
         if self._worked_at is None:
             return longest
@@ -189,20 +230,25 @@ class Worker:
                 runner.close()
                 del runner
                 self._clear_memory()
-        elif isinstance(command, Submit):
+        elif isinstance(command, (Submit, Encode)):
             runner = self._runners.get(command.key)
             if runner is None:
                 self._outbox.add([(command.id, Unavailable("the model was unloaded; try again"))])
                 return
             self._owner[command.id] = command.key
-            self._admission.add(command, runner.loaded.kv_bytes)
+            if isinstance(command, Encode) or self._restoring is None or not self._restoring.add(command):
+                self._admission.add(command, runner.loaded.kv_bytes)
         elif isinstance(command, Cancel) and (key := self._owner.pop(command.id, None)) is not None:
             self._outbox.forget([command.id])
+            if self._restoring is not None:
+                self._restoring.drop(command.id)
             if self._admission.drop(command.id):
                 self._runners[key].cancel(command.id)
 
     def _admit(self) -> None:
         """Let sequences begin for which there is memory. Kept KV caches go before anybody waits or runs out of it."""
+        for restored in self._restoring.step() if self._restoring else ():
+            self._admission.add(restored, self._runners[restored.key].loaded.kv_bytes)
         if self._steps % GROWTH_STEPS == 0 and (excess := self._admission.excess(self._taken())):
             self._prefixes.trim(max(0, self._prefixes.nbytes - excess))
         while self._admission.waiting:
@@ -222,17 +268,30 @@ class Worker:
                 self._admission.drop(submit.id)
                 self._outbox.add([(submit.id, failure(error))])
 
+    def _release(self) -> None:
+        """Have written what was kept in this turn: no error of the GPU can come to light any more that spoils it."""
+        disk = self._prefixes.disk
+        if disk is not None and disk.has_staged:
+            from mlx_overlay_server.engine import mlx
+
+            mlx.settle()
+            disk.release()
+
     def _taken(self) -> int:
         """Return the bytes of weights and kept KV caches."""
         return sum(runner.loaded.nbytes for runner in self._runners.values()) + self._prefixes.nbytes
 
-    def _load(self, command: Load) -> Iterator[Runner | int | None]:
+    def _load(self, command: Load) -> Iterator[AnyRunner | int | None]:
+        if command.task != "text":
+            from mlx_overlay_server.engine.encoding import loading
+
+            return loading.load(command, self._options, self._ranks.group, self._memory)
         from mlx_overlay_server.engine.loading import load
 
         read = self._engine.read_tokenizer
         return load(command, self._options, self._ranks.group, self._prefixes, self._memory, read)
 
-    def _go_on_loading(self, key: str, steps: Iterator[Runner | int | None]) -> None:
+    def _go_on_loading(self, key: str, steps: Iterator[AnyRunner | int | None]) -> None:
         """Load one slice of a model; sequences of other models go on between slices."""
         try:
             with self._engine.reading(key):
@@ -257,7 +316,7 @@ class Worker:
         logger.warning("cannot load %s: %s", path, str(error).strip() or type(error).__name__)
         self._engine.settle(key, load_failure(error, path))
 
-    def _step(self, key: str, runner: Runner) -> None:
+    def _step(self, key: str, runner: AnyRunner) -> None:
         self._steps += 1
         try:
             made = runner.step()
@@ -271,7 +330,7 @@ class Worker:
             self._prefixes.drop(key)  # one of them may be among what was not computed
             self._clear_memory()
         for id_, item in made:
-            if isinstance(item, ServerError) or (isinstance(item, Sampled) and item.finish is not None):
+            if is_last(item):
                 self._owner.pop(id_, None)
                 self._admission.drop(id_)
             elif isinstance(item, Sampled):
@@ -311,6 +370,8 @@ class Worker:
         for id_ in ids:
             del self._owner[id_]
             self._admission.drop(id_)
+            if self._restoring is not None:
+                self._restoring.drop(id_)
         self._outbox.forget(ids)
         return ids
 
@@ -326,6 +387,7 @@ class Worker:
             failures=self._failures,
             is_alive=True,
             last_failure=self._last_failure,
+            disk=self._prefixes.disk.stats if self._prefixes.disk is not None else DiskStats(),
             memory=self._memory,
         )
         self._engine.post(items, stats)

@@ -11,7 +11,7 @@ const USES = {
   weights: "Weights of models",
   running: "Requests that run",
   kept: "Kept for later prompts",
-  disk: "Kept on the disk",
+  disk: "Kept on disk for later ones",
 };
 /** Kinds of models that no chat can be had with. */
 export const NO_CHAT = new Set(["embedding", "reranker"]);
@@ -63,15 +63,15 @@ function modelsPart(state, actions) {
   if (state.models === null) return html`<p class="hint">Looking for models …</p>`;
   if (!state.models.length) return noModels(state);
   const live = new Map(state.status.models.map((each) => [each.id, each]));
-  const wanted = state.models.filter((each) => each.id.toLowerCase().includes(filter));
+  const wanted = state.models.filter((each) => each.id.toLowerCase().includes(filter.toLowerCase()));
   const filtered = (event) => {
-    filter = event.target.value.toLowerCase();
+    filter = event.target.value;
     actions.draw();
   };
   return html`<section aria-labelledby="models-title">
     <div class="head">
       <h2 id="models-title">Models</h2>
-      <label class="search"><span>Find</span> <input type="search" @input=${filtered}></label>
+      <label class="search"><span>Find</span> <input type="search" .value=${filter} @input=${filtered}></label>
     </div>
     <table>
       <thead>
@@ -99,7 +99,7 @@ function modelRow(model, live, state, actions) {
     model.kind === "text" ? null : model.kind,
     model.images ? "images" : null,
     model.default ? "default" : null,
-    ...model.aliases.map((alias) => `alias ${alias}`),
+    ...model.aliases.map((alias) => `also ${alias}`),
   ].filter(Boolean);
   return html`<tr>
     <th scope="row">

@@ -1,4 +1,4 @@
-"""LangChain's standard tests of chat models, against the server in SERVER_URL; run by a pytest of its own."""
+"""LangChain's standard tests of chat models and embeddings against the server in SERVER_URL, in their own pytest."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from langchain_anthropic import ChatAnthropic
 from langchain_core.language_models import BaseChatModel
-from langchain_openai import ChatOpenAI
-from langchain_tests.integration_tests import ChatModelIntegrationTests
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+from langchain_tests.integration_tests import ChatModelIntegrationTests, EmbeddingsIntegrationTests
 
 URL = os.environ["SERVER_URL"]
 _MODELS = {
@@ -40,6 +40,17 @@ class _Suite(ChatModelIntegrationTests):
         }
         made: BaseChatModel = self.chat_model_class(**{**params, "model": f"acme/{_MODELS.get(name, 'hello')}"})
         return made
+
+
+class TestEmbeddings(EmbeddingsIntegrationTests):
+    @property
+    def embeddings_class(self) -> type[OpenAIEmbeddings]:
+        return OpenAIEmbeddings
+
+    @property
+    def embedding_model_params(self) -> dict[str, Any]:
+        options = {"max_retries": 0, "check_embedding_ctx_length": False}
+        return {"base_url": f"{URL}/v1", "api_key": "any", "model": "acme/embed", **options}
 
 
 class TestChatCompletions(_Suite):

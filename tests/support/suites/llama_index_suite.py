@@ -1,4 +1,4 @@
-"""LlamaIndex's OpenAI-compatible model against the server in SERVER_URL: texts, streams, tools and typed answers."""
+"""LlamaIndex's OpenAI-compatible models against the server in SERVER_URL: texts, streams, tools, types, vectors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.tools import FunctionTool
+from llama_index.embeddings.openai_like import OpenAILikeEmbedding
 from llama_index.llms.openai_like import OpenAILike
 
 URL = os.environ["SERVER_URL"]
@@ -40,3 +41,7 @@ tool = FunctionTool.from_defaults(get_weather)
 told = weather.chat_with_tools([tool], user_msg="Weather?")
 (call,) = weather.get_tool_calls_from_response(told)
 assert (call.tool_name, call.tool_kwargs) == ("get_weather", {"location": "San Francisco, CA"})
+embeds = OpenAILikeEmbedding(model_name="acme/embed", api_base=f"{URL}/v1", api_key="any", max_retries=0)
+vectors = embeds.get_text_embedding_batch(["cats purr", "dogs bark"])
+assert [len(vector) for vector in vectors] == [32, 32]
+assert vectors[0] == embeds.get_query_embedding("cats purr") != vectors[1]

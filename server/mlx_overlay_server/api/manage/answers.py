@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from mlx_overlay_server.api.status import State, health_of
 from mlx_overlay_server.models.download import Downloader, Progress
 from mlx_overlay_server.models.library import Listed
-from mlx_overlay_server.models.pool import Occupant
+from mlx_overlay_server.models.load import Occupant
 from mlx_overlay_server.recent import Outcome, RequestRecord
 from mlx_overlay_server.service import Service
 
@@ -61,14 +61,14 @@ class MemoryUse(TypedDict):
     """One use of the memory."""
 
     use: str
-    """`weights`, `running` (KV caches of requests that run) or `kept` (KV caches kept for later prompts)."""
+    """`weights`, `running` (KV caches of requests that run), or KV caches for later prompts: `kept`, and `disk`."""
     bytes: int
     limit: int | None
     """Bytes that it may take; null until the machine is known."""
 
 
 class Memory(TypedDict):
-    """What takes the memory that MLX may use."""
+    """What takes the memory that MLX may use, and what is kept on the disk."""
 
     usable: int | None
     """Bytes; null until the machine is known."""
@@ -133,7 +133,7 @@ class ModelEntry(TypedDict):
     usable_context: int | None
     """Those that fit in memory, within the server's limits; null where nobody knows."""
     images: bool
-    """Whether requests may have images."""
+    """Whether requests may have images; of a model that is not in memory, what its config.json lets one expect."""
     aliases: list[str]
     """Further names that it answers to."""
     default: bool
@@ -239,14 +239,14 @@ def _memory(service: Service) -> Memory:
     stats, pool = service.engine.stats, service.pool
     shares = stats.memory
     weights = pool.budget or (shares.weights if shares is not None else None)
-    return {
-        "usable": shares.usable if shares is not None else None,
-        "uses": [
-            {"use": "weights", "bytes": pool.nbytes, "limit": weights},
-            {"use": "running", "bytes": stats.running_bytes, "limit": shares.running if shares is not None else None},
-            {"use": "kept", "bytes": stats.cache_bytes, "limit": shares.prefixes if shares is not None else None},
-        ],
-    }
+    uses: list[MemoryUse] = [
+        {"use": "weights", "bytes": pool.nbytes, "limit": weights},
+        {"use": "running", "bytes": stats.running_bytes, "limit": shares.running if shares is not None else None},
+        {"use": "kept", "bytes": stats.cache_bytes, "limit": shares.prefixes if shares is not None else None},
+    ]
+    if stats.disk.cap:
+        uses.append({"use": "disk", "bytes": stats.disk.nbytes, "limit": stats.disk.cap})
+    return {"usable": shares.usable if shares is not None else None, "uses": uses}
 
 
 def _in_memory(occupant: Occupant, service: Service) -> ModelInMemory:
@@ -267,8 +267,11 @@ def _in_memory(occupant: Occupant, service: Service) -> ModelInMemory:
 def models_of(service: Service, listed: Iterable[Listed]) -> ModelEntries:
     """Return every model there is, those that are away included, sorted by id."""
     states: Mapping[str, Place] = {each.id: _in_memory(each, service)["state"] for each in service.pool.occupants}
-    found = [_entry(each, service, states.get(each.id, "on disk")) for each in listed]
-    known = {each["id"] for each in found}
+    known = {each.id: each for each in listed}
+    for name in states.keys() - known.keys():  # profiles with weights of their own
+        if (source := known.get(service.live.source(name))) is not None:
+            known[name] = source._replace(id=name)
+    found = [_entry(each, service, states.get(each.id, "on disk")) for each in known.values()]
     away = [
         _entry(Listed(model_id, 0, layer="custom", root=root), service, "away")
         for model_id, root in service.library.away.items()
@@ -286,7 +289,7 @@ def _entry(listed: Listed, service: Service, state: Place) -> ModelEntry:
         "bytes": listed.size,
         "context_length": listed.context,
         "usable_context": listed.usable,
-        "images": listed.sees,
+        "images": listed.sees if (sees := service.pool.sees(listed.id)) is None else sees,
         "aliases": service.live.names(listed.id),
         "default": service.is_default(listed.id),
         "state": state,

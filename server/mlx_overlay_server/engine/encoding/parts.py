@@ -1,0 +1,84 @@
+"""What the encoders share: a batch of texts, and activations by their names in config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_overlay_server.encoding.loaded import Passage
+
+
+class Batch(NamedTuple):
+    """Some texts that are read together, padded on their right to the longest."""
+
+    tokens: mx.array
+    """A row for each text."""
+    lengths: mx.array
+    """How many tokens of each row are the text's own."""
+    first: mx.array
+    """How many of these belong to the first text of a pair."""
+    is_padded: bool
+
+    @property
+    def longest(self) -> int:
+        """Tokens of each row."""
+        return self.tokens.shape[1]
+
+    @property
+    def real(self) -> mx.array:
+        """For each row and position, whether a token of the text is there."""
+        return mx.arange(self.longest) < self.lengths[:, None]
+
+
+def batch_of(texts: Sequence[Passage]) -> Batch:
+    """Return a batch of at least one text."""
+    lengths = [len(text.tokens) for text in texts]
+    tokens = np.zeros((len(texts), max(lengths)), dtype=np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text.tokens)] = text.tokens
+    first = mx.array([text.first for text in texts])
+    return Batch(mx.array(tokens), mx.array(lengths), first, min(lengths) < max(lengths))
+
+
+def activation(name: str) -> Callable[[mx.array], mx.array]:
+    """Return an activation function; the names are those in `hf_overlay.catalog.tasks`, and `tanh`."""
+    if name == "gelu" and mx.default_device() == mx.Device(mx.cpu):
+        return _gelu_on_processor
+    return _ACTIVATIONS[name]
+
+
+def _gelu_on_processor(x: mx.array) -> mx.array:
+    """Return GELU of single precision, from Abramowitz and Stegun's formula 7.1.28 for the error function.
+
+    It takes a third of the time of MLX's own on a processor, which is half of that of the whole of a small encoder.
+    """
+    size = mx.abs(x)
+    tail = size * _TAIL[-1]
+    for each in reversed(_TAIL[:-1]):
+        tail = (tail + each) * size
+    tail = tail + 1
+    for _ in range(4):
+        tail = mx.square(tail)
+    return mx.maximum(x, 0) - 0.5 * size / tail
+
+
+_TAIL = tuple(
+    each / 2 ** (power / 2)
+    for power, each in enumerate(
+        (0.0705230784, 0.0422820123, 0.0092705272, 0.0001520143, 0.0002765672, 0.0000430638), 1
+    )
+)
+"""The formula's coefficients, for x instead of x / √2."""
+
+_ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+    "gelu": nn.gelu,
+    "gelu_new": nn.gelu_approx,
+    "gelu_pytorch_tanh": nn.gelu_approx,
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "tanh": mx.tanh,
+}
