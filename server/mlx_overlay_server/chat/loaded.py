@@ -96,7 +96,7 @@ class Loaded:
     processor: Any = None
     """mlx_lm's image processor; None: the model takes no images."""
     kv_bytes: int = 0
-    """Bytes that each token of a sequence takes in KV caches; 0: unknown."""
+    """Bytes that each token of a sequence takes in KV caches, at the peak; 0: unknown."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @functools.cached_property

@@ -26,6 +26,8 @@ class Load:
     path: str
     adapter_path: str | None = None
     draft_path: str | None = None
+    nbytes: int = 0
+    """Bytes of its weights; 0: unknown."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,13 +117,18 @@ class Engine:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, STOP_SECONDS)
 
-    async def load(self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None) -> Loaded:
-        """Make the model in a folder resident. Raises ServerError. Cancelled, it is given up after the next slice."""
+    async def load(
+        self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, nbytes: int = 0
+    ) -> Loaded:
+        """Make the model in a folder resident. Raises ServerError. Cancelled, it is given up after the next slice.
+
+        `nbytes`: bytes of the weights, for which running sequences leave room.
+        """
         self._check()
         key = f"{next(self._keys)}:{path}"
         future: Future[Loaded] = Future()
         self._loads[key] = future
-        self._send(Load(key, path, adapter_path, draft_path))
+        self._send(Load(key, path, adapter_path, draft_path, nbytes))
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:

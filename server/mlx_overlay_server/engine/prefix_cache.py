@@ -39,7 +39,7 @@ class PrefixCache:
     """The KV caches that are kept, of all models. Only the engine's thread may use it."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+        self._most_bytes = self._max_bytes = max_bytes
         self._entries: list[_Entry] = []
         self._clock = itertools.count()
         self.nbytes = 0
@@ -100,6 +100,10 @@ class PrefixCache:
         self.trim(self._max_bytes)
         if any(each is entry for each in self._entries):
             mlx.evaluate(kept)  # only now, when there is room: it takes the memory that was counted
+
+    def bound(self, max_bytes: int) -> None:
+        """Keep at most so many bytes from now on, where that is less than the budget."""
+        self._max_bytes = max(0, min(self._most_bytes, max_bytes))
 
     def trim(self, max_bytes: int) -> None:
         """Drop entries until they take at most so many bytes."""

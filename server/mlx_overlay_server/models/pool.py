@@ -34,7 +34,9 @@ class Source(Protocol):
 class Loader(Protocol):
     """The part of the engine that the pool uses."""
 
-    async def load(self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None) -> Loaded: ...
+    async def load(
+        self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, nbytes: int = 0
+    ) -> Loaded: ...
     def unload(self, model: Loaded) -> None: ...
 
 
@@ -297,7 +299,10 @@ class Pool:
         self._admit()
         await has_room
         model = await self._loader.load(
-            located.path, adapter_path=extras.adapter_path, draft_path=draft.path if draft is not None else None
+            located.path,
+            adapter_path=extras.adapter_path,
+            draft_path=draft.path if draft is not None else None,
+            nbytes=load.nbytes,
         )
         load.has_room = False  # from here on the resident model counts
         resident = Resident(load.id, model, load.number, time.monotonic())

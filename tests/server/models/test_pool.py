@@ -38,7 +38,9 @@ class Shelf:
             raise UnknownModel(f"there is no model {model_id}")
         return Located(f"/{model_id}", self.sizes[model_id], model_id)
 
-    async def load(self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None) -> Loaded:
+    async def load(
+        self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, nbytes: int = 0
+    ) -> Loaded:
         self.loads.append((path[1:], adapter_path, draft_path))
         await self.held.wait()
         if self.failures:

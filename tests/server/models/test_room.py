@@ -163,7 +163,9 @@ class _Shelf(Shelf):
         super().__init__(sizes)
         self.gates: dict[str, asyncio.Event] = {}
 
-    async def load(self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None) -> Loaded:
+    async def load(
+        self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, nbytes: int = 0
+    ) -> Loaded:
         gate = self.gates[path] = asyncio.Event()
         try:
             await gate.wait()
