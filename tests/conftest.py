@@ -35,7 +35,11 @@ _FOREIGN = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "PYTORCH_", "MLX_", "XDG_", 
 
 _HAS_SERVER = find_spec("mlx_lm") is not None and find_spec("mlx_overlay_server") is not None
 _OF_THE_SERVER = ["server", "e2e/test_server_*.py", "e2e/anthropic", "e2e/responses", "e2e/test_soak_short.py"]
-collect_ignore_glob = [] if _HAS_SERVER else [*_OF_THE_SERVER, "packaging/test_wheels.py", "support/test_s*.py"]
+collect_ignore_glob = (
+    []
+    if _HAS_SERVER
+    else [*_OF_THE_SERVER, "packaging/test_wheels.py", "packaging/test_examples.py", "support/test_s*.py"]
+)
 """Tests that import the server or MLX; without them, the tests of hf-overlay are left."""
 
 

@@ -19,6 +19,8 @@ MODEL_PATH_VARIABLE = "MLX_OMNI_MODEL_PATH"
 BELOW_VARIABLE = "HF_OVERLAY_BELOW"
 FILE_VARIABLE = "HF_OVERLAY_CONFIG"
 """Names another configuration file; empty: none is read."""
+DIRECTORY_VARIABLE = "HF_OVERLAY_DIR"
+"""Names another folder for sessions."""
 OWNER_FILE = ".hf-overlay-session"
 """Names the living owner in every session's folder; a scan that meets one knows the folder for ours."""
 
@@ -91,6 +93,8 @@ class Settings(NamedTuple):
     """Ids for which the user's folders do not count: the cache, and the Hub, answer."""
     trusts_code: bool = False
     """Also take models whose architecture is in a Python file of their own."""
+    encoders: bool = False
+    """Beside models of mlx-lm, take encoders that mlx-omni-server loads."""
     holds_downloads: bool = False
     """Download also while the real cache is away or read-only; what comes is held in the session's folder."""
     below: tuple[str, ...] = ()
@@ -176,6 +180,7 @@ def load(
     kind: Kind | None = None,
     exclude: Sequence[str] = (),
     trusts_code: bool = False,
+    encoders: bool = False,
     holds_downloads: bool = False,
     below: Sequence[str] = (),
     maps: Mapping[str, str] | None = None,
@@ -191,10 +196,7 @@ def load(
     tiers = _folders(chosen.below.value, "a folder for --below", environ, cwd)
     cache = _absolute(hub_cache(environ), cwd)
     if is_overlay(cache) and not os.path.isdir(cache):
-        raise UsageError(
-            f'the overlay of this shell has ended ({cache}); join the next one: eval "$(hf-overlay env)", '
-            f"or leave it: {how_to_leave(environ)}"
-        )
+        raise ended(cache, environ)
     return Settings(
         roots=roots,
         hub_cache=cache,
@@ -202,6 +204,7 @@ def load(
         kind=kind,
         exclude=tuple(chosen.exclude.value),
         trusts_code=trusts_code,
+        encoders=encoders,
         holds_downloads=holds_downloads,
         below=tuple(tier for tier in tiers if tier not in roots),
         maps=tuple(_map(name, folder, environ, cwd) for name, folder in chosen.map.value.items()),
@@ -284,6 +287,14 @@ def is_overlay(hub_cache: str) -> bool:
     return _OVERLAY.search(hub_cache) is not None
 
 
+def ended(hub_cache: str, environ: Mapping[str, str]) -> UsageError:
+    """The error of a command in a shell whose overlay, with this hub cache, has ended."""
+    return UsageError(
+        f'the overlay of this shell has ended ({hub_cache}); join the next one: eval "$(hf-overlay env)", '
+        f"or leave it: {how_to_leave(environ)}"
+    )
+
+
 def how_to_leave(environ: Mapping[str, str]) -> str:
     """The command by which a shell forgets the overlay that it has joined; its HF_HOME is the user's own."""
     names = {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_DISABLE_SHARED_BLOBS", "HF_ENDPOINT", "HF_HUB_OFFLINE"}
@@ -300,6 +311,11 @@ def own_folder(environ: Mapping[str, str]) -> str:
     if sys.platform == "darwin":
         return os.path.join(expand_user("~/Library/Application Support", environ), _NAME)
     return _cache_folder(environ)
+
+
+def index_folder(environ: Mapping[str, str]) -> str:
+    """The folder for what scans found (see catalog.index): beside the sessions, or, with HF_OVERLAY_DIR, in it."""
+    return os.path.join(os.path.abspath(environ.get(DIRECTORY_VARIABLE) or own_folder(environ)), "index")
 
 
 def earlier_folders(environ: Mapping[str, str]) -> tuple[str, ...]:

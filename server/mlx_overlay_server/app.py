@@ -14,13 +14,16 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from mlx_overlay_server import logs
 from mlx_overlay_server.access import Access
-from mlx_overlay_server.api import models_route, page, status
+from mlx_overlay_server.api import absent, models_route, page, status
 from mlx_overlay_server.api.anthropic import routes as anthropic
 from mlx_overlay_server.api.guard import Guard
-from mlx_overlay_server.api.manage import routes as manage
+from mlx_overlay_server.api.late import Late
+from mlx_overlay_server.api.openai import embeddings
 from mlx_overlay_server.api.openai import routes as openai
 from mlx_overlay_server.api.refusals import add_error_handlers, refuse
+from mlx_overlay_server.api.rerank import routes as rerank
 from mlx_overlay_server.api.responses import routes as responses
 from mlx_overlay_server.awake import keep_awake
 from mlx_overlay_server.engine.handle import Engine
@@ -32,10 +35,16 @@ from mlx_overlay_server.models.library import Library
 from mlx_overlay_server.models.pool import Extras, Pool, preload
 from mlx_overlay_server.preparation import Preparation
 from mlx_overlay_server.preparer import Process
+from mlx_overlay_server.recent import Recent
 from mlx_overlay_server.service import Service
 from mlx_overlay_server.settings import rank
 
 logger = logging.getLogger("mlx_overlay_server")
+
+_COUNTERS = frozenset(
+    {"engine_steps", "engine_failures", "kv_disk_written_bytes", "kv_disk_read_tokens", "kv_disk_failures"}
+)
+"""The numbers among the metrics that only grow."""
 
 
 def build(live: Live, session: hf_overlay.Session, process: Process | None = None) -> tuple[ASGIApp, Service]:
@@ -75,13 +84,18 @@ def build(live: Live, session: hf_overlay.Session, process: Process | None = Non
         docs_url=None,  # a page of ours, as FastAPI's load their scripts from another host
         redoc_url=None,
     )
-    for routes in (openai, responses, anthropic, models_route, status):
+    for routes in (openai, responses, anthropic, embeddings, rerank, models_route, status, absent):
         app.include_router(routes.router(service))
-    app.include_router(manage.router(service, downloader))
     app.include_router(page.router())
     add_error_handlers(app)
+
+    def add_manage() -> None:
+        from mlx_overlay_server.api.manage import routes as manage
+
+        app.include_router(manage.router(service, downloader))
+
     guarded: Any = Guard(
-        app,
+        Late(app, ("/manage/", "/openapi.json"), add_manage),
         access=Access(lambda: live.settings),
         host=settings.host,
         origins=settings.origins,
@@ -162,6 +176,12 @@ def _service(
             "pending_sequences": ("Sequences that somebody waits for.", engine.pending),
             "kv_cache_bytes": ("KV caches kept for later prompts, in bytes.", stats.cache_bytes),
             "kv_cache_entries": ("KV caches kept for later prompts.", stats.cache_entries),
+            "kv_disk_bytes": ("Disk space that kept KV caches take, in bytes.", stats.disk.nbytes),
+            "kv_disk_limit_bytes": ("Disk space that they may take, in bytes.", stats.disk.cap),
+            "kv_disk_files": ("Files of kept KV caches.", stats.disk.files),
+            "kv_disk_written_bytes": ("KV caches written to disk, in bytes.", stats.disk.written),
+            "kv_disk_read_tokens": ("Tokens of prompts whose KV caches were read from disk.", stats.disk.restored),
+            "kv_disk_failures": ("KV caches that could not be written to disk.", stats.disk.failures),
             "engine_steps": ("Steps of the engine.", stats.steps),
             "engine_failures": ("Batches lost to an error.", stats.failures),
             "models_resident": ("Models in memory.", len(pool.resident)),
@@ -172,8 +192,9 @@ def _service(
         library,
         pool,
         engine,
-        Metrics(numbers, frozenset({"engine_steps", "engine_failures"})),
+        Metrics(numbers, _COUNTERS),
         settings.limits,
         preparation,
         live=live,
+        recent=Recent(logs.request_ended),
     )

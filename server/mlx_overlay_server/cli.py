@@ -13,6 +13,7 @@ from functools import partial
 from hf_overlay import UsageError
 
 from mlx_overlay_server import configuration
+from mlx_overlay_server import options as options_
 from mlx_overlay_server.command import NAMES
 from mlx_overlay_server.command.parser import make_parser
 from mlx_overlay_server.options import PROGRAM
@@ -29,9 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(arguments: Sequence[str]) -> int:
-    parser = make_parser()
+    # Without the other commands, whose options take longer to make than those for serving, unless they are asked for.
+    parser = make_parser() if {*arguments} & {*NAMES, "-h", "--help"} else options_.make_parser()
     options = parser.parse_args(arguments)
-    if options.command is not None:
+    if getattr(options, "command", None) is not None:
         parser.error(f"the command comes first, and then its options: {PROGRAM} {options.command} …")
     if options.version:
         from importlib.metadata import version

@@ -24,7 +24,6 @@ import argparse
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from hf_overlay import UsageError, configfile
@@ -112,6 +111,8 @@ def origins(arguments: argparse.Namespace, environ: Mapping[str, str]) -> dict[s
 
 def parse(file: ConfigFile) -> Table:
     """Return what the table `[server]` of a configuration file says. Raises UsageError."""
+    if not file.server:
+        return Table({}, {}, {}, ())
     declared = {_key_of(action): (name, action) for name, action in _declared().items()}
     values: dict[str, Any] = {}
     lines: dict[str, int] = {}
@@ -121,6 +122,8 @@ def parse(file: ConfigFile) -> Table:
         if key in _ELSEWHERE:
             raise _mistake(file, key, says=f"{key} is no setting of [server]; {_ELSEWHERE[key]}")
         if key not in declared:
+            from difflib import get_close_matches  # for those who have made a mistake
+
             near = get_close_matches(key.replace("-", "_"), [*declared, *_TABLES], 1)
             raise _mistake(
                 file,

@@ -87,6 +87,7 @@ def make_parser(declared: dict[str, argparse.Action] | None = None) -> argparse.
     """Return the parser of the options for serving, which are also put into `declared`, by their field."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
+        usage=f"{PROGRAM} [options]\n       {PROGRAM} COMMAND [options]",
         description="Serve the models in your folders and Hugging Face cache with the APIs of OpenAI and Anthropic.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -134,6 +135,7 @@ def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
         metavar="ORIGIN",
     )
     add("log_level", "--log-level", "least important messages to log", choices=["debug", "info", "warning", "error"])
+    add("log_format", "--log-format", "lines for people, or JSON for programs", choices=["text", "json"])
 
     add = _Adder(parser.add_argument_group("memory"), Settings, declared)
     add(
@@ -155,6 +157,13 @@ def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
         "cache_bytes",
         "--prompt-cache",
         "memory for KV caches kept for later prompts; default: 1/8 of --memory-budget, else of the machine's",
+        type=_size,
+        metavar="SIZE",
+    )
+    add(
+        "kv_disk",
+        "--kv-disk",
+        "disk space for KV caches kept for later prompts, also after a restart; 0: none; default: 20G",
         type=_size,
         metavar="SIZE",
     )

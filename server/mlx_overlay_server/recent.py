@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,6 +17,8 @@ KEPT = 200
 """Ended requests that are remembered."""
 RATE_SECONDS = 5
 """Seconds over which tokens per second are counted."""
+_LONGEST_NAME = 200
+"""Characters of a model's name that are kept: clients may send any number."""
 LATELY = 20
 """Requests that the usual time to the first token is taken from."""
 
@@ -125,7 +126,7 @@ class Recent:
     def first_token_seconds(self) -> float | None:
         """The median time to the first token of the last requests that had one; None where there was none."""
         lately = [each.first_token_seconds for each in self.ended if each.first_token_seconds is not None][:LATELY]
-        return statistics.median(lately) if lately else None
+        return sorted(lately)[len(lately) // 2] if lately else None
 
     def stop(self, record_id: str) -> bool:
         """End a running request with `Stopped`. Returns whether there is one with that id."""
@@ -154,6 +155,7 @@ class Recent:
             raise
         finally:
             record.outcome, record.seconds = outcome, time.monotonic() - live.started
+            record.model = record.model[:_LONGEST_NAME]
             del self._running[record.id]
             self._ended.append(record)
             self._report(record)

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import hf_overlay
 from hf_overlay import descriptors
-from hf_overlay.text import printable
 
-from mlx_overlay_server import address
+from mlx_overlay_server import address, logs
 from mlx_overlay_server.imports import absent
 from mlx_overlay_server.listening import listen, url
 from mlx_overlay_server.live import Live
@@ -36,7 +35,7 @@ GRACE_SECONDS = 4.5
 def serve(live: Live) -> int:
     """Serve until SIGINT or SIGTERM, and return the exit code. Called in the main thread, for the signals."""
     settings = live.settings
-    _log_to_stderr(settings.log_level)
+    logs.set_up(settings.log_level, settings.log_format)
     descriptors.raise_limit()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server listens to signals itself
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"} if settings.is_offline else dict(os.environ)
@@ -47,8 +46,10 @@ def serve(live: Live) -> int:
             maps=settings.maps,
             kind="mlx",
             exclude=settings.exclude,
+            encoders=True,
             trusts_code=settings.engine.trust_remote_code,
             hold_downloads=settings.hold_downloads,
+            announces=True,
             environ=environ,
         ) as session:
             # huggingface_hub reads its environment once, when it is imported, and we are the program that imports it.
@@ -165,7 +166,7 @@ def _server_class() -> Any:
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if not self.should_exit:
-                logger.info("listening on %s (OpenAI clients: %s/v1)", self._url, self._url)
+                logger.info("listening on %s (open it in a browser; OpenAI clients: %s/v1)", self._url, self._url)
 
     return Server
 
@@ -174,19 +175,3 @@ def _end() -> None:
     """End the process, whatever hangs: a step of the engine, a disk. The next start tidies up what is left."""
     logger.error("the server did not stop in time and ends now")
     os._exit(1)
-
-
-class _Printable(logging.Formatter):
-    """A formatter whose lines cannot steer a terminal: ids and paths in them may hold anything."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
-
-
-def _log_to_stderr(level: str) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
-    for name in ("mlx_overlay_server", "hf_overlay", "uvicorn"):
-        logging.getLogger(name).addHandler(handler)
-        logging.getLogger(name).setLevel(level.upper() if name != "uvicorn" else "WARNING")
-        logging.getLogger(name).propagate = False

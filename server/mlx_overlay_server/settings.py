@@ -42,6 +42,8 @@ class EngineOptions:
     """Milliseconds that a decoding sequence waits at most for others' prompts, between two of its tokens."""
     cache_bytes: int | None = None
     """Bytes of KV caches that are kept for later prompts; None: a part of the machine's memory (`memory`)."""
+    kv_disk: int = 20 * 10**9
+    """Bytes of KV caches that are kept on disk; 0: none."""
     no_wired_memory: bool = False
     """On macOS: do not let Metal wire memory, which keeps models from being paged out."""
     kv_bits: int | None = None
@@ -148,6 +150,8 @@ class Settings:
     origins: tuple[str, ...] = ()
     """Origins of web pages that may use the server (CORS)."""
     log_level: str = "info"
+    log_format: str = "text"
+    """`text` for people, `json` for programs."""
     shutdown_seconds: float = 5
     """Seconds that running streams may take to end when the server stops."""
 

@@ -43,10 +43,15 @@ def test_an_empty_home_has_no_models_and_is_told_what_to_do(home: Path) -> None:
 
 def test_ps_finds_the_running_server_by_itself(home: Path, models: Path, model: Path) -> None:
     with serving(home, models, options=["--offline"]) as server:
-        assert _run(home, "ps").lines() == ["ID  STATE"]
+        assert _run(home, "ps").lines() == ["ID  STATE  SIZE  REQUESTS  IDLE"]
         server.chat("acme/tiny-chat", "hi")
-        assert json.loads(_run(home, "ps", "--json").out) == [{"id": "acme/tiny-chat", "state": "loaded"}]
-        assert _run(home, "ps", "--url", server.url).out == _run(home, "ps").out
+        (row,) = json.loads(_run(home, "ps", "--json").out)
+        assert (row["id"], row["state"], row["users"]) == ("acme/tiny-chat", "resident", 0)
+        assert _run(home, "ps", "--url", server.url).lines()[1].split()[:2] == ["acme/tiny-chat", "resident"]
+        assert _run(home, "stop", "other").status == 1
+        done = _run(home, "stop", "tiny")
+        assert (done.status, done.err) == (0, "mlx-omni-server: unloaded acme/tiny-chat\n")
+        assert json.loads(_run(home, "ps", "--json").out) == []
         assert _run(home, "doctor", "--model-path", str(models)).status == 0
     done = _run(home, "ps")
     assert (done.status, done.out) == (1, "")
@@ -70,6 +75,13 @@ def test_bench_starts_a_server_for_itself_and_leaves_nothing(home: Path, models:
     done = _run(home, "bench", "other", "--model-path", str(models))
     assert (done.status, done.out) == (1, "")
     assert "acme/random" in done.err, "it says what there is"
+
+
+def test_a_server_with_a_key_wants_it_from_commands_too(home: Path) -> None:
+    with serving(home, options=["--offline"], environ={"MLX_OMNI_API_KEY": "secret"}, api_key="secret"):
+        done = _run(home, "ps")
+        assert (done.status, "needs an API key" in done.err) == (1, True)
+        assert _run(home, "ps", MLX_OMNI_API_KEY="secret").status == 0
 
 
 @pytest.mark.parametrize("url", ["ftp://x", "", "http://"])

@@ -20,7 +20,7 @@ from tests.support import hubs
 from tests.support.folders import lay_model, weights
 from tests.support.hfcache import add_repo, listing, repo_folder
 from tests.support.online import Person, at_a_shell, cached, contents
-from tests.support.processes import OVERLAY, PYTHON, SECONDS, Finished, eventually, finish, start, succeed
+from tests.support.processes import OVERLAY, PYTHON, SECONDS, Finished, eventually, finish, read_line, start, succeed
 
 MINE, NEW = "acme/mine", "org/new"
 FILES = {
@@ -254,6 +254,27 @@ def test_the_shell_of_one_that_has_ended_is_told_so(person: Person) -> None:
     assert in_fish.err == hint.err.replace("leave it: unset", "leave it: set -e")
     left = in_shell(person, f"{command}; hf-overlay path acme/mine --model-path {person.models}", **variables)
     assert left.lines() == [str(person.models / MINE)], left.err
+
+
+def test_the_shell_of_one_that_was_killed_is_told_so_while_a_program_still_uses_its_tree(person: Person) -> None:
+    """P12: the tree stays for that program, and is no cache for anything else."""
+    with serving(person) as service:
+        variables = {name: value for name, value in service.variables().items() if value is not None}
+        shell = {**person.environ, **variables}
+        inside = finish([OVERLAY, "run", "-q", "--", OVERLAY, "env"], shell)
+        assert inside.status == 0, "an overlay within one that is served"
+        with start([PYTHON, "-c", "print(1, flush=True); input()"], shell) as program:
+            assert read_line(program.stdout) == "1"
+            assert service.end(signal.SIGKILL) == -signal.SIGKILL
+            for command in ([OVERLAY, "env"], [OVERLAY, "run", "--", "true"]):
+                done = finish(command, shell)
+                assert done.status != 0
+                assert "the overlay of this shell has ended" in done.err
+            assert Path(variables["HF_HUB_CACHE"]).is_dir(), "the program's tree is gone"
+            assert program.stdin is not None
+            program.stdin.close()
+            program.wait(SECONDS)
+    succeed([OVERLAY, "clean"], person.environ)
 
 
 # Whose login ---------------------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ import os
 import pwd
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -52,6 +54,16 @@ def test_make_dist_builds_a_wheel_and_an_sdist(project: str, name: str, wheels: 
     version = declared_version(project)
     built = {path.name for path in wheels.iterdir()}
     assert {f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.tar.gz"} <= built
+
+
+def test_the_server_s_page_is_in_the_wheel_and_in_the_sdist(wheels: Path) -> None:
+    page = ROOT / "server/mlx_overlay_server/page"
+    parts = {f"mlx_overlay_server/page/{path.relative_to(page)}" for path in page.rglob("*") if path.is_file()}
+    assert "mlx_overlay_server/page/index.html" in parts
+    assert parts <= set(zipfile.ZipFile(wheel(wheels, "mlx_overlay_server")).namelist())
+    (sdist,) = wheels.glob("mlx_overlay_server-*.tar.gz")
+    with tarfile.open(sdist) as packed:
+        assert parts <= {name.partition("/")[2] for name in packed.getnames()}
 
 
 def test_both_commands_print_the_version_of_their_distribution(wheels: Path, tmp_path: Path) -> None:

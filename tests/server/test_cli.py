@@ -32,9 +32,11 @@ FLAGS: list[tuple[str, str, str, Any]] = [
     ("--api-key", "secret", "api_key", "secret"),
     ("--cors-allow-origins", "http://a,http://b", "origins", ("http://a", "http://b")),
     ("--log-level", "debug", "log_level", "debug"),
+    ("--log-format", "json", "log_format", "json"),
     ("--memory-budget", "24G", "memory_budget", 24 * 10**9),
     ("--idle-ttl", "0.5", "idle_ttl", 0.5),
     ("--prompt-cache", "1G", "engine.cache_bytes", 10**9),
+    ("--kv-disk", "1G", "engine.kv_disk", 10**9),
     ("--no-wired-memory", "", "engine.no_wired_memory", True),
     ("--kv-bits", "4", "engine.kv_bits", 4),
     ("--kv-group-size", "32", "engine.kv_group_size", 32),
@@ -166,7 +168,7 @@ def test_the_key_comes_from_the_flag_or_else_from_the_environment(
         (["--draft-model", "org/d"], "--model"),
         (["--adapter-path", "/lora"], "--model"),
         (["--nonsense"], "unrecognized arguments"),
-        (["extra"], "invalid choice"),
+        (["extra"], "unrecognized arguments"),
     ],
 )
 def test_what_cannot_be_is_a_usage_error_in_one_line(

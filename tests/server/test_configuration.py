@@ -8,7 +8,7 @@ from pathlib import Path
 
 import hf_overlay
 import pytest
-from mlx_overlay_server import run
+from mlx_overlay_server import logs, run
 from mlx_overlay_server.live import Live
 from mlx_overlay_server.settings import Settings
 
@@ -37,7 +37,7 @@ def test_the_server_looks_where_the_file_says(
         return 0
 
     monkeypatch.setattr(run, "_serve_http", serve)
-    monkeypatch.setattr(run, "_log_to_stderr", lambda _: None)
+    monkeypatch.setattr(logs, "set_up", lambda *_: None)
     assert run.serve(Live(Settings())) == 0
     assert seen == [((str(models),), ("org/mine",))]
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import logging
 
 import pytest
 from mlx_overlay_server.engine.failures import load_reason
-from mlx_overlay_server.run import _Printable
+from mlx_overlay_server.logs import Handler
 
 _FOLDER = "/Volumes/LLMS/org/name"
 
 
 def test_the_log_escapes_what_steers_a_terminal() -> None:
     record = logging.LogRecord("mlx_overlay_server", logging.INFO, "", 0, "loading %s", ("org/\x1b[2J\x9bm",), None)
-    assert _Printable("%(message)s").format(record) == r"loading org/\x1b[2J\x9bm"
+    file = io.StringIO()
+    Handler(file).emit(record)
+    assert file.getvalue().endswith(" INFO loading org/\\x1b[2J\\x9bm\n")
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,13 @@ def test_the_outcome_says_how_a_request_ended(error: BaseException, outcome: str
     assert recent.running == []
 
 
+def test_names_that_clients_make_up_do_not_pile_up() -> None:
+    recent = Recent()
+    with recent.following("m" * 10**6, FakeLive()) as record:
+        record.model = "n" * 10**6
+    assert len(recent.ended[0].model) <= 200
+
+
 def test_only_the_last_requests_are_kept_newest_first() -> None:
     recent = Recent()
     for number in range(KEPT + 3):

@@ -18,7 +18,7 @@ _PROGRAMS = Path(sys.prefix, "agents", "node_modules", ".bin")
 Events = list[dict[str, Any]]
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
     """Where an agent is; the test is skipped where it is not."""
     if shutil.which("node") is None:
         pytest.skip("node is not installed, which coding agents need")
@@ -40,7 +40,7 @@ def _run(command: Sequence[str], home: Path, **environ: str) -> Events:
 
 def claude(server: Server, model: str, prompt: str, home: Path) -> Events:
     """One run of Claude Code, which may read files."""
-    command = [_program("claude"), "-p", prompt, "--allowedTools", "Read", "--output-format", "stream-json"]
+    command = [program("claude"), "-p", prompt, "--allowedTools", "Read", "--output-format", "stream-json"]
     return _run(
         [*command, "--verbose"],
         home,
@@ -56,14 +56,14 @@ def claude(server: Server, model: str, prompt: str, home: Path) -> Events:
 
 def codex(server: Server, model: str, prompt: str, home: Path) -> Events:
     """One run of Codex. Its own sandbox is not what is tested, and not every kernel has what it needs."""
-    command = [_program("codex"), "exec", "--json", "--skip-git-repo-check", "--sandbox", "danger-full-access"]
+    command = [program("codex"), "exec", "--json", "--skip-git-repo-check", "--sandbox", "danger-full-access"]
     provider = ["--oss", "--local-provider", "lmstudio", "--model", model]
     return _run([*command, *provider, prompt], home, CODEX_OSS_BASE_URL=f"{server.url}/v1")
 
 
 def opencode(server: Server, model: str, prompt: str, home: Path) -> Events:
     """One run of opencode, whose small model for titles is the same."""
-    program = _program("opencode")
+    path = program("opencode")
     provider = {
         "npm": "@ai-sdk/openai-compatible",
         "options": {"baseURL": f"{server.url}/v1", "apiKey": server.api_key},
@@ -74,7 +74,7 @@ def opencode(server: Server, model: str, prompt: str, home: Path) -> Events:
     names = {"model": f"here/{model}", "small_model": f"here/{model}"}
     (home / "opencode.json").write_text(json.dumps({**config, **names}), "utf-8")
     return _run(
-        [program, "run", "--format", "json", prompt],
+        [path, "run", "--format", "json", prompt],
         home,
         OPENCODE_DISABLE_AUTOUPDATE="1",
         OPENCODE_DISABLE_LSP_DOWNLOAD="1",

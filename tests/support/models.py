@@ -102,6 +102,7 @@ def make_model(
     pieces: Sequence[Piece] | None = None,
     context: int = _CONTEXT,
     is_brief: bool = False,
+    closes: bool = False,
 ) -> Path:
     """Write a model folder that answers any prompt with exactly `says`, then EOS; return `folder`.
 
@@ -117,6 +118,8 @@ def make_model(
     `pieces` are the tokens that `says` is said in, instead of `split(says)`; those that are
     bytes may end inside of a character. `context` is how many tokens prompt and answer may have;
     the template of an `is_brief` model shows it little of a long prompt.
+
+    Where a grammar does not let a model that `closes` say its text, it says what ends a JSON value soonest.
     """
     steps, after = cut(says, pieces), [] if after_tool is None else split(after_tool)
     added = (*SPECIAL, *(THINK if thinks else ()), *((AFTER_TOOL,) if after_tool is not None else ()))
@@ -131,7 +134,7 @@ def make_model(
     _write_configs(folder, shape, model_type, dtype)
     _write_tokenizer(folder, scripted_tokenizer(vocab, added), tokenizer_config(added, template, context))
     seed = zlib.crc32((says + (after_tool or "")).encode())
-    _write_weights(folder, _scripted_tensors(table, shape, dtype, seed), shards)
+    _write_weights(folder, _scripted_tensors(table, shape, dtype, seed, closes=closes), shards)
     return folder
 
 
@@ -163,7 +166,7 @@ def _hidden_size(table: _Table) -> int:
     return -(-len(table.follows) // 64) * 64
 
 
-def _scripted_tensors(table: _Table, shape: _Shape, dtype: DType, seed: int) -> Tensors:
+def _scripted_tensors(table: _Table, shape: _Shape, dtype: DType, seed: int, *, closes: bool) -> Tensors:
     """The weights, in the order a checkpoint lists them.
 
     The projections that cannot reach the residual stream hold noise drawn from `seed`, so that models with
@@ -181,6 +184,9 @@ def _scripted_tensors(table: _Table, shape: _Shape, dtype: DType, seed: int) -> 
     embedding = np.zeros((shape.vocab, shape.hidden), dtype=dtype)
     embedding[np.arange(shape.vocab), table.directions] = 1
     head = np.zeros((shape.vocab, shape.hidden), dtype=dtype)
+    if closes:
+        for place, letter in enumerate(b'"}]3'):
+            head[letter, : len(table.follows)] = _LOGIT / (2 + place)
     head[table.follows, np.arange(len(table.follows))] = _LOGIT
     return _llama(shape, dtype, embedding, head, matrix)
 

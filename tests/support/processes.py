@@ -49,11 +49,16 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 
 
 def finish(
-    arguments: Sequence[str], environ: Mapping[str, str], *, stdin: bytes = b"", cwd: Path | None = None
+    arguments: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    stdin: bytes = b"",
+    cwd: Path | None = None,
+    seconds: float = SECONDS,
 ) -> Finished:
     """Run a program to its end, with `stdin` piped in."""
     with start(arguments, environ, cwd=cwd) as process:
-        out, err = process.communicate(stdin, timeout=SECONDS)
+        out, err = process.communicate(stdin, timeout=seconds)
     return Finished(process.returncode, _text(out), _text(err))
 
 

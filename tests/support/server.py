@@ -19,7 +19,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from tests.support import hubs
 from tests.support.processes import PYTHON, SECONDS, environment, eventually, start
 
-_LISTENING = re.compile(r" listening on (http://\S+) ")
+_LISTENING = re.compile(r"listening on (http://\S+) ")
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from threading import Event
 from typing import Any
 
-from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import Params
+from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.engine.commands import Command, Item, ReadTokenizer, Sampled, Stats, Stop, Submit
-from mlx_overlay_server.engine.worker import Worker
+from mlx_overlay_server.engine.worker import DISK_POLL_SECONDS, Worker
 from mlx_overlay_server.errors import ServerError
 from mlx_overlay_server.settings import EngineOptions
 
@@ -30,7 +31,9 @@ class Stage:
         self.read_tokenizer: ReadTokenizer | None = None
         self.items: dict[int, list[Item]] = {}
         """Each sequence's id -> what was made of it."""
-        self.settled: dict[str, Loaded | ServerError] = {}
+        self.settled: dict[str, AnyLoaded | ServerError] = {}
+        self.read: dict[str, int] = {}
+        """The bytes of weights that were read of each model."""
         """Each load's key -> how it ended."""
         self.stats = Stats()
         self.ended: str | None = None
@@ -41,6 +44,7 @@ class Stage:
         """What the worker's clock says."""
         self.worker = Worker(self, lambda: self.now)
         self._error: BaseException | None = None
+        self._woken = Event()
         self._script: Script
 
     def play(self, script: Callable[[Stage], Script]) -> Stage:
@@ -67,6 +71,9 @@ class Stage:
 
     def take(self, seconds: float) -> list[Command]:
         self.waits.append(seconds)
+        if seconds == DISK_POLL_SECONDS:  # it waits for the thread that reads the disk
+            self._woken.wait(seconds)
+            self._woken.clear()
         try:
             assert len(self.waits) < TURNS, "the script waits for something that does not come"
             return list(next(self._script, [Stop()]))
@@ -77,13 +84,22 @@ class Stage:
     def reading(self, key: str) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def wake(self) -> None:
+        self._woken.set()
+
+    def has_read(self, key: str, nbytes: int) -> None:
+        self.read[key] = self.read.get(key, 0) + nbytes
+
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None:
         self.stats = stats
         for id_, item in items:
             self.items.setdefault(id_, []).append(item)
 
-    def settle(self, key: str, result: Loaded | ServerError) -> None:
+    def settle(self, key: str, result: AnyLoaded | ServerError) -> None:
         self.settled[key] = result
+
+    def finish(self) -> None:
+        pass
 
     def end(self, reason: str) -> None:
         self.ended = reason

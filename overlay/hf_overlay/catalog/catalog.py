@@ -11,6 +11,7 @@ from hf_overlay.catalog import explain, kinds
 from hf_overlay.catalog.away import Away, away_after
 from hf_overlay.catalog.explain import Candidate
 from hf_overlay.catalog.files import reason_of
+from hf_overlay.catalog.index import Index
 from hf_overlay.catalog.memo import Memo
 from hf_overlay.catalog.plan import Entry, Plan, Resolution, fold, plan, resolve
 from hf_overlay.catalog.repos import examine_all
@@ -30,18 +31,24 @@ _NAMES: Mapping[Layer, str] = {"map": "mapped folder", "custom": "model path", "
 class Catalog:
     """The models of one configuration, as of the last `scan()`."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Scan the user's folders.
+    def __init__(self, settings: Settings, *, index: str | None = None) -> None:
+        """Scan the user's folders. `index` is the folder in which processes keep for each other what they found.
 
         Raises UsageError for a model path that is a file, OverlayError where mlx-lm's model types are needed and cannot
         be read.
         """
         self.settings = settings
-        self.types = kinds.restriction(settings.kind, trusts_code=settings.trusts_code)
+        self.types = kinds.restriction(settings.kind, trusts_code=settings.trusts_code, encoders=settings.encoders)
         self.patience = Patience()
         """What asks the disks of the model paths and of the real cache."""
         self._scanner = Scanner(
-            settings.roots, settings.hub_cache, self.types, self.patience, below=settings.below, maps=settings.maps
+            settings.roots,
+            settings.hub_cache,
+            self.types,
+            self.patience,
+            below=settings.below,
+            maps=settings.maps,
+            index=None if index is None else Index(index, kinds.version(self.types)),
         )
         self._warned: set[str] = set()
         self._cache_problem: str | None = None
@@ -322,7 +329,7 @@ class Catalog:
         cached = self._scanner.read_cached(model_id)
         return explain.model(
             model_id,
-            self.sources,
+            self._about(kind, model_id, self.sources),
             cached,
             self.below,
             look=lambda root: self._scanner.read(f"{root}/{model_id}", model_id, root),
@@ -332,7 +339,14 @@ class Catalog:
         name, hub = hfcache.repo_folder(repo_id, kind), self.settings.hub_cache
         is_cached = self.is_folder(f"{hub}/{name}/snapshots", hub)
         in_tiers = [repo.path for repo in self.tier_repos() if repo.name == name]
-        return explain.other_repo(kind, repo_id, self._layers, f"{hub}/{name}", in_tiers, is_cached=is_cached)
+        layers = self._about(kind, repo_id, self._layers)
+        return explain.other_repo(kind, repo_id, layers, f"{hub}/{name}", in_tiers, is_cached=is_cached)
+
+    def _about(self, kind: str, repo_id: str, sources: Iterable[Source]) -> list[Source]:
+        """Those of some sources that may say something of an id: not the maps of others."""
+        others = {each.folder for each in self.settings.maps if (each.kind, each.id) != (kind, repo_id)}
+        others -= {each.folder for each in self.settings.maps if (each.kind, each.id) == (kind, repo_id)}
+        return [source for source in sources if source.layer != "map" or source.root not in others]
 
     def warnings(self, downloads: str | None = None) -> list[str]:
         """Warnings about paths and folders that cannot be used, without those that the call before has returned.

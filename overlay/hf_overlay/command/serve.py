@@ -109,7 +109,7 @@ def offered(environ: Mapping[str, str]) -> Offer:
     if not owners:
         start = "hf-overlay serve --model-path DIR"
         cache = config.hub_cache(environ)
-        if config.is_overlay(cache) and not os.path.isdir(cache):
+        if config.is_overlay(cache) and lease.has_ended(cache):
             raise OverlayError(
                 f"the overlay of this shell has ended, and no other is being served; start one: {start}, "
                 f"or leave it: {config.how_to_leave(environ)}"

@@ -11,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from hf_overlay import hfcache
 from hf_overlay.gateway import routes
 from hf_overlay.gateway.exchange import Answer, Request
 from hf_overlay.gateway.hub import Hub, Unavailable
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _OF_A_GATEWAY = re.compile(r"/[0-9a-f]{40}$")
 _ENDED = "the overlay that this program was started in has ended; start it again in one that is open (hf-overlay env)"
+_OUTER_ENDED = "the overlay that hf-overlay was started in has ended; start it again in another shell (hf-overlay env)"
 
 
 class App:
@@ -61,6 +63,8 @@ class App:
         found = self._hub.refresh_and_find(target.repo_id, target.kind) if target is not None else None
         if found is None and target is not None and target.precedes_download(method):
             found = self._hub.refuse_download(target.repo_id, target.folder)
+        if isinstance(found, LinkedRepo) and target is not None and target.precedes_download(method):
+            self._hub.expect_download(hfcache.repo_folder(found.model.id, found.model.kind))
         return target, found
 
     def _pass_on(self, request: Request, path: str, target: Target | None) -> Answer:
@@ -69,7 +73,9 @@ class App:
         try:
             answer = self._real_hub().send(request, path)
         except upstream.Unreachable as error:
-            return routes.error(504, "", str(error))
+            # The shell that this overlay was started from had joined another one.
+            was_a_gateway = _OF_A_GATEWAY.search(self._url)
+            return routes.error(504, "", _OUTER_ENDED if was_a_gateway else str(error))
         # A client also writes down in its cache which files a repo lacks.
         is_there = answer.status < 400 or answer.header("x-repo-commit") is not None
         if target is not None and target.precedes_download(request.method) and is_there:

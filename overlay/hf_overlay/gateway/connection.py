@@ -28,7 +28,8 @@ class Connection:
     """Answers the requests that come in on a socket, one after the other."""
 
     def __init__(self, program: socket.socket, ending: socket.socket, respond: Callable[[Request], Answer]) -> None:
-        """`ending` becomes readable when the gateway is stopped."""
+        """`ending` becomes readable when the gateway is stopped. Raises OSError."""
+        program.setblocking(True)
         program.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._program = program
         self._ending = ending

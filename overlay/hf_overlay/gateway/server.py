@@ -61,6 +61,7 @@ class Gateway:
         """Listen on a free port; connections wait in its backlog until the thread is ready. Raises OSError."""
         self._socket.bind(("127.0.0.1", 0))
         self._socket.listen(256)
+        self._socket.setblocking(False)  # or a program that leaves at once may keep the thread in `accept`
         self._is_listening = True
         self._thread.start()
 
@@ -123,9 +124,18 @@ class Gateway:
         except OSError:  # no descriptor is free, or the program has left
             time.sleep(0.02)
             return False
-        connection = Connection(program, self._ending, app.respond)
+        try:
+            connection = Connection(program, self._ending, app.respond)
+        except OSError:  # it has left since
+            program.close()
+            return True
+        thread = threading.Thread(target=self._answer, args=(connection,), name="hub-gateway-answer", daemon=True)
         self._connections.add(connection)
-        threading.Thread(target=self._answer, args=(connection,), name="hub-gateway-answer", daemon=True).start()
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no thread left: the program is refused, and may try again
+            self._connections.discard(connection)
+            program.close()
         return True
 
     def _answer(self, connection: Connection) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.chat.loaded import ImageProcessor, Loaded, Shown
 from mlx_overlay_server.chat.requests import Image
 from mlx_overlay_server.errors import InvalidRequest
 
@@ -21,12 +21,24 @@ twelve screenshots at 4K, or one image of 10,000 x 10,000, of which models look 
 
 
 def placed(model: Loaded, text: str, images: Sequence[Image]) -> tuple[str, tuple[Any, ...]]:
-    """Return a prompt's text with room for its images, and their pixel values as NumPy arrays.
+    """Return a prompt's text with room for its images, and their pixel values as NumPy arrays, for mlx-lm.
 
     Raises InvalidRequest, and ValueError where the text and the images do not go together.
     """
     import numpy as np
 
+    decoded = [np.asarray(_rgb(*each)) for each in _all_opened(images)]
+    text, pixels = model.processor(text, images=decoded)
+    return text, tuple(np.asarray(each) for each in pixels)
+
+
+def shown(vision: ImageProcessor, text: str, images: Sequence[Image]) -> tuple[list[int], Shown]:
+    """Return a prompt's tokens and what the model sees of its images, for mlx-vlm. Raises as `placed` does."""
+    return vision.shown(text, [_rgb(*each) for each in _all_opened(images)])
+
+
+def _all_opened(images: Sequence[Image]) -> list[tuple[Any, Image]]:
+    """Return images as Pillow's, which are not decoded yet. Raises InvalidRequest for too many pixels together."""
     opened = []
     total = 0
     for image in images:
@@ -35,8 +47,7 @@ def placed(model: Loaded, text: str, images: Sequence[Image]) -> tuple[str, tupl
         total += width * height
         if total > MAX_PIXELS:
             raise _too_many(image)
-    text, pixels = model.processor(text, images=[_pixels(*each) for each in zip(opened, images, strict=True)])
-    return text, tuple(np.asarray(each) for each in pixels)
+    return list(zip(opened, images, strict=True))
 
 
 def _too_many(image: Image) -> InvalidRequest:
@@ -62,11 +73,9 @@ def _opened(image: Image) -> Any:
         raise InvalidRequest("cannot decode the image", param=image.where) from None
 
 
-def _pixels(opened: Any, image: Image) -> Any:
-    """Return an RGB array of height x width x 3 bytes. Raises InvalidRequest."""
-    import numpy as np
-
+def _rgb(opened: Any, image: Image) -> Any:
+    """Return a Pillow image with three bytes for each pixel. Raises InvalidRequest."""
     try:
-        return np.asarray(opened.convert("RGB"))
-    except Exception:  # noqa: BLE001 - as above
+        return opened.convert("RGB")
+    except Exception:  # noqa: BLE001 - decoders meet whatever is sent
         raise InvalidRequest("cannot decode the image", param=image.where) from None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from hf_overlay import Task
 
 
 class Tokenizer(Protocol):
@@ -53,6 +55,25 @@ class Marks(Protocol):
         """Return (state, the text that was held, name of its part)."""
 
 
+class Shown(NamedTuple):
+    """What a model sees of a prompt's images."""
+
+    arrays: Mapping[str, Any]
+    """NumPy arrays by the names that the model has for them."""
+    identity: tuple[int, ...]
+    """The prompt's tokens, with numbers of each image's own in place of its marks."""
+
+
+class ImageProcessor(Protocol):
+    """Turns images into what a model sees."""
+
+    def shown(self, text: str, images: Sequence[Any]) -> tuple[list[int], Shown]:
+        """Return the tokens of a prompt with images, which are Pillow's, and what the model sees of them.
+
+        Raises ValueError where the text and the images do not go together.
+        """
+
+
 def context_length(config: Mapping[str, Any]) -> int | None:
     """Return how many tokens prompt and answer may have together; None when a config.json does not say."""
     for part in (config, config.get("text_config")):
@@ -94,10 +115,14 @@ class Loaded:
     has_own_calls: bool = True
     """Whether mlx-lm knows the model's own form of tool calls; the server's form (`tool_text`) is read otherwise."""
     processor: Any = None
-    """mlx_lm's image processor; None: the model takes no images."""
+    """mlx_lm's image processor; None: mlx-lm shows the model no images."""
+    vision: ImageProcessor | None = None
+    """mlx-vlm's; None: mlx-vlm does not run the model."""
     kv_bytes: int = 0
     """Bytes that each token of a sequence takes in KV caches, at the peak; 0: unknown."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    task: ClassVar[Task] = "text"
+    """What it does with text."""
 
     @functools.cached_property
     def _grammar_tokenizer(self) -> Any:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_overlay_server.chat import tool_text
-from mlx_overlay_server.chat.images import placed
-from mlx_overlay_server.chat.loaded import Loaded, Tokenizer
+from mlx_overlay_server.chat.images import placed, shown
+from mlx_overlay_server.chat.loaded import Loaded, Shown, Tokenizer
 from mlx_overlay_server.chat.requests import OURS, ChatRequest, Image, Message, Tool, described
 from mlx_overlay_server.errors import Field, InvalidRequest, PromptTooLong
 
@@ -28,7 +28,14 @@ class Prompt:
     continues_text: bool = False
     """Whether it ends in the text of an assistant message that the answer goes on with."""
     images: tuple[Any, ...] = ()
-    """Pixel values, one array for each image."""
+    """Pixel values, one array for each image, for mlx-lm."""
+    shown: Shown | None = None
+    """What the model sees of the images, for mlx-vlm."""
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are images in it."""
+        return bool(self.images) or self.shown is not None
 
 
 def render(model: Loaded, request: ChatRequest, limit: int | None = None) -> Prompt:
@@ -42,7 +49,7 @@ def render(model: Loaded, request: ChatRequest, limit: int | None = None) -> Pro
     if not request.messages:  # dialects may drop empty messages
         raise InvalidRequest("all messages are empty", field="messages")
     images = [part for message in request.messages for part in message.content if isinstance(part, Image)]
-    if images and model.processor is None:
+    if images and model.processor is None and model.vision is None:
         raise InvalidRequest(f"{request.model} does not take images", param=images[0].where)
     tools = request.tools if request.choice.mode != "none" else ()
     kwargs = _template_kwargs(tokenizer, request)
@@ -50,21 +57,28 @@ def render(model: Loaded, request: ChatRequest, limit: int | None = None) -> Pro
     continues = request.continues and request.messages[-1].role == "assistant" and not request.messages[-1].calls
     text, system = _apply(tokenizer, messages, tools, kwargs, continues=continues)
     pixels: tuple[Any, ...] = ()
+    tokens: list[int] | None = None
+    seen: Shown | None = None
     if images:
         try:
-            text, pixels = placed(model, text, images)
+            if model.vision is not None:
+                tokens, seen = shown(model.vision, text, images)
+            else:
+                text, pixels = placed(model, text, images)
         except ValueError as error:  # its template leaves one out, or a text holds the mark of one
             raise InvalidRequest(f"the model cannot place the images: {error}", field="messages") from None
         system = ""
     check_unicode(text, "messages")
     check_length(model, text, limit, "messages")
-    tokens = tokenizer.encode(text, add_special_tokens=False)
+    if tokens is None:
+        tokens = tokenizer.encode(text, add_special_tokens=False)
     return Prompt(
         tuple(tokens),
         is_reasoning=_opens_reasoning(tokenizer, text),
         system=_common(tokenizer.encode(system, add_special_tokens=False), tokens) if system else 0,
         continues_text=continues and bool(request.messages[-1].text),
         images=tuple(pixels),
+        shown=seen,
     )
 
 

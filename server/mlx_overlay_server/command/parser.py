@@ -22,6 +22,18 @@ _TEXTS = {
     "completion": "print a completion script for your shell",
 }
 
+AGENTS = ("claude", "codex", "opencode", "aider")
+"""What `launch` starts."""
+
+_LAUNCH_EXAMPLES = """\
+What follows -- are arguments of the agent. A server is started where none runs, and ends with the agent. None of your
+files is changed: the agent gets all it needs in its own environment.
+
+examples:
+  mlx-omni-server launch claude
+  mlx-omni-server launch codex --model qwen3-coder -- exec "What does this project do?"
+"""
+
 _SERVICE_EXAMPLES = """\
 What follows -- are options of mlx-omni-server. The unit also carries the shell's variables that it reads: HF_HOME,
 MLX_OMNI_MODEL_PATH, HF_TOKEN, proxies, …
@@ -67,6 +79,7 @@ def _ps(parser: argparse.ArgumentParser) -> None:
 
 def _stop(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="an id, or a part of one that no other model in memory has")
+    parser.add_argument("--force", action="store_true", help="also while requests use it, which end with an error then")
     _add_server(parser)
     _add_json(parser)
 
@@ -126,6 +139,17 @@ def _service(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
+def _launch(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{options.PROGRAM} launch [options] AGENT [-- ARGUMENT …]"
+    parser.epilog = _LAUNCH_EXAMPLES
+    parser.add_argument("agent", metavar="AGENT", choices=AGENTS, help=", ".join(AGENTS))
+    parser.add_argument(
+        "--model", metavar="MODEL", help="an id, alias or profile, or a part of one; default: the best one that is able"
+    )
+    options.add_folders(parser)
+    _add_server(parser)
+
+
 def _completion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=options.SHELLS)
 
@@ -155,6 +179,7 @@ _OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "config": _config,
     "key": _key,
     "service": _service,
+    "launch": _launch,
     "completion": _completion,
 }
 """What adds the options of each command to its parser."""

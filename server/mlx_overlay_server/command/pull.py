@@ -16,8 +16,8 @@ from hf_overlay import IncompleteModel, Model, ModelNotFound, OverlayError, Sess
 from mlx_overlay_server import children
 from mlx_overlay_server.command import models
 from mlx_overlay_server.command.output import print_json, say
-from mlx_overlay_server.command.progress import Bar
 from mlx_overlay_server.models import download
+from mlx_overlay_server.progress import Bar
 
 
 def pull(options: argparse.Namespace) -> int:
@@ -48,7 +48,12 @@ def _here(options: argparse.Namespace) -> Model | None:
 
 def _download(options: argparse.Namespace) -> None:
     with hf_overlay.open_session(
-        options.model_paths, below=options.below, maps=dict(options.maps), kind="mlx", exclude=options.exclude
+        options.model_paths,
+        below=options.below,
+        maps=dict(options.maps),
+        kind="mlx",
+        encoders=True,
+        exclude=options.exclude,
     ) as session:
         if session.is_offline:
             raise OverlayError("HF_HUB_OFFLINE is set, so nothing is downloaded; unset it")

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mlx_overlay_server.engine.commands import Submit
+from mlx_overlay_server.engine.commands import Encode, Submit
 
 AHEAD = 256
 """Tokens of its answer to come that there must be room for."""
@@ -27,7 +27,7 @@ MOST_PASSES = 32
 
 @dataclass(slots=True)
 class _Sequence:
-    submit: Submit
+    submit: Submit | Encode
     kv_bytes: int
     """Bytes that each of its tokens takes; 0: unknown."""
     drawn: int = 0
@@ -35,7 +35,7 @@ class _Sequence:
     passes: int = 0
     """Sequences that began before it although they came later."""
     is_paused: bool = False
-    """Whether it had begun, and waits to go on."""
+    """Whether it had begun before, and was paused."""
 
     @property
     def key(self) -> str:
@@ -44,6 +44,8 @@ class _Sequence:
     @property
     def length(self) -> int:
         """Tokens that there must be room for: those to come for a while, too, since KV caches grow in large steps."""
+        if isinstance(self.submit, Encode):  # its texts are read without a KV cache, or one after the other
+            return max(len(text.tokens) for text in self.submit.texts)
         return len(self.submit.prompt) + min(self.submit.max_tokens, self.drawn + AHEAD)
 
 
@@ -79,7 +81,7 @@ class Admission:
         """Bytes that the sequences which have begun are taken to need for their KV caches."""
         return self._bytes(self._batches())
 
-    def add(self, submit: Submit, kv_bytes: int) -> None:
+    def add(self, submit: Submit | Encode, kv_bytes: int) -> None:
         """Let a sequence wait; `next` hands it out. `kv_bytes`: bytes that each of its tokens takes; 0: unknown."""
         self._waiting[submit.id] = _Sequence(submit, kv_bytes)
 
@@ -88,7 +90,7 @@ class Admission:
         """Whether any sequence runs."""
         return bool(self._running)
 
-    def next(self, taken: int) -> Submit | None:
+    def next(self, taken: int) -> Submit | Encode | None:
         """Return the sequence that begins now, beside `taken` bytes of weights and kept caches; None while none may."""
         free = self.limit - taken
         batches = self._batches()
@@ -120,13 +122,7 @@ class Admission:
         sequence.is_paused = True
         self._waiting = {id_: sequence, **self._waiting}
 
-    def resumes(self, id_: int) -> bool:
-        """Return whether a sequence that `next` has returned was paused before."""
-        sequence = self._running[id_]
-        was_paused, sequence.is_paused = sequence.is_paused, False
-        return was_paused
-
-    def refuse(self) -> Submit | None:
+    def refuse(self) -> Submit | Encode | None:
         """Forget the first sequence that waits, and return it; None where none does, or it was paused."""
         id_ = next(iter(self._waiting), None)
         return None if id_ is None or self._waiting[id_].is_paused else self._waiting.pop(id_).submit

@@ -18,6 +18,7 @@ from mlx_overlay_server.engine.likely import Row, likeliest, scored
 from mlx_overlay_server.engine.mlx import Cache
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.sampling import Matcher, Sampling, sampler
+from mlx_overlay_server.engine.vision import SeeingModel
 from mlx_overlay_server.errors import Failed, ServerError
 from mlx_overlay_server.settings import EngineOptions
 
@@ -51,12 +52,13 @@ class Alone:
         """Start a sequence. Raises what mlx-lm raises on parameters it does not like."""
         # A grammar and a budget keep count of tokens, and cannot take back what a draft model guessed.
         has_draft = self._draft is not None and submit.constraint is None and submit.budget is None
+        identity = submit.prompt if submit.shown is None else submit.shown.identity
         may_reuse = (
             submit.keeps_cache
             and not (is_seeded or submit.images or submit.params.prompt_logprobs is not None)
             and has_draft == (self._draft is not None)
         )
-        cache, cached = self._prefixes.fetch(self._loaded.key, submit.prompt) if may_reuse else (None, 0)
+        cache, cached = self._prefixes.fetch(self._loaded.key, identity) if may_reuse else (None, 0)
         if cache is None:
             cache = make_prompt_cache(self._model)
             if has_draft:
@@ -64,14 +66,21 @@ class Alone:
         # The prompt but for its last token is read here, so that is all that mlx-lm's processors see of it.
         unseen, ends = len(submit.prompt) - 1, self._loaded.ends
         generation = Generation(submit, sampling, matcher, cached=cached, unseen=unseen, ends=ends)
-        reader = _Reader(self._model, self._draft if has_draft else None, cache, self._options)
-        embeddings = mlx.image_embeddings(self._model, submit.prompt, submit.images) if submit.images else None
-        drawn = self._drawn(generation, sampling, cache, embeddings, has_draft=has_draft)
+        model, embeddings, piece = self._model, None, PIECE
+        if isinstance(model, SeeingModel):
+            model = model.sequence(submit.prompt, submit.shown, cache)
+            embeddings, piece = model.embeddings, PIECE if model.in_pieces else len(submit.prompt)
+        elif submit.images:
+            embeddings = mlx.image_embeddings(model, submit.prompt, submit.images)
+        reader = _Reader(model, self._draft if has_draft else None, cache, self._options)
+        drawn = self._drawn(model, generation, sampling, cache, embeddings, has_draft=has_draft)
         prefixes = self._prefixes if may_reuse else None
-        self._running[submit.id] = _Running(self._loaded, generation, reader, embeddings, drawn, cache, prefixes)
+        self._running[submit.id] = _Running(
+            self._loaded, generation, reader, embeddings, drawn, cache, prefixes, identity, piece
+        )
 
     def _drawn(
-        self, generation: Generation, sampling: Sampling, cache: Cache, embeddings: Any, *, has_draft: bool
+        self, model: Any, generation: Generation, sampling: Sampling, cache: Cache, embeddings: Any, *, has_draft: bool
     ) -> Iterator[tuple[Any, ...]]:
         """Return mlx-lm's generator of (token, log probabilities of the vocabulary, …), for a prompt that is read."""
         submit, options = generation.submit, self._options
@@ -89,11 +98,11 @@ class Alone:
         drawn: Iterator[tuple[Any, ...]]
         if has_draft:
             drawn = speculative_generate_step(
-                last, self._model, self._draft, num_draft_tokens=options.num_draft_tokens, **shared
+                last, model, self._draft, num_draft_tokens=options.num_draft_tokens, **shared
             )
         else:
             inputs = None if embeddings is None else embeddings[-1:]
-            drawn = generate_step(last, self._model, input_embeddings=inputs, **shared)
+            drawn = generate_step(last, model, input_embeddings=inputs, **shared)
         return drawn
 
     def cancel(self, id_: int) -> bool:
@@ -172,10 +181,13 @@ class _Running:
         drawn: Iterator[tuple[Any, ...]],
         cache: Cache,
         prefixes: PrefixCache | None,
+        identity: Sequence[int],
+        piece: int,
     ) -> None:
         """`embeddings`: of a prompt with images, else None; `drawn`: mlx-lm's generator, which reads the last token.
 
-        `prefixes`: where the KV cache is kept at the end; None: it must not be reused.
+        `prefixes`: where the KV cache is kept at the end; None: it must not be reused. `identity`: what the prompt is
+        known by there. `piece`: tokens of the prompt that are read in a step at most.
         """
         self._loaded = loaded
         self._generation = generation
@@ -184,7 +196,8 @@ class _Running:
         self._drawn = drawn
         self._cache = cache
         self._prefixes = prefixes
-        self._tokens = list(generation.submit.prompt)
+        self._tokens = list(identity)
+        self._piece = piece
         self.is_reading = True
         """Whether the next item is about a piece of the prompt."""
         self.items = self._run()
@@ -194,7 +207,7 @@ class _Running:
         done, size = cached, len(submit.prompt)
         yield Prefilled(done, size, cached)
         while done < size - 1:
-            end = min(done + PIECE, size - 1)
+            end = min(done + self._piece, size - 1)
             embeddings = None if self._embeddings is None else self._embeddings[done:end]
             logits = self._reader.read(submit.prompt[done:end], embeddings)
             if (wanted := submit.params.prompt_logprobs) is not None:

@@ -7,18 +7,23 @@ import itertools
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
+
+from hf_overlay import Task
 
 from mlx_overlay_server.chat.grammar import Constraint
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import Params
+from mlx_overlay_server.encoding.loaded import AnyLoaded, LoadedEncoder, Passage
 from mlx_overlay_server.engine.commands import (
     Cancel,
     Command,
+    Encode,
+    Encoded,
     Item,
     Load,
     ReadTokenizer,
@@ -27,11 +32,16 @@ from mlx_overlay_server.engine.commands import (
     Stop,
     Submit,
     Unload,
+    is_last,
 )
 from mlx_overlay_server.engine.worker import Worker
 from mlx_overlay_server.errors import Failed, ServerError, Unavailable
 from mlx_overlay_server.memory import Shares
 from mlx_overlay_server.settings import EngineOptions
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -89,11 +99,14 @@ class Engine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._mailboxes: dict[int, Mailbox] = {}
-        self._loads: dict[str, Future[Loaded]] = {}
+        self._loads: dict[str, Future[AnyLoaded]] = {}
         self._ids = itertools.count()
         self._keys = itertools.count()
         self._reading: tuple[str, float] | None = None
         """The key of the model of which the thread loads a part, and since when, in monotonic seconds."""
+        self._is_finished = False
+        self._read: Counter[str] = Counter()
+        """The bytes of weights that were read of each model which is being loaded, by its key."""
         self._has_said_held = False
         self._is_aborted = False
         self._failure: str | None = None
@@ -117,18 +130,38 @@ class Engine:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, STOP_SECONDS)
 
+    @overload
     async def load(
         self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, nbytes: int = 0
-    ) -> Loaded:
+    ) -> Loaded: ...
+    @overload
+    async def load(
+        self,
+        path: str,
+        *,
+        adapter_path: str | None = None,
+        draft_path: str | None = None,
+        task: Task = "text",
+        nbytes: int = 0,
+    ) -> AnyLoaded: ...
+    async def load(
+        self,
+        path: str,
+        *,
+        adapter_path: str | None = None,
+        draft_path: str | None = None,
+        task: Task = "text",
+        nbytes: int = 0,
+    ) -> AnyLoaded:
         """Make the model in a folder resident. Raises ServerError. Cancelled, it is given up after the next slice.
 
         `nbytes`: bytes of the weights, for which running sequences leave room.
         """
         self._check()
         key = f"{next(self._keys)}:{path}"
-        future: Future[Loaded] = Future()
+        future: Future[AnyLoaded] = Future()
         self._loads[key] = future
-        self._send(Load(key, path, adapter_path, draft_path, nbytes))
+        self._send(Load(key, path, adapter_path, draft_path, task, nbytes))
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -136,6 +169,11 @@ class Engine:
             raise
         finally:
             self._loads.pop(key, None)
+            self._read.pop(key, None)
+
+    def bytes_read(self, path: str) -> int:
+        """Return how many bytes of weights were read of the model in a folder that is being loaded."""
+        return sum(nbytes for key, nbytes in list(self._read.items()) if key.partition(":")[2] == path)
 
     async def memory(self) -> Shares:
         """Return how the machine's memory is divided, once the thread knows the machine. Raises ServerError."""
@@ -144,9 +182,15 @@ class Engine:
         assert self.stats.memory is not None  # noqa: S101 - it comes with the thread's first stats
         return self.stats.memory
 
-    async def warm_up(self, model: Loaded) -> None:
-        """Let a model generate one token, which compiles what its first request would wait for. Raises ServerError."""
+    async def warm_up(self, model: AnyLoaded) -> None:
+        """Let a model read a text and generate one token, if it does generate. Raises ServerError.
+
+        That compiles what its first request would wait for.
+        """
         size = min(WARM_UP_TOKENS, model.vocab_size, model.context or WARM_UP_TOKENS)
+        if not isinstance(model, Loaded):
+            await self.encode(model, (Passage(tuple(range(size)), size),))
+            return
         submit = Submit(self.new_id(), model.key, tuple(range(size)), Params(), 1, keeps_cache=False)
         mailbox = self.submit([submit])
         try:
@@ -159,7 +203,24 @@ class Engine:
         finally:
             self.cancel([submit.id])
 
-    def unload(self, model: Loaded) -> None:
+    async def encode(self, model: LoadedEncoder, passages: tuple[Passage, ...]) -> npt.NDArray[np.float32]:
+        """Return what a model makes of some passages, at least one: a row for each. Raises ServerError.
+
+        A row is a vector, or of a model that ranks the logit of its score.
+        """
+        encode = Encode(self.new_id(), model.key, passages)
+        mailbox = self.submit([encode])
+        try:
+            while True:
+                for _, item in await mailbox.take():
+                    if isinstance(item, ServerError):
+                        raise item
+                    if isinstance(item, Encoded):
+                        return item.rows
+        finally:
+            self.cancel([encode.id])
+
+    def unload(self, model: AnyLoaded) -> None:
         """Drop a model. Its running sequences get Unavailable."""
         self._send(Unload(model.key))
 
@@ -167,8 +228,8 @@ class Engine:
         """An id for a `Submit`, which no other has. Any thread may call this."""
         return next(self._ids)
 
-    def submit(self, submits: Iterable[Submit]) -> Mailbox:
-        """Generate some sequences; the mailbox holds their items under their ids.
+    def submit(self, submits: Iterable[Submit | Encode]) -> Mailbox:
+        """Generate some sequences, or read texts; the mailbox holds their items under their ids.
 
         Raises Failed when the engine has failed, and Unavailable when it is being stopped.
         """
@@ -212,9 +273,10 @@ class Engine:
     def is_stuck(self) -> bool:
         """Whether the thread has begun its work and still runs; after `stop` this means that it will not end.
 
-        One that still imports mlx-lm has begun nothing, and may be left.
+        One that still imports mlx-lm has begun nothing, and may be left, as may one that writes KV caches at its end.
         """
-        return self._is_prepared.is_set() and self._thread is not None and self._thread.is_alive()
+        is_alive = self._thread is not None and self._thread.is_alive()
+        return self._is_prepared.is_set() and not self._is_finished and is_alive
 
     @property
     def held(self) -> Held | None:
@@ -280,9 +342,17 @@ class Engine:
             commands.append(self._inbox.popleft())
         return commands
 
+    def wake(self) -> None:
+        """Let the next `take` return. Any thread may call this."""
+        self._wake.set()
+
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None:
         """Hand over the items of a step, all at once."""
         self._call(self._deliver, items, stats)
+
+    def finish(self) -> None:
+        """Note that the thread has no more work, but for KV caches that are not on disk yet."""
+        self._is_finished = True
 
     def end(self, reason: str) -> None:
         """Note that the thread cannot work any more, and why."""
@@ -297,7 +367,12 @@ class Engine:
         finally:
             self._reading = None
 
-    def settle(self, key: str, result: Loaded | ServerError) -> None:
+    def has_read(self, key: str, nbytes: int) -> None:
+        """Note that a slice of a model's weights was read."""
+        if key in self._loads:
+            self._read[key] += nbytes
+
+    def settle(self, key: str, result: AnyLoaded | ServerError) -> None:
         """Note that a load has ended."""
         self._call(self._settle, key, result)
 
@@ -317,7 +392,7 @@ class Engine:
             if mailbox is None:  # cancelled meanwhile
                 continue
             mailbox.put(id_, item)
-            if isinstance(item, ServerError) or (isinstance(item, Sampled) and item.finish is not None):
+            if is_last(item):
                 del self._mailboxes[id_]
 
     def _end(self, reason: str) -> None:
@@ -325,7 +400,7 @@ class Engine:
         self._is_prepared.set()
         self._fail_all(Failed(f"the engine has failed: {reason}"))
 
-    def _settle(self, key: str, result: Loaded | ServerError) -> None:
+    def _settle(self, key: str, result: AnyLoaded | ServerError) -> None:
         future = self._loads.get(key)
         if future is None or future.done():
             return

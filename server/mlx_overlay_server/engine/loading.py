@@ -21,8 +21,9 @@ from mlx_lm.processors import load_processor
 from mlx_lm.utils import load_adapters, load_model, sharded_load
 
 from mlx_overlay_server.chat.loaded import Loaded, context_length
-from mlx_overlay_server.engine import folder, mlx, tokenizers
+from mlx_overlay_server.engine import folder, mlx, tokenizers, vision
 from mlx_overlay_server.engine.commands import Load, ReadTokenizer
+from mlx_overlay_server.engine.disk.identity import identity
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.runner import Runner
 from mlx_overlay_server.errors import Unavailable
@@ -44,16 +45,19 @@ def load(
     prefixes: PrefixCache,
     shares: Shares | None = None,
     read_tokenizer: ReadTokenizer | None = None,
-) -> Generator[Runner | None, None, None]:
-    """Load a model: yield None after each slice, and the runner at the end. `shares`: how the memory is divided.
+) -> Generator[Runner | int | None, None, None]:
+    """Load a model: yield its bytes after each slice, and the runner at the end; in between None, to let others go on.
+
+    `shares`: how the memory is divided.
 
     `read_tokenizer` reads the model's tokenizer in another process; None: it is read in this one.
     Raises what mlx-lm raises, Unsuitable for a folder that must not be loaded, TimeoutError when a part does not end.
     """
     path = Path(command.path)
+    identities: list[str] = []
     config_extra = {"trust_remote_code": options.trust_remote_code}
     draft = None
-    checking = _apart(partial(_check, command, options))
+    checking = apart(partial(check, command, options))
     if group is not None:  # all ranks take as many turns: none
         wait([checking])
         checking.result()
@@ -67,9 +71,16 @@ def load(
         )
         read = tokenizers.described(tokenizer)
     else:
-        yield from _turns(checking, math.inf)
-        checking.result()
-        model, config = load_model(path, lazy=True, trust_remote_code=options.trust_remote_code)
+        yield from turns(checking, math.inf)
+        identities = checking.result()
+        only_reads = command.adapter_path or command.draft_path or options.kv_bits
+        seeing = apart(lambda: not only_reads and vision.is_for(command.path))
+        yield from turns(seeing, options.load_seconds)
+        if result(seeing, options):
+            model, config = vision.load(command.path)
+            logger.info("%s: runs by mlx-vlm, which its images need: one request after the other, not in a batch", path)
+        else:
+            model, config = load_model(path, lazy=True, trust_remote_code=options.trust_remote_code)
         if command.adapter_path is not None:
             model = load_adapters(model, command.adapter_path)
             model.eval()
@@ -79,15 +90,16 @@ def load(
         if shares is not None and not shares.has_room(nbytes, kv_bytes, context_length(config)):
             raise _no_room(nbytes, kv_bytes, shares)
         end_tokens = folder.end_tokens(config.get("eos_token_id"), path)
-        reading = _apart(partial(_read_tokenizer, read_tokenizer, command, config_extra, end_tokens))
-        for part in _slices([model, *([draft] if draft is not None else [])]):
+        reading = apart(partial(_read_tokenizer, read_tokenizer, command, config_extra, end_tokens))
+        for part in slices([model, *([draft] if draft is not None else [])]):
             mx.eval(part)
-            yield None
-        yield from _turns(reading, options.load_seconds)
-        read = _result(reading, options)
+            yield sum(each.nbytes for each in part)
+        yield from turns(reading, options.load_seconds)
+        read = result(reading, options)
     vocab_size = _vocab_size(config, read.tokenizer)
     nbytes, kv_bytes = _sizes((model, draft), options)
     cost, limit = (mlx.cost(config), shares.computing) if shares is not None else (Cost(), 0)
+    is_seeing = isinstance(model, vision.SeeingModel)
     loaded = Loaded(
         key=command.key,
         path=command.path,
@@ -100,27 +112,41 @@ def load(
         longest_token=read.longest_token,
         nbytes=nbytes,
         vocab_size=vocab_size,
-        context=_fitting(context_length(config), shares.tokens(nbytes, kv_bytes) if shares is not None else None, path),
+        context=fitting(context_length(config), shares.tokens(nbytes, kv_bytes) if shares is not None else None, path),
         kv_bytes=kv_bytes,
         defaults=folder.sampling_defaults(path),
         has_own_calls=read.has_own_calls,
-        processor=load_processor(model, config) if group is None else None,
+        processor=None if group is not None or is_seeing else load_processor(model, config),
+        vision=vision.processor(command.path, config) if is_seeing else None,
     )
+    if prefixes.disk is not None and identities and not is_seeing:
+        models = [model] if draft is None else [model, draft]
+        prefixes.disk.register(
+            command.key,
+            identities,
+            lambda: [layer for each in models for layer in make_prompt_cache(each)],
+            bits=options.kv_bits,
+            group_size=options.kv_group_size,
+            start=options.quantized_kv_start,
+        )
     yield Runner(loaded, model, draft, options, prefixes, fits=lambda context: cost.tokens(context, limit), group=group)
 
 
-def _check(command: Load, options: EngineOptions) -> None:
+def check(command: Load, options: EngineOptions) -> list[str]:
     """Look at all files that a load opens, and read weights ahead where their disk may stop answering.
 
+    Returns what tells them from those of other models, adapters and draft models.
     What hangs here, hangs apart from the engine's thread, and is given up on after a time without progress: then it
     raises TimeoutError.
     """
     patience = Patience(options.load_seconds)
+    paths = (command.path, command.adapter_path, command.draft_path)
     try:
-        for path in filter(None, (command.path, command.adapter_path, command.draft_path)):
+        for path in filter(None, paths):
             patience.ask(path, partial(folder.check, path))
             if may_hang(path):
                 patience.ask(path, partial(folder.read_ahead, path))
+        return [patience.ask(path, partial(identity, path)) if path is not None else "" for path in paths]
     except NoAnswer:
         raise _no_progress(options) from None
 
@@ -133,7 +159,7 @@ def _read_tokenizer(
     return tokenizers.received(elsewhere(command.key, command.path, options, end_tokens))
 
 
-def _apart(work: Callable[[], T]) -> Future[T]:
+def apart(work: Callable[[], T]) -> Future[T]:
     """Run something that may never end in a thread that nothing waits for, not even the end of the process."""
     future: Future[T] = Future()
 
@@ -147,14 +173,14 @@ def _apart(work: Callable[[], T]) -> Future[T]:
     return future
 
 
-def _turns(future: Future[Any], seconds: float) -> Iterator[None]:
+def turns(future: Future[Any], seconds: float) -> Iterator[None]:
     """Let others take turns until something that runs apart has ended, or for some seconds."""
     deadline = time.monotonic() + seconds
     while not wait([future], timeout=0.005).done and time.monotonic() < deadline:
         yield None
 
 
-def _result(future: Future[T], options: EngineOptions) -> T:
+def result(future: Future[T], options: EngineOptions) -> T:
     """Return what something that ran apart has returned. Raises what it raised, TimeoutError if it has not ended."""
     if not future.done():
         raise _no_progress(options)
@@ -166,7 +192,7 @@ def _no_progress(options: EngineOptions) -> TimeoutError:
     return TimeoutError(f"its files could not be read within {seconds}; look at the disk, or raise --load-seconds")
 
 
-def _parameters(model: Any) -> list[mx.array]:
+def parameters(model: Any) -> list[mx.array]:
     return [value for _, value in tree_flatten(model.parameters())]
 
 
@@ -178,7 +204,7 @@ def _sizes(models: Iterable[Any], options: EngineOptions) -> tuple[int, int]:
     nbytes = kv_bytes = 0
     for each in models:
         if each is not None:
-            nbytes += sum(part.nbytes for part in _parameters(each))
+            nbytes += sum(part.nbytes for part in parameters(each))
             kept = mlx.kv_bytes(each, bits=options.kv_bits, group_size=options.kv_group_size)
             kv_bytes += kept + kept // max(1, len(make_prompt_cache(each)))
     return nbytes, kv_bytes
@@ -193,11 +219,11 @@ def _no_room(nbytes: int, kv_bytes: int, shares: Shares) -> Unavailable:
     )
 
 
-def _slices(models: Iterable[Any]) -> Iterator[list[mx.array]]:
+def slices(models: Iterable[Any]) -> Iterator[list[mx.array]]:
     part: list[mx.array] = []
     size = 0
     for model in models:
-        for value in _parameters(model):
+        for value in parameters(model):
             part.append(value)
             size += value.nbytes
             if size >= SLICE_BYTES:
@@ -212,7 +238,7 @@ def _vocab_size(config: dict[str, Any], tokenizer: Any) -> int:
     return int(size or len(tokenizer))
 
 
-def _fitting(context: int | None, fits: int | None, path: Path) -> int | None:
+def fitting(context: int | None, fits: int | None, path: Path) -> int | None:
     """Return a model's context, or how many tokens fit in memory where that is less; None: nobody knows."""
     if context is None or fits is None or fits >= context:
         return context if context is not None else fits

@@ -10,15 +10,18 @@ import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from mlx_overlay_server.engine import mlx
+from mlx_overlay_server.engine.arrays import Tokens
 from mlx_overlay_server.engine.mlx import Cache
 
-Tokens = npt.NDArray[np.int64]
+if TYPE_CHECKING:
+    from mlx_overlay_server.engine.disk.tier import Tier
+    from mlx_overlay_server.engine.disk.writer import Job
 
 
 @dataclass(slots=True)
@@ -29,6 +32,12 @@ class _Entry:
     nbytes: int
     system: int
     used: int
+    job: Job | None = None
+    """That it is written to disk; None where it is not going to be."""
+
+    @property
+    def is_on_disk(self) -> bool:
+        return self.job is not None and self.job.is_written
 
     @property
     def is_system(self) -> bool:
@@ -38,11 +47,19 @@ class _Entry:
 class PrefixCache:
     """The KV caches that are kept, of all models. Only the engine's thread may use it."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, disk: Tier | None = None) -> None:
+        """`disk` keeps them as well, and for longer; None: nothing is kept on disk."""
         self._most_bytes = self._max_bytes = max_bytes
         self._entries: list[_Entry] = []
         self._clock = itertools.count()
-        self.nbytes = 0
+        self._kept = 0
+        """Bytes of all entries."""
+        self.disk = disk
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that they take, with those that are written to disk before they are forgotten."""
+        return self._kept + (self.disk.held if self.disk is not None else 0)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -90,6 +107,8 @@ class PrefixCache:
             if shared == len(tokens) and (can_trim or shared == len(entry.tokens)):
                 entry.used = next(self._clock)  # known already
                 entry.system = max(entry.system, system)
+                if self.disk is not None:
+                    self.disk.touch(key, tokens)
                 return
             if shared == len(entry.tokens) and can_trim:  # the new one serves for it
                 self._remove(entry)
@@ -100,6 +119,14 @@ class PrefixCache:
         self.trim(self._max_bytes)
         if any(each is entry for each in self._entries):
             mlx.evaluate(kept)  # only now, when there is room: it takes the memory that was counted
+            if self.disk is not None:
+                entry.job = self.disk.stage(key, tokens, kept)
+
+    def restore(self, key: str, tokens: Tokens, cache: Cache, *, system: int) -> None:
+        """Keep a KV cache that was read from disk, and that the budget has room for."""
+        nbytes = _nbytes(cache)
+        self.trim(max(0, self._max_bytes - nbytes))
+        self._add(_Entry(key, tokens, cache, nbytes, system, next(self._clock)))
 
     def bound(self, max_bytes: int) -> None:
         """Keep at most so many bytes from now on, where that is less than the budget."""
@@ -107,7 +134,7 @@ class PrefixCache:
 
     def trim(self, max_bytes: int) -> None:
         """Drop entries until they take at most so many bytes."""
-        while self.nbytes > max_bytes:
+        while self._kept > max_bytes:
             oldest = min((each for each in self._entries if not each.is_system), key=_used, default=None)
             if oldest is None:
                 self._remove(min(self._entries, key=_used))
@@ -118,8 +145,16 @@ class PrefixCache:
             elif (system := _shrunk(oldest)) is not None:
                 self._add(system)
 
+    def spill(self) -> None:
+        """Have everything written that is not on disk yet, what was used last first."""
+        for entry in sorted(self._entries, key=_used, reverse=True):
+            if self.disk is not None and not entry.is_on_disk:
+                entry.job = self.disk.stage(entry.key, entry.tokens, entry.cache)
+
     def drop(self, key: str) -> None:
-        """Drop every entry of a model."""
+        """Drop every entry of a model, and what would be written of it."""
+        if self.disk is not None:
+            self.disk.discard(key)
         for entry in [each for each in self._entries if each.key == key]:
             self._remove(entry)
 
@@ -131,11 +166,13 @@ class PrefixCache:
 
     def _add(self, entry: _Entry) -> None:
         self._entries.append(entry)
-        self.nbytes += entry.nbytes
+        self._kept += entry.nbytes
 
     def _remove(self, entry: _Entry) -> None:
         self._entries = [each for each in self._entries if each is not entry]
-        self.nbytes -= entry.nbytes
+        self._kept -= entry.nbytes
+        if entry.job is not None:
+            entry.job.is_kept = False
 
 
 def _shrunk(entry: _Entry) -> _Entry | None:

@@ -11,18 +11,18 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import BatchGenerator, StopSequences
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.engine import mlx
 from mlx_overlay_server.engine.alone import Alone
-from mlx_overlay_server.engine.commands import Item, Prefilled, Submit
+from mlx_overlay_server.engine.arrays import Tokens
+from mlx_overlay_server.engine.commands import Encode, Item, Prefilled, Submit
 from mlx_overlay_server.engine.generation import Generation, matcher_of
 from mlx_overlay_server.engine.likely import Likely, Row, likeliest
 from mlx_overlay_server.engine.mlx import Cache
 from mlx_overlay_server.engine.pace import Pace
 from mlx_overlay_server.engine.prefill import LEAST_SHARED, NOTHING, Pass, Prompt, plan, rank
-from mlx_overlay_server.engine.prefix_cache import PrefixCache, Tokens, common
+from mlx_overlay_server.engine.prefix_cache import PrefixCache, common
 from mlx_overlay_server.engine.ranks import slowest
 from mlx_overlay_server.engine.sampling import Sampler, Sampling, effective, sampler
 from mlx_overlay_server.errors import Failed
@@ -83,7 +83,7 @@ class Runner:
         self._eos = StopSequences([(token,) for token in loaded.tokenizer.eos_token_ids])
         self._stream = mx.default_stream(mx.default_device())
         self._can_batch = draft is None and options.kv_bits is None and mlx.can_batch(model)
-        self._can_trim = can_trim_prompt_cache(make_prompt_cache(model))
+        self._can_trim = mlx.can_cut(model)
         self._fits = fits
         self._group = group
         self._clock = clock
@@ -110,6 +110,8 @@ class Runner:
         """Drop the model, too."""
         self.reset()
         self._prefixes.drop(self.loaded.key)
+        if self._prefixes.disk is not None:
+            self._prefixes.disk.forget(self.loaded.key)
         del self._alone, self._model, self._draft
 
     @property
@@ -132,8 +134,13 @@ class Runner:
         """Sequences that the batch has no room for yet."""
         return max(0, len(self._sequences) - self._options.batch_size)
 
-    def add(self, submit: Submit) -> None:
-        """Take on a sequence. Raises what mlx-lm raises on parameters it does not like."""
+    def add(self, submit: Submit | Encode) -> None:
+        """Take on a sequence, or a paused one again. Raises what mlx-lm raises on parameters it does not like."""
+        if (paused := self._paused.pop(submit.id, None)) is not None:
+            self._enter(paused)
+            return
+        if isinstance(submit, Encode):
+            raise ValueError("the model neither embeds nor ranks")
         sampling = effective(submit.params, self.loaded.defaults, self.loaded.vocab_size)
         # A seed promises the same text whatever else runs. A batch and a reused KV cache round differently, so the
         # sequence runs by itself, from its first token.
@@ -164,7 +171,7 @@ class Runner:
         self._unread[submit.id] = prompt
 
     def pause(self, id_: int) -> bool:
-        """Free the memory of a sequence until `resume`; False where its kind cannot be paused, and goes on."""
+        """Free the memory of a sequence, whose tokens are read again after `add`; False where its kind cannot wait."""
         sequence = self._sequences.get(id_)
         if sequence is None or sequence.generation.submit.budget is not None:  # it counts what is drawn and dropped
             return False
@@ -180,10 +187,6 @@ class Runner:
         self._paused[id_] = self._sequences.pop(id_)
         self._unread.pop(id_, None)
         return True
-
-    def resume(self, id_: int) -> None:
-        """Let a sequence that was paused go on: its tokens are read again."""
-        self._enter(self._paused.pop(id_))
 
     def _share(self, prompt: Prompt, tokens: Tokens) -> None:
         """Note what a new prompt has in common with others, and keep the KV cache of what is read of it already."""

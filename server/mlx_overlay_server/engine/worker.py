@@ -14,11 +14,13 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.engine.admission import Admission
 from mlx_overlay_server.engine.commands import (
     Cancel,
     Command,
+    DiskStats,
+    Encode,
     Item,
     Load,
     ReadTokenizer,
@@ -27,6 +29,7 @@ from mlx_overlay_server.engine.commands import (
     Stop,
     Submit,
     Unload,
+    is_last,
 )
 from mlx_overlay_server.engine.failures import failure, first_line, is_late, load_failure, no_memory
 from mlx_overlay_server.engine.outbox import Outbox
@@ -36,9 +39,13 @@ from mlx_overlay_server.memory import SPARE, Shares, shares
 from mlx_overlay_server.settings import EngineOptions
 
 if TYPE_CHECKING:
+    from mlx_overlay_server.engine.encoding.runner import EncodingRunner
     from mlx_overlay_server.engine.prefix_cache import PrefixCache
     from mlx_overlay_server.engine.ranks import Ranks
+    from mlx_overlay_server.engine.restoring import Restoring
     from mlx_overlay_server.engine.runner import Runner
+
+    AnyRunner = Runner | EncodingRunner
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -52,6 +59,12 @@ Between the requests of one client it is worth keeping: the next one needs buffe
 """
 
 
+DISK_POLL_SECONDS = 0.25
+"""Seconds between two looks at whether a disk that is read has stopped answering."""
+
+DISK_SECONDS = 2.0
+"""Seconds that are left, when the engine stops, to write kept KV caches that are not on disk yet."""
+
 GROWTH_STEPS = 64
 """Steps between two looks at whether running sequences have grown into the memory of kept KV caches."""
 
@@ -63,10 +76,13 @@ class Handle(Protocol):
     read_tokenizer: ReadTokenizer | None
 
     def take(self, seconds: float) -> list[Command]: ...
+    def wake(self) -> None: ...
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None: ...
     def reading(self, key: str) -> AbstractContextManager[None]: ...
-    def settle(self, key: str, result: Loaded | ServerError) -> None: ...
+    def has_read(self, key: str, nbytes: int) -> None: ...
+    def settle(self, key: str, result: AnyLoaded | ServerError) -> None: ...
     def end(self, reason: str) -> None: ...
+    def finish(self) -> None: ...
 
 
 class Worker:
@@ -79,8 +95,8 @@ class Worker:
         self._clock = clock
         self._commands: deque[Command] = deque()
         """Commands that were taken and not carried out yet."""
-        self._runners: dict[str, Runner] = {}
-        self._loading: dict[str, Iterator[Runner | None]] = {}
+        self._runners: dict[str, AnyRunner] = {}
+        self._loading: dict[str, Iterator[AnyRunner | int | None]] = {}
         self._coming: dict[str, int] = {}
         """Key of each load that waits for memory or goes on -> the bytes of its weights."""
         self._begun: set[str] = set()
@@ -98,18 +114,26 @@ class Worker:
         self._admission: Admission
         self._ranks: Ranks
         self._prefixes: PrefixCache
+        self._restoring: Restoring | None = None
+        """The sequences that wait for KV caches from disk; None where none is kept there."""
+        self._has_disk_news = False
 
     def run(self) -> None:
         """Run until Stop, or until nothing can go on, and say so to the handle."""
         try:
             self._prepare()
             self._run()
+            self._prefixes.spill()
+            self._release()
         except Exception as error:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
             reason = f"{type(error).__name__}: {first_line(error)}"
             logger.error("the engine has failed: %s", reason)
             self._engine.end(reason)
         self._runners.clear()
         self._loading.clear()
+        self._engine.finish()
+        if self._restoring is not None:
+            self._restoring.tier.close(DISK_SECONDS)
 
     def _prepare(self) -> None:
         """Import MLX and mlx-lm, which the first load would have to wait for, and set MLX's limits."""
@@ -133,7 +157,21 @@ class Worker:
         self._held = self._memory.held if self._ranks.group is None else 1 << 62
         self._admission = Admission(self._held, self._options.batch_size)
         self._prefixes = PrefixCache(kept)
+        if self._options.kv_disk and self._ranks.group is None:  # the disks of ranks do not hold the same
+            self._open_disk(kept)
         self._publish([])
+
+    def _open_disk(self, budget: int) -> None:
+        from mlx_overlay_server.engine.disk.tier import Tier, folder
+        from mlx_overlay_server.engine.restoring import Restoring
+
+        self._prefixes.disk = Tier(folder(), self._options.kv_disk, budget, self._note_disk)
+        self._restoring = Restoring(self._prefixes.disk, self._prefixes)
+
+    def _note_disk(self) -> None:
+        """Note that something was read from disk, or written. Other threads call this."""
+        self._has_disk_news = True
+        self._engine.wake()
 
     def _run(self) -> None:
         """Take turns. An error that no model is to blame for ends every sequence, and nothing else."""
@@ -163,7 +201,9 @@ class Worker:
         for key, runner in list(self._runners.items()):
             if runner.is_busy:
                 self._step(key, runner)
-        if commands or self._outbox.is_due:
+        self._release()
+        has_news, self._has_disk_news = self._has_disk_news, False
+        if commands or self._outbox.is_due or has_news:
             self._publish(self._outbox.items)
             self._outbox.sent(sum(runner.generating for runner in self._runners.values()))
         return True
@@ -174,6 +214,8 @@ class Worker:
         if has_waiting or any(runner.is_busy for runner in self._runners.values()):
             self._worked_at = self._clock()
             return 0
+        if self._restoring:
+            return 0 if self._restoring.is_copying else DISK_POLL_SECONDS
         longest = IDLE_SECONDS if self._ranks.group is not None else 3600
         if self._worked_at is None:
             return longest
@@ -199,7 +241,7 @@ class Worker:
                 runner.close()
                 del runner
                 self._clear_memory()
-        elif isinstance(command, Submit):
+        elif isinstance(command, (Submit, Encode)):
             runner = self._runners.get(command.key)
             if runner is None:
                 self._outbox.add([(command.id, Unavailable("the model was unloaded; try again"))])
@@ -207,11 +249,15 @@ class Worker:
             self._submit(command, runner.loaded.kv_bytes)
         elif isinstance(command, Cancel) and (key := self._owner.pop(command.id, None)) is not None:
             self._outbox.forget([command.id])
+            if self._restoring is not None:
+                self._restoring.drop(command.id)
             if self._admission.drop(command.id):
                 self._runners[key].cancel(command.id)
 
     def _admit(self) -> None:
         """Let sequences begin for which there is memory. Kept KV caches go before anybody waits or runs out of it."""
+        for restored in self._restoring.step() if self._restoring else ():
+            self._admission.add(restored, self._runners[restored.key].loaded.kv_bytes)
         is_due = self._steps % GROWTH_STEPS == 0 and self._admission.has_begun
         if is_due or self._admission.waiting:
             self._admission.limit = self._reach()
@@ -227,11 +273,8 @@ class Worker:
             if submit is None:
                 return
             try:
-                if self._admission.resumes(submit.id):
-                    self._runners[submit.key].resume(submit.id)
-                else:
-                    self._runners[submit.key].add(submit)
-                    self._outbox.expect(submit.id)
+                self._runners[submit.key].add(submit)
+                self._outbox.expect(submit.id)
             except Exception as error:
                 if is_late(error):
                     raise
@@ -239,8 +282,21 @@ class Worker:
                 self._admission.drop(submit.id)
                 self._outbox.add([(submit.id, failure(error))])
 
-    def _submit(self, command: Submit, kv_bytes: int) -> None:
+    def _release(self) -> None:
+        """Have written what was kept in this turn: no error of the GPU can come to light any more that spoils it."""
+        disk = self._prefixes.disk
+        if disk is not None and disk.has_staged:
+            from mlx_overlay_server.engine import mlx
+
+            mlx.settle()
+            disk.release()
+
+    def _submit(self, command: Submit | Encode, kv_bytes: int) -> None:
         """Let a sequence wait for memory; refuse one whose prompt never fits beside the weights that are there."""
+        if isinstance(command, Encode):
+            self._owner[command.id] = command.key
+            self._admission.add(command, kv_bytes)
+            return
         room = (self._held - self._weights) // kv_bytes if kv_bytes else 1 << 62
         size = len(command.prompt)
         if size >= room:
@@ -249,7 +305,9 @@ class Worker:
             self._outbox.add([(command.id, PromptTooLong(message))])
             return
         self._owner[command.id] = command.key
-        self._admission.add(replace(command, max_tokens=min(command.max_tokens, room - size)), kv_bytes)
+        submit = replace(command, max_tokens=min(command.max_tokens, room - size))
+        if self._restoring is None or not self._restoring.add(submit):
+            self._admission.add(submit, kv_bytes)
 
     def _refuse_first(self) -> bool:
         """Refuse the first sequence that waits where other programs leave no memory for it, and none of ours will."""
@@ -305,27 +363,33 @@ class Worker:
         self._begun.discard(key)
         return self._loading.pop(key, None) is not None
 
-    def _load(self, command: Load) -> Iterator[Runner | None]:
+    def _load(self, command: Load) -> Iterator[AnyRunner | int | None]:
+        if command.task != "text":
+            from mlx_overlay_server.engine.encoding import loading
+
+            return loading.load(command, self._options, self._ranks.group, self._memory)
         from mlx_overlay_server.engine.loading import load
 
         read = self._engine.read_tokenizer
         return load(command, self._options, self._ranks.group, self._prefixes, self._memory, read)
 
-    def _go_on_loading(self, key: str, steps: Iterator[Runner | None]) -> None:
+    def _go_on_loading(self, key: str, steps: Iterator[AnyRunner | int | None]) -> None:
         """Load one slice of a model; sequences of other models go on between slices."""
         try:
             with self._engine.reading(key):
-                runner = next(steps)
+                made = next(steps)
         except (Exception, SystemExit) as error:  # loading runs the model's code; some of mlx-lm's calls sys.exit
             if is_late(error):
                 raise
             self._end_load(key, error)
             self._clear_memory()
             return
-        if runner is not None:
+        if isinstance(made, int):
+            self._engine.has_read(key, made)
+        elif made is not None:
             self._forget_load(key)
-            self._runners[key] = runner
-            self._engine.settle(key, runner.loaded)
+            self._runners[key] = made
+            self._engine.settle(key, made.loaded)
 
     def _end_load(self, key: str, error: BaseException) -> None:
         """Give up a load because of an error."""
@@ -334,7 +398,7 @@ class Worker:
         logger.warning("cannot load %s: %s", path, str(error).strip() or type(error).__name__)
         self._engine.settle(key, load_failure(error, path))
 
-    def _step(self, key: str, runner: Runner) -> None:
+    def _step(self, key: str, runner: AnyRunner) -> None:
         self._steps += 1
         try:
             made = runner.step()
@@ -348,7 +412,7 @@ class Worker:
             self._prefixes.drop(key)  # one of them may be among what was not computed
             self._clear_memory()
         for id_, item in made:
-            if isinstance(item, ServerError) or (isinstance(item, Sampled) and item.finish is not None):
+            if is_last(item):
                 self._owner.pop(id_, None)
                 self._admission.drop(id_)
             elif isinstance(item, Sampled):
@@ -388,6 +452,8 @@ class Worker:
         for id_ in ids:
             del self._owner[id_]
             self._admission.drop(id_)
+            if self._restoring is not None:
+                self._restoring.drop(id_)
         self._outbox.forget(ids)
         return ids
 
@@ -403,6 +469,7 @@ class Worker:
             failures=self._failures,
             is_alive=True,
             last_failure=self._last_failure,
+            disk=self._prefixes.disk.stats if self._prefixes.disk is not None else DiskStats(),
             memory=self._memory,
         )
         self._engine.post(items, stats)

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 import hf_overlay
 
-from mlx_overlay_server import children
+from mlx_overlay_server import children, logs
 from mlx_overlay_server.children import Child
 from mlx_overlay_server.errors import Forbidden, ServerError, Unavailable, UnknownModel
 
@@ -177,7 +177,6 @@ class Downloader:
             self._session.expect_model(model_id)  # only now: ids are what clients send, and must leave no folders
             child.write(b"\n")
             download.now = Progress(model_id, "downloading")
-            logged = -1  # percent
             async for report in reports:
                 if "error" in report:
                     await self._fail(model_id, child, report)
@@ -185,9 +184,7 @@ class Downloader:
                 download.progress(
                     f"downloading {model_id}: {report['done'] / 1e6:.0f} of {report['total'] / 1e6:.0f} MB"
                 )
-                if (percent := report["done"] * 10 // max(report["total"], 1) * 10) != logged:
-                    logged = percent
-                    logger.info("downloading %s: %d %% of %.1f MB", model_id, percent, report["total"] / 1e6)
+                logs.downloading(model_id, report["done"], report["total"])
             if await child.wait():
                 await self._fail(model_id, child, {})
 
@@ -227,6 +224,7 @@ class Downloader:
     def _forget(self, model_id: str, download: _Download) -> None:
         if self._running.get(model_id) is download:
             del self._running[model_id]
+            logs.download_ended(model_id)
 
     def _is_unknown(self, model_id: str) -> bool:
         """Return whether the Hub said a moment ago that it has no such model."""

@@ -15,8 +15,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from contextlib import asynccontextmanager
 from typing import NamedTuple, Protocol
 
+from hf_overlay import Task
+
 from mlx_overlay_server import memory
-from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.errors import Conflict, ServerError, Unavailable
 from mlx_overlay_server.models import room
 from mlx_overlay_server.models.library import Located
@@ -35,9 +37,16 @@ class Loader(Protocol):
     """The part of the engine that the pool uses."""
 
     async def load(
-        self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, nbytes: int = 0
-    ) -> Loaded: ...
-    def unload(self, model: Loaded) -> None: ...
+        self,
+        path: str,
+        *,
+        adapter_path: str | None = None,
+        draft_path: str | None = None,
+        task: Task = "text",
+        nbytes: int = 0,
+    ) -> AnyLoaded: ...
+    def unload(self, model: AnyLoaded) -> None: ...
+    def bytes_read(self, path: str) -> int: ...
 
 
 class Extras(NamedTuple):
@@ -61,6 +70,8 @@ class Occupant(NamedTuple):
     """Seconds since it was last used; None while it is in use, or not in memory yet."""
     is_waiting: bool = False
     """Whether its load waits for room."""
+    read: int = 0
+    """Bytes of its weights that its load has read."""
 
 
 class Pool:
@@ -136,7 +147,15 @@ class Pool:
             for each in self._resident.values()
         ]
         coming = [
-            Occupant(load.id, False, load.nbytes, self._users[load.id], None, is_waiting=load.is_waiting)
+            Occupant(
+                load.id,
+                is_resident=False,
+                nbytes=load.nbytes,
+                users=self._users[load.id],
+                idle_seconds=None,
+                is_waiting=load.is_waiting,
+                read=self._loader.bytes_read(load.path) if load.has_room else 0,
+            )
             for load in self._loads.values()
         ]
         return sorted(there + coming)
@@ -150,13 +169,18 @@ class Pool:
         """Return whether a model is in memory, so that a request for it can start at once."""
         return model_id in self._resident
 
+    def task_of(self, model_id: str) -> Task | None:
+        """Return what a model in memory does; None: it is not in memory."""
+        resident = self._resident.get(model_id)
+        return resident.model.task if resident is not None else None
+
     def context_of(self, model_id: str) -> int | None:
         """Return how many tokens a model in memory may have at once; None: it is not in memory, or nobody knows."""
         resident = self._resident.get(model_id)
         return resident.model.context if resident is not None else None
 
     @asynccontextmanager
-    async def use(self, model_id: str) -> AsyncIterator[Loaded]:
+    async def use(self, model_id: str) -> AsyncIterator[AnyLoaded]:
         """Give a loaded model, which is not unloaded while the context is open. Raises ServerError."""
         self._users[model_id] += 1  # before anything is awaited: it must not be unloaded between load and use
         try:
@@ -292,6 +316,7 @@ class Pool:
             self._is_given_for(load.id, located.id)
             return located.id
         draft = await self._source.locate(extras.draft) if extras.draft is not None else None
+        load.path = located.path
         load.nbytes = located.nbytes + (draft.nbytes if draft is not None else 0)
         if self._find_budget is not None:
             self._budget = await self._find_budget()
@@ -302,6 +327,7 @@ class Pool:
             located.path,
             adapter_path=extras.adapter_path,
             draft_path=draft.path if draft is not None else None,
+            task=located.task,
             nbytes=load.nbytes,
         )
         load.has_room = False  # from here on the resident model counts
@@ -393,7 +419,7 @@ class Pool:
 
 
 async def preload(
-    pool: Pool, model_ids: tuple[str, ...], warm_up: Callable[[Loaded], Awaitable[None]] | None = None
+    pool: Pool, model_ids: tuple[str, ...], warm_up: Callable[[AnyLoaded], Awaitable[None]] | None = None
 ) -> None:
     """Load models before they are asked for, and call `warm_up` with each.
 

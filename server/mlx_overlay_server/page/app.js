@@ -39,7 +39,9 @@ const actions = {
     try {
       await manage(path, body);
     } catch (error) {
-      report(error);
+      const again = () => actions.act(name, path, { ...body, force: true });
+      if (error.code === "model_busy") say(error.message, "Unload anyway", again);
+      else report(error);
     }
     state.busy.delete(name);
     modelsAt = 0;
@@ -61,11 +63,17 @@ const actions = {
   },
 };
 
-/** Show a sentence that screen readers speak at once; it goes by itself, or when it is closed. */
-function say(text) {
+/** Show a sentence, which screen readers speak at once, until it is closed; with a button for what may follow. */
+function say(text, label = null, follow = null) {
   const close = () => render(nothing, document.querySelector("#alert"));
+  const go = () => {
+    close();
+    follow();
+  };
   render(
-    html`<p>${text} <button type="button" class="quiet" aria-label="Close this message" @click=${close}>×</button></p>`,
+    html`<p>${text}
+      ${label ? html`<button type="button" class="quiet" @click=${go}>${label}</button>` : nothing}
+      <button type="button" class="quiet" aria-label="Close this message" @click=${close}>×</button></p>`,
     document.querySelector("#alert"),
   );
 }
@@ -73,6 +81,7 @@ function say(text) {
 function report(error) {
   if (error.name === "AbortError") return;
   if (error.status === 401) askForKey(key.get() ? "The server did not take this key." : "");
+  else if (error.status === 403 && key.get()) askForKey(error.message);
   else say(error.message);
 }
 
@@ -84,13 +93,13 @@ async function look() {
     state.unreachable = null;
     if (before === null) actions.findProblems();
     if (hasFinished(before, state.status)) modelsAt = 0;
-    if (performance.now() - modelsAt > MODELS_MS || modelsAt === 0) {
+    if (shown !== "requests" && (performance.now() - modelsAt > MODELS_MS || modelsAt === 0)) {
       modelsAt = performance.now();
       state.models = (await manage("models")).models;
     }
     if (shown === "requests") state.requests = await manage("requests");
   } catch (error) {
-    if (error.status === 401) report(error);
+    if (error.status === 401 || error.status === 403) report(error);
     else if (error instanceof ApiError) state.unreachable = error.message;
     else throw error;
   }

@@ -24,13 +24,15 @@ const PARAMETERS = [
 const chat = {
   model: null,
   system: "",
-  parameters: {},
+  /** What is typed into the fields of parameters, by their names. */
+  fields: {},
   /** Turns: role, text, images (data URLs); of answers also reasoning, figures, error, and the elements drawn. */
   turns: [],
   images: [],
   draft: "",
   running: null,
   spoken: "",
+  showsSnippets: false,
 };
 let number = 0;
 
@@ -53,7 +55,7 @@ export function chatView(state, actions, asked) {
     </div>
     <label class="wide">Model
       <select id="model" @change=${(event) => { chat.model = event.target.value; actions.draw(); }}>
-        ${repeat(models, (each) => each.id, (each) => html`<option value=${each.id} ?selected=${each.id === chat.model}>
+        ${repeat(models, (each) => each.id, (each) => html`<option value=${each.id} .selected=${each.id === chat.model}>
           ${each.id}${each.state === "resident" ? " (in memory)" : ""}
         </option>`)}
       </select>
@@ -63,7 +65,7 @@ export function chatView(state, actions, asked) {
       ${repeat(chat.turns, (each) => each.number, (each) => turn(each))}
     </div>
     <p class="unseen" role="status">${chat.spoken}</p>
-    ${composer(chosen, actions)} ${snippets()}
+    ${composer(chosen, actions)} ${snippets(actions)}
   `;
 }
 
@@ -73,9 +75,7 @@ const preferred = (models) =>
 
 function settings(actions) {
   const set = (name) => (event) => {
-    const { value } = event.target;
-    if (value === "" || Number.isNaN(Number(value))) delete chat.parameters[name];
-    else chat.parameters[name] = Number(value);
+    chat.fields[name] = event.target.value;
     actions.draw();
   };
   const setSystem = (event) => {
@@ -84,7 +84,7 @@ function settings(actions) {
   };
   return html`<details class="settings">
     <summary>Parameters</summary>
-    <label class="wide">System prompt <textarea rows="2" @input=${setSystem}></textarea></label>
+    <label class="wide">System prompt <textarea rows="2" .value=${chat.system} @input=${setSystem}></textarea></label>
     <div class="fields">
       ${PARAMETERS.map(
         ([name, label, { min, max, step }]) => html`<label>${label}
@@ -95,6 +95,7 @@ function settings(actions) {
             max=${max ?? nothing}
             step=${step}
             placeholder="model's own"
+            .value=${chat.fields[name] ?? ""}
             @input=${set(name)}
           >
         </label>`,
@@ -137,7 +138,7 @@ function composer(model, actions) {
   return html`<form class="composer" @submit=${submit}>
     <label class="wide"><span class="unseen">Message</span>
       <textarea rows="3" placeholder="Say something; Enter sends, Shift+Enter begins a line" @keydown=${typed}
-        @input=${drafted}></textarea>
+        .value=${chat.draft} @input=${drafted}></textarea>
     </label>
     ${chat.images.map((image, at) => html`<span class="attached">
       <img src=${image} alt="Picture ${at + 1}, to be sent">
@@ -176,7 +177,13 @@ function clear(actions) {
 function request(turns) {
   const messages = turns.filter((each) => !each.error || each.text).map(message);
   if (chat.system.trim()) messages.unshift({ role: "system", content: chat.system });
-  return { model: chat.model, messages, ...chat.parameters, stream: true, stream_options: { include_usage: true } };
+  return { model: chat.model, messages, ...parameters(), stream: true, stream_options: { include_usage: true } };
+}
+
+/** The parameters that are filled in. */
+function parameters() {
+  const filled = PARAMETERS.map(([name]) => [name, chat.fields[name]?.trim()]).filter(([, text]) => text);
+  return Object.fromEntries(filled.map(([name, text]) => [name, Number(text)]));
 }
 
 function message({ role, text, images }) {
@@ -192,7 +199,7 @@ async function ask(actions, field) {
   element.className = "markdown";
   const answer = { number: number++, role: "assistant", text: "", reasoning: "", note: "waiting …", element };
   chat.turns.push(answer);
-  chat.draft = field.value = "";
+  chat.draft = "";
   chat.images = [];
   chat.running = new AbortController();
   chat.spoken = "Waiting for the answer.";
@@ -253,18 +260,29 @@ function drawAnswer(answer, actions, isWhole = false) {
   if (isAtEnd) scrollTo({ top: document.documentElement.scrollHeight });
 }
 
-function snippets() {
+function snippets(actions) {
+  const toggled = (event) => {
+    chat.showsSnippets = event.target.open;
+    actions.draw();
+  };
+  return html`<details class="snippets" ?open=${chat.showsSnippets} @toggle=${toggled}>
+    <summary>The same request as curl and Python</summary>
+    ${chat.showsSnippets ? texts() : nothing}
+  </details>`;
+}
+
+function texts() {
   const body = request(asIfSent());
   for (const each of body.messages) each.content = shortened(each.content);
   const url = new URL(".", location.href).href.replace(/\/$/, "");
-  const texts = [
+  const programs = [
     ["curl", curl(url, body, key.get() !== null)],
     ["Python", python(url, body, key.get() !== null)],
   ];
-  return html`<details class="snippets">
-    <summary>The same request as curl and Python</summary>
-    ${texts.map(([name, text]) => html`<h3>${name}</h3><div class="snippet"><pre tabindex="0"><code>${text}</code></pre>${copier(name, text)}</div>`)}
-  </details>`;
+  return programs.map(
+    ([name, text]) => html`<h3>${name}</h3>
+      <div class="snippet"><pre tabindex="0"><code>${text}</code></pre>${copier(name, text)}</div>`,
+  );
 }
 
 /** The turns of the request that was sent last, or that would be sent now. */

@@ -11,7 +11,7 @@ const USES = {
   weights: "Weights of models",
   running: "Requests that run",
   kept: "Kept for later prompts",
-  disk: "Kept on the disk",
+  disk: "Kept on disk for later ones",
 };
 /** Kinds of models that no chat can be had with. */
 export const NO_CHAT = new Set(["embedding", "reranker"]);
@@ -63,15 +63,15 @@ function modelsPart(state, actions) {
   if (state.models === null) return html`<p class="hint">Looking for models …</p>`;
   if (!state.models.length) return noModels(state);
   const live = new Map(state.status.models.map((each) => [each.id, each]));
-  const wanted = state.models.filter((each) => each.id.toLowerCase().includes(filter));
+  const wanted = state.models.filter((each) => each.id.toLowerCase().includes(filter.toLowerCase()));
   const filtered = (event) => {
-    filter = event.target.value.toLowerCase();
+    filter = event.target.value;
     actions.draw();
   };
   return html`<section aria-labelledby="models-title">
     <div class="head">
       <h2 id="models-title">Models</h2>
-      <label class="search"><span>Find</span> <input type="search" @input=${filtered}></label>
+      <label class="search"><span>Find</span> <input type="search" .value=${filter} @input=${filtered}></label>
     </div>
     <table>
       <thead>
@@ -131,7 +131,12 @@ function stateOf(now, live, isPinned) {
     return html`<span class="dot ready"></span>in memory${pin} <span class="hint">${use}</span>`;
   }
   if (now === "loading" || now === "downloading") {
-    return html`<progress aria-label="Loading"></progress> <span class="hint">${live.note}</span>`;
+    const isReading = live.read > 0 && live.bytes > 0;
+    const note = isReading ? `${bytes(live.read)} of ${bytes(live.bytes)}` : live.note;
+    const bar = isReading
+      ? html`<progress aria-label="Loading" max=${live.bytes} value=${live.read}></progress>`
+      : html`<progress aria-label="Loading"></progress>`;
+    return html`${bar} <span class="hint">${note}</span>`;
   }
   if (now === "away") return html`<span class="dot failed"></span>away: connect its drive`;
   return html`on disk${pin}`;

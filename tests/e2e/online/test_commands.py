@@ -6,13 +6,37 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
-from tests.e2e.online.people import MINE, NEW, ask, folder_of
+from tests.e2e.online.people import FILES, MINE, NEW, ask, folder_of
 from tests.support import hubs
-from tests.support.hfcache import listing, repo_folder
+from tests.support.hfcache import add_repo, listing, repo_folder
 from tests.support.online import Client, Person, cached, contents, incomplete
+from tests.support.processes import PYTHON
+
+# The command hf ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("release", hubs.ALL)
+def test_hf_download_prints_where_the_folders_files_are(person: Person, tmp_path: Path, release: str) -> None:
+    """Of each release: a user's model, and a dataset that a tier holds, of which the Hub sends nothing."""
+    tier = tmp_path / "shared/hub"
+    commit = person.hub.add_repo("org/rows", FILES, repo_type="dataset")
+    add_repo(tier, "org/rows", FILES, repo_type="dataset", commit=commit)
+    environ = [f"{name}={value}" for name, value in hubs.environment(release).items()]
+    copy = 'to=$1; shift; cp -RL "$("$@" | tail -n 1 | sed "s/^ *path: *//")" "$to"'
+    hf = ("env", *environ, PYTHON, "-c", "from huggingface_hub.cli.hf import main; main()", "download")
+    options = ("--quiet", "--below", str(tier))
+    for arguments, files in (([MINE], folder_of(person)), (["org/rows", "--repo-type", "dataset"], FILES)):
+        here = tmp_path / arguments[0]
+        here.parent.mkdir()
+        person.succeed("sh", "-c", copy, "sh", str(here), *hf, *arguments, options=options)
+        assert contents(here) == files
+    assert person.asked_about(MINE) == []
+    assert person.hub.bytes_served() == 0
+
 
 # Commands on the cache ------------------------------------------------------------------------------------------
 

@@ -163,6 +163,36 @@ def test_a_module_with_model_and_arguments_by_other_means_counts(tmp_path: Path)
     assert types.why_not({"model_type": "a", "architectures": "B"}) is None
 
 
+def _mlx_vlm(folder: Path) -> str:
+    """A package laid out as mlx-vlm is."""
+    (folder / "models" / "seer").mkdir(parents=True)
+    (folder / "models" / "seer" / "__init__.py").touch()
+    (folder / "utils.py").write_text('import os\n\nMODEL_REMAPPING = {\n    "old-seer": "seer",\n}\n')
+    return str(folder)
+
+
+def test_models_that_see_are_loaded_by_mlx_vlm_where_it_is(tmp_path: Path) -> None:
+    package = tmp_path / "mlx_lm"
+    (package / "models").mkdir(parents=True)
+    (package / "utils.py").write_text("MODEL_REMAPPING = {}\nMODEL_ARCHITECTURE_REMAPPING = {}\n")
+    types = ModelTypes(str(package), mlx_vlm=_mlx_vlm(tmp_path / "mlx_vlm"))
+    sees: dict[str, Any] = {"model_type": "seer", "vision_config": {}, "image_token_id": 5}
+    for config in (sees, {**sees, "model_type": "Old-Seer"}, {**sees, "image_token_id": None, "image_token_index": 1}):
+        assert types.why_not(config) is None
+        assert ModelTypes(str(package)).why_not(config) is not None
+    for change in ({"vision_config": None}, {"image_token_id": None}, {"model_type": "x"}, {"model_type": "../seer"}):
+        assert types.why_not({**sees, **change}) is not None
+    assert types.why_not({**sees, "model_file": "own.py"}) is not None
+
+
+def test_a_mlx_vlm_that_is_laid_out_otherwise_is_named(tmp_path: Path) -> None:
+    package = tmp_path / "mlx_lm"
+    (package / "models").mkdir(parents=True)
+    (package / "utils.py").write_text("MODEL_REMAPPING = {}\nMODEL_ARCHITECTURE_REMAPPING = {}\n")
+    with pytest.raises(OverlayError, match="mlx-vlm"):
+        ModelTypes(str(package), mlx_vlm=str(tmp_path / "nowhere"))
+
+
 # The kind of a model -------------------------------------------------------------------------------------------
 
 

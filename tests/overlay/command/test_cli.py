@@ -181,7 +181,7 @@ def test_plan_prints_each_link_that_a_session_makes(
     with open_session([models]) as session:
         made = set()
         for entry in session.hub_cache.iterdir():
-            if not entry.resolve().is_relative_to(session.path):
+            if not entry.resolve().is_relative_to(sessions):
                 made.add((f"hub/{entry.name}", os.readlink(entry)))
                 continue
             links = (path for path in entry.resolve().rglob("*") if path.is_symlink())
@@ -493,6 +493,10 @@ def test_ls_and_why_tell_of_maps_and_tiers(
     assert f"{own} (cache): wins\n" in why.out
     assert f"{lower} (tier): stands behind {own}; its revision {lower.name[:12]} is shown beside that one\n" in why.out
     assert hf_overlay("path", "org/plain", *layers).out == f"{plain}\n"
+    away = (*layers, "--map", f"org/away={tmp_path / 'unplugged'}", "--map", f"datasets/org/both={tmp_path / 'gone'}")
+    assert hf_overlay("why", "org/both", *away).out == why.out, "maps of other ids are none of its places"
+    assert f"{tmp_path / 'unplugged'} (map): does not exist\n" in hf_overlay("why", "org/away", *away).out
+    assert f"{tmp_path / 'gone'} (map): does not exist\n" in hf_overlay("why", "datasets/org/both", *away).out
 
 
 def test_why_tells_of_datasets_that_are_mapped_and_in_tiers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 import socketserver
 import threading
@@ -171,6 +172,31 @@ def test_a_connection_takes_one_request_after_the_other_also_when_they_come_toge
         assert said.index(b"one") < said.index(b"two")
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+def test_large_bodies_arrive_unchanged_in_both_directions(chunked: bool) -> None:
+    """Also at a program that reads slowly at first, while buffers fill up on the way."""
+
+    def answer(hub: socketserver.StreamRequestHandler, request: bytes) -> None:
+        body = request.partition(b"\r\n\r\n")[2]
+        head = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % len(body)
+        hub.wfile.write(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n")
+        for at in range(0, len(body), 70_000):
+            piece = body[at : at + 70_000]
+            hub.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        hub.wfile.write(b"0\r\n\r\n" if chunked else b"")
+
+    sent = os.urandom(8_000_000)
+    with gateway_to(answer) as gateway:
+        connection, prefix = connect(gateway)
+        for _ in range(2):
+            connection.request("POST", f"{prefix}/api/x", sent)
+            reply = connection.getresponse()
+            got = [reply.read(1000)]
+            time.sleep(0.2)
+            assert b"".join([*got, reply.read()]) == sent
+        connection.close()
+
+
 def test_a_program_that_waits_to_be_told_sends_its_body_then() -> None:
     """`Expect: 100-continue`, as curl sends it before uploads."""
     with gateway_to(_echo) as gateway:
@@ -200,6 +226,40 @@ def test_what_is_no_http_is_refused(data: bytes) -> None:
         connection = raw(gateway, data + b"\r\n\r\n")
         assert connection.recv(12) in (b"HTTP/1.1 400", b"HTTP/1.1 431")
         connection.close()
+        assert get(gateway) == b""
+
+
+def test_an_overlay_in_one_that_has_ended_says_so_to_programs() -> None:
+    """P12: not that some address, which is the other one's secret, cannot be reached."""
+    session: Any = _NoModels()
+    gateway = Gateway(session, f"http://127.0.0.1:9/{'a' * 40}")
+    gateway.start()
+    try:
+        connection, prefix = connect(gateway)
+        connection.request("GET", f"{prefix}/api/whoami-v2")
+        answer = connection.getresponse()
+        assert (answer.status, b"the overlay that hf-overlay was started in has ended" in answer.read()) == (504, True)
+        connection.close()
+    finally:
+        gateway.stop()
+
+
+def test_programs_that_no_thread_can_be_had_for_are_refused_and_later_ones_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with gateway_to(_echo) as gateway:
+        assert get(gateway) == b""
+        with monkeypatch.context() as patch:
+            start = threading.Thread.start
+
+            def refuse(thread: threading.Thread) -> None:
+                if thread.name == "hub-gateway-answer":
+                    raise RuntimeError("can't start new thread")
+                start(thread)
+
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises((http.client.RemoteDisconnected, ConnectionError)):
+                get(gateway)
         assert get(gateway) == b""
 
 

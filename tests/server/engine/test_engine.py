@@ -13,7 +13,7 @@ import pytest
 from mlx_overlay_server.chat.grammar import Constraint
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import Params
-from mlx_overlay_server.engine import runner
+from mlx_overlay_server.engine import loading, runner
 from mlx_overlay_server.engine.commands import Prefilled, Sampled, Submit
 from mlx_overlay_server.engine.handle import Engine, Mailbox
 from mlx_overlay_server.engine.worker import Worker
@@ -292,3 +292,21 @@ assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1000, hard)
 
 def test_an_engine_that_starts_leaves_the_limit_on_open_files_as_it_was(home: Path) -> None:
     succeed([PYTHON, "-c", _STARTED], environment(home))
+
+
+def test_what_a_load_has_read_is_told_while_it_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "SLICE_BYTES", 1)  # each array is a slice
+    folder = make_random_model(tmp_path / "random")
+
+    async def use(engine: Engine) -> None:
+        task = asyncio.create_task(engine.load(str(folder)))
+        seen: list[int] = []
+        while not task.done():
+            seen.append(engine.bytes_read(str(folder)))
+            await asyncio.sleep(0)
+        model = task.result()
+        assert seen == sorted(seen)
+        assert 0 < max(seen) <= model.nbytes
+        assert engine.bytes_read(str(folder)) == 0
+
+    run(use)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import hf_overlay
 import pytest
-from mlx_overlay_server import options, run
+from mlx_overlay_server import logs, options, run
 from mlx_overlay_server.errors import Unavailable
 from mlx_overlay_server.live import Live
 from mlx_overlay_server.models.download import Downloader
@@ -30,7 +30,7 @@ def test_the_flag_reaches_the_overlay(monkeypatch: pytest.MonkeyPatch, flags: li
         raise hf_overlay.OverlayError(f"holds: {hold_downloads}")
 
     monkeypatch.setattr(hf_overlay, "open_session", refuse)
-    monkeypatch.setattr(run, "_log_to_stderr", lambda _level: None)
+    monkeypatch.setattr(logs, "set_up", lambda *_: None)
     said: list[str] = []
     monkeypatch.setattr("builtins.print", lambda text, **_: said.append(text))
     assert run.serve(Live(options.read(options.make_parser().parse_args(flags), os.environ))) == 1

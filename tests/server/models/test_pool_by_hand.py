@@ -69,7 +69,7 @@ def test_a_load_is_given_up_and_who_waits_is_told() -> None:
         pool = Pool(shelf, shelf, budget=BUDGET)
         loading = asyncio.create_task(pool.load("a"))
         await settled()
-        assert pool.occupants == [Occupant("a", False, 40, 1, None)]
+        assert pool.occupants == [Occupant("a", False, 40, 1, None, read=7)]
         pool.unload("a", force=True)
         with pytest.raises(Unavailable, match="given up"):
             await loading

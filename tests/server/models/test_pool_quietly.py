@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.errors import ServerError, Unavailable
 from mlx_overlay_server.models.library import Located
 from mlx_overlay_server.models.pool import Pool
@@ -35,7 +36,10 @@ class Shelf:
         model: Any = SimpleNamespace(nbytes=self._nbytes)
         return model  # type: ignore[no-any-return]
 
-    def unload(self, model: Loaded) -> None:
+    def bytes_read(self, path: str) -> int:
+        return 0
+
+    def unload(self, model: AnyLoaded) -> None:
         raise AssertionError("nothing was loaded")
 
 

@@ -7,6 +7,7 @@ import random
 from collections.abc import Mapping
 
 import pytest
+from hf_overlay import Task
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -164,7 +165,13 @@ class _Shelf(Shelf):
         self.gates: dict[str, asyncio.Event] = {}
 
     async def load(
-        self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, nbytes: int = 0
+        self,
+        path: str,
+        *,
+        adapter_path: str | None = None,
+        draft_path: str | None = None,
+        task: Task = "text",
+        nbytes: int = 0,
     ) -> Loaded:
         gate = self.gates[path] = asyncio.Event()
         try:

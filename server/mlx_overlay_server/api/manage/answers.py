@@ -49,6 +49,8 @@ class ModelInMemory(TypedDict):
     pinned: bool
     bytes: int
     """Of its weights in memory; 0 while that is not known."""
+    read: int
+    """Bytes of its weights that were read so far, while it is loaded."""
     users: int
     """Requests that use it or wait for it."""
     idle_seconds: float | None
@@ -59,14 +61,14 @@ class MemoryUse(TypedDict):
     """One use of the memory."""
 
     use: str
-    """`weights`, `running` (KV caches of requests that run) or `kept` (KV caches kept for later prompts)."""
+    """`weights`, `running` (KV caches of requests that run), or KV caches for later prompts: `kept`, and `disk`."""
     bytes: int
     limit: int | None
     """Bytes that it may take; null until the machine is known."""
 
 
 class Memory(TypedDict):
-    """What takes the memory that MLX may use."""
+    """What takes the memory that MLX may use, and what is kept on the disk."""
 
     usable: int | None
     """Bytes; null until the machine is known."""
@@ -237,14 +239,14 @@ def _memory(service: Service) -> Memory:
     stats, pool = service.engine.stats, service.pool
     shares = stats.memory
     weights = pool.budget or (shares.weights if shares is not None else None)
-    return {
-        "usable": shares.usable if shares is not None else None,
-        "uses": [
-            {"use": "weights", "bytes": pool.nbytes, "limit": weights},
-            {"use": "running", "bytes": stats.running_bytes, "limit": shares.running if shares is not None else None},
-            {"use": "kept", "bytes": stats.cache_bytes, "limit": shares.prefixes if shares is not None else None},
-        ],
-    }
+    uses: list[MemoryUse] = [
+        {"use": "weights", "bytes": pool.nbytes, "limit": weights},
+        {"use": "running", "bytes": stats.running_bytes, "limit": shares.running if shares is not None else None},
+        {"use": "kept", "bytes": stats.cache_bytes, "limit": shares.prefixes if shares is not None else None},
+    ]
+    if stats.disk.cap:
+        uses.append({"use": "disk", "bytes": stats.disk.nbytes, "limit": stats.disk.cap})
+    return {"usable": shares.usable if shares is not None else None, "uses": uses}
 
 
 def _in_memory(occupant: Occupant, service: Service) -> ModelInMemory:
@@ -256,6 +258,7 @@ def _in_memory(occupant: Occupant, service: Service) -> ModelInMemory:
         "note": "" if occupant.is_resident else note,
         "pinned": occupant.id in service.pool.pinned,
         "bytes": occupant.nbytes,
+        "read": occupant.read,
         "users": occupant.users,
         "idle_seconds": occupant.idle_seconds,
     }
@@ -264,8 +267,11 @@ def _in_memory(occupant: Occupant, service: Service) -> ModelInMemory:
 def models_of(service: Service, listed: Iterable[Listed]) -> ModelEntries:
     """Return every model there is, those that are away included, sorted by id."""
     states: Mapping[str, Place] = {each.id: _in_memory(each, service)["state"] for each in service.pool.occupants}
-    found = [_entry(each, service, states.get(each.id, "on disk")) for each in listed]
-    known = {each["id"] for each in found}
+    known = {each.id: each for each in listed}
+    for name in states.keys() - known.keys():  # profiles with weights of their own
+        if (source := known.get(service.live.source(name))) is not None:
+            known[name] = source._replace(id=name)
+    found = [_entry(each, service, states.get(each.id, "on disk")) for each in known.values()]
     away = [
         _entry(Listed(model_id, 0, layer="custom", root=root), service, "away")
         for model_id, root in service.library.away.items()

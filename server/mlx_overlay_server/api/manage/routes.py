@@ -110,8 +110,8 @@ def _add_models(routes: APIRouter, service: Service) -> None:
     @routes.post("/models/load", responses=documented(Done, ErrorAnswer))
     async def load(body: ModelToLoad, request: Request) -> Response:
         """Load a model that is here, and answer when it is in memory. It is not downloaded."""
-        found = await service.library.here(service.live.target(body.model).id)
-        loaded = await unless_gone(request, _loaded(service, found.id, body.pin))
+        model_id = await _found(service, body.model)
+        loaded = await unless_gone(request, _loaded(service, model_id, body.pin))
         return Response(status_code=CLIENT_GONE) if loaded is None else answer(loaded)
 
     @routes.post("/models/unload", responses=documented(Done, ErrorAnswer))
@@ -123,12 +123,19 @@ def _add_models(routes: APIRouter, service: Service) -> None:
     @routes.post("/models/pin", responses=documented(Done, ErrorAnswer))
     async def pin(body: ModelToPin) -> Response:
         """Keep a model in memory once it is there, or no longer; until the server ends."""
-        model_id = service.live.target(body.model).id
         if body.pinned:
-            service.pool.pin((await service.library.here(model_id)).id)
+            service.pool.pin(await _found(service, body.model))
         else:
-            service.pool.unpin(model_id)
+            service.pool.unpin(service.live.target(body.model).id)
         return answer(_DONE)
+
+
+async def _found(service: Service, name: str) -> str:
+    """Return the name under which a model is loaded that is here: its id as the disk spells it, or a profile's."""
+    loaded_as = service.live.target(name).id
+    source = service.live.source(loaded_as)
+    found = await service.library.here(source)
+    return found.id if loaded_as == source else loaded_as
 
 
 async def _loaded(service: Service, model_id: str, pin: bool) -> Done:
@@ -151,7 +158,7 @@ def _add_downloads(routes: APIRouter, service: Service, downloader: Downloader |
     @routes.post("/downloads", responses=documented(DownloadState, ErrorAnswer))
     async def start(body: ModelNamed) -> Response:
         """Download a model into the Hugging Face cache, or go on with what there is of it; the answer does not wait."""
-        if await service.library.is_known(body.model):
+        if await service.library.known(body.model) is not None:
             raise Conflict(f"{body.model} is here already", code="model_here")
         online().start(body.model)
         return answer(_state(online(), body.model))

@@ -10,45 +10,64 @@ from typing import Self, TextIO
 
 from hf_overlay.text import printable
 
-from mlx_overlay_server.options import PROGRAM
-
+WIPE = "\r\x1b[K"
+"""Empties the line of a terminal in which the cursor is."""
 _WIDTH = 30
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 _STEP = 10
 """Percent between two lines where there is no terminal."""
 
 
+def is_terminal(file: TextIO) -> bool:
+    """Return whether a person sees what is written to a file change in place."""
+    return file.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class Meter:
+    """How far one download is, as text."""
+
+    def __init__(self, name: str) -> None:
+        self._name = printable(name)
+        self._began = time.monotonic()
+        self._first: int | None = None
+        """Bytes that were there when it began."""
+        self._step = -1
+
+    def line(self, done: int, total: int) -> str:
+        """Return a line with a bar, for a terminal."""
+        self._first = done if self._first is None else self._first
+        share = min(1.0, done / max(total, 1))
+        seconds = time.monotonic() - self._began
+        rate = (done - self._first) / seconds if seconds > 0.5 else 0
+        left = f", {_clock((total - done) / rate)} left" if rate > 0 and done < total else ""
+        return f"{self._name} {drawn(share)} {share:4.0%} of {total / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s{left}"
+
+    def step(self, done: int, total: int) -> str | None:
+        """Return a line without a bar, each time that a tenth more is there; else None."""
+        percent = done * 100 // max(total, 1) // _STEP * _STEP
+        if percent == self._step:
+            return None
+        self._step = percent
+        return f"{self._name}: {percent} % of {total / 1e6:.1f} MB"
+
+
 class Bar:
     """The progress of one download, on stderr. A context, which ends its line."""
 
     def __init__(self, name: str, file: TextIO | None = None) -> None:
-        self._name = printable(name)
+        self._meter = Meter(name)
         self._file = file or sys.stderr
-        self._is_terminal = self._file.isatty() and os.environ.get("TERM") != "dumb"
-        self._began = time.monotonic()
-        self._first: int | None = None
-        """Bytes that were there when it began."""
-        self._shown = -1
-        """Percent in the last line, where there is no terminal."""
+        self._is_terminal = is_terminal(self._file)
+        self._has_begun = False
 
     def show(self, done: int, total: int) -> None:
         """Show how many bytes are there."""
-        self._first = done if self._first is None else self._first
         if self._is_terminal:
-            self._file.write(f"\r\x1b[K{self._line(done, total)}")
+            self._has_begun = True
+            self._file.write(f"{WIPE}{self._meter.line(done, total)}")
             self._file.flush()
-            return
-        percent = done * 100 // max(total, 1) // _STEP * _STEP
-        if percent != self._shown:
-            self._shown = percent
-            print(f"{PROGRAM}: {self._name}: {percent} % of {total / 1e6:.1f} MB", file=self._file, flush=True)
-
-    def _line(self, done: int, total: int) -> str:
-        share = min(1.0, done / max(total, 1))
-        seconds = time.monotonic() - self._began
-        rate = (done - (self._first or 0)) / seconds if seconds > 0.5 else 0
-        left = f", {_clock((total - done) / rate)} left" if rate > 0 and done < total else ""
-        return f"{self._name} {drawn(share)} {share:4.0%} of {total / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s{left}"
+        elif (line := self._meter.step(done, total)) is not None:
+            print(line, file=self._file, flush=True)
 
     def __enter__(self) -> Self:
         """Begin."""
@@ -58,7 +77,7 @@ class Bar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End the line."""
-        if self._is_terminal and self._first is not None:
+        if self._has_begun:
             self._file.write("\n")
             self._file.flush()
 

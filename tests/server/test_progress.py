@@ -7,7 +7,7 @@ import io
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx_overlay_server.command.progress import Bar, drawn
+from mlx_overlay_server.progress import Bar, drawn
 
 
 class _Terminal(io.StringIO):
@@ -43,7 +43,7 @@ def test_elsewhere_it_is_lines_that_nothing_steers(is_dumb: bool, monkeypatch: p
         for done in range(101):
             bar.show(done * 10_000, 1_000_000)
     lines = file.getvalue().splitlines()
-    assert lines[0] == "mlx-omni-server: org/\\x1bm: 0 % of 1.0 MB"
+    assert lines[0] == "org/\\x1bm: 0 % of 1.0 MB"
     assert len(lines) == 11
     assert "\r" not in file.getvalue()
     assert "\x1b" not in file.getvalue()
