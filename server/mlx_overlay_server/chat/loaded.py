@@ -119,7 +119,7 @@ class Loaded:
     vision: ImageProcessor | None = None
     """mlx-vlm's; None: mlx-vlm does not run the model."""
     kv_bytes: int = 0
-    """Bytes that each token of a sequence takes in KV caches; 0: unknown."""
+    """Bytes that each token of a sequence takes in KV caches, at the peak; 0: unknown."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     task: ClassVar[Task] = "text"
     """What it does with text."""

@@ -38,7 +38,13 @@ class Loader(Protocol):
     """The part of the engine that the pool uses."""
 
     async def load(
-        self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, task: Task = "text"
+        self,
+        path: str,
+        *,
+        adapter_path: str | None = None,
+        draft_path: str | None = None,
+        task: Task = "text",
+        nbytes: int = 0,
     ) -> AnyLoaded: ...
     def unload(self, model: AnyLoaded) -> None: ...
     def bytes_read(self, path: str) -> int: ...
@@ -311,6 +317,7 @@ class Pool:
             adapter_path=extras.adapter_path,
             draft_path=draft.path if draft is not None else None,
             task=located.task,
+            nbytes=load.nbytes,
         )
         load.has_room = False  # from here on the resident model counts
         resident = Resident(load.id, model, load.number, time.monotonic())
