@@ -180,6 +180,14 @@ def metric(port: int, name: str) -> float:
     return float(found[1])
 
 
+def loaded(port: int) -> list[str]:
+    """The models in the server's memory."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/health")
+    found: list[str] = json.loads(connection.getresponse().read())["loaded"]
+    return found
+
+
 def settled(port: int) -> float:
     """Bytes on disk, once they no longer grow."""
     before = -1.0
@@ -212,7 +220,10 @@ def served(place: Path, blas: str | None, *more: str) -> Iterator[Served]:
     assert process.stderr is not None
     try:
         ports = (int(found[1]) for line in process.stderr if (found := re.search(r"listening on \S+:(\d+) ", line)))
-        yield Served(next(ports), process)
+        server = Served(next(ports), process)
+        while MODEL not in loaded(server.port):
+            time.sleep(0.1)
+        yield server
     finally:
         process.terminate()
         process.communicate(timeout=60)

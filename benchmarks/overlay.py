@@ -179,7 +179,10 @@ def clock(times: dict[str, list[float]], name: str) -> Iterator[None]:
 
 
 def tree_ratios(models: Path, replayed: Path, rounds: int, goals: Goals) -> list[Ratio]:
-    """Build, refresh and scan one tree in each round; a first round, not counted, fills the caches of the disk."""
+    """Build, refresh and scan one tree in each round; a first round, not counted, fills the caches of the disk.
+
+    Each round is a first start: it has a folder of its own for overlays, in which nothing was kept.
+    """
     from huggingface_hub import scan_cache_dir
 
     changing = models / "org-0/model-0/config.json"
@@ -187,9 +190,13 @@ def tree_ratios(models: Path, replayed: Path, rounds: int, goals: Goals) -> list
     replayed.mkdir()
     with ExitStack() as sessions:  # closed at the end, so that no tree is made where one was just deleted
         for number in range(1 + rounds):
+            overlays = replayed / f"overlays-{number}"
+            environ = {**os.environ, "HF_OVERLAY_DIR": str(overlays)}
             with clock(times, "build"):
-                session = sessions.enter_context(open_session([models]))
-            operations = recorded(session.path, replayed / str(number))
+                session = sessions.enter_context(open_session([models], environ=environ))
+            operations = recorded(overlays, replayed / str(number))
+            with clock(times, "again"), open_session([models], environ=environ):
+                pass
             with clock(times, "bare"):
                 for call, arguments in operations:
                     call(*arguments)
@@ -203,11 +210,12 @@ def tree_ratios(models: Path, replayed: Path, rounds: int, goals: Goals) -> list
                 raise SystemExit(f"not worth measuring: the refreshes found {unchanged} and {changed}")
             with clock(times, "scan"):
                 scan_cache_dir(session.hub_cache)
-    build, bare, unchanged_refresh, changed_refresh, scan = (
-        min(times[name][1:]) for name in ("build", "bare", "unchanged", "changed", "scan")
+    build, bare, again, unchanged_refresh, changed_refresh, scan = (
+        min(times[name][1:]) for name in ("build", "bare", "again", "unchanged", "changed", "scan")
     )
     return [
         Ratio("build", build, "the bare system calls of the same tree", bare, goals.build),
+        Ratio("a second session, opened and ended", again, "build", build, 0.2),
         Ratio("build", build, "one scan_cache_dir of it", scan, 1.0),
         milliseconds("refresh, nothing changed", unchanged_refresh, 10),
         Ratio("refresh, nothing changed", unchanged_refresh, "build", build, 0.03),

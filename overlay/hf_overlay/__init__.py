@@ -23,7 +23,7 @@ from hf_overlay.errors import (
     SourceAway,
     UsageError,
 )
-from hf_overlay.models import File, Model
+from hf_overlay.models import File, Model, Task
 
 if TYPE_CHECKING:
     from hf_overlay.session import Changes, Session, open_session
@@ -40,6 +40,7 @@ __all__ = [
     "Session",
     "SessionError",
     "SourceAway",
+    "Task",
     "UsageError",
     "open_session",
 ]

@@ -19,6 +19,8 @@ MODEL_PATH_VARIABLE = "MLX_OMNI_MODEL_PATH"
 BELOW_VARIABLE = "HF_OVERLAY_BELOW"
 FILE_VARIABLE = "HF_OVERLAY_CONFIG"
 """Names another configuration file; empty: none is read."""
+DIRECTORY_VARIABLE = "HF_OVERLAY_DIR"
+"""Names another folder for sessions."""
 OWNER_FILE = ".hf-overlay-session"
 """Names the living owner in every session's folder; a scan that meets one knows the folder for ours."""
 
@@ -91,6 +93,8 @@ class Settings(NamedTuple):
     """Ids for which the user's folders do not count: the cache, and the Hub, answer."""
     trusts_code: bool = False
     """Also take models whose architecture is in a Python file of their own."""
+    encoders: bool = False
+    """Beside models of mlx-lm, take encoders that mlx-omni-server loads."""
     holds_downloads: bool = False
     """Download also while the real cache is away or read-only; what comes is held in the session's folder."""
     below: tuple[str, ...] = ()
@@ -176,6 +180,7 @@ def load(
     kind: Kind | None = None,
     exclude: Sequence[str] = (),
     trusts_code: bool = False,
+    encoders: bool = False,
     holds_downloads: bool = False,
     below: Sequence[str] = (),
     maps: Mapping[str, str] | None = None,
@@ -199,6 +204,7 @@ def load(
         kind=kind,
         exclude=tuple(chosen.exclude.value),
         trusts_code=trusts_code,
+        encoders=encoders,
         holds_downloads=holds_downloads,
         below=tuple(tier for tier in tiers if tier not in roots),
         maps=tuple(_map(name, folder, environ, cwd) for name, folder in chosen.map.value.items()),
@@ -305,6 +311,11 @@ def own_folder(environ: Mapping[str, str]) -> str:
     if sys.platform == "darwin":
         return os.path.join(expand_user("~/Library/Application Support", environ), _NAME)
     return _cache_folder(environ)
+
+
+def index_folder(environ: Mapping[str, str]) -> str:
+    """The folder for what scans found (see catalog.index): beside the sessions, or, with HF_OVERLAY_DIR, in it."""
+    return os.path.join(os.path.abspath(environ.get(DIRECTORY_VARIABLE) or own_folder(environ)), "index")
 
 
 def earlier_folders(environ: Mapping[str, str]) -> tuple[str, ...]:

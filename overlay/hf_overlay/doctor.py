@@ -10,7 +10,7 @@ from functools import partial
 from importlib import metadata
 from typing import NamedTuple
 
-from hf_overlay import hfcache, keeping
+from hf_overlay import config, hfcache, keeping
 from hf_overlay.catalog.catalog import Catalog
 from hf_overlay.catalog.files import BROKEN, Unfit, contents, list_folder
 from hf_overlay.catalog.plan import fold, resolve
@@ -204,7 +204,7 @@ def _sessions_volume(sessions: str) -> Iterator[Finding]:
     folder = sessions
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
-    elsewhere = f"Set {lease.DIRECTORY_VARIABLE} to a folder on a volume that takes symbolic links and has room."
+    elsewhere = f"Set {config.DIRECTORY_VARIABLE} to a folder on a volume that takes symbolic links and has room."
     try:
         with tempfile.TemporaryDirectory(prefix=".hf-overlay-probe-", dir=folder) as probe:
             os.symlink("target", f"{probe}/link")
@@ -278,7 +278,7 @@ def _stale(sessions: str) -> Iterator[Finding]:
     try:
         paths = lease.sessions_in(sessions)
     except SessionError as error:
-        yield Finding("sessions", sessions, str(error), f"Set {lease.DIRECTORY_VARIABLE} to a folder of your own.")
+        yield Finding("sessions", sessions, str(error), f"Set {config.DIRECTORY_VARIABLE} to a folder of your own.")
         return
     for path in paths:
         if payloads := _held(sessions, path):

@@ -268,31 +268,86 @@ def _subfolders(path: str) -> list[str]:
 # Linking: a user's folder as a repo of one revision --------------------------------------------------------------
 
 
+class Parts(NamedTuple):
+    """All that a repo folder of ours is made of. Paths are relative to it."""
+
+    folders: tuple[str, ...]
+    """Parents before children."""
+    links: tuple[tuple[str, str], ...]
+    """(where, target)"""
+    files: tuple[tuple[str, bytes], ...]
+    """(where, content)"""
+
+
 class LinkedRepo(NamedTuple):
     """A repo folder in cache layout, made of links, that stands in the tree for a user's model.
 
-    Paths are relative to the repo folder.
+    It has exactly one revision, in which each file is two links away from the user's. Two hops, because clients take
+    the first for the blob and unlink it; one revision, because with two, huggingface_hub <= 1.31 follows links to their
+    end and deletes what is there. So that a client that goes past the gateway does not add a second one, refs and
+    snapshots are sealed; which does not stop root, and so the snapshot is a link: those releases delete snapshots
+    before blobs, with an rmtree that refuses a link and ends the deletion. It leads to a folder as deep as itself, for
+    links in it are read by their text as well as by the kernel.
     """
 
     model: Model
     commit: str
     """Name of its only revision: the Hub's commit where the folder proves it, else the fingerprint."""
     fingerprint: str
-    folders: tuple[str, ...]
-    """The folders to make, parents before children."""
-    links: tuple[tuple[str, str], ...]
-    """(where, target)"""
-    files: tuple[tuple[str, bytes], ...]
-    """(where, content)"""
-    sealed: tuple[str, ...]
-    """Files and folders that nobody may write to."""
-    watched: tuple[str, ...]
-    """The folders whose time changes when a client takes a file of the revision away."""
+    """Another one for each other content."""
 
     @property
     def sources(self) -> tuple[tuple[str, str], ...]:
         """The folder that its links lead to, with the model path that it is in."""
         return ((self.model.path, self.model.root),)
+
+    @property
+    def sealed(self) -> tuple[str, ...]:
+        """Files and folders that nobody may write to."""
+        return ("refs/main", "refs", "snapshots")
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """The folders whose time changes when a client takes a file of the revision away."""
+        # The view is watched through its snapshot, so that a missing snapshot is noticed as well.
+        return ("blobs", f"snapshots/{self.commit}", *self._folders())
+
+    @property
+    def parts(self) -> Parts:
+        """What it is made of, worked out anew: most sessions find a repo that was made already."""
+        revision = f"{VIEWS}/{self.commit}"
+        blobs: dict[str, str] = {}
+        links: list[tuple[str, str]] = [(f"snapshots/{self.commit}", f"../{revision}")]
+        tree: dict[str, dict[str, object]] = {}
+        for file in self.model.files:
+            blob = etag(self.model, file)
+            blobs.setdefault(f"blobs/{blob}", f"{self.model.path}/{file.name}")
+            links.append((f"{revision}/{file.name}", f"{'../' * (2 + file.name.count('/'))}blobs/{blob}"))
+            tree[file.name] = {"size": file.size, "blob_id": blob_id(blob, file.size)}
+            if len(blob) == 64:
+                tree[file.name] |= {"lfs_sha256": blob, "lfs_size": file.size}
+        listing = json.dumps({"format_version": 1, "files": tree})
+        origin = json.dumps({"folder": self.model.path, "commit": self.commit})
+        return Parts(
+            folders=("refs", "blobs", "trees", "snapshots", VIEWS, revision, *self._folders()),
+            links=(*blobs.items(), *links),
+            files=(
+                ("refs/main", self.commit.encode()),
+                (f"trees/{self.commit}.json", listing.encode()),
+                (ORIGIN, origin.encode()),
+            ),
+        )
+
+    def _folders(self) -> tuple[str, ...]:
+        """The folders in its revision."""
+        folders: dict[str, None] = {}
+        for file in self.model.files:
+            if "/" not in file.name:
+                continue
+            parents = file.name.split("/")[:-1]
+            for depth in range(len(parents)):
+                folders["/".join((VIEWS, self.commit, *parents[: depth + 1]))] = None
+        return tuple(folders)
 
 
 def fingerprint(model: Model) -> str:
@@ -319,48 +374,9 @@ def blob_id(etag: str, size: int) -> str:
 
 
 def linked_repo(model: Model) -> LinkedRepo:
-    """The linked repo of a model: exactly one revision, in which each file is two links away from the user's.
-
-    Two hops, because clients take the first for the blob and unlink it; one revision, because with two,
-    huggingface_hub <= 1.31 follows links to their end and deletes what is there. So that a client that goes past the
-    gateway does not add a second one, refs and snapshots are sealed; which does not stop root, and so the snapshot is
-    a link: those releases delete snapshots before blobs, with an rmtree that refuses a link and ends the deletion.
-    It leads to a folder as deep as itself, for links in it are read by their text as well as by the kernel.
-    """
+    """The linked repo of a model."""
     mark = fingerprint(model)
-    commit = model.commit or mark
-    revision = f"{VIEWS}/{commit}"
-    folders = dict.fromkeys(("refs", "blobs", "trees", "snapshots", VIEWS, revision))
-    blobs: dict[str, str] = {}
-    links: list[tuple[str, str]] = [(f"snapshots/{commit}", f"../{revision}")]
-    tree: dict[str, dict[str, object]] = {}
-    for file in model.files:
-        blob = etag(model, file)
-        parents = file.name.split("/")[:-1]
-        for depth in range(len(parents)):
-            folders[f"{revision}/{'/'.join(parents[: depth + 1])}"] = None
-        blobs.setdefault(f"blobs/{blob}", f"{model.path}/{file.name}")
-        links.append((f"{revision}/{file.name}", f"{'../' * (2 + len(parents))}blobs/{blob}"))
-        tree[file.name] = {"size": file.size, "blob_id": blob_id(blob, file.size)}
-        if len(blob) == 64:
-            tree[file.name] |= {"lfs_sha256": blob, "lfs_size": file.size}
-    listing = json.dumps({"format_version": 1, "files": tree})
-    origin = json.dumps({"folder": model.path, "commit": commit})
-    return LinkedRepo(
-        model=model,
-        commit=commit,
-        fingerprint=mark,
-        folders=tuple(folders),
-        links=(*blobs.items(), *links),
-        files=(
-            ("refs/main", commit.encode()),
-            (f"trees/{commit}.json", listing.encode()),
-            (ORIGIN, origin.encode()),
-        ),
-        sealed=("refs/main", "refs", "snapshots"),
-        # The view is watched through its snapshot, so that a missing snapshot is noticed as well.
-        watched=("blobs", f"snapshots/{commit}", *(folder for folder in folders if folder.startswith(f"{revision}/"))),
-    )
+    return LinkedRepo(model, model.commit or mark, mark)
 
 
 def listed_blobs(listing: bytes) -> dict[str, str]:

@@ -56,6 +56,10 @@ Layer = Literal["map", "custom", "cache", "tier"]
 """Where something was found, most important first: a map, a model path, the real cache, a tier below it."""
 
 
+Task = Literal["text", "embedding", "reranker"]
+"""What a model does with text: it generates more of it, embeds it as a vector, or ranks it by a query."""
+
+
 class File(NamedTuple):
     """One file of a model; a link to it is followed, so size and time are its target's."""
 
@@ -86,6 +90,7 @@ class Model(NamedTuple):
     """The Hub's, where the folder proves it: a cached snapshot, or what `hf download --local-dir` left."""
     kind: str = "models"
     """`models`, or for a folder that is mapped to another kind of repo: `datasets`, `spaces` or `kernels`."""
+    task: Task = "text"
 
 
 class Reject(NamedTuple):

@@ -34,9 +34,10 @@ from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.models import Layer, Model
 from hf_overlay.patience import NoAnswer
 from hf_overlay.tiers import MergedRepo
-from hf_overlay.tree import clear, held, lease, writeback
+from hf_overlay.tree import clear, held, lease, shared, writeback
 from hf_overlay.tree.lease import Lease
 from hf_overlay.tree.publish import Tree, home_entries
+from hf_overlay.tree.shared import Shared
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,14 +58,16 @@ class Changes(NamedTuple):
 class Session:
     """An open overlay. Made by `open_session`; safe to use from several threads."""
 
-    def __init__(self, catalog: Catalog, environ: Mapping[str, str], owner: Lease) -> None:
+    def __init__(self, catalog: Catalog, environ: Mapping[str, str], owner: Lease, *, shares: bool = False) -> None:
+        """`shares`: the repos of the user's models are those of all sessions; clients must announce what they write."""
         self._environ = dict(environ)
         self._owner = owner
         self._catalog = catalog
         self._lock = threading.Lock()
         self._changed: dict[str, float] = {}
         self._gateway: Gateway | None = None
-        self._tree = Tree(owner.path)
+        sessions = os.path.dirname(owner.path)
+        self._tree = Tree(owner.path, Shared(sessions, catalog.settings.hub_cache) if shares else None)
         self._has_home = self._is_home_silent = False
         plan = catalog.plan(case_insensitive=self._tree.is_case_insensitive)
         self._publish(plan)
@@ -295,7 +298,15 @@ class Session:
             return False
 
     def expect_download(self, folder: str) -> None:
-        """Let what a client is about to write to a repo folder land in the real cache."""
+        """Let what a client is about to write to a repo folder land in the real cache.
+
+        What it writes beside a model of the user's lands in a repo of this session's own.
+        """
+        if self._tree.is_shared(folder):
+            with self._lock:
+                if self._tree.is_shared(folder):
+                    self._own(folder)
+            return
         if not hfcache.is_hub_repo(folder):  # ids are what clients send, and must neither be made nor noted
             return
         if self._catalog.why_not_kept() is not None:
@@ -310,8 +321,17 @@ class Session:
         except OSError as error:
             logger.debug("%s is downloaded into the session and moved later: %s", folder, error)
 
+    def _own(self, folder: str) -> None:
+        try:
+            self._tree.own(folder)
+        except OSError as error:
+            logger.debug("%s stays shared with other sessions, and cannot be written to: %s", folder, error)
+
     def expect_model(self, model_id: str) -> None:
-        """Let a model that a program in `environment` is about to download land in the real cache."""
+        """Let a model that a program in `environment` is about to download land in the real cache.
+
+        Of a model of the user's, what is downloaded lands in the session, and moves to the real cache at its end.
+        """
         self.expect_download(hfcache.repo_folder(model_id))
 
     def _restore(self) -> None:
@@ -395,7 +415,9 @@ def open_session(
     exclude: Sequence[str] = (),
     gateway: bool = False,
     trusts_code: bool = False,
+    encoders: bool = False,
     hold_downloads: bool = False,
+    announces: bool = False,
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[Session]:
     """Open an overlay; it is removed when the context ends.
@@ -408,11 +430,15 @@ def open_session(
     With `gateway`, programs keep the network: a Hub on loopback serves the user's models and passes on the rest;
     without it, a program that asks the Hub may download a model that the user has. `kind` is `mlx` for models that
     mlx-lm can load, or `any`; None: `mlx` if mlx-lm is installed, else `any`. `trusts_code` also takes models that
-    bring their architecture as a Python file, which mlx-lm runs only when its caller allows it.
+    bring their architecture as a Python file, which mlx-lm runs only when its caller allows it. `encoders` also takes
+    those that mlx-omni-server embeds and ranks texts with, and leaves out what it cannot embed or rank with.
 
     While the real cache is away or read-only, nothing is downloaded: the gateway refuses, and without one programs are
     put offline. With `hold_downloads` they download all the same; it is held in the session's folder, shown by later
     sessions, and moved to the real cache by the first start that can.
+
+    Sessions share the repos that stand for the user's models, which nobody can write into, where programs announce what
+    they download: to the gateway, or, with `announces`, by `Session.expect_model`; or where they are offline.
     Raises UsageError for a model path that is a file, SessionError when the tree cannot be made, OverlayError for `mlx`
     without mlx-lm.
 
@@ -428,6 +454,7 @@ def open_session(
         kind=kind,
         exclude=exclude,
         trusts_code=trusts_code,
+        encoders=encoders,
         holds_downloads=hold_downloads,
         below=[os.fspath(path) for path in below],
         maps={name: os.fspath(path) for name, path in (maps or {}).items()},
@@ -435,7 +462,7 @@ def open_session(
     )
     if config.is_overlay(settings.hub_cache) and lease.has_ended(settings.hub_cache):
         raise config.ended(settings.hub_cache, environ)
-    catalog = Catalog(settings)
+    catalog = Catalog(settings, index=config.index_folder(environ))
     if settings.roots:
         logger.info("model paths: %s", ", ".join(settings.roots))
     elif not settings.below and not settings.maps:
@@ -458,7 +485,13 @@ def open_session(
         with held.shown(sessions, settings.hub_cache, catalog.patience) as repos:
             try:
                 catalog.hold(repos)
-                session = Session(catalog, environ, owner)
+                session = Session(
+                    catalog,
+                    environ,
+                    owner,
+                    shares=_shares(settings, gateway or announces or config.is_offline(environ)),
+                )
+                _remove_unused(owner.path)
             except OSError as error:
                 raise _session_error(owner.path, error) from error
             if gateway:
@@ -469,6 +502,28 @@ def open_session(
             session.stop()
         owner.release()
         clear.clear_ended(sessions, owner.path, others, catalog.patience)
+
+
+def _shares(settings: Settings, is_announced: bool) -> bool:
+    """Whether a session shares repos: if programs announce what they write, and its cache is no other session's."""
+    return is_announced and not config.is_overlay(settings.hub_cache)
+
+
+def _remove_unused(session: str) -> None:
+    """Once a day, remove shared repos that have had no use for long. Nobody waits for it."""
+    try:
+        if shared.is_due(os.path.dirname(session)):
+            remove = partial(_quietly, partial(shared.remove_unused, session))
+            threading.Thread(target=remove, name="removes unused repos", daemon=True).start()
+    except OSError:  # none was shared yet, or the disk is full
+        return
+
+
+def _quietly(function: Callable[[], None]) -> None:
+    try:
+        function()
+    except (OSError, SessionError) as error:
+        logger.debug("unused repos stay for now: %s", error)
 
 
 def _answering(catalog: Catalog, plan: Plan) -> dict[str, Model]:
@@ -493,5 +548,5 @@ def _session_error(path: str, error: OSError) -> SessionError:
     advice = privacy_advice(error)
     if advice is None:
         space = "free some space there, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        advice = f"{space}set {lease.DIRECTORY_VARIABLE} to a folder of yours on a volume that takes symbolic links"
+        advice = f"{space}set {config.DIRECTORY_VARIABLE} to a folder of yours on a volume that takes symbolic links"
     return SessionError(f"cannot build the overlay in {path}: {error.strerror or error}; {advice}")

@@ -6,6 +6,8 @@ def printable(text: str) -> str:
 
     Names on disk may hold either; the former must not reach a terminal, and the latter cannot be encoded.
     """
+    if text.isprintable():
+        return text
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )

@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 
 from hf_overlay import hfcache
 from hf_overlay.errors import check_descriptors
+from hf_overlay.hfcache import Parts
 from hf_overlay.models import CachedRepo, File, Model, Revision
 from hf_overlay.progress import alive
 
@@ -151,9 +152,7 @@ class MergedRepo(NamedTuple):
     holders: tuple[CachedRepo, ...]
     """What it shows; where two of them have the same, the first counts."""
     fingerprint: str
-    folders: tuple[str, ...]
-    links: tuple[tuple[str, str], ...]
-    files: tuple[tuple[str, bytes], ...]
+    parts: Parts
     watched: tuple[str, ...]
     sealed: tuple[str, ...] = ()
 
@@ -172,7 +171,7 @@ def merged_repo(holders: Sequence[CachedRepo]) -> MergedRepo:
     """The merged repo of what `holders` hold, the user's own cache first.
 
     As in a user's model, each file is two links away and each snapshot is a link, at which clients that delete stop
-    (see `hfcache.linked_repo`).
+    (see `hfcache.LinkedRepo`).
     """
     parts = _Parts.of(holders).completed()
     views = {f"{hfcache.VIEWS}/{commit}": f"snapshots/{commit}" for commit in parts.revisions}
@@ -197,9 +196,7 @@ def merged_repo(holders: Sequence[CachedRepo]) -> MergedRepo:
     return MergedRepo(
         holders=tuple(holders),
         fingerprint=hfcache.sha1(json.dumps(identity)),
-        folders=tuple(folders),
-        links=tuple(links.items()),
-        files=tuple(contents.items()),
+        parts=Parts(tuple(folders), tuple(links.items()), tuple(contents.items())),
         watched=("blobs", *views.values(), *deep),  # views through their snapshots, whose absence shows as well
     )
 

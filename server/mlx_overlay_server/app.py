@@ -20,8 +20,10 @@ from mlx_overlay_server.api import absent, models_route, page, status
 from mlx_overlay_server.api.anthropic import routes as anthropic
 from mlx_overlay_server.api.guard import Guard
 from mlx_overlay_server.api.late import Late
+from mlx_overlay_server.api.openai import embeddings
 from mlx_overlay_server.api.openai import routes as openai
 from mlx_overlay_server.api.refusals import add_error_handlers, refuse
+from mlx_overlay_server.api.rerank import routes as rerank
 from mlx_overlay_server.api.responses import routes as responses
 from mlx_overlay_server.awake import keep_awake
 from mlx_overlay_server.engine.handle import Engine
@@ -82,7 +84,7 @@ def build(live: Live, session: hf_overlay.Session, process: Process | None = Non
         docs_url=None,  # a page of ours, as FastAPI's load their scripts from another host
         redoc_url=None,
     )
-    for routes in (openai, responses, anthropic, models_route, status, absent):
+    for routes in (openai, responses, anthropic, embeddings, rerank, models_route, status, absent):
         app.include_router(routes.router(service))
     app.include_router(page.router())
     add_error_handlers(app)

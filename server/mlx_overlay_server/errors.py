@@ -24,8 +24,22 @@ from __future__ import annotations
 
 from typing import Literal
 
-Field = Literal["model", "messages", "prompts", "tools", "format", "effort", "template_kwargs", "logit_bias"]
-"""Fields of `chat.requests` that shared layers complain about."""
+Field = Literal[
+    "model",
+    "messages",
+    "prompts",
+    "tools",
+    "format",
+    "effort",
+    "template_kwargs",
+    "logit_bias",
+    "texts",
+    "prompt",
+    "query",
+    "documents",
+    "instruction",
+]
+"""Fields of `chat.requests` and `encoding.requests` that shared layers complain about."""
 
 
 class ServerError(Exception):

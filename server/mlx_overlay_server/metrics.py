@@ -46,6 +46,10 @@ class Metrics:
             "mlx_omni_cache_hits", "Prompts whose beginning was in the KV cache.", registry=self.registry
         )
         self.completion_tokens = Counter("mlx_omni_completion_tokens", "Tokens generated.", registry=self.registry)
+        self.texts = Counter("mlx_omni_texts", "Texts embedded or ranked.", registry=self.registry)
+        self.text_tokens = Counter(
+            "mlx_omni_text_tokens", "Tokens of texts that were embedded or ranked.", registry=self.registry
+        )
         self.first_token = Histogram(
             "mlx_omni_time_to_first_token_seconds",
             "From the request to its first token.",

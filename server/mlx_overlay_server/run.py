@@ -46,8 +46,10 @@ def serve(live: Live) -> int:
             maps=settings.maps,
             kind="mlx",
             exclude=settings.exclude,
+            encoders=True,
             trusts_code=settings.engine.trust_remote_code,
             hold_downloads=settings.hold_downloads,
+            announces=True,
             environ=environ,
         ) as session:
             # huggingface_hub reads its environment once, when it is imported, and we are the program that imports it.

@@ -7,7 +7,9 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from hf_overlay import Task
 
 from mlx_overlay_server import access, profiles
 from mlx_overlay_server.chat import prompt as chat
@@ -21,10 +23,12 @@ from mlx_overlay_server.chat.events import (
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.reader import Token
 from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, TextRequest
+from mlx_overlay_server.encoding.loaded import AnyLoaded, LoadedEncoder
+from mlx_overlay_server.encoding.requests import EmbedRequest, EncodeRequest
 from mlx_overlay_server.engine.commands import Item, Prefilled, PromptScores, Sampled, Scored
 from mlx_overlay_server.engine.handle import Engine
-from mlx_overlay_server.errors import InvalidRequest, Overloaded, Stopped, Unavailable, UnknownModel
-from mlx_overlay_server.live import Live
+from mlx_overlay_server.errors import InvalidRequest, Overloaded, ServerError, Stopped, Unavailable, UnknownModel
+from mlx_overlay_server.live import Live, Target
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.library import Library, Listed
 from mlx_overlay_server.models.pool import Pool
@@ -33,6 +37,10 @@ from mlx_overlay_server.recent import Recent, RequestRecord
 from mlx_overlay_server.scores import add_scored, beginning, named
 from mlx_overlay_server.settings import Limits, Settings
 from mlx_overlay_server.turns import Turns
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 @dataclass(slots=True)
@@ -75,6 +83,15 @@ class Ticket:
 R = TypeVar("R", bound=ChatRequest | TextRequest)
 Batch = tuple[int, list[Event]]
 """Some events of one answer: (the answer's index, events in their order)."""
+
+
+class Encodings(NamedTuple):
+    """What became of the texts of a request that embeds or ranks."""
+
+    rows: npt.NDArray[np.float32]
+    """For each text its vector, or one number: the logit of its score."""
+    tokens: int
+    """Tokens of all texts."""
 
 
 class Service:
@@ -143,7 +160,7 @@ class Service:
         if model_id in listed:
             return listed[model_id]
         default = self.default_model
-        if default in listed and not await self.library.is_known(model_id):
+        if default in listed and await self.library.known(model_id) is None:
             return listed[default]._replace(id=model_id)
         raise UnknownModel(f"there is no model {model_id!r} here; GET /v1/models lists what there is", field="model")
 
@@ -170,7 +187,7 @@ class Service:
             async with AsyncExitStack() as held:
                 async with ticket.stoppable():
                     request, record.model = await self._resolved(request, ticket)
-                    model = await held.enter_async_context(self.pool.use(record.model))
+                    model = _generating(request.model, await held.enter_async_context(self.pool.use(record.model)))
                     ticket.note = lambda: "reading the prompt"
                     answers = await self._preparation.answers(model, request)
                 batches = self._run(model, answers, ticket, record)
@@ -178,12 +195,29 @@ class Service:
                 async for batch in batches:
                     yield batch
 
+    async def encode(self, request: EncodeRequest, ticket: Ticket) -> Encodings:
+        """Embed or rank the texts of a request. Raises ServerError."""
+        task: Task = "embedding" if isinstance(request, EmbedRequest) else "reranker"
+        with self.recent.following(request.model, ticket) as record, self._admitted(request):
+            async with ticket.stoppable():
+                record.model = (await self._target(request.model, ticket, task)).id
+                async with self.pool.use(record.model) as model:
+                    if not isinstance(model, LoadedEncoder) or model.task != task:
+                        raise _wrong_task(request.model, model.task, task)
+                    ticket.note = lambda: "reading texts"
+                    passages = await self._preparation.passages(model, request)
+                    rows = await self.engine.encode(model, passages)
+            record.tokens_in = sum(len(passage.tokens) for passage in passages)
+            self.metrics.texts.inc(len(passages))
+            self.metrics.text_tokens.inc(record.tokens_in)
+            return Encodings(rows, record.tokens_in)
+
     async def count_tokens(self, request: ChatRequest, ticket: Ticket) -> int:
         """Count the tokens of a conversation's prompt. Raises ServerError."""
         with self._admitted(request):
             request, id_ = await self._resolved(request, ticket)
             async with self.pool.use(id_) as model:
-                return await self._preparation.count_tokens(model, request)
+                return await self._preparation.count_tokens(_generating(request.model, model), request)
 
     def close(self) -> None:
         """Refuse new requests from now on. Those that run go on."""
@@ -206,7 +240,7 @@ class Service:
         await self._preparation.stop()
 
     @contextmanager
-    def _admitted(self, request: AnyRequest) -> Iterator[None]:
+    def _admitted(self, request: AnyRequest | EncodeRequest) -> Iterator[None]:
         """Take a place among the open requests. Raises InvalidRequest, Unavailable or Overloaded."""
         if isinstance(request, ChatRequest) and (count := len(request.messages)) > self.limits.messages:
             raise InvalidRequest(f"{count} messages are more than {self.limits.messages}", field="messages")
@@ -225,16 +259,29 @@ class Service:
 
         Raises InvalidRequest, and Forbidden for a model that the request's key is not for.
         """
-        name = request.model
+        target = await self._target(request.model, ticket, "text")
+        return (request if target.profile is None else profiles.applied(target.profile, request)), target.id
+
+    async def _target(self, name: str, ticket: Ticket, task: Task) -> Target:
+        """Return what the name of a model in a request stands for.
+
+        Raises InvalidRequest, also for a model that does something else, which is not loaded for that, and Forbidden.
+        """
         chat.check_unicode(name, "model")
         target = self.live.target(name)
-        if not self.pool.is_resident(target.id):
+        does = self.pool.task_of(target.id)
+        if does is None:
             id_ = self.live.source(target.id)
-            if self.default_model is not None and not await self.library.is_known(id_):
+            known = await self.library.known(id_)
+            if known is None and self.default_model is not None:
                 target = self.live.target(self.default_model)
+                known = await self.library.known(self.live.source(target.id))
+            does = known.task if known is not None else None
             ticket.note = lambda: self.library.progress.get(id_) or f"loading {target.id}"
         access.check_model(name, target.id, self.live.source(target.id))
-        return (request if target.profile is None else profiles.applied(target.profile, request)), target.id
+        if does not in (None, task):
+            raise _wrong_task(name, does, task)
+        return target
 
     async def _run(
         self, model: Loaded, answers: Sequence[Answer], ticket: Ticket, record: RequestRecord
@@ -288,6 +335,31 @@ class Service:
         return Done(reason, Usage(prompt, answer.cached, reader.tokens, reader.reasoning_tokens), reader.stop_sequence)
 
 
+def _generating(name: str, model: AnyLoaded) -> Loaded:
+    """Return a model that generates text. Raises InvalidRequest for another."""
+    if isinstance(model, LoadedEncoder):
+        raise _wrong_task(name, model.task, "text")
+    return model
+
+
+_DOES: dict[Task, tuple[str, str]] = {
+    "text": ("generates text", "/v1/chat/completions"),
+    "embedding": ("embeds texts", "/v1/embeddings"),
+    "reranker": ("ranks documents", "/v1/rerank"),
+}
+"""What a model does, in words, and where it is asked for that."""
+
+
+def _wrong_task(name: str, does: Task, task: Task) -> InvalidRequest:
+    words, place = _DOES[does]
+    return InvalidRequest(
+        f"{name} {words} and nothing else: send requests for it to {place}; for this one, GET /v1/models lists models "
+        f"of the kind {task!r}",
+        field="model",
+        code="wrong_kind",
+    )
+
+
 async def gathered(batches: AsyncIterator[Batch], answers: int) -> list[list[Event]]:
     """Wait for all events of each of `answers` answers, for those that are not streamed."""
     events: list[list[Event]] = [[] for _ in range(answers)]
@@ -326,7 +398,7 @@ def _sorted(model: Loaded, items: Iterable[tuple[int, Item]], ticket: Ticket) ->
                 came.setdefault(id_, _News()).cached = item.cached
         elif isinstance(item, PromptScores):
             came.setdefault(id_, _News()).scores += item.tokens
-        else:
+        elif isinstance(item, ServerError):
             raise item
     return came
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.agents import program
-from tests.support.hfcache import listing
+from tests.support.hfcache import Entry, listing
 from tests.support.models import make_model
 from tests.support.processes import BIN, Finished, environment, finish
 from tests.support.server import serving
@@ -46,6 +46,12 @@ def _users_files(home: Path) -> dict[str, object]:
     return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in home.rglob("*") if path.is_file()}
 
 
+def _users(home: Path) -> dict[str, Entry]:
+    """All that is in a home, but for what the server itself keeps: its sessions, and its caches."""
+    found = listing(home)
+    return {name: entry for name, entry in found.items() if name.partition("/")[0] not in (".", "sessions", ".cache")}
+
+
 def _lay_settings(home: Path) -> None:
     """The files that agents have in a home."""
     for name, text in {
@@ -64,7 +70,7 @@ def test_a_server_is_started_for_the_agent_and_no_file_of_the_users_is_changed(
     _lay_settings(home)
     sessions = home / "sessions"
     sessions.mkdir(mode=0o700)
-    before = listing(home)
+    before = _users(home)
     done = _launch(home, models, "claude", "--", "-p", "a b", "--model", path=_fake(tmp_path / "bin", "claude"))
     assert done.status == 7, "the agent's own exit status"
     url, model, *arguments = done.lines()
@@ -72,10 +78,7 @@ def test_a_server_is_started_for_the_agent_and_no_file_of_the_users_is_changed(
     assert (model, arguments) == ("acme/hello", ["-p", "a b", "--model"])
     assert "with a context of 200000 tokens" in done.err
     assert not list(sessions.glob("session-*")), "its server has ended"
-    after = listing(home)
-    assert {path: what for path, what in after.items() if path.partition("/")[0] != "sessions"} == {
-        path: what for path, what in before.items() if path != "sessions"
-    }
+    assert _users(home) == before
 
 
 def test_the_running_server_is_used_and_a_model_may_be_named(

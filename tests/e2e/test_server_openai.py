@@ -49,7 +49,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[S
         assert KEY not in server.log()
 
 
-ENTRY = ("id", "object", "created", "owned_by", "context_length", "max_model_len")
+ENTRY = ("id", "object", "created", "owned_by", "kind", "context_length", "max_model_len")
 
 
 # Models --------------------------------------------------------------------------------------------------------

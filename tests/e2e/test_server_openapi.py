@@ -9,6 +9,7 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
+from tests.support.encoders import make_encoder
 from tests.support.models import make_model
 from tests.support.server import Server, serving
 
@@ -21,8 +22,12 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": ["Hi", "So?"], "logprobs": 1, "max_tokens": 3},
     "/v1/messages": {"messages": HI, "max_tokens": 100, "thinking": {"type": "enabled", "budget_tokens": 50}},
     "/v1/messages/count_tokens": {"messages": HI},
+    "/v1/embeddings": {"input": ["cats", "purr"]},
+    "/v1/rerank": {"query": "cats", "documents": ["purr", {"text": "bark"}]},
+    "/v2/rerank": {"query": "cats", "documents": ["purr"]},
     "/v1/responses": {"input": "Hi", "top_logprobs": 1, "include": ["reasoning.encrypted_content"]},
 }
+MODELS = {"/v1/embeddings": "acme/embed", "/v1/rerank": "acme/rerank", "/v2/rerank": "acme/rerank"}
 WITH_TOOLS: dict[str, Any] = {
     "/v1/chat/completions": [{"type": "function", "function": TOOL}],
     "/v1/messages": [{"name": "find", "input_schema": {"type": "object"}}],
@@ -35,6 +40,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     top = tmp_path_factory.mktemp("openapi")
     says = '<think>Hm.</think>Yes.<tool_call>{"name": "find", "arguments": {"a": 1}}</tool_call>'
     make_model(top / "models" / MODEL, says, thinks=True, calls_tools=True)
+    make_encoder(top / "models/acme/embed")
+    make_encoder(top / "models/acme/rerank", head="ForSequenceClassification")
     with serving(top / "home", top / "models", options=["--offline"]) as server:
         yield server
 
@@ -57,7 +64,7 @@ def _check(schema: dict[str, Any], method: str, path: str, status: str, content:
 
 @pytest.mark.parametrize("path", BODIES)
 def test_an_answer_is_as_described(path: str, server: Server, schema: dict[str, Any]) -> None:
-    answer = server.http.post(path, json={"model": MODEL, **BODIES[path]})
+    answer = server.http.post(path, json={"model": MODELS.get(path, MODEL), **BODIES[path]})
     assert answer.status_code == 200, answer.text
     _check(schema, "post", path, "200", answer.json())
 
@@ -71,7 +78,7 @@ def test_an_answer_with_a_tool_call_is_as_described(path: str, server: Server, s
     _check(schema, "post", path, "200", answer.json())
 
 
-@pytest.mark.parametrize("path", [path for path in BODIES if not path.endswith("count_tokens")])
+@pytest.mark.parametrize("path", [path for path in BODIES if path not in MODELS and not path.endswith("count_tokens")])
 def test_streams_are_described(path: str, server: Server, schema: dict[str, Any]) -> None:
     answered = schema["paths"][path]["post"]["responses"]["200"]["content"]
     assert answered["text/event-stream"]["schema"]["description"]

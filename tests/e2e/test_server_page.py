@@ -17,6 +17,7 @@ import pytest
 
 from tests.support import browser
 from tests.support.browser import Visit, browsing, visiting
+from tests.support.encoders import make_encoder
 from tests.support.loopback_hub import LoopbackHub
 from tests.support.models import make_model
 from tests.support.server import Server, serving
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.skipif(browser.WHY_NOT is not None, reason=browser.WHY_
 KEY = "sesame-open"
 QUOTED = 'It\'s "quoted"\n\\ and \u2028 é'
 MINE, LONG, SEES = "ann/notes-assistant", "HuggingFaceTB/SmolLM2-135M-Instruct", "ann/sees-pictures"
+FINDS = "ann/finds-notes"
 SAYS = """<think>A short question. I answer with a list.</think>Three things to try:
 
 1. **Pin** a model, so that it stays in memory.
@@ -57,6 +59,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, hub: LoopbackHub) -> Iterat
     make_model(top / "models" / MINE, SAYS, thinks=True)
     make_model(top / "models" / LONG, "word " * 4000)
     make_vision_model(top / "models" / SEES)
+    make_encoder(top / "models" / FINDS)
     options = ["--trust-remote-code", "--alias", f"claude-sonnet-4-5={MINE}", "--memory-budget", "300M"]
     environ = hub.environment(top / "home") | {"HF_HUB_OFFLINE": "0", "MLX_OMNI_API_KEY": KEY}
     with serving(top / "home", top / "models", options=options, environ=environ, api_key=KEY) as server:
@@ -106,6 +109,8 @@ def test_a_model_is_loaded_pinned_and_unloaded_also_by_keyboard(server: Server, 
             reached.append(visit.page.evaluate("document.activeElement.ariaLabel ?? document.activeElement.innerText"))
             if reached[-1] == f"Load {MINE}":
                 break
+        row(visit, FINDS).get_by_text("embedding").wait_for()
+        assert not button(visit, f"Chat with {FINDS}").count()
         assert reached[0] == "Skip to the content"
         visit.page.keyboard.press("Enter")
         row(visit, MINE).get_by_text("in memory").wait_for()
@@ -121,7 +126,7 @@ def test_a_model_is_loaded_pinned_and_unloaded_also_by_keyboard(server: Server, 
         row(visit, MINE).get_by_text("pinned").wait_for(state="detached")
         button(visit, f"Unload {MINE}").click()
         row(visit, MINE).get_by_text("on disk").wait_for()
-        visit.page.get_by_label("Find").fill("SMOL")
+        visit.page.get_by_role("searchbox", name="Find").fill("SMOL")
         row(visit, MINE).wait_for(state="detached")
         assert row(visit, LONG).count() == 1
 

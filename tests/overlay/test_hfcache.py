@@ -48,7 +48,7 @@ def user_model(**changes: object) -> Model:
 def test_each_file_of_a_linked_repo_is_two_links_from_the_users_and_there_is_one_revision() -> None:
     model = user_model(commit="c" * 40)
     repo = hfcache.linked_repo(model)
-    links = dict(repo.links)
+    links = dict(repo.parts.links)
     assert links[f"snapshots/{'c' * 40}"] == f"../views/{'c' * 40}", "a deletion that follows links stops at this one"
     for file in model.files:
         hop = links[f"views/{'c' * 40}/{file.name}"]
@@ -56,10 +56,10 @@ def test_each_file_of_a_linked_repo_is_two_links_from_the_users_and_there_is_one
         assert blob.startswith("blobs/")
         assert hop.count("../") == 2 + file.name.count("/")
         assert links[blob] == f"{model.path}/{file.name}"
-    made = [*links, *repo.folders]
+    made = [*links, *repo.parts.folders]
     assert {name.split("/")[1] for name in made if name.startswith(("snapshots/", "views/"))} == {"c" * 40}
-    assert all(folder.rpartition("/")[0] in ("", *repo.folders) for folder in repo.folders)
-    contents = dict(repo.files)
+    assert all(folder.rpartition("/")[0] in ("", *repo.parts.folders) for folder in repo.parts.folders)
+    contents = dict(repo.parts.files)
     assert contents["refs/main"] == b"c" * 40
     assert json.loads(contents[f"trees/{'c' * 40}.json"])["files"].keys() == {file.name for file in model.files}
 
@@ -82,11 +82,11 @@ def test_the_fingerprint_follows_names_sizes_times_and_place(changed: dict[str, 
 def test_files_with_one_true_etag_share_a_blob() -> None:
     files = (File("a.json", 2, 10, "e" * 40), File("b.json", 2, 10, "e" * 40), File("m.safetensors", 9, 10, "f" * 64))
     repo = hfcache.linked_repo(user_model(files=files, commit="c" * 40))
-    assert [where for where, _ in repo.links if where.startswith("blobs/")] == [
+    assert [where for where, _ in repo.parts.links if where.startswith("blobs/")] == [
         f"blobs/{'e' * 40}",
         f"blobs/{'f' * 64}",
     ]
-    tree = json.loads(dict(repo.files)[f"trees/{'c' * 40}.json"])
+    tree = json.loads(dict(repo.parts.files)[f"trees/{'c' * 40}.json"])
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'f' * 64}\nsize 9\n".encode()
     blob_id = git_blob_id(pointer)
     assert tree["files"]["m.safetensors"] == {"size": 9, "blob_id": blob_id, "lfs_sha256": "f" * 64, "lfs_size": 9}
@@ -123,5 +123,5 @@ def test_a_blob_and_its_partial_file_of_any_release_have_one_lock(ending: str) -
 
 def test_a_file_outside_lfs_keeps_its_etag_in_the_tree_whose_format_is_the_first() -> None:
     model = user_model(files=(File("a.json", 2, 10, "e" * 40),), commit="c" * 40)
-    tree = json.loads(dict(hfcache.linked_repo(model).files)[f"trees/{'c' * 40}.json"])
+    tree = json.loads(dict(hfcache.linked_repo(model).parts.files)[f"trees/{'c' * 40}.json"])
     assert tree == {"format_version": 1, "files": {"a.json": {"size": 2, "blob_id": "e" * 40}}}

@@ -16,7 +16,7 @@ from huggingface_hub import scan_cache_dir, snapshot_download
 
 from tests.support import hfcache
 from tests.support.folders import lay_model, weights
-from tests.support.sessions import new_name
+from tests.support.sessions import new_name, unannounced
 
 FILES = {
     "config.json": b'{"model_type": "llama"}',
@@ -315,7 +315,7 @@ def contents(folder: Path) -> dict[str, tuple[str, str]]:
 
 def test_a_load_goes_on_after_a_refresh_however_old_its_tree_is(models: Path, sessions: Path) -> None:
     lay_model(models / "org/name", {"file.txt": b"1"})
-    with hf_overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models], environ=unannounced()) as session:
         begun = Path(load(session, "org/name"))
         os.utime(session.path / "hubs/1", (1, 1))
         (models / "org/name/added.txt").write_text("changes the commit")
@@ -371,6 +371,6 @@ def test_dead_sessions_are_cleared_and_living_ones_are_not(models: Path, session
         empty.mkdir()
         (sessions / "not-ours").mkdir()
         assert [cleared.path for cleared in clear_dead(str(sessions))] == [str(dead), str(empty)]
-        assert {path.name for path in sessions.iterdir()} == {"sessions.lock", "not-ours", living.path.name}
+        assert {path.name for path in sessions.iterdir()} == {"sessions.lock", "shared", "not-ours", living.path.name}
         assert listed(living) == ["org/name"]
     assert (models / "org/name/config.json").exists()

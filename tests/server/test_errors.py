@@ -104,7 +104,7 @@ def _shared_modules() -> Iterator[Path]:
     """The modules that know nothing of dialects."""
     top = Path(mlx_overlay_server.__file__).parent
     yield top / "service.py"
-    for folder in ("chat", "models", "engine", "preparation"):
+    for folder in ("chat", "encoding", "models", "engine", "preparation"):
         yield from sorted((top / folder).glob("*.py"))
 
 

@@ -62,8 +62,8 @@ class FakeEngine:
 class FakePool:
     """Has every model."""
 
-    def is_resident(self, _: str) -> bool:
-        return True
+    def task_of(self, _: str) -> str:
+        return "text"
 
     @asynccontextmanager
     async def use(self, _: str) -> AsyncIterator[Loaded]:

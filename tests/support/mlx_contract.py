@@ -358,6 +358,52 @@ def a_cache_can_be_copied_into_buffers_of_its_own(_: Path) -> None:
     assert mlx.compact([cache.KVCache()])[0].empty()
 
 
+def a_cache_can_be_taken_apart_and_put_together(_: Path) -> None:
+    """Each kind, and several of them in one layer: equal after more tokens."""
+    import mlx.core as mx
+    from mlx_lm.models import cache
+    from mlx_overlay_server.engine import mlx, mlx_arrays
+
+    def fill(layers: list[Any], count: int, start: int) -> list[Any]:
+        values = mx.random.normal((1, 2, count, 64), key=mx.random.key(start)).astype(mx.bfloat16)
+        return [_plain(each.update_and_fetch(values, values * 2)) for each in layers]
+
+    def make() -> list[Any]:
+        return [
+            cache.KVCache(),
+            cache.CacheList(cache.RotatingKVCache(8, keep=2), cache.ChunkedKVCache(8)),
+            cache.QuantizedKVCache(),
+            cache.RotatingKVCache(600),
+            cache.KVCache(),  # stays empty
+        ]
+
+    for count in (1, 3, 20, 300):
+        kept = make()
+        fill(mlx.leaves(kept)[:-1], count, 1)
+        kept = mlx.compact(kept)
+        mlx.evaluate(kept)
+        parts = mlx_arrays.taken_apart(kept, count)
+        assert parts is not None
+        assert all(array.values.shape[2] == count for array in parts.rows.values())
+        assert mlx_arrays.taken_apart(kept, count + 1) is None
+        made = {name: mlx_arrays.inside(array) for name, array in {**parts.rows, **parts.arrays}.items()}
+        again = mlx_arrays.put_together(make(), count, made, json.loads(json.dumps(parts.outline)))
+        assert mlx_arrays.layout(again) == mlx_arrays.layout(kept)
+        assert mlx.leaves(again)[-1].empty()
+        for size in (1, 5):
+            one, other = (json.dumps(fill(mlx.leaves(each)[:-1], size, 2)) for each in (kept, again))
+            assert one == other, count
+    arrays = cache.ArraysCache(2)
+    arrays[0] = mx.array([[1.5, 2.5]], dtype=mx.float16)
+    parts = mlx_arrays.taken_apart([arrays], 7)
+    assert parts is not None
+    made = {name: mlx_arrays.inside(array) for name, array in parts.arrays.items()}
+    (again,) = mlx_arrays.put_together([cache.ArraysCache(2)], 7, made, parts.outline)
+    assert (again[0].tolist(), again[0].dtype, again[1]) == ([[1.5, 2.5]], mx.float16, None)
+    assert mlx_arrays.has_states([arrays])
+    assert not mlx_arrays.has_rows([arrays])
+
+
 def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else [_plain(each) for each in value]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 
 
 def new_name() -> str:
@@ -13,3 +14,8 @@ def new_name() -> str:
     another test's session, that test's open files would keep this one.
     """
     return f"session-{os.getpid()}-{time.time_ns():x}"
+
+
+def unannounced() -> Mapping[str, str]:
+    """An environment for a session in which programs write without a word: it shares no repos with others."""
+    return {**os.environ, "HF_HUB_OFFLINE": "0"}

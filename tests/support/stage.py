@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 from threading import Event
 from typing import Any
 
-from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import Params
+from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.engine.commands import Command, Item, ReadTokenizer, Sampled, Stats, Stop, Submit
 from mlx_overlay_server.engine.worker import DISK_POLL_SECONDS, Worker
 from mlx_overlay_server.errors import ServerError
@@ -31,7 +31,7 @@ class Stage:
         self.read_tokenizer: ReadTokenizer | None = None
         self.items: dict[int, list[Item]] = {}
         """Each sequence's id -> what was made of it."""
-        self.settled: dict[str, Loaded | ServerError] = {}
+        self.settled: dict[str, AnyLoaded | ServerError] = {}
         self.read: dict[str, int] = {}
         """The bytes of weights that were read of each model."""
         """Each load's key -> how it ended."""
@@ -95,7 +95,7 @@ class Stage:
         for id_, item in items:
             self.items.setdefault(id_, []).append(item)
 
-    def settle(self, key: str, result: Loaded | ServerError) -> None:
+    def settle(self, key: str, result: AnyLoaded | ServerError) -> None:
         self.settled[key] = result
 
     def finish(self) -> None:

@@ -11,6 +11,7 @@ from hf_overlay.catalog import explain, kinds
 from hf_overlay.catalog.away import Away, away_after
 from hf_overlay.catalog.explain import Candidate
 from hf_overlay.catalog.files import reason_of
+from hf_overlay.catalog.index import Index
 from hf_overlay.catalog.memo import Memo
 from hf_overlay.catalog.plan import Entry, Plan, Resolution, fold, plan, resolve
 from hf_overlay.catalog.repos import examine_all
@@ -30,18 +31,24 @@ _NAMES: Mapping[Layer, str] = {"map": "mapped folder", "custom": "model path", "
 class Catalog:
     """The models of one configuration, as of the last `scan()`."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Scan the user's folders.
+    def __init__(self, settings: Settings, *, index: str | None = None) -> None:
+        """Scan the user's folders. `index` is the folder in which processes keep for each other what they found.
 
         Raises UsageError for a model path that is a file, OverlayError where mlx-lm's model types are needed and cannot
         be read.
         """
         self.settings = settings
-        self.types = kinds.restriction(settings.kind, trusts_code=settings.trusts_code)
+        self.types = kinds.restriction(settings.kind, trusts_code=settings.trusts_code, encoders=settings.encoders)
         self.patience = Patience()
         """What asks the disks of the model paths and of the real cache."""
         self._scanner = Scanner(
-            settings.roots, settings.hub_cache, self.types, self.patience, below=settings.below, maps=settings.maps
+            settings.roots,
+            settings.hub_cache,
+            self.types,
+            self.patience,
+            below=settings.below,
+            maps=settings.maps,
+            index=None if index is None else Index(index, kinds.version(self.types)),
         )
         self._warned: set[str] = set()
         self._cache_problem: str | None = None

@@ -181,6 +181,21 @@ def _refuse_elsewhere(name: str, status: os.stat_result) -> None:
 
 def read_json(path: str) -> dict[str, Any]:
     """The JSON object in a file. Raises Unfit when it holds none, PermissionError when it may not be read."""
+    value = _read(path)
+    if not isinstance(value, dict):
+        raise Unfit(Code.BAD_CONFIG, f"{os.path.basename(path)} is not a JSON object")
+    return value
+
+
+def read_list(path: str) -> list[Any]:
+    """The JSON array in a file. Raises as `read_json`."""
+    value = _read(path)
+    if not isinstance(value, list):
+        raise Unfit(Code.BAD_CONFIG, f"{os.path.basename(path)} is not a JSON array")
+    return value
+
+
+def _read(path: str) -> Any:
     name = os.path.basename(path)
     try:
         with open(path, "rb") as file:
@@ -196,11 +211,8 @@ def read_json(path: str) -> dict[str, Any]:
     if not is_small:
         raise Unfit(Code.BAD_CONFIG, f"{name} is larger than {MAX_JSON_BYTES // 2**20} MiB: not a configuration")
     try:
-        value = json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise Unfit(Code.BAD_CONFIG, f"{name} is not UTF-8 text") from error
     except (ValueError, RecursionError) as error:
         raise Unfit(Code.BAD_CONFIG, f"{name} is not valid JSON ({str(error)[:100]})") from error
-    if not isinstance(value, dict):
-        raise Unfit(Code.BAD_CONFIG, f"{name} is not a JSON object")
-    return value

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from hf_overlay.catalog.tasks import ENCODERS
 from hf_overlay.config import Kind
 from hf_overlay.errors import OverlayError, check_descriptors
 from hf_overlay.models import Model
@@ -28,15 +29,16 @@ _BESIDE_TOKENIZERS = frozenset({"special_tokens_map.json", "added_tokens.json"})
 _OF_SENTENCE_TRANSFORMERS = frozenset({"modules.json", "config_sentence_transformers.json"})
 
 
-def restriction(kind: Kind | None, *, trusts_code: bool = False) -> ModelTypes | None:
+def restriction(kind: Kind | None, *, trusts_code: bool = False, encoders: bool = False) -> ModelTypes | None:
     """The model types that a scan must keep to; None takes models of every kind.
 
     Without a `kind`, those that mlx-lm loads where it is installed, else every kind, since nothing can tell which
-    models mlx-lm loads. Raises OverlayError for the kind `mlx` without mlx-lm.
+    models mlx-lm loads. `encoders`: also the model types for which mlx-omni-server has code of its own.
+    Raises OverlayError for the kind `mlx` without mlx-lm.
     """
     if kind == "any":
         return None
-    types = installed(trusts_code=trusts_code)
+    types = installed(trusts_code=trusts_code, encoders=encoders)
     if types is None and kind == "mlx":
         raise OverlayError(
             f"mlx-lm is not installed for {sys.executable}, so nothing can tell which models it loads; "
@@ -45,18 +47,25 @@ def restriction(kind: Kind | None, *, trusts_code: bool = False) -> ModelTypes |
     return types
 
 
-def installed(*, trusts_code: bool = False) -> ModelTypes | None:
+def installed(*, trusts_code: bool = False, encoders: bool = False) -> ModelTypes | None:
     """The model types of the mlx-lm in this Python environment; None without one.
 
     Raises OverlayError when it is not laid out as expected.
     """
-    folder = _folder_of("mlx_lm")
-    return None if folder is None else ModelTypes(folder, mlx_vlm=_folder_of("mlx_vlm"), trusts_code=trusts_code)
+    mlx_lm = _folder_of("mlx_lm")
+    if mlx_lm is None:
+        return None
+    return ModelTypes(mlx_lm, mlx_vlm=_folder_of("mlx_vlm"), trusts_code=trusts_code, encoders=encoders)
 
 
 def _folder_of(package: str) -> str | None:
     spec = find_spec(package)
     return None if spec is None or not spec.submodule_search_locations else spec.submodule_search_locations[0]
+
+
+def version(types: ModelTypes | None) -> list[object]:
+    """Equal for restrictions that take the same models, also in another process."""
+    return ["any"] if types is None else types.version
 
 
 def may_be_tokenizer(name: str) -> bool:
@@ -107,12 +116,17 @@ def _config(model: Model) -> Mapping[str, Any]:
 class ModelTypes:
     """The model types one mlx-lm installation can load, and mlx-vlm beside it for models that see."""
 
-    def __init__(self, mlx_lm: str, *, mlx_vlm: str | None = None, trusts_code: bool = False) -> None:
+    def __init__(
+        self, mlx_lm: str, *, mlx_vlm: str | None = None, trusts_code: bool = False, encoders: bool = False
+    ) -> None:
         """`mlx_lm` and `mlx_vlm` are the packages' folders. Raises OverlayError when one is not laid out as expected.
 
-        `trusts_code`: whoever loads models tells mlx-lm to run code that comes with them.
+        `trusts_code`: whoever loads models tells mlx-lm to run code that comes with them; `encoders`: they are
+        mlx-omni-server, which also loads `tasks.ENCODERS`.
         """
+        self.takes_encoders = encoders
         self._trusts_code = trusts_code
+        self._package = mlx_lm
         self._models = os.path.join(mlx_lm, "models")
         try:
             with open(os.path.join(mlx_lm, "utils.py"), encoding="utf-8") as file:
@@ -128,8 +142,20 @@ class ModelTypes:
         self._loadable: dict[str, bool] = {}
         self._vision = None if mlx_vlm is None else _VisionTypes(mlx_vlm)
 
+    @property
+    def version(self) -> list[object]:
+        """Equal for objects that take the same models. Packages beside mlx-lm may be what a model's module imports."""
+        package = os.path.abspath(self._package)
+        paths = [os.path.dirname(package), os.path.join(package, "utils.py"), self._models]
+        if self._vision is not None:
+            paths += self._vision.paths
+        return [package, self._trusts_code, *([status.st_ino, status.st_mtime_ns] for status in map(os.stat, paths))]
+
     def why_not(self, config: Mapping[str, Any]) -> str | None:
-        """None when mlx-lm can load a model with this config, else the reason."""
+        """None when a model with this config can be loaded, else the reason."""
+        is_encoder = isinstance(config.get("model_type"), str) and config["model_type"] in ENCODERS
+        if is_encoder and self.takes_encoders:
+            return None
         if "model_type" not in config:
             return "config.json names no model_type"
         if config.get("model_file") is not None:
@@ -141,7 +167,8 @@ class ModelTypes:
             return None
         if self._vision is not None and self._vision.can_load(config):
             return None
-        return f"model type {str(model_type)[:80]!r} is not one that the installed mlx-lm can load"
+        problem = f"model type {str(model_type)[:80]!r} is not one that the installed mlx-lm can load"
+        return f"{problem}; mlx-omni-server embeds or ranks with it" if is_encoder else problem
 
     def _module(self, model_type: str, config: Mapping[str, Any]) -> str | None:
         architectures = config.get("architectures") or ()
@@ -181,8 +208,11 @@ class _VisionTypes:
 
     def __init__(self, mlx_vlm: str) -> None:
         self._models = os.path.join(mlx_vlm, "models")
+        utils = os.path.join(mlx_vlm, "utils.py")
+        self.paths = (utils, self._models)
+        """What says which types they are."""
         try:
-            with open(os.path.join(mlx_vlm, "utils.py"), encoding="utf-8") as file:
+            with open(utils, encoding="utf-8") as file:
                 self._remapping: Mapping[str, str] = _constant(file.read(), "MODEL_REMAPPING")
         except (OSError, ValueError, SyntaxError) as error:
             if isinstance(error, OSError):

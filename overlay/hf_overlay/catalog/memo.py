@@ -8,7 +8,7 @@ a value must watch each file that may be written to, or remember it only once no
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 from hf_overlay.progress import alive
@@ -29,7 +29,9 @@ def stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
 
-class _Kept(NamedTuple, Generic[Value]):
+class Kept(NamedTuple, Generic[Value]):
+    """A value, with the paths that it depends on."""
+
     value: Value
     stamps: Stamps
 
@@ -41,14 +43,30 @@ class Memo(Generic[Value]):
     other, so that threads may have rounds of their own.
     """
 
-    def __init__(self, before: Mapping[str, _Kept[Value]] | None = None) -> None:
-        """Begin a first round; later ones come from `next_round`."""
+    def __init__(
+        self,
+        before: Mapping[str, Kept[Value]] | None = None,
+        *,
+        is_same: Callable[[str, Value], bool] | None = None,
+    ) -> None:
+        """Begin a first round; later ones come from `next_round`.
+
+        It may recall the values of `before`, from an earlier process, for which `is_same` looks at more than the paths.
+        """
         self._before = before or {}
-        self._kept: dict[str, _Kept[Value]] = {}
+        self._is_same = is_same
+        self.kept: dict[str, Kept[Value]] = {}
+        """What this round has recalled or remembered so far."""
+        self._has_news = False
 
     def next_round(self) -> Memo[Value]:
         """A new round, which can recall the values of this one."""
-        return Memo(self._kept)
+        return Memo(self.kept)
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether this round holds other values than the one before."""
+        return self._has_news or len(self.kept) != len(self._before)
 
     def recall(self, key: str) -> Value | None:
         """The value remembered for `key`, if nothing it depends on has changed; None otherwise."""
@@ -58,7 +76,9 @@ class Memo(Generic[Value]):
         for path, looked in kept.stamps:
             if _stamp(path) != looked:
                 return None
-        self._kept[key] = kept
+        if self._is_same is not None and not self._is_same(key, kept.value):
+            return None
+        self.kept[key] = kept
         return kept.value
 
     def knew(self, key: str) -> bool:
@@ -67,7 +87,8 @@ class Memo(Generic[Value]):
 
     def remember(self, key: str, value: Value, looked: Stamps) -> None:
         """Keep a value for as long as the paths look as they did in `looked`."""
-        self._kept[key] = _Kept(value, looked)
+        self._has_news = True
+        self.kept[key] = Kept(value, looked)
 
 
 def _stamp(path: str) -> tuple[int, ...]:

@@ -8,12 +8,12 @@ import time
 from typing import Any, Literal, NamedTuple
 
 from hf_overlay import hfcache
-from hf_overlay.catalog import weights
+from hf_overlay.catalog import tasks, weights
 from hf_overlay.catalog.files import Contents, Listing, Unfit, contents, list_folder, read_json
 from hf_overlay.catalog.kinds import ModelTypes, may_be_tokenizer
 from hf_overlay.catalog.weights import Problems
 from hf_overlay.config import Map
-from hf_overlay.models import Code, File, Model
+from hf_overlay.models import Code, File, Model, Task
 
 SETTLED_SECONDS = 600
 """A model none of whose files was written to for so long is not being copied: its files need no look each time."""
@@ -135,6 +135,7 @@ def read_mapped(folder: str, mapped: Map, listing: Listing, problems: Problems) 
         root=folder,
         commit=commit,
         kind=mapped.kind,
+        task=_task(path, mapped.id, config, files, is_strict=False),
     )
 
 
@@ -153,6 +154,7 @@ def _read(
     weights.check(path, inside.files, listing.broken, required=types is not None, problems=problems)
     if types is not None:
         _check_tokenizer(inside)
+    task = _task(path, model_id, config, inside.files, is_strict=types is not None and types.takes_encoders)
     files = inside.files
     if source == "custom":
         files, commit = _identified(path, files, commit)
@@ -166,6 +168,7 @@ def _read(
         files=files,
         root=root,
         commit=commit,
+        task=task,
     )
     return model, inside
 
@@ -191,6 +194,10 @@ def _check_tokenizer(inside: Contents) -> None:
         return
     unusable = next((f"{name} {why}" for name, why in inside.left_out.items() if may_be_tokenizer(name)), None)
     raise Unfit(Code.INCOMPLETE, f"has no tokenizer ({unusable or 'such as tokenizer.json'}): still being copied?")
+
+
+def _task(path: str, model_id: str, config: dict[str, Any], files: tuple[File, ...], *, is_strict: bool) -> Task:
+    return tasks.read(path, model_id, config, {file.name for file in files}, is_strict=is_strict)
 
 
 def _identified(path: str, files: tuple[File, ...], commit: str | None) -> tuple[tuple[File, ...], str | None]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
+from functools import partial
 
 from hf_overlay import hfcache, tiers
+from hf_overlay.abreast import Abreast
 from hf_overlay.catalog.memo import Memo, stamps
 from hf_overlay.errors import check_descriptors
 from hf_overlay.models import CachedRepo
@@ -25,7 +27,8 @@ def examine_all(
     Then, by name, all that is in the repos that are `wanted`, and the memo of that. Raises OSError.
     """
     entries = {**held, **hfcache.entries(hub)}
-    examined = {path: _examine(path, memo) for name, path in entries.items() if "--" in name}
+    paths = [path for name, path in entries.items() if "--" in name]
+    examined = dict(zip(paths, Abreast().each(partial(_examine, memo=memo), paths), strict=True))
     repos = {name: read_repo(name, entries[name], hub, repos_memo) for name in wanted if name in entries}
     return entries, examined, memo, repos, repos_memo
 
@@ -40,14 +43,15 @@ def tier_repos(
     place = tiers.place(root)
     status = os.stat(place)
     found = tiers.repos(place) if (status.st_dev, status.st_ino) != hub_identity else {}
-    repos = []
-    for name, path in found.items():
+
+    def look(name: str) -> CachedRepo | None:
         try:
-            repos.append(read_repo(name, path, root, memo))
+            return read_repo(name, found[name], root, memo)
         except OSError as error:  # it hides only itself; the scan of the tier's models says why
             check_descriptors(error)
-            continue
-    return repos, memo
+            return None
+
+    return [repo for repo in Abreast().each(look, found) if repo is not None], memo
 
 
 def read_repo(name: str, path: str, root: str, memo: Memo[CachedRepo]) -> CachedRepo:

@@ -180,14 +180,14 @@ def _why(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from hf_overlay.tree.lease import sessions_folder
 
-    catalog, folder = _catalog(options), sessions_folder(os.environ)
+    catalog, folder = _catalog(options, keeps=False), sessions_folder(os.environ)
     plan = catalog.plan(case_insensitive=catalog.answers(folder) and _is_case_insensitive(folder))
     links: list[dict[str, str]] = []
     for name, entry in plan.entries.items():
         if isinstance(entry, str):
             links.append({"link": f"hub/{name}", "target": entry})
         else:
-            links += [{"link": f"hub/{name}/{where}", "target": target} for where, target in entry.links]
+            links += [{"link": f"hub/{name}/{where}", "target": target} for where, target in entry.parts.links]
     left_out = [{"id": model.id, "path": model.path, "reason": reason.text} for model, reason in plan.left_out]
     if options.json:
         return print_json({"links": links, "left_out": left_out})
@@ -201,7 +201,7 @@ def _plan(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from hf_overlay import doctor
 
-    findings = doctor.examine(_catalog(options, warn=False), os.environ)
+    findings = doctor.examine(_catalog(options, warn=False, keeps=False), os.environ)
     if options.json:
         print_json([finding._asdict() for finding in findings])
     else:
@@ -308,9 +308,10 @@ _COMMANDS = {
 # Shared --------------------------------------------------------------------------------------------------------
 
 
-def _catalog(options: argparse.Namespace, *, warn: bool = True) -> Catalog:
+def _catalog(options: argparse.Namespace, *, warn: bool = True, keeps: bool = True) -> Catalog:
+    """What is on the disk; `keeps` what it finds for later commands."""
     settings = _settings(options, configfile.read(os.environ))
-    catalog = Catalog(settings)
+    catalog = Catalog(settings, index=config.index_folder(os.environ) if keeps else None)
     if warn:
         _warn(catalog, options)
     if options.verbose:

@@ -13,7 +13,6 @@ from hf_overlay import config, configfile
 from hf_overlay.command.extension import executable
 from hf_overlay.command.units import MARK, Unit, manager
 from hf_overlay.errors import OverlayError, UsageError
-from hf_overlay.tree import lease
 
 OVERLAY, SERVER = "hf-overlay", "mlx-omni-server"
 _ABOUT = {
@@ -121,7 +120,7 @@ def _carried(environ: Mapping[str, str], cwd: str) -> dict[str, str]:
     for name in (config.MODEL_PATH_VARIABLE, config.BELOW_VARIABLE):
         if parts := [part for part in carried.get(name, "").split(os.pathsep) if part]:
             carried[name] = os.pathsep.join(_whole(part, environ, cwd) for part in parts)
-    for name in (config.FILE_VARIABLE, lease.DIRECTORY_VARIABLE):
+    for name in (config.FILE_VARIABLE, config.DIRECTORY_VARIABLE):
         if path := carried.get(name):
             carried[name] = _whole(path, environ, cwd)
     return carried

@@ -30,7 +30,7 @@ def rows(settings: Settings, given: InForce, file: ConfigFile, environ: Mapping[
     """All settings, those that a person gives first. `given` is where those come from. Raises OSError."""
     folders = {"hub_cache": settings.hub_cache, "hf_home": settings.hf_home}
     # On macOS only shells have XDG variables, and a service must use the same folder.
-    sessions = (lease.DIRECTORY_VARIABLE, *(() if sys.platform == "darwin" else ("XDG_CACHE_HOME",)))
+    sessions = (config.DIRECTORY_VARIABLE, *(() if sys.platform == "darwin" else ("XDG_CACHE_HOME",)))
     return [
         Row("model_path", list(settings.roots), _origin("model_path", given.model_path.origin, file)),
         Row("below", list(settings.below), _origin("below", given.below.origin, file)),

@@ -11,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from hf_overlay import hfcache
 from hf_overlay.gateway import routes
 from hf_overlay.gateway.exchange import Answer, Request
 from hf_overlay.gateway.hub import Hub, Unavailable
@@ -62,6 +63,8 @@ class App:
         found = self._hub.refresh_and_find(target.repo_id, target.kind) if target is not None else None
         if found is None and target is not None and target.precedes_download(method):
             found = self._hub.refuse_download(target.repo_id, target.folder)
+        if isinstance(found, LinkedRepo) and target is not None and target.precedes_download(method):
+            self._hub.expect_download(hfcache.repo_folder(found.model.id, found.model.kind))
         return target, found
 
     def _pass_on(self, request: Request, path: str, target: Target | None) -> Answer:

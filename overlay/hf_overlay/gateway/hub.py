@@ -112,7 +112,9 @@ class Hub:
         root = self._overlay.path_away(repo_id, kind)
         if root is not None:
             name = hfcache.full_id(hfcache.repo_folder(repo_id, kind))
-            message = f"{name} is in {root}, which is not there now; connect that drive, or use --exclude {name}"
+            is_empty = self._overlay.is_folder(root, root)
+            state = f"holds nothing to load (hf-overlay why {name})" if is_empty else "is not there now"
+            message = f"{name} is in {root}, which {state}; connect that drive, or use --exclude {name}"
         elif kind == "models" and (incomplete := self._overlay.incomplete(repo_id)) is not None:
             message = incomplete
         else:

@@ -15,11 +15,11 @@ from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
-from hf_overlay import hfcache
+from hf_overlay import config, hfcache
 from hf_overlay.config import OWNER_FILE
 from hf_overlay.errors import OUT_OF_FILES, OutOfFiles, SessionError
 from hf_overlay.patience import NoAnswer, Patience
-from hf_overlay.tree import announced, files, lease, store, usage, writeback
+from hf_overlay.tree import announced, files, lease, shared, store, usage, writeback
 
 logger = logging.getLogger("hf_overlay")
 
@@ -58,7 +58,7 @@ def check_answers(sessions: str, patience: Patience) -> None:
     except NoAnswer:
         raise SessionError(
             f"{sessions}, the folder for overlays, does not answer; check its drive or server, or set "
-            f"{lease.DIRECTORY_VARIABLE} to a folder elsewhere"
+            f"{config.DIRECTORY_VARIABLE} to a folder elsewhere"
         ) from None
 
 
@@ -141,6 +141,7 @@ def _leads_to_cache(session: str) -> bool:
         bool(announced.folders(session))
         or any(not entry.is_symlink() for entry in hubs)
         or any(map(writeback.is_worth_keeping, linked))
+        or bool(shared.written(session))
     )
 
 
@@ -160,6 +161,7 @@ def _clear_each(sessions: str, paths: Collection[str], asker: int) -> _Outcome:
 def _clear(path: str, warnings: list[str]) -> Cleared:
     """Clear one session that is over, and that nobody else clears."""
     try:
+        shared.adopt(path)
         owner = lease.read_owner(path)
         stuck = writeback.bring_home(path, owner.hub_cache) if owner is not None else {}
         kept = remove_tree(path, stuck)

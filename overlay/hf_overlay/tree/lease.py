@@ -13,21 +13,19 @@ import json
 import logging
 import os
 import re
-import shlex
-import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from hf_overlay import hfcache
-from hf_overlay.config import OWNER_FILE, Settings, earlier_folders, own_folder
+from hf_overlay.config import DIRECTORY_VARIABLE, OWNER_FILE, Settings, earlier_folders, own_folder
 from hf_overlay.errors import SessionError
 from hf_overlay.tree import files
+from hf_overlay.trust import why_untrusted
 
 logger = logging.getLogger("hf_overlay")
 
-DIRECTORY_VARIABLE = "HF_OVERLAY_DIR"
 _PREFIX = "session-"
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 
@@ -223,7 +221,7 @@ def sessions_in(sessions: str, *, warn: bool = True) -> list[str]:
     check_trusted(sessions)
     trusted = []
     for path in paths:
-        if (why := _why_untrusted(path)) is None:
+        if (why := why_untrusted(path)) is None:
             trusted.append(path)
         elif warn:
             logger.warning("the session at %s %s; it is ignored: look at it, and remove it", path, why)
@@ -235,28 +233,10 @@ def check_trusted(sessions: str) -> None:
 
     Its sessions hold what is moved, removed, and evaluated by shells.
     """
-    if (why := _why_untrusted(os.path.realpath(sessions))) is not None:
+    if (why := why_untrusted(os.path.realpath(sessions))) is not None:
         raise SessionError(
             f"{sessions} {why}, so sessions in it cannot be trusted; set {DIRECTORY_VARIABLE} to a folder of your own"
         )
-
-
-def _why_untrusted(path: str) -> str | None:
-    """Why others may have written what is in a folder; None when only this user can have, or when it is gone.
-
-    The sticky bit does not help: it keeps others from removing entries, not from adding some.
-    """
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return None
-    if not stat.S_ISDIR(status.st_mode):
-        return "is not a folder"
-    if status.st_uid != os.geteuid():
-        return f"belongs to another user (uid {status.st_uid})"
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"can be written to by other users (to end that: chmod go-w {shlex.quote(path)})"
-    return None
 
 
 def _is_empty(folder: str) -> bool:

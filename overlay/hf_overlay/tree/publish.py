@@ -6,7 +6,8 @@
       hubs/2/             the plan's entries, each a link of ours; anything else was written by a client
         models--acme--tiny  -> ../../repos/models--acme--tiny.0123456789abcdef
         models--org--other  -> <real cache>/models--org--other
-      repos/              one linked repo a user's model (see store)
+      repos/              one linked repo a user's model (see store), unless the session shares it with others:
+        models--acme--tiny  -> ../../../shared/models--acme--tiny.0123456789abcdef
 
 A client resolves HF_HUB_CACHE when it begins (huggingface_hub >= 1.0), so one that is in the middle of a load stays
 in the hub folder it began in. Those are kept for an hour.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,7 +26,8 @@ from hf_overlay import hfcache
 from hf_overlay.catalog.plan import Plan, fold
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.tiers import MergedRepo
-from hf_overlay.tree import announced, files, store
+from hf_overlay.tree import announced, files, shared, store
+from hf_overlay.tree.shared import Shared
 from hf_overlay.tree.store import Placed
 
 KEEP_SECONDS = 3600
@@ -34,9 +37,13 @@ _TOKENS = ("token", "stored_tokens")
 class Tree:
     """One session's tree, built by `publish` and changed by publishing again."""
 
-    def __init__(self, session: str) -> None:
-        """Make the folders. Raises OSError."""
+    def __init__(self, session: str, shared: Shared | None = None) -> None:
+        """Make the folders. With `shared`, the repos of the user's models are those that sessions share.
+
+        Raises OSError.
+        """
         self._session = session
+        self._shared = shared
         self._placed: dict[str, Placed] = {}
         """Linked repos of the current hub folder, by the name of their entry. Replaced as a whole."""
         self._entries: dict[str, str] = {}
@@ -61,7 +68,9 @@ class Tree:
     @property
     def is_there(self) -> bool:
         """Whether the folders of the tree are there, which a program that cleans up may have removed."""
-        return os.path.islink(self.hub) and os.path.isdir(self.hub) and os.path.isdir(f"{self._session}/{store.FOLDER}")
+        is_whole = os.path.islink(self.hub) and os.path.isdir(self.hub)
+        is_shared_there = self._shared is None or self._shared.is_there
+        return is_whole and is_shared_there and os.path.isdir(f"{self._session}/{store.FOLDER}")
 
     def restore(self) -> None:
         """Make the folders of the tree again, empty, if something has removed them. Raises OSError."""
@@ -83,6 +92,10 @@ class Tree:
 
         `is_there` says whether a folder, in a model path, cache or tier, is there.
         """
+        with nullcontext() if self._shared is None else self._shared.in_use():
+            self._publish(plan, is_there)
+
+    def _publish(self, plan: Plan, is_there: Callable[[str, str], bool]) -> None:
         placed: dict[str, Placed] = {}
         entries: dict[str, str] = {}
         for name, entry in plan.entries.items():
@@ -91,7 +104,7 @@ class Tree:
                 continue
             there = self._placed.get(name)
             if there is None or there.repo != entry or not store.is_untouched(there):
-                there = store.place(self._session, name, entry)
+                there = self._place(name, entry)
             placed[name] = there
             entries[name] = there.link
         try:
@@ -123,6 +136,40 @@ class Tree:
         found = self._placed.get(hfcache.repo_folder(repo_id, kind))
         is_other = found is not None and isinstance(found.repo, LinkedRepo) and found.repo.model.id != repo_id
         return found.repo if found is not None and not is_other else None
+
+    def _place(self, name: str, repo: LinkedRepo | MergedRepo) -> Placed:
+        has_own = name in self._placed and not self.is_shared(name)
+        placed = None
+        if self._shared is not None and not has_own and isinstance(repo, LinkedRepo):  # to merged ones, clients add
+            placed = self._shared.place(name, repo)
+        return placed or store.place(self._session, name, repo)
+
+    def is_shared(self, name: str) -> bool:
+        """Whether an entry leads to a repo that other sessions may lead to, too."""
+        placed = self._placed.get(name)
+        return placed is not None and shared.is_shared(placed)
+
+    def own(self, name: str) -> None:
+        """Lead an entry to a repo of this session's own, with the same content, in place of a shared one.
+
+        In all hub folders, for programs that began in an earlier one. Raises OSError.
+        """
+        before = self._placed[name]
+        mine = store.place(self._session, name, before.repo)
+        link = f"{self._session}/link.next"
+        for hub in self._hubs():
+            try:
+                if os.readlink(f"{hub.path}/{name}") != before.link:
+                    continue
+            except OSError:  # a client has removed it, or wrote something else in its place
+                continue
+            if os.path.lexists(link):
+                os.unlink(link)
+            os.symlink(mine.link, link)
+            os.replace(link, f"{hub.path}/{name}")
+            self._earlier.setdefault(hub.name, set()).add(mine.link)
+        self._entries[name] = mine.link
+        self._placed = {**self._placed, name: mine}
 
     def path_of(self, name: str) -> str:
         """The path of an entry in the current hub folder, which a refresh does not change."""

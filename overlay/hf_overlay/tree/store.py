@@ -11,11 +11,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from hf_overlay import hfcache
-from hf_overlay.hfcache import LinkedRepo
+from hf_overlay.hfcache import LinkedRepo, Parts
 from hf_overlay.tiers import MergedRepo
 from hf_overlay.tree import files
 
@@ -95,12 +95,15 @@ def is_ours(path: str) -> bool:
 
 def is_written(repo: str) -> bool:
     """Whether a client may have written into a repo that was made here: one `stat`, and one listing. Raises OSError."""
+    return has_other_blobs(repo) or any(not entry.is_symlink() for entry in files.entries(f"{repo}/snapshots"))
+
+
+def has_other_blobs(repo: str) -> bool:
+    """Whether blobs came or went since a repo was made here: what every download changes. Raises OSError."""
     try:
-        if os.stat(f"{repo}/blobs").st_mtime_ns != _UNTOUCHED_NS:
-            return True
+        return os.stat(f"{repo}/blobs").st_mtime_ns != _UNTOUCHED_NS
     except FileNotFoundError:  # removed by a client
         return True
-    return any(not entry.is_symlink() for entry in files.entries(f"{repo}/snapshots"))
 
 
 def carry_over(session: str, placed: Mapping[str, Placed]) -> None:
@@ -117,7 +120,7 @@ def carry_over(session: str, placed: Mapping[str, Placed]) -> None:
             continue
         path = f"{session}/{FOLDER}/{os.path.basename(current.link)}"
         if path != entry.path and is_written(entry.path) and _carry_over(entry.path, path):
-            _mark_untouched(path, current.repo)
+            mark_untouched(path, current.repo.watched)
 
 
 def _carry_over(old: str, new: str) -> bool:
@@ -170,19 +173,24 @@ def repo_folder(folder: str) -> str:
 def _make(repo: Repo, aside: str, path: str) -> None:
     if os.path.isdir(aside):  # cut short by a full disk
         files.remove(aside)
-    os.mkdir(aside)
-    for inner in repo.folders:
-        os.mkdir(f"{aside}/{inner}")
-    for where, target in repo.links:
-        os.symlink(target, f"{aside}/{where}")
-    for where, content in repo.files:
-        with open(f"{aside}/{where}", "wb") as file:
-            file.write(content)
-        os.utime(f"{aside}/{where}", ns=(_UNTOUCHED_NS, _UNTOUCHED_NS))
-    _mark_untouched(aside, repo)
+    build(repo.parts, repo.watched, aside)
     os.rename(aside, path)
     for where in repo.sealed:
         os.chmod(f"{path}/{where}", 0o500)
+
+
+def build(parts: Parts, watched: Iterable[str], path: str, *, mode: int = 0o666) -> None:
+    """Make a repo folder of ours at `path`, where nothing is, with files of this mode. Raises OSError."""
+    os.mkdir(path, 0o700)
+    for inner in parts.folders:
+        os.mkdir(f"{path}/{inner}")
+    for where, target in parts.links:
+        os.symlink(target, f"{path}/{where}")
+    for where, content in parts.files:
+        with open(os.open(f"{path}/{where}", os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, mode), "wb") as file:
+            file.write(content)
+        os.utime(f"{path}/{where}", ns=(_UNTOUCHED_NS, _UNTOUCHED_NS))
+    mark_untouched(path, watched)
 
 
 def _is_whole(path: str, repo: Repo) -> bool:
@@ -190,16 +198,18 @@ def _is_whole(path: str, repo: Repo) -> bool:
 
     Looked at before and after the mark, so that the mark covers nothing that is missing or goes meanwhile.
     """
-    made = [f"{path}/{where}" for where, _ in (*repo.links, *repo.files)]
+    parts = repo.parts
+    made = [f"{path}/{where}" for where, _ in (*parts.links, *parts.files)]
     if not all(map(os.path.lexists, made)):
         return False
     try:
-        _mark_untouched(path, repo)
+        mark_untouched(path, repo.watched)
     except FileNotFoundError:
         return False
     return all(map(os.path.lexists, made))
 
 
-def _mark_untouched(path: str, repo: Repo) -> None:
-    for folder in repo.watched:
+def mark_untouched(path: str, watched: Iterable[str]) -> None:
+    """Have the watched folders of a repo look as if nobody had changed anything in them. Raises OSError."""
+    for folder in watched:
         os.utime(f"{path}/{folder}", ns=(_UNTOUCHED_NS, _UNTOUCHED_NS))

@@ -28,7 +28,7 @@ from itertools import chain
 from hf_overlay import hfcache
 from hf_overlay.config import OWNER_FILE
 from hf_overlay.progress import alive
-from hf_overlay.tree import announced, files, lease, store
+from hf_overlay.tree import announced, files, lease, shared, store
 
 LOOK_SECONDS = 10.0
 """The longest that `ps` or `lsof` may take (macOS). One that takes longer has found out nothing."""
@@ -125,6 +125,7 @@ def _lock_folders(session: str) -> Iterator[str]:
         for repo in files.entries(f"{session}/{folder}")
         if files.has_payload(repo.path)
     ]
+    linked += shared.written(session).values()
     for hub in files.entries(f"{session}/hubs"):
         locks = f"{hub.path}/{hfcache.LOCKS}"
         written = [entry.name for entry in files.entries(hub.path) if not entry.is_symlink()]

@@ -13,7 +13,9 @@ from starlette.types import Scope
 from mlx_overlay_server import errors
 from mlx_overlay_server.api.anthropic.errors import refuse as refuse_anthropic
 from mlx_overlay_server.api.fields import wrong_field
+from mlx_overlay_server.api.openai.embeddings import refuse as refuse_embeddings
 from mlx_overlay_server.api.openai.errors import refuse as refuse_openai
+from mlx_overlay_server.api.rerank.errors import refuse as refuse_rerank
 from mlx_overlay_server.api.responses.errors import refuse as refuse_responses
 from mlx_overlay_server.api.transport import as_server_error
 from mlx_overlay_server.errors import ServerError
@@ -25,6 +27,10 @@ def refuse(scope: Scope, error: ServerError) -> Response:
     is_messages = "messages" in parts and "completions" not in parts  # stored chat completions have messages, too
     if is_messages or parts[1:2] == ["anthropic"] or "anthropic-version" in Headers(scope=scope):
         return refuse_anthropic(error)
+    if "rerank" in parts:
+        return refuse_rerank(error)
+    if "embeddings" in parts:
+        return refuse_embeddings(error)
     return refuse_responses(error) if "responses" in parts else refuse_openai(error)
 
 

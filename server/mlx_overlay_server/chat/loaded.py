@@ -6,7 +6,9 @@ import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from hf_overlay import Task
 
 
 class Tokenizer(Protocol):
@@ -119,6 +121,8 @@ class Loaded:
     kv_bytes: int = 0
     """Bytes that each token of a sequence takes in KV caches; 0: unknown."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    task: ClassVar[Task] = "text"
+    """What it does with text."""
 
     @functools.cached_property
     def _grammar_tokenizer(self) -> Any:

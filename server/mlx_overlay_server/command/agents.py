@@ -43,6 +43,8 @@ class Start:
     environ: dict[str, str] = field(default_factory=dict)
     unset: tuple[str, ...] = ()
     """Variables that would lead it elsewhere."""
+    files: dict[str, str] = field(default_factory=dict)
+    """The text of files that are there while it runs, by the variable that names each."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,10 @@ class Agent:
     """The command that installs it."""
     start: Callable[[Endpoint], Start]
 
-    def environment(self, at: Endpoint, environ: Mapping[str, str]) -> dict[str, str]:
-        """Return the whole environment to start it in."""
-        start = self.start(at)
-        return {name: value for name, value in environ.items() if name not in start.unset} | start.environ
+
+def environment(start: Start, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the whole environment of an agent, but for its files."""
+    return {name: value for name, value in environ.items() if name not in start.unset} | start.environ
 
 
 def _claude(at: Endpoint) -> Start:
@@ -126,9 +128,12 @@ def _opencode(at: Endpoint) -> Start:
 
 def _aider(at: Endpoint) -> Start:
     name = f"openai/{at.model}"
+    limits = {"max_tokens": at.answer, "max_input_tokens": at.context, "max_output_tokens": at.answer}
+    known = {name: {**limits, "litellm_provider": "openai", "mode": "chat"}}
     return Start(
         [],
-        {
+        files={"AIDER_MODEL_METADATA_FILE": json.dumps(known)},
+        environ={
             "OPENAI_API_BASE": f"{at.url}/v1",
             "OPENAI_API_KEY": at.api_key,
             "AIDER_MODEL": name,

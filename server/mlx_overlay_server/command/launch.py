@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 from hf_overlay import OverlayError
 
 from mlx_overlay_server.command import started
-from mlx_overlay_server.command.agents import AGENTS, Agent, Endpoint
+from mlx_overlay_server.command.agents import AGENTS, Agent, Endpoint, environment
 from mlx_overlay_server.command.client import Client, client, running
 from mlx_overlay_server.command.output import say
 from mlx_overlay_server.names import resolved
@@ -66,8 +67,13 @@ def launch(options: argparse.Namespace) -> int:
         model = _model(server, agent, options.model)
         at = Endpoint(server.url, server.api_key or "none", model.id, model.context or _UNKNOWN_CONTEXT)
         say(f"{agent.program} uses {at.model} at {at.url}, with a context of {at.context} tokens")
-        arguments = [*agent.start(at).arguments, *options.more]
-        return _run([program, *arguments], agent.environment(at, os.environ))
+        start = agent.start(at)
+        environ = environment(start, os.environ)
+        folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="mlx-omni-")))
+        for variable, text in start.files.items():
+            environ[variable] = str(folder / f"{variable.lower()}.json")
+            Path(environ[variable]).write_text(text, "utf-8")
+        return _run([program, *start.arguments, *options.more], environ)
 
 
 def _server(options: argparse.Namespace, held: ExitStack) -> Client:

@@ -18,6 +18,7 @@ def settings(options: argparse.Namespace) -> Settings:
         os.getcwd(),
         kind="mlx",
         exclude=options.exclude,
+        encoders=True,
         below=options.below,
         maps=dict(options.maps),
         file=configfile.read(os.environ),

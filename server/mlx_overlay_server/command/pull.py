@@ -48,7 +48,12 @@ def _here(options: argparse.Namespace) -> Model | None:
 
 def _download(options: argparse.Namespace) -> None:
     with hf_overlay.open_session(
-        options.model_paths, below=options.below, maps=dict(options.maps), kind="mlx", exclude=options.exclude
+        options.model_paths,
+        below=options.below,
+        maps=dict(options.maps),
+        kind="mlx",
+        encoders=True,
+        exclude=options.exclude,
     ) as session:
         if session.is_offline:
             raise OverlayError("HF_HUB_OFFLINE is set, so nothing is downloaded; unset it")

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mlx_overlay_server.engine.commands import Submit
+from mlx_overlay_server.engine.commands import Encode, Submit
 
 AHEAD = 256
 """Tokens of its answer that there must be room for when a sequence begins."""
@@ -25,7 +25,7 @@ MOST_PASSES = 32
 
 @dataclass(slots=True)
 class _Sequence:
-    submit: Submit
+    submit: Submit | Encode
     kv_bytes: int
     """Bytes that each of its tokens takes; 0: unknown."""
     drawn: int = 0
@@ -40,6 +40,8 @@ class _Sequence:
     @property
     def length(self) -> int:
         """Tokens that there must be room for."""
+        if isinstance(self.submit, Encode):  # its texts are read without a KV cache, or one after the other
+            return max(len(text.tokens) for text in self.submit.texts)
         return len(self.submit.prompt) + max(self.drawn, min(self.submit.max_tokens, AHEAD))
 
 
@@ -75,11 +77,11 @@ class Admission:
         """Bytes that the sequences which have begun are taken to need for their KV caches."""
         return self._bytes(self._batches())
 
-    def add(self, submit: Submit, kv_bytes: int) -> None:
+    def add(self, submit: Submit | Encode, kv_bytes: int) -> None:
         """Let a sequence wait; `next` hands it out. `kv_bytes`: bytes that each of its tokens takes; 0: unknown."""
         self._waiting[submit.id] = _Sequence(submit, kv_bytes)
 
-    def next(self, taken: int) -> Submit | None:
+    def next(self, taken: int) -> Submit | Encode | None:
         """Return the sequence that begins now, beside `taken` bytes of weights and kept caches; None while none may."""
         free = self._limit - taken
         batches = self._batches()

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hf_overlay import Task
 
 from mlx_overlay_server.chat.grammar import Budget, Constraint
 from mlx_overlay_server.chat.loaded import Shown
 from mlx_overlay_server.chat.requests import Params
+from mlx_overlay_server.encoding.loaded import Passage
 from mlx_overlay_server.errors import ServerError
 from mlx_overlay_server.memory import Shares
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 ReadTokenizer = Callable[[str, str, Mapping[str, Any], Any], bytes]
 """Has another process read a tokenizer, and waits for what `tokenizers.sent` returns there. Raises ServerError.
@@ -27,6 +34,7 @@ class Load:
     path: str
     adapter_path: str | None = None
     draft_path: str | None = None
+    task: Task = "text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +72,20 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
+class Encode:
+    """Embed or rank some texts."""
+
+    id: int
+    """From `Engine.new_id`; the result comes back under it."""
+    key: str
+    """The model's, `LoadedEncoder.key`."""
+    texts: tuple[Passage, ...]
+    """At least one, none of them empty."""
+
+
+@dataclass(frozen=True, slots=True)
 class Cancel:
-    """End a sequence whose client has left."""
+    """End a sequence, or drop texts, whose client has left."""
 
     id: int
 
@@ -75,7 +95,7 @@ class Stop:
     """End the engine's thread."""
 
 
-Command = Load | Unload | Submit | Cancel | Stop
+Command = Load | Unload | Submit | Encode | Cancel | Stop
 
 
 class Sampled(NamedTuple):
@@ -114,7 +134,19 @@ class PromptScores(NamedTuple):
     tokens: tuple[Scored, ...]
 
 
-Item = Sampled | Prefilled | PromptScores | ServerError
+class Encoded(NamedTuple):
+    """The result of an `Encode`."""
+
+    rows: npt.NDArray[np.float32]
+    """For each text its vector, or one number: the logit of its score."""
+
+
+Item = Sampled | Prefilled | PromptScores | Encoded | ServerError
+
+
+def is_last(item: Item) -> bool:
+    """Return whether nothing follows an item of the same id."""
+    return isinstance(item, (Encoded, ServerError)) or (isinstance(item, Sampled) and item.finish is not None)
 
 
 class DiskStats(NamedTuple):

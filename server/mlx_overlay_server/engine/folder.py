@@ -45,7 +45,8 @@ def check(path: str) -> None:
     Takes as long as the disk does: call it where that may be given up on; it reports progress. Raises Unsuitable or
     OSError.
     """
-    for folder, prefix in ((path, ""), (os.path.join(path, _TEMPLATES), f"{_TEMPLATES}/")):
+    modules = [name for name in _names(path) if name[0].isdigit()]  # of sentence-transformers, such as 1_Pooling
+    for folder, prefix in ((path, ""), *((os.path.join(path, name), f"{name}/") for name in (_TEMPLATES, *modules))):
         for name in _names(folder):
             alive()
             if name.endswith((_WEIGHTS, *_CONFIGS)):

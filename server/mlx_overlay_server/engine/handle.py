@@ -11,14 +11,19 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
+
+from hf_overlay import Task
 
 from mlx_overlay_server.chat.grammar import Constraint
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import Params
+from mlx_overlay_server.encoding.loaded import AnyLoaded, LoadedEncoder, Passage
 from mlx_overlay_server.engine.commands import (
     Cancel,
     Command,
+    Encode,
+    Encoded,
     Item,
     Load,
     ReadTokenizer,
@@ -27,11 +32,16 @@ from mlx_overlay_server.engine.commands import (
     Stop,
     Submit,
     Unload,
+    is_last,
 )
 from mlx_overlay_server.engine.worker import Worker
 from mlx_overlay_server.errors import Failed, ServerError, Unavailable
 from mlx_overlay_server.memory import Shares
 from mlx_overlay_server.settings import EngineOptions
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -89,7 +99,7 @@ class Engine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._mailboxes: dict[int, Mailbox] = {}
-        self._loads: dict[str, Future[Loaded]] = {}
+        self._loads: dict[str, Future[AnyLoaded]] = {}
         self._ids = itertools.count()
         self._keys = itertools.count()
         self._reading: tuple[str, float] | None = None
@@ -120,13 +130,21 @@ class Engine:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, STOP_SECONDS)
 
-    async def load(self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None) -> Loaded:
+    @overload
+    async def load(self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None) -> Loaded: ...
+    @overload
+    async def load(
+        self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, task: Task = "text"
+    ) -> AnyLoaded: ...
+    async def load(
+        self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, task: Task = "text"
+    ) -> AnyLoaded:
         """Make the model in a folder resident. Raises ServerError. Cancelled, it is given up after the next slice."""
         self._check()
         key = f"{next(self._keys)}:{path}"
-        future: Future[Loaded] = Future()
+        future: Future[AnyLoaded] = Future()
         self._loads[key] = future
-        self._send(Load(key, path, adapter_path, draft_path))
+        self._send(Load(key, path, adapter_path, draft_path, task))
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -147,9 +165,15 @@ class Engine:
         assert self.stats.memory is not None  # noqa: S101 - it comes with the thread's first stats
         return self.stats.memory
 
-    async def warm_up(self, model: Loaded) -> None:
-        """Let a model generate one token, which compiles what its first request would wait for. Raises ServerError."""
+    async def warm_up(self, model: AnyLoaded) -> None:
+        """Let a model read a text and generate one token, if it does generate. Raises ServerError.
+
+        That compiles what its first request would wait for.
+        """
         size = min(WARM_UP_TOKENS, model.vocab_size, model.context or WARM_UP_TOKENS)
+        if not isinstance(model, Loaded):
+            await self.encode(model, (Passage(tuple(range(size)), size),))
+            return
         submit = Submit(self.new_id(), model.key, tuple(range(size)), Params(), 1, keeps_cache=False)
         mailbox = self.submit([submit])
         try:
@@ -162,7 +186,24 @@ class Engine:
         finally:
             self.cancel([submit.id])
 
-    def unload(self, model: Loaded) -> None:
+    async def encode(self, model: LoadedEncoder, passages: tuple[Passage, ...]) -> npt.NDArray[np.float32]:
+        """Return what a model makes of some passages, at least one: a row for each. Raises ServerError.
+
+        A row is a vector, or of a model that ranks the logit of its score.
+        """
+        encode = Encode(self.new_id(), model.key, passages)
+        mailbox = self.submit([encode])
+        try:
+            while True:
+                for _, item in await mailbox.take():
+                    if isinstance(item, ServerError):
+                        raise item
+                    if isinstance(item, Encoded):
+                        return item.rows
+        finally:
+            self.cancel([encode.id])
+
+    def unload(self, model: AnyLoaded) -> None:
         """Drop a model. Its running sequences get Unavailable."""
         self._send(Unload(model.key))
 
@@ -170,8 +211,8 @@ class Engine:
         """An id for a `Submit`, which no other has. Any thread may call this."""
         return next(self._ids)
 
-    def submit(self, submits: Iterable[Submit]) -> Mailbox:
-        """Generate some sequences; the mailbox holds their items under their ids.
+    def submit(self, submits: Iterable[Submit | Encode]) -> Mailbox:
+        """Generate some sequences, or read texts; the mailbox holds their items under their ids.
 
         Raises Failed when the engine has failed, and Unavailable when it is being stopped.
         """
@@ -314,7 +355,7 @@ class Engine:
         if key in self._loads:
             self._read[key] += nbytes
 
-    def settle(self, key: str, result: Loaded | ServerError) -> None:
+    def settle(self, key: str, result: AnyLoaded | ServerError) -> None:
         """Note that a load has ended."""
         self._call(self._settle, key, result)
 
@@ -334,7 +375,7 @@ class Engine:
             if mailbox is None:  # cancelled meanwhile
                 continue
             mailbox.put(id_, item)
-            if isinstance(item, ServerError) or (isinstance(item, Sampled) and item.finish is not None):
+            if is_last(item):
                 del self._mailboxes[id_]
 
     def _end(self, reason: str) -> None:
@@ -342,7 +383,7 @@ class Engine:
         self._is_prepared.set()
         self._fail_all(Failed(f"the engine has failed: {reason}"))
 
-    def _settle(self, key: str, result: Loaded | ServerError) -> None:
+    def _settle(self, key: str, result: AnyLoaded | ServerError) -> None:
         future = self._loads.get(key)
         if future is None or future.done():
             return

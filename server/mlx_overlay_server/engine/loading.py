@@ -56,7 +56,7 @@ def load(
     identities: list[str] = []
     config_extra = {"trust_remote_code": options.trust_remote_code}
     draft = None
-    checking = _apart(partial(_check, command, options))
+    checking = apart(partial(check, command, options))
     if group is not None:  # all ranks take as many turns: none
         wait([checking])
         checking.result()
@@ -70,12 +70,12 @@ def load(
         )
         read = tokenizers.described(tokenizer)
     else:
-        yield from _turns(checking, math.inf)
+        yield from turns(checking, math.inf)
         identities = checking.result()
         only_reads = command.adapter_path or command.draft_path or options.kv_bits
-        seeing = _apart(lambda: not only_reads and vision.is_for(command.path))
-        yield from _turns(seeing, options.load_seconds)
-        if _result(seeing, options):
+        seeing = apart(lambda: not only_reads and vision.is_for(command.path))
+        yield from turns(seeing, options.load_seconds)
+        if result(seeing, options):
             model, config = vision.load(command.path)
             logger.info("%s: runs by mlx-vlm, which its images need: one request after the other, not in a batch", path)
         else:
@@ -86,14 +86,14 @@ def load(
         if command.draft_path is not None:
             draft, _ = load_model(Path(command.draft_path), lazy=True, trust_remote_code=options.trust_remote_code)
         end_tokens = folder.end_tokens(config.get("eos_token_id"), path)
-        reading = _apart(partial(_read_tokenizer, read_tokenizer, command, config_extra, end_tokens))
-        for part in _slices([model, *([draft] if draft is not None else [])]):
+        reading = apart(partial(_read_tokenizer, read_tokenizer, command, config_extra, end_tokens))
+        for part in slices([model, *([draft] if draft is not None else [])]):
             mx.eval(part)
             yield sum(each.nbytes for each in part)
-        yield from _turns(reading, options.load_seconds)
-        read = _result(reading, options)
+        yield from turns(reading, options.load_seconds)
+        read = result(reading, options)
     vocab_size = _vocab_size(config, read.tokenizer)
-    nbytes = sum(part.nbytes for each in (model, draft) if each is not None for part in _parameters(each))
+    nbytes = sum(part.nbytes for each in (model, draft) if each is not None for part in parameters(each))
     kv_bytes = sum(
         mlx.kv_bytes(each, bits=options.kv_bits, group_size=options.kv_group_size)
         for each in (model, draft)
@@ -112,7 +112,7 @@ def load(
         longest_token=read.longest_token,
         nbytes=nbytes,
         vocab_size=vocab_size,
-        context=_fitting(context_length(config), shares.tokens(nbytes, kv_bytes) if shares is not None else None, path),
+        context=fitting(context_length(config), shares.tokens(nbytes, kv_bytes) if shares is not None else None, path),
         kv_bytes=kv_bytes,
         defaults=folder.sampling_defaults(path),
         has_own_calls=read.has_own_calls,
@@ -132,7 +132,7 @@ def load(
     yield Runner(loaded, model, draft, options, prefixes, group=group)
 
 
-def _check(command: Load, options: EngineOptions) -> list[str]:
+def check(command: Load, options: EngineOptions) -> list[str]:
     """Look at all files that a load opens, and read weights ahead where their disk may stop answering.
 
     Returns what tells them from those of other models, adapters and draft models.
@@ -159,7 +159,7 @@ def _read_tokenizer(
     return tokenizers.received(elsewhere(command.key, command.path, options, end_tokens))
 
 
-def _apart(work: Callable[[], T]) -> Future[T]:
+def apart(work: Callable[[], T]) -> Future[T]:
     """Run something that may never end in a thread that nothing waits for, not even the end of the process."""
     future: Future[T] = Future()
 
@@ -173,14 +173,14 @@ def _apart(work: Callable[[], T]) -> Future[T]:
     return future
 
 
-def _turns(future: Future[Any], seconds: float) -> Iterator[None]:
+def turns(future: Future[Any], seconds: float) -> Iterator[None]:
     """Let others take turns until something that runs apart has ended, or for some seconds."""
     deadline = time.monotonic() + seconds
     while not wait([future], timeout=0.005).done and time.monotonic() < deadline:
         yield None
 
 
-def _result(future: Future[T], options: EngineOptions) -> T:
+def result(future: Future[T], options: EngineOptions) -> T:
     """Return what something that ran apart has returned. Raises what it raised, TimeoutError if it has not ended."""
     if not future.done():
         raise _no_progress(options)
@@ -192,15 +192,15 @@ def _no_progress(options: EngineOptions) -> TimeoutError:
     return TimeoutError(f"its files could not be read within {seconds}; look at the disk, or raise --load-seconds")
 
 
-def _parameters(model: Any) -> list[mx.array]:
+def parameters(model: Any) -> list[mx.array]:
     return [value for _, value in tree_flatten(model.parameters())]
 
 
-def _slices(models: Iterable[Any]) -> Iterator[list[mx.array]]:
+def slices(models: Iterable[Any]) -> Iterator[list[mx.array]]:
     part: list[mx.array] = []
     size = 0
     for model in models:
-        for value in _parameters(model):
+        for value in parameters(model):
             part.append(value)
             size += value.nbytes
             if size >= SLICE_BYTES:
@@ -215,7 +215,7 @@ def _vocab_size(config: dict[str, Any], tokenizer: Any) -> int:
     return int(size or len(tokenizer))
 
 
-def _fitting(context: int | None, fits: int | None, path: Path) -> int | None:
+def fitting(context: int | None, fits: int | None, path: Path) -> int | None:
     """Return a model's context, or how many tokens fit in memory where that is less; None: nobody knows."""
     if context is None or fits is None or fits >= context:
         return context if context is not None else fits

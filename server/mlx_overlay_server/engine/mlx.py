@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mlx_overlay_server.engine import system
@@ -389,3 +390,63 @@ def image_embeddings(model: Any, tokens: Sequence[int], images: Sequence[Any]) -
     embeddings: mx.array = model.embed_inputs(mx.array(list(tokens)), pixel_values=pixels)
     mx.eval(embeddings)
     return embeddings
+
+
+# Hidden states ---------------------------------------------------------------------------------------------------
+
+
+def headless_classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    """Return mlx-lm's classes (model, arguments) for a model whose head may be missing, or another one.
+
+    Calling such a model gives hidden states.
+
+    sentence-transformers saves models without a head, and the names of their weights do not begin with `model.`. A
+    model that was trained to rank has a head `score`.
+    """
+    model_class, arguments = importlib.import_module("mlx_lm.utils")._get_classes(config)  # noqa: SLF001 - no other way
+
+    class Headless(model_class):  # type: ignore[misc, valid-type]
+        def __call__(self, tokens: mx.array, cache: Cache | None = None) -> mx.array:
+            hidden: mx.array = inner_model(self)(tokens, cache)
+            return hidden
+
+        def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
+            if not any(name.startswith(("model.", "language_model.")) for name in weights):
+                weights = {name if name == _SCORE else f"model.{name}": each for name, each in weights.items()}
+            score = weights.pop(_SCORE, None)
+            if hasattr(super(), "sanitize"):
+                weights = super().sanitize(weights)
+            if "lm_head" in self and not any(name.startswith("lm_head.") for name in weights):
+                del self["lm_head"]
+            if score is not None:
+                self.score = nn.Linear(score.shape[1], score.shape[0], bias=False)
+                weights[_SCORE] = score
+            return weights
+
+    return Headless, arguments
+
+
+_SCORE = "score.weight"
+
+
+def inner_model(model: Any) -> Any:
+    """Return the part of a model that gives hidden states: called with tokens and a KV cache. Raises ValueError."""
+    inner = getattr(_language_model(model), "model", None)
+    if not hasattr(inner, "embed_tokens"):
+        raise ValueError(f"models of the class {type(model).__module__} do not show their hidden states")
+    return inner
+
+
+def new_cache(model: Any) -> Cache:
+    """Return an empty KV cache."""
+    return list(make_prompt_cache(model))
+
+
+def logits_of(model: Any) -> Any:
+    """Return what makes logits of hidden states: a matrix of its own, or that of the embeddings."""
+    language = _language_model(model)
+    return language["lm_head"] if "lm_head" in language else inner_model(model).embed_tokens.as_linear
+
+
+def _language_model(model: Any) -> Any:
+    return model.get("language_model", model)

@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_overlay_server.engine import mlx_arrays
 from mlx_overlay_server.engine.commands import Submit
+from mlx_overlay_server.engine.disk.blocks import BLOCK
 from mlx_overlay_server.engine.disk.reader import Found, Reading
 from mlx_overlay_server.engine.disk.tier import SILENT_SECONDS, Sought, Tier
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
@@ -90,6 +91,8 @@ class Restoring:
         return ready
 
     def _sought(self, submit: Submit) -> Sought | None:
+        if len(submit.prompt) <= BLOCK:
+            return None
         known = self.prefixes.known(submit.key, submit.prompt)
         return self.tier.seek(submit.key, submit.prompt, known)
 

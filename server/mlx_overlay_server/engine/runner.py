@@ -16,7 +16,7 @@ from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.engine import mlx
 from mlx_overlay_server.engine.alone import Alone
 from mlx_overlay_server.engine.arrays import Tokens
-from mlx_overlay_server.engine.commands import Item, Prefilled, Submit
+from mlx_overlay_server.engine.commands import Encode, Item, Prefilled, Submit
 from mlx_overlay_server.engine.generation import Generation, matcher_of
 from mlx_overlay_server.engine.likely import Likely, Row, likeliest
 from mlx_overlay_server.engine.mlx import Cache
@@ -117,8 +117,10 @@ class Runner:
         """Sequences that the batch has no room for yet."""
         return max(0, len(self._sequences) - self._options.batch_size)
 
-    def add(self, submit: Submit) -> None:
+    def add(self, submit: Submit | Encode) -> None:
         """Take on a sequence. Raises what mlx-lm raises on parameters it does not like."""
+        if isinstance(submit, Encode):
+            raise ValueError("the model neither embeds nor ranks")
         sampling = effective(submit.params, self.loaded.defaults, self.loaded.vocab_size)
         # A seed promises the same text whatever else runs. A batch and a reused KV cache round differently, so the
         # sequence runs by itself, from its first token.

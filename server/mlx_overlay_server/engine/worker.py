@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
-from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.engine.admission import Admission
 from mlx_overlay_server.engine.commands import (
     Cancel,
     Command,
     DiskStats,
+    Encode,
     Item,
     Load,
     ReadTokenizer,
@@ -27,6 +28,7 @@ from mlx_overlay_server.engine.commands import (
     Stop,
     Submit,
     Unload,
+    is_last,
 )
 from mlx_overlay_server.engine.failures import failure, first_line, is_late, load_failure
 from mlx_overlay_server.engine.outbox import Outbox
@@ -36,10 +38,13 @@ from mlx_overlay_server.memory import Shares, shares
 from mlx_overlay_server.settings import EngineOptions
 
 if TYPE_CHECKING:
+    from mlx_overlay_server.engine.encoding.runner import EncodingRunner
     from mlx_overlay_server.engine.prefix_cache import PrefixCache
     from mlx_overlay_server.engine.ranks import Ranks
     from mlx_overlay_server.engine.restoring import Restoring
     from mlx_overlay_server.engine.runner import Runner
+
+    AnyRunner = Runner | EncodingRunner
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -74,7 +79,7 @@ class Handle(Protocol):
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None: ...
     def reading(self, key: str) -> AbstractContextManager[None]: ...
     def has_read(self, key: str, nbytes: int) -> None: ...
-    def settle(self, key: str, result: Loaded | ServerError) -> None: ...
+    def settle(self, key: str, result: AnyLoaded | ServerError) -> None: ...
     def end(self, reason: str) -> None: ...
     def finish(self) -> None: ...
 
@@ -89,8 +94,8 @@ class Worker:
         self._clock = clock
         self._commands: deque[Command] = deque()
         """Commands that were taken and not carried out yet."""
-        self._runners: dict[str, Runner] = {}
-        self._loading: dict[str, Iterator[Runner | int | None]] = {}
+        self._runners: dict[str, AnyRunner] = {}
+        self._loading: dict[str, Iterator[AnyRunner | int | None]] = {}
         self._owner: dict[int, str] = {}
         """Each sequence's id -> the key of its model."""
         self._steps = self._failures = 0
@@ -225,13 +230,13 @@ class Worker:
                 runner.close()
                 del runner
                 self._clear_memory()
-        elif isinstance(command, Submit):
+        elif isinstance(command, (Submit, Encode)):
             runner = self._runners.get(command.key)
             if runner is None:
                 self._outbox.add([(command.id, Unavailable("the model was unloaded; try again"))])
                 return
             self._owner[command.id] = command.key
-            if self._restoring is None or not self._restoring.add(command):
+            if isinstance(command, Encode) or self._restoring is None or not self._restoring.add(command):
                 self._admission.add(command, runner.loaded.kv_bytes)
         elif isinstance(command, Cancel) and (key := self._owner.pop(command.id, None)) is not None:
             self._outbox.forget([command.id])
@@ -276,13 +281,17 @@ class Worker:
         """Return the bytes of weights and kept KV caches."""
         return sum(runner.loaded.nbytes for runner in self._runners.values()) + self._prefixes.nbytes
 
-    def _load(self, command: Load) -> Iterator[Runner | int | None]:
+    def _load(self, command: Load) -> Iterator[AnyRunner | int | None]:
+        if command.task != "text":
+            from mlx_overlay_server.engine.encoding import loading
+
+            return loading.load(command, self._options, self._ranks.group, self._memory)
         from mlx_overlay_server.engine.loading import load
 
         read = self._engine.read_tokenizer
         return load(command, self._options, self._ranks.group, self._prefixes, self._memory, read)
 
-    def _go_on_loading(self, key: str, steps: Iterator[Runner | int | None]) -> None:
+    def _go_on_loading(self, key: str, steps: Iterator[AnyRunner | int | None]) -> None:
         """Load one slice of a model; sequences of other models go on between slices."""
         try:
             with self._engine.reading(key):
@@ -307,7 +316,7 @@ class Worker:
         logger.warning("cannot load %s: %s", path, str(error).strip() or type(error).__name__)
         self._engine.settle(key, load_failure(error, path))
 
-    def _step(self, key: str, runner: Runner) -> None:
+    def _step(self, key: str, runner: AnyRunner) -> None:
         self._steps += 1
         try:
             made = runner.step()
@@ -321,7 +330,7 @@ class Worker:
             self._prefixes.drop(key)  # one of them may be among what was not computed
             self._clear_memory()
         for id_, item in made:
-            if isinstance(item, ServerError) or (isinstance(item, Sampled) and item.finish is not None):
+            if is_last(item):
                 self._owner.pop(id_, None)
                 self._admission.drop(id_)
             elif isinstance(item, Sampled):

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
 import hf_overlay
+from hf_overlay import Task
 
 from mlx_overlay_server.chat.loaded import context_length
 from mlx_overlay_server.errors import InvalidRequest, Unavailable, UnknownModel
@@ -30,8 +31,8 @@ class Listed(NamedTuple):
     """Bytes of its weights."""
     kv_bytes: int = 0
     """Bytes that each token takes in its KV cache, estimated from config.json; 0: unknown."""
-    kind: str = "text"
-    """What it makes."""
+    kind: Task = "text"
+    """What it does with text."""
     architecture: str | None = None
     """The `model_type` of its config.json."""
     sees: bool = False
@@ -47,12 +48,13 @@ class Listed(NamedTuple):
 
 
 class Located(NamedTuple):
-    """The folder of a model, the bytes of its weights, and its id."""
+    """The folder of a model, the bytes of its weights, its id, and what it does."""
 
     path: str
     nbytes: int
     id: str
     """As the disk spells it: its volume may take several spellings of a name for one."""
+    task: Task = "text"
 
 
 class _NotHere(NamedTuple):
@@ -61,6 +63,8 @@ class _NotHere(NamedTuple):
     id: str
     near: str
     """The end of a sentence, which suggests another id; empty where none is close."""
+    why: str
+    """The folders that were searched, which clients need not know; the id in it may hold anything."""
 
     def refusal(self) -> UnknownModel:
         message = f"there is no model {self.id!r} here{self.near}; GET /v1/models lists what there is"
@@ -132,6 +136,8 @@ class Library:
         """Return where to load a model from, after downloading it if it is not found locally. Raises ServerError."""
         model_id = self._source(name)
         found = await asyncio.to_thread(self._locate, model_id)
+        if isinstance(found, _NotHere):
+            logger.info("%.1000s", found.why)
         if isinstance(found, _NotHere) and self._download is not None:
             try:
                 await self._download(model_id, lambda text: self.progress.update({model_id: text}))
@@ -162,9 +168,10 @@ class Library:
         """The ids of models that have gone away with their folder, as of the last look: id -> folder."""
         return self._session.models_away
 
-    async def is_known(self, model_id: str) -> bool:
-        """Return whether a model is found locally. Raises ServerError, but not UnknownModel."""
-        return isinstance(await asyncio.to_thread(self._locate, model_id), Located)
+    async def known(self, model_id: str) -> Located | None:
+        """Return where a model is found locally; None where it is not. Raises ServerError, but not UnknownModel."""
+        found = await asyncio.to_thread(self._locate, model_id)
+        return found if isinstance(found, Located) else None
 
     def _locate(self, model_id: str) -> Located | _NotHere:
         try:
@@ -181,11 +188,9 @@ class Library:
             message = f"{model_id} is here, but incomplete: {error.problem}"
             raise Unavailable(message, field="model", code="model_incomplete") from None
         except hf_overlay.ModelNotFound as error:
-            # It names the folders that were searched, which clients need not know; the id in it may hold anything.
-            logger.info("%.1000s", " ".join(str(error).split()))
             near = f"; did you mean {error.near}?" if error.near is not None else ""
-            return _NotHere(model_id, near)
-        return Located(model.path, _weights(model), model.id)
+            return _NotHere(model_id, near, " ".join(str(error).split()))
+        return Located(model.path, _weights(model), model.id, model.task)
 
 
 class _Sizes(NamedTuple):
@@ -213,6 +218,7 @@ def _listed(model: hf_overlay.Model, sizes: _Sizes) -> Listed:
         sizes.context,
         _weights(model),
         sizes.kv_bytes,
+        kind=model.task,
         architecture=model.model_type,
         sees=sizes.sees,
         size=model.size_bytes,

@@ -6,7 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.errors import ServerError
 
 
@@ -15,7 +15,7 @@ class Resident:
     """A model in memory."""
 
     id: str
-    model: Loaded
+    model: AnyLoaded
     number: int
     """The number of its load."""
     used: float

@@ -15,8 +15,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from contextlib import asynccontextmanager
 from typing import NamedTuple, Protocol
 
+from hf_overlay import Task
+
 from mlx_overlay_server import memory
-from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.errors import Conflict, ServerError, Unavailable
 from mlx_overlay_server.models import room
 from mlx_overlay_server.models.library import Located
@@ -34,8 +36,10 @@ class Source(Protocol):
 class Loader(Protocol):
     """The part of the engine that the pool uses."""
 
-    async def load(self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None) -> Loaded: ...
-    def unload(self, model: Loaded) -> None: ...
+    async def load(
+        self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, task: Task = "text"
+    ) -> AnyLoaded: ...
+    def unload(self, model: AnyLoaded) -> None: ...
     def bytes_read(self, path: str) -> int: ...
 
 
@@ -159,13 +163,18 @@ class Pool:
         """Return whether a model is in memory, so that a request for it can start at once."""
         return model_id in self._resident
 
+    def task_of(self, model_id: str) -> Task | None:
+        """Return what a model in memory does; None: it is not in memory."""
+        resident = self._resident.get(model_id)
+        return resident.model.task if resident is not None else None
+
     def context_of(self, model_id: str) -> int | None:
         """Return how many tokens a model in memory may have at once; None: it is not in memory, or nobody knows."""
         resident = self._resident.get(model_id)
         return resident.model.context if resident is not None else None
 
     @asynccontextmanager
-    async def use(self, model_id: str) -> AsyncIterator[Loaded]:
+    async def use(self, model_id: str) -> AsyncIterator[AnyLoaded]:
         """Give a loaded model, which is not unloaded while the context is open. Raises ServerError."""
         self._users[model_id] += 1  # before anything is awaited: it must not be unloaded between load and use
         try:
@@ -309,7 +318,10 @@ class Pool:
         self._admit()
         await has_room
         model = await self._loader.load(
-            located.path, adapter_path=extras.adapter_path, draft_path=draft.path if draft is not None else None
+            located.path,
+            adapter_path=extras.adapter_path,
+            draft_path=draft.path if draft is not None else None,
+            task=located.task,
         )
         load.has_room = False  # from here on the resident model counts
         resident = Resident(load.id, model, load.number, time.monotonic())
@@ -400,7 +412,7 @@ class Pool:
 
 
 async def preload(
-    pool: Pool, model_ids: tuple[str, ...], warm_up: Callable[[Loaded], Awaitable[None]] | None = None
+    pool: Pool, model_ids: tuple[str, ...], warm_up: Callable[[AnyLoaded], Awaitable[None]] | None = None
 ) -> None:
     """Load models before they are asked for, and call `warm_up` with each.
 

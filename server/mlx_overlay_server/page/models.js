@@ -11,7 +11,7 @@ const USES = {
   weights: "Weights of models",
   running: "Requests that run",
   kept: "Kept for later prompts",
-  disk: "Kept on the disk",
+  disk: "Kept on disk for later ones",
 };
 /** Kinds of models that no chat can be had with. */
 export const NO_CHAT = new Set(["embedding", "reranker"]);

@@ -21,6 +21,8 @@ from mlx_overlay_server.chat.events import PromptToken
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.reader import Reader
 from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, Params
+from mlx_overlay_server.encoding.loaded import AnyLoaded, LoadedEncoder, Passage
+from mlx_overlay_server.encoding.requests import EmbedRequest, EncodeRequest
 from mlx_overlay_server.engine.commands import Submit
 from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.errors import Failed, Field, InvalidRequest, ServerError, Unavailable
@@ -70,7 +72,7 @@ class Preparation:
         self._limits = limits
         self._lanes = Lanes(limits.preparation_seconds, first)
         self._grammars = Grammars()
-        self._known: dict[str, weakref.finalize[..., Loaded]] = {}
+        self._known: dict[str, weakref.finalize[..., AnyLoaded]] = {}
         """By the key of each model that the lanes know: what lets them forget it once it was unloaded."""
 
     def start(self) -> None:
@@ -131,6 +133,12 @@ class Preparation:
         count: int = await self._run("count_tokens", model, request, "messages")
         return count
 
+    async def passages(self, model: LoadedEncoder, request: EncodeRequest) -> tuple[Passage, ...]:
+        """Prepare what a model reads for a request, in the order of its texts. Raises as `answers` does."""
+        field: Field = "texts" if isinstance(request, EmbedRequest) else "documents"
+        made: tuple[Passage, ...] = await self._run("passages", model, request, field)
+        return made
+
     async def _matchers(self, model: Loaded, prepared: Prepared, count: int) -> Sequence[Any]:
         constraint = prepared.constraint
         if constraint is None:
@@ -142,7 +150,7 @@ class Preparation:
         )
         return await asyncio.to_thread(self._engine.matchers, constraint, model, grammar_, count)
 
-    async def _run(self, name: str, model: Loaded, subject: Any, field: Field) -> Any:
+    async def _run(self, name: str, model: AnyLoaded, subject: Any, field: Field) -> Any:
         """Run one of the functions of `work.WORK` in a process."""
         await self._teach(model)
         await turn()
@@ -161,7 +169,7 @@ class Preparation:
             )
         return result.value
 
-    async def _teach(self, model: Loaded) -> None:
+    async def _teach(self, model: AnyLoaded) -> None:
         """Let the processes get to know a model; they forget it after it was unloaded."""
         if model.key in self._known:
             return
@@ -173,7 +181,7 @@ class Preparation:
             forget = partial(asyncio.get_running_loop().call_soon_threadsafe, self._forget, model.key)
             self._known[model.key] = weakref.finalize(model, forget)
             self._known[model.key].atexit = False
-            self._lanes.learn(model.key, data, model.whole)
+            self._lanes.learn(model.key, data, b"" if isinstance(model, LoadedEncoder) else model.whole)
 
     def _forget(self, key: str) -> None:
         self._known.pop(key, None)
@@ -190,9 +198,9 @@ class Preparation:
         )
 
 
-def _without_tokenizer(model: Loaded) -> Loaded:
+def _without_tokenizer(model: AnyLoaded) -> AnyLoaded:
     """Return a model without the part of its tokenizer that a process replaces by the whole."""
-    if not model.whole:
+    if isinstance(model, LoadedEncoder) or not model.whole:
         return model
     nothing: Any = None
     return replace(model, tokenizer=nothing, detokenizer=nothing, make_grammar_tokenizer=nothing, whole=b"")

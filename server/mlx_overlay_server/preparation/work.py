@@ -13,6 +13,8 @@ from mlx_overlay_server.chat.grammar import Budget, Constraint
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.prompt import Prompt
 from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, TextRequest
+from mlx_overlay_server.encoding.loaded import LoadedEncoder, Passage
+from mlx_overlay_server.encoding.requests import EncodeRequest
 from mlx_overlay_server.errors import Field, InvalidRequest, PromptTooLong
 from mlx_overlay_server.settings import Limits
 
@@ -63,8 +65,15 @@ def check_grammar(model: Loaded, constraint: Constraint, limits: Limits) -> None
     grammar.compiled(constraint, model)
 
 
-WORK: dict[str, Callable[[Loaded, Any, Limits], Any]] = {
-    each.__name__: each for each in (prepare, count_tokens, check_grammar)
+def passages(model: LoadedEncoder, request: EncodeRequest, limits: Limits) -> tuple[Passage, ...]:
+    """Return what a model reads that embeds or ranks. Raises InvalidRequest."""
+    from mlx_overlay_server.encoding import texts  # a server that only chats needs none of it
+
+    return tuple(texts.read(model, request, limits))
+
+
+WORK: dict[str, Callable[[Any, Any, Limits], Any]] = {
+    each.__name__: each for each in (prepare, count_tokens, check_grammar, passages)
 }
 """The functions that a preparation process runs, by their names."""
 

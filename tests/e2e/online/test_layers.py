@@ -160,12 +160,16 @@ def test_a_mapped_folder_answers_for_a_model_and_for_a_dataset(shared: Shared, t
     assert [each for each in person.asked_about(HELD) if "spaces" not in each] == []
 
 
-def test_a_mapped_folder_that_is_away_is_never_downloaded_instead(shared: Shared, tmp_path: Path) -> None:
-    """P7: what a map stands for is known even before the folder was ever there."""
+@pytest.mark.parametrize("how", ["missing", "a mount point"])
+def test_a_mapped_folder_that_is_away_is_never_downloaded_instead(shared: Shared, tmp_path: Path, how: str) -> None:
+    """P7: what a map stands for is known even before the folder was ever there, or anything in it."""
     person = shared.person
     away = tmp_path / "drive that is away"
+    if how == "a mount point":
+        away.mkdir()
     with person.client(options=("--map", f"{HELD}={away}")) as client:
         assert str(away) in client.failure("hf_hub_download", HELD, "config.json").message
+        assert client.failure("snapshot_download", HELD).error == "LocalEntryNotFoundError"
         mine = contents(lay_model(away))
         assert contents(client.get("snapshot_download", HELD)) == mine
     assert not person.asked_about(HELD)

@@ -181,7 +181,7 @@ def test_plan_prints_each_link_that_a_session_makes(
     with open_session([models]) as session:
         made = set()
         for entry in session.hub_cache.iterdir():
-            if not entry.resolve().is_relative_to(session.path):
+            if not entry.resolve().is_relative_to(sessions):
                 made.add((f"hub/{entry.name}", os.readlink(entry)))
                 continue
             links = (path for path in entry.resolve().rglob("*") if path.is_symlink())

@@ -69,6 +69,7 @@ def test_a_disk_that_fills_up_at_any_moment_of_a_start_leaves_nothing_behind(
     number, calls = 0, [""]
     while number <= len(calls):
         number += 1
+        shutil.rmtree(sessions / "shared", ignore_errors=True)  # each is a first start
         with full_disk(sessions, number, once=once) as calls:
             found: list[Any] = []
             refusals.add(refused(lambda found=found: found.append(opened(models))))  # type: ignore[misc]

@@ -10,6 +10,7 @@ import hf_overlay
 import pytest
 
 from tests.support.folders import lay_model
+from tests.support.sessions import unannounced
 
 _REPO = "models--org--name"
 
@@ -38,7 +39,7 @@ class Replaced:
 @pytest.fixture
 def replaced(models: Path, sessions: Path) -> Iterator[Replaced]:
     lay_model(models / "org/name")
-    with hf_overlay.open_session([models]) as session:
+    with hf_overlay.open_session([models], environ=unannounced()) as session:
         yield Replaced(models, session)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
+from hf_overlay.tree import shared
 
 from tests.overlay.users_bytes.world import World, download, held, kill_owner
 from tests.support import hubs
@@ -83,6 +84,8 @@ def test_a_download_that_cannot_come_home_stays_and_is_reported_at_each_start(
             hub = stack.enter_context(world.open()).hub_cache
         download(world, hub, model_id, payload)
         where = os.path.realpath(hub / repo_folder(model_id))
+        if os.path.basename(os.path.dirname(where)) == shared.FOLDER:  # it becomes the session's own
+            where = str(hub.resolve().parents[1] / "repos" / f"{repo_folder(model_id)}.{where[-16:]}")
         world.hub.rename(world.hub.with_name("away"))
         world.hub.write_bytes(b"in the way")
     for _ in range(2):

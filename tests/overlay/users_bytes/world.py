@@ -363,9 +363,9 @@ OPERATIONS: dict[str, Operation] = {
 
 def unseal(repo: Path) -> None:
     """A repo as it is to root, whom no mode stops."""
-    for sealed in ("refs", "refs/main", "snapshots"):
-        if (repo / sealed).exists():
-            (repo / sealed).chmod(0o700)
+    for path in [repo, *repo.rglob("*")] if repo.exists() else []:
+        if not path.is_symlink() or path == repo:
+            path.chmod(0o700)
 
 
 def download(world: World, hub: Path, model_id: str, payload: bytes) -> None:

@@ -13,10 +13,12 @@ from anthropic.types.beta import message_count_tokens_params as beta_count_param
 from anthropic.types.beta import message_create_params as beta_create_params
 from mlx_overlay_server.api.anthropic.wire import CountRequest, MessagesRequest
 from mlx_overlay_server.api.fields import ModelBody
+from mlx_overlay_server.api.openai.embeddings import EmbeddingsRequest
 from mlx_overlay_server.api.openai.wire import ChatCompletionRequest, CompletionRequest
+from mlx_overlay_server.api.rerank.routes import RerankRequest
 from mlx_overlay_server.api.responses.wire import ResponsesRequest
 from mlx_overlay_server.errors import InvalidRequest
-from openai.types import completion_create_params
+from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 from pydantic import ValidationError
@@ -27,6 +29,8 @@ BODIES: dict[str, type[ModelBody]] = {
     "responses": ResponsesRequest,
     "messages": MessagesRequest,
     "count_tokens": CountRequest,
+    "embeddings": EmbeddingsRequest,
+    "rerank": RerankRequest,
 }
 SDKS: dict[str, list[Any]] = {
     "chat": [
@@ -51,12 +55,16 @@ SDKS: dict[str, list[Any]] = {
         message_count_tokens_params.MessageCountTokensParams,
         beta_count_params.MessageCountTokensParams,
     ],
+    "embeddings": [embedding_create_params.EmbeddingCreateParams],
+    "rerank": [],
 }
 LEAST: dict[str, dict[str, Any]] = {
     "chat": {"messages": [{"role": "user", "content": "Hi"}]},
     "text": {"prompt": "Hi"},
     "responses": {"input": "Hi"},
     "messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
+    "embeddings": {"input": "Hi"},
+    "rerank": {"query": "Hi", "documents": ["Hi"]},
     "count_tokens": {"messages": [{"role": "user", "content": "Hi"}]},
 }
 STATUSES = {"done", "partly", "no effect", "refused"}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_overlay_server.command import parser
-from mlx_overlay_server.command.agents import AGENTS, Endpoint
+from mlx_overlay_server.command.agents import AGENTS, Endpoint, environment
 from mlx_overlay_server.command.launch import Candidate
 
 AT = Endpoint("http://127.0.0.1:1", "secret", "org/m", 40_000)
@@ -19,7 +19,7 @@ def test_the_command_line_knows_all_agents() -> None:
 
 
 def test_claude_code_has_the_model_in_each_role_and_no_other_account() -> None:
-    environ = AGENTS["claude"].environment(AT, {"ANTHROPIC_API_KEY": "of the user", "LANG": "C"})
+    environ = environment(AGENTS["claude"].start(AT), {"ANTHROPIC_API_KEY": "of the user", "LANG": "C"})
     roles = [name for name in environ if name.endswith("_MODEL")]
     assert len(roles) == 7
     assert {environ[name] for name in roles} == {"org/m"}
@@ -30,7 +30,7 @@ def test_claude_code_has_the_model_in_each_role_and_no_other_account() -> None:
 
 @given(st.integers(32_000, 1_000_000))
 def test_claude_code_compacts_before_the_context_is_full(context: int) -> None:
-    environ = AGENTS["claude"].environment(AT._replace(context=context), {})
+    environ = environment(AGENTS["claude"].start(AT._replace(context=context)), {})
     window = int(environ["CLAUDE_CODE_AUTO_COMPACT_WINDOW"])
     percent = int(environ.get("CLAUDE_AUTOCOMPACT_PCT_OVERRIDE", 100))
     answer = int(environ["CLAUDE_CODE_MAX_OUTPUT_TOKENS"])
@@ -55,6 +55,12 @@ def test_opencode_gets_its_configuration_as_a_variable() -> None:
     assert config["model"] == config["small_model"] == "mlx-omni/org/m"
     assert provider["models"]["org/m"]["limit"] == {"context": 40_000, "output": 10_000}
     assert provider["options"]["timeout"] is False
+
+
+def test_aider_learns_the_context_from_a_file_that_is_there_while_it_runs() -> None:
+    start = AGENTS["aider"].start(AT)
+    assert json.loads(start.files["AIDER_MODEL_METADATA_FILE"])["openai/org/m"]["max_input_tokens"] == 40_000
+    assert start.environ["AIDER_MODEL"] == start.environ["AIDER_WEAK_MODEL"] == "openai/org/m"
 
 
 @pytest.mark.parametrize(

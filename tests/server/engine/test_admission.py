@@ -131,6 +131,7 @@ def test_nothing_begins_that_does_not_fit_and_everything_begins_in_the_end(data:
     for _ in range(100):
         while (submit := admission.next(0)) is not None:
             others = bool(running)
+            assert isinstance(submit, Submit)
             running[submit.id] = submit
             unseen.discard(submit.id)
             lengths: dict[str, list[int]] = {}

@@ -16,6 +16,7 @@ import pytest
 from mlx_overlay_server.chat.grammar import Constraint
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import Params
+from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.engine.commands import (
     Cancel,
     Command,
@@ -50,7 +51,7 @@ class Script:
         self.options = options
         self.read_tokenizer: ReadTokenizer | None = None
         self.items: list[Item] = []
-        self.settled: Loaded | ServerError | None = None
+        self.settled: AnyLoaded | ServerError | None = None
         self._commands = list(commands)
         self._until = until
         self._turns = 0
@@ -76,7 +77,7 @@ class Script:
     def reading(self, key: str) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def settle(self, key: str, result: Loaded | ServerError) -> None:
+    def settle(self, key: str, result: AnyLoaded | ServerError) -> None:
         self.settled = result
 
     def finish(self) -> None:

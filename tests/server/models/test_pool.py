@@ -8,7 +8,9 @@ from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
 import pytest
+from hf_overlay import Task
 from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.errors import ServerError, Unavailable, UnknownModel
 from mlx_overlay_server.models import pool as pool_module
 from mlx_overlay_server.models.library import Located
@@ -38,7 +40,9 @@ class Shelf:
             raise UnknownModel(f"there is no model {model_id}")
         return Located(f"/{model_id}", self.sizes[model_id], model_id)
 
-    async def load(self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None) -> Loaded:
+    async def load(
+        self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, task: Task = "text"
+    ) -> Loaded:
         self.loads.append((path[1:], adapter_path, draft_path))
         await self.held.wait()
         if self.failures:
@@ -46,7 +50,7 @@ class Shelf:
         nbytes = self.sizes[path[1:]] + (self.sizes[draft_path[1:]] if draft_path else 0)
         return Loaded(path[1:], path, _NOTHING, _NOTHING, _NOTHING, _NOTHING, nbytes, 0, None, {})
 
-    def unload(self, model: Loaded) -> None:
+    def unload(self, model: AnyLoaded) -> None:
         self.unloads.append(model.key)
 
     def bytes_read(self, path: str) -> int:
@@ -496,3 +500,24 @@ def test_what_is_given_for_one_spelling_of_an_id_counts_for_the_model() -> None:
             assert shelf.unloads == ["b"], "it is pinned"
 
     run(work())
+
+
+def test_the_configuration_arranges_single_models_and_what_it_no_longer_names_is_as_before() -> None:
+    async def scenario() -> None:
+        shelf = Shelf()
+        pool = Pool(shelf, shelf, budget=BUDGET, pinned=("flag",))
+        pool.arrange(extras={}, pinned=["a"], idle_ttls={"b": 0.01})
+        assert pool.pinned == {"flag", "a"}
+        await used(pool, "a")
+        await used(pool, "b")
+        sweeping = asyncio.create_task(pool.sweep())
+        await asyncio.sleep(0.2)
+        sweeping.cancel()
+        assert pool.resident == ["a"], "b has a time of its own, and a has none"
+        pool.arrange(extras={"a": Extras(adapter_path="/lora")}, pinned=[], idle_ttls={})
+        assert pool.pinned == {"flag"}
+        await used(pool, "a")
+        pool.arrange(extras={}, pinned=[], idle_ttls={})
+        assert pool.resident == [], "its adapter has changed: the next request loads it without"
+
+    run(scenario())

@@ -6,7 +6,7 @@ import asyncio
 import sys
 
 import pytest
-from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.errors import Failed, Unavailable
 from mlx_overlay_server.models.pool import Pool, preload
 
@@ -74,7 +74,7 @@ def test_models_of_the_start_are_warmed_up_while_they_are_in_use(caplog: pytest.
         pool = Pool(shelf, shelf, budget=70)
         warm: list[str] = []
 
-        async def warm_up(model: Loaded) -> None:
+        async def warm_up(model: AnyLoaded) -> None:
             if model.key == "a":
                 other = asyncio.create_task(used(pool, "b"))
                 await settled()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.errors import ServerError, Unavailable
 from mlx_overlay_server.models.library import Located
 from mlx_overlay_server.models.pool import Pool
@@ -38,7 +39,7 @@ class Shelf:
     def bytes_read(self, path: str) -> int:
         return 0
 
-    def unload(self, model: Loaded) -> None:
+    def unload(self, model: AnyLoaded) -> None:
         raise AssertionError("nothing was loaded")
 
 

@@ -7,6 +7,7 @@ import random
 from collections.abc import Mapping
 
 import pytest
+from hf_overlay import Task
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -163,7 +164,9 @@ class _Shelf(Shelf):
         super().__init__(sizes)
         self.gates: dict[str, asyncio.Event] = {}
 
-    async def load(self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None) -> Loaded:
+    async def load(
+        self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, task: Task = "text"
+    ) -> Loaded:
         gate = self.gates[path] = asyncio.Event()
         try:
             await gate.wait()

@@ -170,7 +170,11 @@ def stop_reason(done: Done) -> StopReason:
 def model_page(
     models: Sequence[Listed], *, limit: int, after_id: str | None, before_id: str | None
 ) -> AnthropicModelPage:
-    """Return up to `limit` models after one of them, or before one. Raises InvalidRequest for an unknown cursor."""
+    """Return up to `limit` models after one of them, or before one. Raises InvalidRequest for an unknown cursor.
+
+    Those that embed or rank are left out: this dialect has no use for them.
+    """
+    models = [each for each in models if each.kind == "text"]
     ids = [each.id for each in models]
     for name, cursor in (("after_id", after_id), ("before_id", before_id)):
         if cursor is not None and cursor not in ids:

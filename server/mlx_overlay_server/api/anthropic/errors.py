@@ -22,6 +22,11 @@ NAMES: Mapping[Field, str | None] = {
     "effort": "output_config.effort",
     "template_kwargs": None,
     "logit_bias": None,
+    "texts": None,
+    "prompt": None,
+    "query": None,
+    "documents": None,
+    "instruction": None,
 }
 """The names that messages and count_tokens have for fields of the shared request."""
 

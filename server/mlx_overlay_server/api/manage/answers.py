@@ -61,14 +61,14 @@ class MemoryUse(TypedDict):
     """One use of the memory."""
 
     use: str
-    """`weights`, `running` (KV caches of requests that run) or `kept` (KV caches kept for later prompts)."""
+    """`weights`, `running` (KV caches of requests that run), or KV caches for later prompts: `kept`, and `disk`."""
     bytes: int
     limit: int | None
     """Bytes that it may take; null until the machine is known."""
 
 
 class Memory(TypedDict):
-    """What takes the memory that MLX may use."""
+    """What takes the memory that MLX may use, and what is kept on the disk."""
 
     usable: int | None
     """Bytes; null until the machine is known."""
@@ -239,14 +239,14 @@ def _memory(service: Service) -> Memory:
     stats, pool = service.engine.stats, service.pool
     shares = stats.memory
     weights = pool.budget or (shares.weights if shares is not None else None)
-    return {
-        "usable": shares.usable if shares is not None else None,
-        "uses": [
-            {"use": "weights", "bytes": pool.nbytes, "limit": weights},
-            {"use": "running", "bytes": stats.running_bytes, "limit": shares.running if shares is not None else None},
-            {"use": "kept", "bytes": stats.cache_bytes, "limit": shares.prefixes if shares is not None else None},
-        ],
-    }
+    uses: list[MemoryUse] = [
+        {"use": "weights", "bytes": pool.nbytes, "limit": weights},
+        {"use": "running", "bytes": stats.running_bytes, "limit": shares.running if shares is not None else None},
+        {"use": "kept", "bytes": stats.cache_bytes, "limit": shares.prefixes if shares is not None else None},
+    ]
+    if stats.disk.cap:
+        uses.append({"use": "disk", "bytes": stats.disk.nbytes, "limit": stats.disk.cap})
+    return {"usable": shares.usable if shares is not None else None, "uses": uses}
 
 
 def _in_memory(occupant: Occupant, service: Service) -> ModelInMemory:

@@ -158,7 +158,7 @@ def _add_downloads(routes: APIRouter, service: Service, downloader: Downloader |
     @routes.post("/downloads", responses=documented(DownloadState, ErrorAnswer))
     async def start(body: ModelNamed) -> Response:
         """Download a model into the Hugging Face cache, or go on with what there is of it; the answer does not wait."""
-        if await service.library.is_known(body.model):
+        if await service.library.known(body.model) is not None:
             raise Conflict(f"{body.model} is here already", code="model_here")
         online().start(body.model)
         return answer(_state(online(), body.model))

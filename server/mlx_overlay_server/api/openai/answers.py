@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NotRequired
 
+from hf_overlay import Task
 from typing_extensions import TypedDict
 
 from mlx_overlay_server.api.openai.logprobs import (
@@ -121,7 +122,7 @@ class Completion(TypedDict):
 
 
 class OpenAIModel(TypedDict):
-    """A model; `created` is in seconds since 1970.
+    """A model; `created` is in seconds since 1970, `kind` what it does with text.
 
     `context_length` is the number of tokens that its configuration gives prompt and answer together, `max_model_len`
     the number that this server takes: not more than fit in memory. Both are left out where they are not known.
@@ -131,6 +132,7 @@ class OpenAIModel(TypedDict):
     object: Literal["model"]
     created: int
     owned_by: str
+    kind: Task
     context_length: NotRequired[int]
     max_model_len: NotRequired[int]
 
@@ -191,6 +193,7 @@ def model_info(listed: Listed) -> OpenAIModel:
         "object": "model",
         "created": listed.created,
         "owned_by": owner if slash else "local",
+        "kind": listed.kind,
     }
     if listed.context is not None:
         info["context_length"] = listed.context

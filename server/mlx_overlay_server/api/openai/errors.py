@@ -20,6 +20,11 @@ NAMES: Mapping[Field, str | None] = {
     "effort": "reasoning_effort",
     "template_kwargs": "chat_template_kwargs",
     "logit_bias": "logit_bias",
+    "texts": None,
+    "prompt": None,
+    "query": None,
+    "documents": None,
+    "instruction": None,
 }
 """The names that chat completions and completions have for fields of the shared request."""
 

@@ -19,6 +19,11 @@ NAMES: Mapping[Field, str | None] = {
     "effort": "reasoning.effort",
     "template_kwargs": None,
     "logit_bias": None,
+    "texts": None,
+    "prompt": None,
+    "query": None,
+    "documents": None,
+    "instruction": None,
 }
 """The names that Responses has for fields of the shared request."""
 

@@ -102,10 +102,10 @@ def encode(name: str, content: Content) -> list[memoryview | bytes]:
     return [len(head).to_bytes(_LENGTH_BYTES, "little"), head, *data]
 
 
-def decode(name: str, file: bytearray) -> Content:
+def decode(name: str, file: memoryview) -> Content:
     """Return what a file holds. Raises Damaged."""
     try:
-        return _decode(name, memoryview(file))
+        return _decode(name, file)
     except (ValueError, TypeError, KeyError, RecursionError, AttributeError):
         raise Damaged(name) from None
 

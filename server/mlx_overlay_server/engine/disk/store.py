@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
+import numpy as np
+
 logger = logging.getLogger("mlx_overlay_server")
 
 SUFFIX = ".safetensors"
@@ -107,18 +109,18 @@ class Store:
         """See what other servers have added or removed. Raises OSError."""
         self._note(self._listed()[0])
 
-    def read(self, name: str) -> bytearray:
+    def read(self, name: str) -> memoryview:
         """Return a file's bytes. Raises OSError."""
         descriptor = os.open(self._path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         with open(descriptor, "rb", buffering=0) as file:
             facts = os.fstat(descriptor)
             if not stat.S_ISREG(facts.st_mode):
                 raise OSError(f"{name} is not a file")
-            data = bytearray(facts.st_size)
-            view = memoryview(data)
+            data = np.empty(facts.st_size, dtype=np.uint8).data  # not zeroed first
+            view = data
             while view and (count := file.readinto(view)):
                 view = view[count:]
-        return data
+        return data[: len(data) - len(view)]
 
     def write(self, name: str, parts: Sequence[memoryview | bytes], used: int) -> bool:
         """Add a file. Returns whether it is there now: not where the cap or the disk leaves no room. Raises OSError.

@@ -108,12 +108,12 @@ class Tier:
     def stage(self, key: str, tokens: Tokens, cache: Cache) -> Job | None:
         """Have a KV cache written, which is evaluated and does not change any more, at the next `release`.
 
-        None if it is not: it cannot be, or too much waits to be written already.
+        None if it is not: it cannot be, it is too short, or too much waits to be written already.
         """
         layout = mlx_arrays.layout(cache)
         kind = next((each for each in self._kinds.get(key, ()) if each.layout == layout), None)
         size = len(tokens)
-        if kind is None or (parts := mlx_arrays.taken_apart(cache, size)) is None:
+        if kind is None or size < BLOCK or (parts := mlx_arrays.taken_apart(cache, size)) is None:
             return None
         chain = blocks.chain(kind.root, tokens)
         state = None
@@ -121,7 +121,7 @@ class Tier:
             tail = blocks.rows(parts.rows, size - size % BLOCK, size) if size % BLOCK else {}
             state = Content({**tail, **parts.arrays}, parts.outline)
         nbytes = sum(layer.nbytes for layer in cache)
-        if self._writer.pending + nbytes > self._budget or not (state or (parts.rows and chain.blocks)):
+        if self._writer.pending + nbytes > self._budget:
             return None
         job = Job(key, chain, parts.rows, state, nbytes)
         self._staged.append(job)
@@ -149,7 +149,7 @@ class Tier:
 
     def touch(self, key: str, tokens: Tokens) -> None:
         """Note that a sequence was used."""
-        for kind in self._kinds.get(key, ()):
+        for kind in self._kinds.get(key, ()) if len(tokens) >= BLOCK else ():
             self._writer.touch(blocks.chain(kind.root, tokens))
 
     def seek(self, key: str, prompt: Sequence[int], known: int) -> Sought | None:

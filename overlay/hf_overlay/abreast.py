@@ -1,0 +1,88 @@
+"""Looking at many places of one disk, several at a time where the disk keeps one waiting.
+
+A network drive answers in milliseconds, and each look takes dozens of calls. A local disk answers from memory, and
+threads would only get into each other's way. So the first looks tell: one after the other, and timed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+from hf_overlay.progress import alive, reporting
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+THREADS = 64
+_WAIT_SECONDS = 0.002
+"""A disk that keeps each look waiting for so long is slow."""
+_FIRST = 4
+"""Looks after which a disk may count as slow."""
+_REPORT_SECONDS = 0.1
+
+
+class Abreast:
+    """Looks at the places of one disk, and knows by and by whether it is slow."""
+
+    def __init__(self) -> None:
+        self.is_slow = False
+
+    def each(self, look: Callable[[Item], Answer], items: Iterable[Item]) -> Iterator[Answer]:
+        """What `look` returns for each item, in order. It raises what a look raises, when it is that one's turn.
+
+        Looks may be made by other threads, and ahead of their turn.
+        """
+        items = list(items)
+        waited = 0.0
+        for number, item in enumerate(items):
+            if self.is_slow:
+                yield from _by_threads(look, items[number:])
+                return
+            began, worked = time.monotonic(), time.thread_time()
+            answer = look(item)
+            waited += (time.monotonic() - began) - (time.thread_time() - worked)
+            self.is_slow = number + 1 >= _FIRST and waited > (number + 1) * _WAIT_SECONDS
+            yield answer
+
+
+def _by_threads(look: Callable[[Item], Answer], items: Sequence[Item]) -> Iterator[Answer]:
+    """As `Abreast.each`, by threads for which nobody waits: a disk may never answer."""
+    numbers = iter(range(len(items)))
+    answers: SimpleQueue[tuple[int, Answer | None, BaseException | None]] = SimpleQueue()
+    is_over, has_progressed = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with reporting(has_progressed.set):
+            for number in numbers:
+                if is_over.is_set():
+                    return
+                try:
+                    answers.put((number, look(items[number]), None))
+                except BaseException as error:  # noqa: BLE001 - raised by who asked
+                    answers.put((number, None, error))
+
+    for _ in range(min(THREADS, len(items))):
+        threading.Thread(target=work, name="looks at a slow disk", daemon=True).start()
+    early: dict[int, tuple[Answer | None, BaseException | None]] = {}
+    try:
+        for number in range(len(items)):
+            while number not in early:
+                # Reported from here alone: what hears it may be over when a thread looks on.
+                with suppress(Empty):
+                    got, answer, problem = answers.get(timeout=_REPORT_SECONDS)
+                    early[got] = (answer, problem)
+                    has_progressed.set()
+                if has_progressed.is_set():
+                    has_progressed.clear()
+                    alive()
+            value, error = early.pop(number)
+            if error is not None:
+                raise error
+            yield value  # type: ignore[misc]  # which may be None itself
+    finally:
+        is_over.set()

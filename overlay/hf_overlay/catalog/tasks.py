@@ -1,0 +1,154 @@
+"""What a model does with text: it generates more of it, embeds it as a vector, or ranks it by a query.
+
+Models of mlx-lm generate text, unless the files of sentence-transformers in their folder, the head that config.json
+names, or, where both were lost in a conversion, their name says that they embed or rank. Encoders, which mlx-lm does
+not load, do nothing else: mlx-omni-server has code of its own for the types in `ENCODERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from hf_overlay.catalog.files import Unfit, read_json, read_list
+from hf_overlay.models import Code, Task
+
+ENCODERS = frozenset({"bert", "camembert", "distilbert", "modernbert", "mpnet", "roberta", "xlm-roberta"})
+"""Values of `model_type` that mlx-omni-server loads beside those of mlx-lm."""
+ACTIVATIONS = frozenset({"gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"})
+"""Values of `hidden_act` that it knows."""
+MODULES = "modules.json"
+"""The file in which sentence-transformers lists the modules of a model."""
+POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+
+_EMBEDDING = frozenset({"Transformer", "Pooling", "Normalize", "Dense"})
+_RANKING = frozenset({"Transformer", "LogitScore"})
+_HEAD = "ForSequenceClassification"
+_LEGACY_MODES = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+class Module(NamedTuple):
+    """One module of a sentence-transformers model; what each returns is what the next one gets."""
+
+    type: str
+    """The name of its class, without the package."""
+    path: str
+    """Its folder in the model's; empty for the model's own."""
+
+
+def modules(path: str) -> tuple[Module, ...]:
+    """Return what a folder's modules.json lists. Raises Unfit or OSError."""
+    listed = read_list(f"{path}/{MODULES}")
+    try:
+        return tuple(Module(str(each["type"]).rsplit(".", 1)[-1], str(each["path"])) for each in listed)
+    except (TypeError, KeyError):
+        raise Unfit(Code.BAD_CONFIG, f"{MODULES} is not a list of modules; copy it again") from None
+
+
+def pooling_modes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the modes that the config.json of a Pooling module names, the older form of it included."""
+    named = config.get("pooling_mode")
+    if named is not None:
+        return (named,) if isinstance(named, str) else tuple(map(str, named))
+    return tuple(mode for key, mode in _LEGACY_MODES.items() if config.get(key)) or ("mean",)
+
+
+def read(path: str, model_id: str, config: Mapping[str, Any], names: Collection[str], *, is_strict: bool) -> Task:
+    """Return what the model in a folder does; `names` are its files.
+
+    If `is_strict`, raises Unfit for a model that embeds or ranks in a way that mlx-omni-server cannot; OSError.
+    """
+    try:
+        listed = modules(path) if MODULES in names else None
+        task = _task(model_id, config, listed)
+        if is_strict and (problem := _problem(path, task, config, listed, names)) is not None:
+            raise Unfit(Code.OTHER_KIND, problem)
+    except Unfit:
+        if is_strict:
+            raise
+        return "text"
+    return task
+
+
+def _task(model_id: str, config: Mapping[str, Any], listed: Collection[Module] | None) -> Task:
+    types = {each.type for each in listed or ()}
+    if types:
+        return "reranker" if "LogitScore" in types or _has_head(config) else "embedding"
+    if _has_head(config) and (config.get("model_type") in ENCODERS or _labels(config) == 1):
+        return "reranker"
+    if config.get("model_type") in ENCODERS:
+        return "embedding"
+    name = model_id.rsplit("/", 1)[-1].lower()
+    return "reranker" if "rerank" in name else "embedding" if "embed" in name else "text"
+
+
+def _problem(
+    path: str, task: Task, config: Mapping[str, Any], listed: Collection[Module] | None, names: Collection[str]
+) -> str | None:
+    """Return why the server cannot embed or rank with a model, as the end of a sentence; None where it can."""
+    if task == "text":
+        return None
+    known = _RANKING if task == "reranker" else _EMBEDDING
+    if other := sorted({each.type for each in listed or ()} - known):
+        return f"{MODULES} asks for {other[0][:80]}, which mlx-omni-server does not have"
+    if config.get("is_causal") is False or config.get("use_bidirectional_attention"):
+        return "config.json asks for attention in both directions, which mlx-lm does not have"
+    if task == "reranker" and _has_head(config) and (labels := _labels(config)) != 1:
+        return f"sorts texts into {labels} classes; a model that ranks has one"
+    if config.get("model_type") in ENCODERS and (problem := _problem_of_encoder(config, listed)) is not None:
+        return problem
+    for each in listed or ():
+        if each.type == "Pooling" and (problem := _problem_of_pooling(path, each, names)) is not None:
+            return problem
+        if each.type == "Dense" and f"{each.path}/model.safetensors" not in names:
+            return f"has no {each.path}/model.safetensors, which {MODULES} asks for"
+    return None
+
+
+def _problem_of_encoder(config: Mapping[str, Any], listed: Collection[Module] | None) -> str | None:
+    architecture = _architecture(config)
+    if listed is None and not architecture.endswith(("Model", _HEAD)):
+        return f"is a {architecture[:80] or 'model without architectures'} without {MODULES}: it embeds nothing"
+    if "auto_map" in config:
+        return "config.json asks to run its own code (auto_map)"
+    if config.get("position_embedding_type", "absolute") != "absolute":
+        return f"config.json asks for positions of type {str(config['position_embedding_type'])[:80]!r}"
+    if config.get("is_decoder"):
+        return "config.json asks for a decoder of a type that is loaded as an encoder alone"
+    named = next((config[key] for key in ("hidden_act", "hidden_activation", "activation") if key in config), "gelu")
+    return None if named in ACTIVATIONS else f"config.json asks for the activation {str(named)[:80]!r}"
+
+
+def _problem_of_pooling(path: str, module: Module, names: Collection[str]) -> str | None:
+    file = f"{module.path}/config.json"
+    if file not in names:
+        return f"has no {file}, which {MODULES} asks for"
+    config = read_json(f"{path}/{file}")
+    if config.get("include_prompt") is False:
+        return f"{file} leaves prompts out of the pooling"
+    other = [mode for mode in pooling_modes(config) if mode not in POOLING_MODES]
+    return f"{file} asks for the mode {other[0][:80]!r}" if other else None
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else architectures
+    return first if isinstance(first, str) else ""
+
+
+def _has_head(config: Mapping[str, Any]) -> bool:
+    return _architecture(config).endswith(_HEAD)
+
+
+def _labels(config: Mapping[str, Any]) -> int:
+    """Return the number of classes of a model with a head, by the rule of transformers."""
+    if isinstance(config.get("id2label"), dict):
+        return len(config["id2label"])
+    return config["num_labels"] if isinstance(config.get("num_labels"), int) else 2

@@ -1,0 +1,248 @@
+"""BERT and the encoders that differ from it in names and details: RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, MPNet.
+
+Parameters have the names that transformers gives BERT's; `sanitize` renames those of the others.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_overlay_server.engine.encoding.parts import Batch, activation
+
+SHIFTED = frozenset({"camembert", "mpnet", "roberta", "xlm-roberta"})
+"""Types whose positions begin after that of the padding token."""
+_BUCKETS = 32
+_FARTHEST = 128
+"""MPNet's relative positions: so many buckets, and all distances from here on share one on either side."""
+
+_RENAMED = (
+    (r"^(bert|roberta|distilbert|mpnet)\.", ""),
+    (r"\.gamma$", ".weight"),
+    (r"\.beta$", ".bias"),
+    # DistilBERT's names
+    (r"^transformer\.layer\.", "encoder.layer."),
+    (r"\.attention\.([qkv])_lin\.", r".attention.self.\1."),
+    (r"\.attention\.out_lin\.", ".attention.output.dense."),
+    (r"\.sa_layer_norm\.", ".attention.output.LayerNorm."),
+    (r"\.ffn\.lin1\.", ".intermediate.dense."),
+    (r"\.ffn\.lin2\.", ".output.dense."),
+    (r"\.output_layer_norm\.", ".output.LayerNorm."),
+    # MPNet's
+    (r"\.attention\.attn\.([qkv])\.", r".attention.self.\1."),
+    (r"\.attention\.attn\.o\.", ".attention.output.dense."),
+    (r"\.attention\.LayerNorm\.", ".attention.output.LayerNorm."),
+    (r"\.attention\.self\.q\.", ".attention.self.query."),
+    (r"\.attention\.self\.k\.", ".attention.self.key."),
+    (r"\.attention\.self\.v\.", ".attention.self.value."),
+)
+_HEADS = (
+    (r"^(pooler\.dense|classifier\.dense|pre_classifier)\.", "head.dense."),
+    (r"^(classifier|classifier\.out_proj)\.(weight|bias|scales|biases)$", r"head.out.\2"),
+)
+_UNUSED = re.compile(r"^(cls|lm_head|vocab_\w+|qa_outputs)\.|position_ids$|^pooler\.|token_type_ids$")
+
+
+@dataclass
+class ModelArgs:
+    """What a config.json says, under the names of BERT's."""
+
+    model_type: str
+    vocab_size: int
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    positions: int
+    token_types: int
+    eps: float
+    act: str
+    pad: int
+    is_ranker: bool
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> ModelArgs:
+        """Read a config.json; DistilBERT has names of its own."""
+        kind = config["model_type"]
+        hidden = config.get("hidden_size") or config["dim"]
+        return cls(
+            kind,
+            config["vocab_size"],
+            hidden,
+            config.get("num_hidden_layers") or config["n_layers"],
+            config.get("num_attention_heads") or config["n_heads"],
+            config.get("intermediate_size") or config.get("hidden_dim") or 4 * hidden,
+            config["max_position_embeddings"],
+            config.get("type_vocab_size", 2) if kind not in ("distilbert", "mpnet") else 0,
+            config.get("layer_norm_eps", 1e-12),
+            config.get("hidden_act") or config.get("activation") or "gelu",
+            config.get("pad_token_id", 1) if kind in SHIFTED else 0,
+            config["architectures"][0].endswith("ForSequenceClassification") if config.get("architectures") else False,
+        )
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.first = args.pad + 1 if args.model_type in SHIFTED else 0
+        self.word_embeddings = nn.Embedding(args.vocab_size, args.hidden)
+        self.position_embeddings = nn.Embedding(args.positions, args.hidden)
+        if args.token_types:
+            self.token_type_embeddings = nn.Embedding(args.token_types, args.hidden)
+        self.LayerNorm = nn.LayerNorm(args.hidden, eps=args.eps)
+
+    def __call__(self, tokens: mx.array, types: mx.array) -> mx.array:
+        x = self.word_embeddings(tokens)
+        x = x + self.position_embeddings(mx.arange(self.first, self.first + tokens.shape[1]))
+        if "token_type_embeddings" in self:
+            x = x + self.token_type_embeddings(mx.minimum(types, self.token_type_embeddings.weight.shape[0] - 1))
+        out: mx.array = self.LayerNorm(x)
+        return out
+
+
+class _Heads(nn.Module):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.heads = args.heads
+        self.query, self.key, self.value = (nn.Linear(args.hidden, args.hidden) for _ in range(3))
+
+    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
+        rows, length, size = x.shape
+        queries, keys, values = (
+            each(x).reshape(rows, length, self.heads, -1).transpose(0, 2, 1, 3)
+            for each in (self.query, self.key, self.value)
+        )
+        scale = 1 / math.sqrt(size // self.heads)
+        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+        return out.transpose(0, 2, 1, 3).reshape(rows, length, size)
+
+
+class _Output(nn.Module):
+    """A projection back, added to what went in."""
+
+    def __init__(self, size: int, args: ModelArgs) -> None:
+        super().__init__()
+        self.dense = nn.Linear(size, args.hidden)
+        self.LayerNorm = nn.LayerNorm(args.hidden, eps=args.eps)
+
+    def __call__(self, x: mx.array, before: mx.array) -> mx.array:
+        out: mx.array = self.LayerNorm(before + self.dense(x))
+        return out
+
+
+class _Attention(nn.Module):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.self = _Heads(args)
+        self.output = _Output(args.hidden, args)
+
+    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
+        return self.output(self.self(x, mask), x)
+
+
+class _Intermediate(nn.Module):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.dense = nn.Linear(args.hidden, args.intermediate)
+        self.act = activation(args.act)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.act(self.dense(x))
+
+
+class _Layer(nn.Module):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.attention = _Attention(args)
+        self.intermediate = _Intermediate(args)
+        self.output = _Output(args.intermediate, args)
+
+    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
+        x = self.attention(x, mask)
+        return self.output(self.intermediate(x), x)
+
+
+class _Layers(nn.Module):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.layer = [_Layer(args) for _ in range(args.layers)]
+        if args.model_type == "mpnet":
+            self.relative_attention_bias = nn.Embedding(_BUCKETS, args.heads)
+
+    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
+        if "relative_attention_bias" in self:
+            bias = self.relative_attention_bias(_buckets(x.shape[1])).transpose(2, 0, 1)[None]
+            mask = bias if mask is None else mx.where(mask, bias, -mx.inf)
+            mask = mask.astype(x.dtype)
+        for layer in self.layer:
+            x = layer(x, mask)
+        return x
+
+
+class Model(nn.Module):
+    """An encoder of this family, with its head if it ranks."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        """Make the modules; their weights are loaded afterwards."""
+        super().__init__()
+        self.args = args
+        self.embeddings = _Embeddings(args)
+        self.encoder = _Layers(args)
+        if args.is_ranker:
+            self.head = _Head(args.hidden, "relu" if args.model_type == "distilbert" else "tanh")
+
+    def hidden(self, batch: Batch) -> mx.array:
+        """Return the last hidden state of each token."""
+        types = (mx.arange(batch.longest) >= batch.first[:, None]).astype(mx.int32)
+        mask = batch.real[:, None, None, :] if batch.is_padded else None
+        return self.encoder(self.embeddings(batch.tokens, types), mask)
+
+    def scores(self, hidden: mx.array, batch: Batch) -> mx.array:  # noqa: ARG002 - as those of other models
+        """Return the logit of each pair."""
+        return self.head(hidden[:, 0])
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Give all weights the names that they have here, and leave out those that nothing here uses."""
+        renamed = {}
+        for name, value in weights.items():
+            for pattern, replacement in _RENAMED:
+                name = re.sub(pattern, replacement, name)
+            if self.args.is_ranker:
+                for pattern, replacement in _HEADS:
+                    name = re.sub(pattern, replacement, name)
+            if _UNUSED.search(name) is None and (self.args.is_ranker or not name.startswith("head.")):
+                renamed[name] = value
+        return renamed
+
+
+class _Head(nn.Module):
+    """What makes a score of the first token's hidden state."""
+
+    def __init__(self, size: int, act: str) -> None:
+        super().__init__()
+        self.dense = nn.Linear(size, size)
+        self.out = nn.Linear(size, 1)
+        self.act = activation(act)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        out: mx.array = self.out(self.act(self.dense(x)))
+        return out
+
+
+def _buckets(length: int) -> mx.array:
+    """Return MPNet's bucket of each pair of positions: near ones have one each, far ones share one."""
+    positions = mx.arange(length)
+    distance = positions[:, None] - positions[None, :]  # the query's position less the key's
+    half = _BUCKETS // 2
+    side = (distance < 0).astype(mx.int32) * half
+    distance = mx.abs(distance)
+    exact = half // 2
+    ratio = mx.log(mx.maximum(distance, 1) / exact) / math.log(_FARTHEST / exact)
+    far = mx.minimum(exact + (ratio * (half - exact)).astype(mx.int32), half - 1)
+    return side + mx.where(distance < exact, distance, far)

@@ -1,0 +1,99 @@
+"""Loads a model that embeds or ranks, a slice of its weights at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from hf_overlay.catalog.tasks import ENCODERS
+from mlx_lm.utils import load_model
+
+from mlx_overlay_server.chat.loaded import context_length
+from mlx_overlay_server.encoding.loaded import LoadedEncoder
+from mlx_overlay_server.engine import mlx
+from mlx_overlay_server.engine.commands import Load
+from mlx_overlay_server.engine.encoding import bert, facts, modernbert
+from mlx_overlay_server.engine.encoding.causal import Causal
+from mlx_overlay_server.engine.encoding.facts import Facts
+from mlx_overlay_server.engine.encoding.pooling import Pooling
+from mlx_overlay_server.engine.encoding.runner import EncodingRunner
+from mlx_overlay_server.engine.loading import apart, check, fitting, parameters, result, slices, turns
+from mlx_overlay_server.memory import Shares
+from mlx_overlay_server.settings import EngineOptions
+
+
+def load(
+    command: Load, options: EngineOptions, group: Any, shares: Shares | None = None
+) -> Generator[EncodingRunner | int | None, None, None]:
+    """Load a model: yield the bytes of each slice, None for a turn without one, and the runner at the end.
+
+    `shares`: how the memory is divided.
+    Under `mlx.launch`, each rank of `group` has all of it, and all of them load it in one turn.
+
+    Raises what mlx-lm raises, Unsuitable for a folder that must not be loaded, TimeoutError when a part does not end.
+    """
+    if group is not None:
+        *_, runner = load(command, options, None, shares)
+        yield runner
+        return
+    path = Path(command.path)
+    checking = apart(partial(check, command, options))
+    yield from turns(checking, math.inf)
+    checking.result()
+    model, config = load_model(path, lazy=True, get_model_classes=_classes, trust_remote_code=options.trust_remote_code)
+    is_encoder = config["model_type"] in ENCODERS
+    reading = apart(partial(facts.read, path, default="mean" if is_encoder else "lasttoken"))
+    for part in slices([model]):
+        mx.eval(part)
+        yield sum(each.nbytes for each in part)
+    yield from turns(reading, options.load_seconds)
+    known = result(reading, options)
+    nbytes = sum(part.nbytes for part in parameters(model))
+    kv_bytes = 0 if is_encoder else mlx.kv_bytes(model, bits=None, group_size=64)
+    fits = shares.tokens(nbytes, kv_bytes) if shares is not None else None
+    context = fitting(_context(config, known), fits, path)
+    whole: Any = model if is_encoder else Causal(model, _answers(command, model, known))
+    pooling = Pooling(known) if command.task == "embedding" else None
+    loaded = LoadedEncoder(
+        key=command.key,
+        path=command.path,
+        way="embedding" if pooling is not None else "pair" if is_encoder else "dialogue",
+        nbytes=nbytes,
+        vocab_size=int(config.get("vocab_size") or config["text_config"]["vocab_size"]),
+        context=context,
+        prompts=known.prompts,
+        default_prompt=known.default_prompt,
+        lowers=known.lowers,
+        kv_bytes=kv_bytes,
+        trusts_code=options.trust_remote_code,
+    )
+    yield EncodingRunner(loaded, whole, pooling, options)
+
+
+def _classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    kind = config["model_type"]
+    if kind not in ENCODERS:
+        return mlx.headless_classes(config)
+    module: Any = modernbert if kind == "modernbert" else bert
+    return module.Model, module.ModelArgs
+
+
+def _answers(command: Load, model: Any, known: Facts) -> tuple[int, ...]:
+    """Return the tokens for yes and no of a model that ranks by what it would say; () for others. Raises ValueError."""
+    if command.task != "reranker" or "score" in model:
+        return ()
+    if not known.answers:
+        raise ValueError("its tokenizer has no tokens `yes` and `no`, by which such a model ranks")
+    return known.answers
+
+
+def _context(config: Mapping[str, Any], known: Facts) -> int | None:
+    """Return how many tokens a text may have: the least of what the model's files say."""
+    positions = context_length(config)
+    if positions is not None and config["model_type"] in bert.SHIFTED:
+        positions -= config.get("pad_token_id", 1) + 1
+    return min((each for each in (positions, known.longest) if each is not None), default=None)

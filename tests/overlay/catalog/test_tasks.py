@@ -1,0 +1,136 @@
+"""What a model does with text, and which encoders mlx-omni-server takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hf_overlay import session
+from hf_overlay.catalog import kinds, tasks
+from hf_overlay.catalog.scan import Scanner
+from hf_overlay.models import Model, Reject
+
+pytestmark = pytest.mark.mlx_lm
+
+TRANSFORMER = {"path": "", "type": "sentence_transformers.models.Transformer"}
+POOLING = {"path": "1_Pooling", "type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling"}
+NORMALIZE = {"path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}
+HEAD = {"architectures": ["BertForSequenceClassification"]}
+ONE = {"id2label": {"0": "LABEL_0"}}
+
+
+def _make(models: Path, name: str, config: dict[str, Any], files: dict[str, Any]) -> str:
+    folder = models / name
+    contents = {"config.json": config, "tokenizer.json": {}, **files}
+    for file, content in contents.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(content if isinstance(content, str) else json.dumps(content))
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    return str(folder)
+
+
+def _found(models: Path, name: str, config: dict[str, Any], **files: Any) -> Model | Reject:
+    """What a server finds in a folder."""
+    path = _make(models, name, config, files)
+    types = kinds.installed(encoders=True)
+    return Scanner((str(models),), str(models.parent / "hub"), types).read(path, name, str(models))
+
+
+def _modules(*modules: dict[str, str]) -> list[dict[str, str]]:
+    return [dict(each) for each in modules]
+
+
+@pytest.mark.parametrize("model_type", sorted(tasks.ENCODERS))
+def test_an_encoder_embeds_or_ranks(model_type: str, models: Path) -> None:
+    found = _found(models, "m", {"model_type": model_type, "architectures": ["XModel"]})
+    assert isinstance(found, Model)
+    assert found.task == "embedding"
+    ranks = _found(models, "r", {"model_type": model_type, **HEAD, **ONE})
+    assert isinstance(ranks, Model)
+    assert ranks.task == "reranker"
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "files", "task"),
+    [
+        ("m", {}, {}, "text"),
+        ("Qwen3-Embedding-0.6B-4bit", {}, {}, "embedding"),
+        ("org/mxbai-embed-large", {}, {}, "embedding"),
+        ("embeds/chat", {}, {}, "text"),
+        ("Qwen3-Reranker-4B", {}, {}, "reranker"),
+        ("m", {"architectures": ["Qwen3ForSequenceClassification"], **ONE}, {}, "reranker"),
+        ("m", {"architectures": ["Qwen3ForSequenceClassification"]}, {}, "text"),
+        ("m", {}, {"modules.json": _modules(TRANSFORMER, POOLING), "1_Pooling/config.json": {}}, "embedding"),
+        ("m", {}, {"modules.json": _modules(TRANSFORMER, {"path": "1", "type": "x.LogitScore"})}, "reranker"),
+    ],
+)
+def test_what_models_of_mlx_lm_do(
+    name: str, config: dict[str, Any], files: dict[str, Any], task: str, models: Path
+) -> None:
+    found = _found(models, name, {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **config}, **files)
+    assert isinstance(found, Model), found
+    assert found.task == task
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "text"),
+    [
+        ({"architectures": ["BertForMaskedLM"]}, {}, "is a BertForMaskedLM without modules.json"),
+        ({}, {}, "without architectures"),
+        (HEAD, {}, "sorts texts into 2 classes"),
+        ({**HEAD, "id2label": {"0": "a", "1": "b", "2": "c"}}, {}, "into 3 classes"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, {"modules.json": _modules(TRANSFORMER)}, "its own code"),
+        ({"position_embedding_type": "alibi"}, {"modules.json": _modules(TRANSFORMER)}, "'alibi'"),
+        ({"hidden_act": "mish"}, {"modules.json": _modules(TRANSFORMER)}, "'mish'"),
+        ({"is_decoder": True}, {"modules.json": _modules(TRANSFORMER)}, "decoder"),
+        ({}, {"modules.json": _modules({"path": "", "type": "x.models.WordWeights"})}, "asks for WordWeights"),
+        ({}, {"modules.json": _modules(TRANSFORMER, POOLING)}, "has no 1_Pooling/config.json"),
+        (
+            {},
+            {"modules.json": _modules(TRANSFORMER, POOLING), "1_Pooling/config.json": {"pooling_mode": "magic"}},
+            "'magic'",
+        ),
+        (
+            {},
+            {"modules.json": _modules(TRANSFORMER, POOLING), "1_Pooling/config.json": {"include_prompt": False}},
+            "leaves prompts out",
+        ),
+        ({}, {"modules.json": _modules(TRANSFORMER, {"path": "2", "type": "x.Dense"})}, "2/model.safetensors"),
+        ({}, {"modules.json": {}}, "not a JSON array"),
+        ({}, {"modules.json": [{"path": ""}]}, "not a list of modules"),
+        ({}, {"modules.json": "{"}, "not valid JSON"),
+    ],
+)
+def test_why_an_encoder_is_left_out(config: dict[str, Any], files: dict[str, Any], text: str, models: Path) -> None:
+    found = _found(models, "m", {"model_type": "bert", **config}, **files)
+    assert isinstance(found, Reject)
+    assert text in found.reason.text
+
+
+def test_a_model_of_mlx_lm_that_looks_both_ways_is_left_out(models: Path) -> None:
+    """mlx-lm would load it, and its vectors would be wrong."""
+    config = {"model_type": "gemma3_text", "use_bidirectional_attention": True}
+    listed = _modules(TRANSFORMER, POOLING, NORMALIZE)
+    found = _found(models, "m", config, **{"modules.json": listed, "1_Pooling/config.json": {}})
+    assert isinstance(found, Reject)
+    assert "both directions" in found.reason.text
+
+
+def test_only_who_asks_for_encoders_gets_them(models: Path) -> None:
+    _make(models, "bert", {"model_type": "bert", "architectures": ["BertModel"]}, {})
+    _make(models, "nli", {"model_type": "bert", **HEAD}, {})
+    with session.open_session([models], kind="mlx") as without:
+        assert not without.models
+        (place,) = [each for each in without._catalog.explain("bert") if each.path.endswith("models/bert")]
+        assert "mlx-omni-server embeds or ranks with it" in place.reason.text
+    with session.open_session([models], kind="mlx", encoders=True) as with_them:
+        assert [(model.id, model.task) for model in with_them.models] == [("bert", "embedding")]
+
+
+def test_pooling_modes_have_an_older_form() -> None:
+    assert tasks.pooling_modes({"pooling_mode_cls_token": True, "pooling_mode_lasttoken": True}) == ("cls", "lasttoken")
+    assert tasks.pooling_modes({"pooling_mode": "max", "pooling_mode_cls_token": True}) == ("max",)
+    assert tasks.pooling_modes({}) == ("mean",)

