@@ -52,7 +52,7 @@ def main() -> int:
         for name in options.models:
             lines += bench.measure(name, options.rounds)
         if options.folder is not None:
-            lines += bench.measure(bench.adopt(options.folder), options.rounds)
+            lines += bench.measure(bench.adopt(options.folder).name, options.rounds)
     print(*lines, sep="\n")
     if options.json:
         print(json.dumps([line._asdict() for line in lines]))
@@ -61,11 +61,6 @@ def main() -> int:
 
 class Prompts(Bench):
     """Both servers, asked with prompts of known lengths."""
-
-    def adopt(self, folder: Path) -> str:
-        """Take a real model in, and return its name."""
-        (self._models / "bench" / folder.name).symlink_to(folder.resolve())
-        return folder.name
 
     def measure(self, name: str, rounds: int) -> list[Line]:
         """Ask both servers in turn, and return what they took."""

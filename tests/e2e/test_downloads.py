@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import hf_overlay
@@ -29,7 +28,7 @@ from hypothesis import strategies as st
 from tests.support import hubs
 from tests.support.alone import Contents, check_stands_alone, contents
 from tests.support.client import Clients, open_clients
-from tests.support.folders import lay_model, weights
+from tests.support.folders import lay_model, temporary_folder, weights
 from tests.support.hfcache import etag, repo_folder
 from tests.support.loopback_hub import TOKEN, LoopbackHub
 from tests.support.processes import OVERLAY, PYTHON, SECONDS, eventually, read_line, start, succeed
@@ -197,9 +196,9 @@ def test_what_is_downloaded_through_the_gateway_is_in_the_real_cache_as_without_
 ) -> None:
     """P3 and P4: names, kinds, modes, bytes, refs, relative links, locks and what remembers absent files."""
     token = {"HF_TOKEN": TOKEN} if is_logged_in else {}
-    with TemporaryDirectory() as folder, LoopbackHub() as hub:
+    with temporary_folder() as folder, LoopbackHub() as hub:
         first = fill(hub)
-        one, other = (environment(hub, Path(folder, name), **token) for name in ("direct", "overlaid"))
+        one, other = (environment(hub, folder / name, **token) for name in ("direct", "overlaid"))
         with direct(clients[0], one) as plain, overlaid(clients[1], other) as through:
             for step in steps:
                 take(step, (plain, through), hub, first)

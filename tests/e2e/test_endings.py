@@ -51,6 +51,7 @@ def test_a_download_outlives_its_session(hub: LoopbackHub, tmp_path: Path, way: 
     download.check_nothing_is_lost()
 
 
+@pytest.mark.mlx_lm
 def test_a_download_outlives_the_server_that_was_killed(hub: LoopbackHub, tmp_path: Path) -> None:
     download = endings.make(hub, tmp_path / "home", "org/name", hubs.INSTALLED)
     hub.slow(SLOWLY, on=endings.LARGE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_a_server_is_started_for_the_agent_and_no_file_of_the_users_is_changed(
     assert _users(home) == before
 
 
-def test_the_running_server_is_used_and_a_model_may_be_named(
+def test_a_running_server_is_used_a_model_may_be_named_and_what_is_missing_is_said(
     home: Path, models: Path, able: Path, tmp_path: Path
 ) -> None:
     path = _fake(tmp_path / "bin", "claude")
@@ -91,14 +92,10 @@ def test_the_running_server_is_used_and_a_model_may_be_named(
         small = _launch(home, models, "claude", "--model", "smal", path=path)
         assert small.lines()[1] == "acme/small"
         assert "may be of little use to claude: its context is 4096 tokens" in small.err
-
-
-def test_what_is_missing_is_said(home: Path, models: Path, tmp_path: Path) -> None:
-    path = _fake(tmp_path / "bin", "claude")
-    make_model(models / "acme" / "mute", "No.", context=200_000, is_brief=True)
-    with serving(home, models, options=["--offline"]):
+        shutil.rmtree(able)
         done = _launch(home, models, "claude", path=path)
     assert (done.status, done.out) == (1, "")
+    assert "acme/small (its context is 4096 tokens)" in done.err
     assert "acme/mute (its chat template has no tools)" in done.err
     assert "mlx-omni-server pull " in done.err
     done = _launch(home, models, "aider")

@@ -47,7 +47,6 @@ def _refused(server: Server, path: str, body: Any, status: int = 400) -> dict[st
         ("function_call", "never"),
         ("web_search_options", {}),
         ("prediction", {"type": "content", "content": "x"}),
-        ("store", True),
         ("service_tier", "flex"),
         ("verbosity", "loud"),
         ("prompt_logprobs", 21),

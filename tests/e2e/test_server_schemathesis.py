@@ -117,7 +117,7 @@ def _check(path: str, status: int, content: bytes, media_type: str, *, is_anthro
             assert told.keys() == {"message", "detail", "code"}
             assert told["message"]
             return
-        if is_anthropic or "messages" in path or "anthropic" in path:
+        if is_anthropic or ("messages" in path and "chat" not in path) or "anthropic" in path:
             assert told["type"] == "error"
             assert told["error"].keys() == {"type", "message"}
         else:
@@ -140,6 +140,11 @@ def _send(server: Server, path: str, content: bytes, media_type: str = "applicat
 
 OPERATIONS = [
     ("post", "/v1/chat/completions"),
+    ("get", "/v1/chat/completions"),
+    ("get", "/v1/chat/completions/{completion_id}"),
+    ("post", "/v1/chat/completions/{completion_id}"),
+    ("delete", "/v1/chat/completions/{completion_id}"),
+    ("get", "/v1/chat/completions/{completion_id}/messages"),
     ("post", "/v1/completions"),
     ("post", "/v1/embeddings"),
     ("post", "/v1/rerank"),
@@ -147,6 +152,10 @@ OPERATIONS = [
     ("post", "/v1/responses"),
     ("get", "/v1/responses/{response_id}"),
     ("delete", "/v1/responses/{response_id}"),
+    ("get", "/v1/responses/{response_id}/input_items"),
+    ("post", "/v1/responses/{response_id}/cancel"),
+    ("post", "/v1/responses/input_tokens"),
+    ("post", "/v1/responses/compact"),
     ("post", "/v1/messages"),
     ("post", "/v1/messages/count_tokens"),
     ("get", "/v1/models"),
@@ -165,7 +174,10 @@ def schema(server: Server) -> Any:
 
 def test_every_operation_of_the_schema_is_tried(schema: Any) -> None:
     operations = [each.ok() for each in schema.get_all_operations()]
-    assert sorted((each.method, each.path) for each in operations) == sorted(OPERATIONS)
+    found = [
+        (each.method, each.path) for each in operations if not each.path.startswith("/manage/")
+    ]  # stops and unloads
+    assert sorted(found) == sorted(OPERATIONS)
 
 
 @pytest.mark.slow
@@ -176,7 +188,12 @@ def test_what_the_schema_allows_is_answered_or_refused(method: str, path: str, s
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "path"), [(method, path) for method, path in OPERATIONS if method == "post" or path.endswith("/models")]
+    ("method", "path"),
+    [
+        (method, path)
+        for method, path in OPERATIONS
+        if (method == "post" or path.endswith("/models")) and not path.endswith("/cancel")  # which has no body
+    ],
 )
 def test_what_the_schema_forbids_is_refused(method: str, path: str, schema: Any, server: Server) -> None:
     _try_out(server, schema[path][method], GenerationMode.NEGATIVE)

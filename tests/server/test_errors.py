@@ -16,6 +16,7 @@ from mlx_overlay_server.api.anthropic.routes import Messages
 from mlx_overlay_server.api.anthropic.wire import MessagesRequest
 from mlx_overlay_server.api.dialect import Dialect
 from mlx_overlay_server.api.openai.routes import ChatCompletions, Completions
+from mlx_overlay_server.api.openai.stored import ChatStore
 from mlx_overlay_server.api.openai.wire import ChatCompletionRequest, CompletionRequest
 from mlx_overlay_server.api.refusals import refuse
 from mlx_overlay_server.api.responses.routes import Responses
@@ -26,7 +27,7 @@ from mlx_overlay_server.errors import Field, InvalidRequest, PromptTooLong, Serv
 from pydantic import BaseModel
 
 DIALECTS: dict[str, Dialect[Any]] = {
-    "chat completions": ChatCompletions(),
+    "chat completions": ChatCompletions(ChatStore()),
     "completions": Completions(),
     "responses": Responses(Store(1)),
     "messages": Messages(),

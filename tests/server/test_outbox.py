@@ -28,6 +28,8 @@ def clock() -> Clock:
 def outbox(clock: Clock) -> Outbox:
     """In the middle of many answers, just after a hand-over."""
     outbox = Outbox(clock)
+    for _ in range(2):
+        outbox.add([])
     outbox.sent(_SEQUENCES)
     return outbox
 
@@ -38,14 +40,23 @@ def _is_due(outbox: Outbox) -> bool:
 
 
 def test_tokens_in_the_middle_of_answers_are_held_for_a_moment_and_not_longer(outbox: Outbox, clock: Clock) -> None:
-    outbox.add([(1, _TOKEN)])
-    assert not _is_due(outbox)
-    clock.now += HOLD_SECONDS * (_SEQUENCES - 1)
-    outbox.add([(2, _TOKEN)])
-    assert not _is_due(outbox)
+    for _ in range(_SEQUENCES - 1):
+        clock.now += HOLD_SECONDS
+        outbox.add([(1, _TOKEN)])
+        assert not _is_due(outbox)
     clock.now += HOLD_SECONDS
     assert _is_due(outbox)
-    assert outbox.items == [(1, _TOKEN), (2, _TOKEN)]
+    assert outbox.items == [(1, _TOKEN)] * (_SEQUENCES - 1)
+
+
+@pytest.mark.parametrize(("step", "steps"), [(1.5, 1), (0.7, 1), (0.6, 2), (0.45, 2), (0.2, 5)])
+def test_tokens_are_not_held_for_a_step_that_comes_late(step: float, steps: int, outbox: Outbox, clock: Clock) -> None:
+    """`step`: its share of the time that they may be held."""
+    for _ in range(steps):
+        assert not _is_due(outbox)
+        clock.now += step * HOLD_SECONDS * _SEQUENCES
+        outbox.add([(1, _TOKEN)])
+    assert _is_due(outbox)
 
 
 def test_with_one_sequence_there_is_next_to_no_wait(clock: Clock) -> None:

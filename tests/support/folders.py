@@ -6,8 +6,10 @@ import json
 import os
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 
 def lay_model(
@@ -52,3 +54,21 @@ def settle(folder: Path) -> None:
     yesterday = time.time() - 86400
     for path in [*folder.rglob("*"), folder]:
         os.utime(path, (yesterday, yesterday), follow_symlinks=False)
+
+
+@contextmanager
+def temporary_folder(parent: Path | None = None, prefix: str | None = None) -> Iterator[Path]:
+    """A context with a folder that is removed at its end, with all that sessions have sealed in it."""
+    with TemporaryDirectory(dir=parent, prefix=prefix) as path:
+        try:
+            yield Path(path)
+        finally:
+            unseal(Path(path))
+
+
+def unseal(folder: Path) -> None:
+    """Let this user write to all folders and files at and below one, as root can."""
+    for inside, folders, files in os.walk(folder):
+        for path in (inside, *(os.path.join(inside, name) for name in (*folders, *files))):
+            if not os.path.islink(path):
+                os.chmod(path, 0o700)

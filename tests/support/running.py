@@ -29,6 +29,7 @@ class Running:
         self.runner: Runner = runners[-1]
         self.runner._clock = lambda: 0.0
         self._ids = itertools.count()
+        self.submits: dict[int, Submit] = {}
         self.items: dict[int, list[Item]] = {}
         """What each sequence was told so far."""
 
@@ -45,7 +46,8 @@ class Running:
         id_ = next(self._ids)
         chosen = Params(**{"temperature": 0, **params})
         key = self.runner.loaded.key
-        self.runner.add(Submit(id_, key, tuple(prompt), chosen, max_tokens, system=system, **(more or {})))
+        self.submits[id_] = Submit(id_, key, tuple(prompt), chosen, max_tokens, system=system, **(more or {}))
+        self.runner.add(self.submits[id_])
         self.items[id_] = []
         return id_
 

@@ -48,6 +48,7 @@ class Gateway:
         self._ending, self._stopping = socket.socketpair()
         """The second is closed to stop the gateway, which makes the first one readable."""
         self._cut = threading.Event()
+        self._app: App | None = None
         self._connections: set[Connection] = set()
         self._is_listening = False
         self._thread = threading.Thread(target=self._run, name="hub-gateway", daemon=True)
@@ -69,8 +70,11 @@ class Gateway:
         """Take no more requests, and wait for the answers under way: `STOP_SECONDS` at most, or until `cut`."""
         self._stopping.close()
         deadline = time.monotonic() + STOP_SECONDS
-        while self._is_busy() and time.monotonic() < deadline and not self._cut.wait(0.02):
-            pass
+        while self._is_busy() and time.monotonic() < deadline and not self._cut.is_set():
+            if self._is_listening:
+                self._thread.join(timeout=0.02)
+            else:
+                self._cut.wait(0.005)
         for each in list(self._connections):
             each.cut()
         deadline = time.monotonic() + _CUT_SECONDS
@@ -106,14 +110,13 @@ class Gateway:
         """Take connections until the gateway is stopped; then only those that have come by then."""
         from hf_overlay.gateway.app import App
 
-        app = App(self._hub, self._upstream, self.endpoint)
+        app = self._app = App(self._hub, self._upstream, self.endpoint)
         while not self._cut.is_set():
             came = self._wait()
             if self._socket in came and self._accept(app):
                 continue
             if self._ending in came:
                 break
-        app.close()
 
     def _accept(self, app: App) -> bool:
         """Take one connection and answer it in a thread of its own; False when that is not possible for now."""
@@ -146,6 +149,8 @@ class Gateway:
             self._close_what_nobody_uses()
 
     def _close_what_nobody_uses(self) -> None:
-        """Close the descriptor by which threads learn of the end, once the last of them is over."""
+        """Close the connections to the Hub, and what tells threads of the end, once the last of them is over."""
         if not self._connections and not self._is_listening:
             self._ending.close()
+            if self._app is not None:
+                self._app.close()

@@ -51,6 +51,7 @@ class Upstream:
 
     def __init__(self, url: str, endpoint: str) -> None:
         """`endpoint` is the gateway's URL, through which redirects lead that stay on the Hub. Raises Unreachable."""
+        url, self._login = _without_login(url)
         if not re.match(r"https?://(\[[0-9A-Fa-f:.]+\]|[^/:\[\]]+)(:\d+)?(/|$)", url):
             raise Unreachable(f"{url} cannot be reached: HF_ENDPOINT must be a URL such as https://huggingface.co")
         self._url = url
@@ -60,7 +61,7 @@ class Upstream:
         proxy = _proxy(url)
         try:
             self._pool = (
-                urllib3.ProxyManager(proxy, proxy_headers=_login(proxy), **kept)
+                urllib3.ProxyManager(proxy, proxy_headers=_proxy_login(proxy), **kept)
                 if proxy
                 else urllib3.PoolManager(**kept)
             )
@@ -78,6 +79,8 @@ class Upstream:
         for name, value in _end_to_end(request.headers):
             if name != "host":
                 headers.add(name, value)
+        if self._login is not None and "authorization" not in headers:
+            headers["authorization"] = self._login
         for name in _NOT_OF_OURS:
             if name not in headers:
                 headers[name] = urllib3.util.SKIP_HEADER
@@ -138,6 +141,15 @@ def _end_to_end(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 # The way to the Hub ------------------------------------------------------------------------------------------------
 
 
+def _without_login(url: str) -> tuple[str, str | None]:
+    """A URL without the name and the password that it may have, and the header that says them to the Hub's mirror."""
+    match = re.match(r"(https?://)([^/@]*)@(.*)", url)
+    if match is None:
+        return url, None
+    header = urllib3.util.make_headers(basic_auth=unquote(match[2]))["authorization"]
+    return match[1] + match[3], header
+
+
 def _proxy(url: str) -> str | None:
     """The proxy that the environment, or a Mac's settings, name for a URL; None where it is reached directly."""
     parts = urlsplit(url)
@@ -163,7 +175,7 @@ def _is_in(host: str, networks: Iterable[str]) -> bool:
     return False
 
 
-def _login(proxy: str) -> dict[str, str] | None:
+def _proxy_login(proxy: str) -> dict[str, str] | None:
     """The header that a proxy wants whose URL has a name and a password."""
     login = urllib3.util.parse_url(proxy).auth
     return urllib3.util.make_headers(proxy_basic_auth=unquote(login)) if login else None

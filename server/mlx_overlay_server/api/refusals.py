@@ -24,7 +24,8 @@ from mlx_overlay_server.errors import ServerError
 def refuse(scope: Scope, error: ServerError) -> Response:
     """Return an error in the shape that a request's client expects. Anthropic's always send their version."""
     parts = scope["path"].split("/")
-    if "messages" in parts or parts[1:2] == ["anthropic"] or "anthropic-version" in Headers(scope=scope):
+    is_messages = "messages" in parts and "completions" not in parts  # stored chat completions have messages, too
+    if is_messages or parts[1:2] == ["anthropic"] or "anthropic-version" in Headers(scope=scope):
         return refuse_anthropic(error)
     if "rerank" in parts:
         return refuse_rerank(error)

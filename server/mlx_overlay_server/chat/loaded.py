@@ -119,7 +119,7 @@ class Loaded:
     vision: ImageProcessor | None = None
     """mlx-vlm's; None: mlx-vlm does not run the model."""
     kv_bytes: int = 0
-    """Bytes that each token of a sequence takes in KV caches; 0: unknown."""
+    """Bytes that each token of a sequence takes in KV caches, at the peak; 0: unknown."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     task: ClassVar[Task] = "text"
     """What it does with text."""
@@ -133,6 +133,11 @@ class Loaded:
         """llguidance's view of the vocabulary, made at first use, which takes up to a second. Raises ValueError."""
         with self._lock:
             return self._grammar_tokenizer
+
+    @property
+    def sees(self) -> bool:
+        """Whether requests to it may have images."""
+        return self.processor is not None or self.vision is not None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy in another process is made of: all but the lock, and what is made at first use."""

@@ -49,7 +49,7 @@ def render(model: Loaded, request: ChatRequest, limit: int | None = None) -> Pro
     if not request.messages:  # dialects may drop empty messages
         raise InvalidRequest("all messages are empty", field="messages")
     images = [part for message in request.messages for part in message.content if isinstance(part, Image)]
-    if images and model.processor is None and model.vision is None:
+    if images and not model.sees:
         raise InvalidRequest(f"{request.model} does not take images", param=images[0].where)
     tools = request.tools if request.choice.mode != "none" else ()
     kwargs = _template_kwargs(tokenizer, request)

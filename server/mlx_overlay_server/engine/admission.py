@@ -6,6 +6,8 @@ Everything is decided by counts of tokens, not by what is free at the moment: th
 2. Sequences begin in the order in which they came. The first that fits begins; what does not fit yet is passed by what
    does, but by no more than `MOST_PASSES` others.
 3. Where nothing runs, the first begins whatever it needs: it would wait for nothing.
+4. Where answers have outgrown the memory, the sequences that began last are paused, and are the first to go on. The
+   first of those that run never is.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import NamedTuple
 from mlx_overlay_server.engine.commands import Encode, Submit
 
 AHEAD = 256
-"""Tokens of its answer that there must be room for when a sequence begins."""
+"""Tokens of its answer to come that there must be room for."""
 
 MOST_PASSES = 32
 """Sequences that may begin although they came after one that waits for memory."""
@@ -32,6 +34,8 @@ class _Sequence:
     """Tokens of its answer so far."""
     passes: int = 0
     """Sequences that began before it although they came later."""
+    is_paused: bool = False
+    """Whether it had begun before, and was paused."""
 
     @property
     def key(self) -> str:
@@ -39,10 +43,10 @@ class _Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens that there must be room for."""
+        """Tokens that there must be room for: those to come for a while, too, since KV caches grow in large steps."""
         if isinstance(self.submit, Encode):  # its texts are read without a KV cache, or one after the other
             return max(len(text.tokens) for text in self.submit.texts)
-        return len(self.submit.prompt) + max(self.drawn, min(self.submit.max_tokens, AHEAD))
+        return len(self.submit.prompt) + min(self.submit.max_tokens, self.drawn + AHEAD)
 
 
 class _Batch(NamedTuple):
@@ -58,11 +62,11 @@ class Admission:
     """The sequences that run or wait for memory, of all models."""
 
     def __init__(self, limit: int, rows: int) -> None:
-        """`limit`: bytes that weights, kept KV caches and those of running sequences may take together.
+        """`limit`: bytes that weights, kept KV caches and those of running sequences may take together now.
 
         `rows`: sequences that one batch has at most; others wait in their model's queue, and take nothing.
         """
-        self._limit = limit
+        self.limit = limit
         self._rows = rows
         self._waiting: dict[int, _Sequence] = {}
         self._running: dict[int, _Sequence] = {}
@@ -81,9 +85,14 @@ class Admission:
         """Let a sequence wait; `next` hands it out. `kv_bytes`: bytes that each of its tokens takes; 0: unknown."""
         self._waiting[submit.id] = _Sequence(submit, kv_bytes)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether any sequence runs."""
+        return bool(self._running)
+
     def next(self, taken: int) -> Submit | Encode | None:
         """Return the sequence that begins now, beside `taken` bytes of weights and kept caches; None while none may."""
-        free = self._limit - taken
+        free = self.limit - taken
         batches = self._batches()
         for id_, sequence in self._waiting.items():
             if not self._running or self._bytes(batches, sequence) <= free:
@@ -97,11 +106,26 @@ class Admission:
     def missing(self, taken: int) -> int:
         """Return how many bytes must become free before the first sequence that waits may begin; 0: none."""
         first = next(iter(self._waiting.values()), None)
-        return 0 if first is None else max(0, self._bytes(self._batches(), first) + taken - self._limit)
+        return 0 if first is None else max(0, self._bytes(self._batches(), first) + taken - self.limit)
 
     def excess(self, taken: int) -> int:
         """Return how many bytes running sequences have grown beyond the limit since they began."""
-        return max(0, self._bytes(self._batches()) + taken - self._limit)
+        return max(0, self._bytes(self._batches()) + taken - self.limit)
+
+    def pauses(self) -> list[int]:
+        """Return the sequences that may be paused, in the order in which that should be tried."""
+        return list(self._running)[:0:-1]
+
+    def pause(self, id_: int) -> None:
+        """Let a sequence that runs wait for memory again, before all others."""
+        sequence = self._running.pop(id_)
+        sequence.is_paused = True
+        self._waiting = {id_: sequence, **self._waiting}
+
+    def refuse(self) -> Submit | Encode | None:
+        """Forget the first sequence that waits, and return it; None where none does, or it was paused."""
+        id_ = next(iter(self._waiting), None)
+        return None if id_ is None or self._waiting[id_].is_paused else self._waiting.pop(id_).submit
 
     def grow(self, id_: int) -> None:
         """Note that a sequence has got a token."""
@@ -110,13 +134,15 @@ class Admission:
 
     def drop(self, id_: int) -> bool:
         """Forget a sequence that has ended, or that nobody waits for. Returns whether it had begun."""
-        self._waiting.pop(id_, None)
-        return self._running.pop(id_, None) is not None
+        waiting = self._waiting.pop(id_, None)
+        return self._running.pop(id_, None) is not None or (waiting is not None and waiting.is_paused)
 
     def clear(self) -> list[int]:
-        """Forget the sequences that have begun, and return their ids. Those that wait go on waiting."""
-        ids = list(self._running)
-        self._running.clear()
+        """Forget the sequences that have begun, paused ones too, and return their ids. The others go on waiting."""
+        paused = [id_ for id_, sequence in self._waiting.items() if sequence.is_paused]
+        ids = [*self._running, *paused]
+        for id_ in ids:
+            self.drop(id_)
         return ids
 
     def _batches(self) -> dict[str, _Batch]:

@@ -35,6 +35,8 @@ class Load:
     adapter_path: str | None = None
     draft_path: str | None = None
     task: Task = "text"
+    nbytes: int = 0
+    """Bytes of its weights; 0: unknown."""
 
 
 @dataclass(frozen=True, slots=True)

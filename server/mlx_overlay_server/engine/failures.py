@@ -66,6 +66,14 @@ def gpu_failure(error: BaseException) -> Unavailable | None:
     return Unavailable("the GPU failed: try again; the server's log says why", code="gpu_failed")
 
 
+def no_memory() -> Unavailable:
+    """Return the error for a sequence for which other programs leave no memory."""
+    return Unavailable(
+        "other programs leave the machine too little memory for this request: try again later, or end some of them",
+        code="insufficient_memory",
+    )
+
+
 def failure(error: Exception) -> ServerError:
     """Return the error for the client of a sequence that an error has ended."""
     if isinstance(error, ServerError):

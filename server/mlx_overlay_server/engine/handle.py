@@ -131,20 +131,37 @@ class Engine:
             await asyncio.to_thread(self._thread.join, STOP_SECONDS)
 
     @overload
-    async def load(self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None) -> Loaded: ...
+    async def load(
+        self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, nbytes: int = 0
+    ) -> Loaded: ...
     @overload
     async def load(
-        self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, task: Task = "text"
+        self,
+        path: str,
+        *,
+        adapter_path: str | None = None,
+        draft_path: str | None = None,
+        task: Task = "text",
+        nbytes: int = 0,
     ) -> AnyLoaded: ...
     async def load(
-        self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, task: Task = "text"
+        self,
+        path: str,
+        *,
+        adapter_path: str | None = None,
+        draft_path: str | None = None,
+        task: Task = "text",
+        nbytes: int = 0,
     ) -> AnyLoaded:
-        """Make the model in a folder resident. Raises ServerError. Cancelled, it is given up after the next slice."""
+        """Make the model in a folder resident. Raises ServerError. Cancelled, it is given up after the next slice.
+
+        `nbytes`: bytes of the weights, for which running sequences leave room.
+        """
         self._check()
         key = f"{next(self._keys)}:{path}"
         future: Future[AnyLoaded] = Future()
         self._loads[key] = future
-        self._send(Load(key, path, adapter_path, draft_path, task))
+        self._send(Load(key, path, adapter_path, draft_path, task, nbytes))
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:

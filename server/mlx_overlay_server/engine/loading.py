@@ -26,7 +26,8 @@ from mlx_overlay_server.engine.commands import Load, ReadTokenizer
 from mlx_overlay_server.engine.disk.identity import identity
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.runner import Runner
-from mlx_overlay_server.memory import Shares
+from mlx_overlay_server.errors import Unavailable
+from mlx_overlay_server.memory import LEAST_TOKENS, Cost, Shares, advice
 from mlx_overlay_server.settings import EngineOptions
 
 logger = logging.getLogger("mlx_overlay_server")
@@ -85,6 +86,9 @@ def load(
             model.eval()
         if command.draft_path is not None:
             draft, _ = load_model(Path(command.draft_path), lazy=True, trust_remote_code=options.trust_remote_code)
+        nbytes, kv_bytes = _sizes((model, draft), options)
+        if shares is not None and not shares.has_room(nbytes, kv_bytes, context_length(config)):
+            raise _no_room(nbytes, kv_bytes, shares)
         end_tokens = folder.end_tokens(config.get("eos_token_id"), path)
         reading = apart(partial(_read_tokenizer, read_tokenizer, command, config_extra, end_tokens))
         for part in slices([model, *([draft] if draft is not None else [])]):
@@ -93,12 +97,8 @@ def load(
         yield from turns(reading, options.load_seconds)
         read = result(reading, options)
     vocab_size = _vocab_size(config, read.tokenizer)
-    nbytes = sum(part.nbytes for each in (model, draft) if each is not None for part in parameters(each))
-    kv_bytes = sum(
-        mlx.kv_bytes(each, bits=options.kv_bits, group_size=options.kv_group_size)
-        for each in (model, draft)
-        if each is not None
-    )
+    nbytes, kv_bytes = _sizes((model, draft), options)
+    cost, limit = (mlx.cost(config), shares.computing) if shares is not None else (Cost(), 0)
     is_seeing = isinstance(model, vision.SeeingModel)
     loaded = Loaded(
         key=command.key,
@@ -129,7 +129,7 @@ def load(
             group_size=options.kv_group_size,
             start=options.quantized_kv_start,
         )
-    yield Runner(loaded, model, draft, options, prefixes, group=group)
+    yield Runner(loaded, model, draft, options, prefixes, fits=lambda context: cost.tokens(context, limit), group=group)
 
 
 def check(command: Load, options: EngineOptions) -> list[str]:
@@ -194,6 +194,29 @@ def _no_progress(options: EngineOptions) -> TimeoutError:
 
 def parameters(model: Any) -> list[mx.array]:
     return [value for _, value in tree_flatten(model.parameters())]
+
+
+def _sizes(models: Iterable[Any], options: EngineOptions) -> tuple[int, int]:
+    """Return the bytes of models' weights, and those that each token takes in their KV caches. Computes nothing.
+
+    While a batch grows, MLX copies the KV cache of one layer after the other: room for one copy is part of the latter.
+    """
+    nbytes = kv_bytes = 0
+    for each in models:
+        if each is not None:
+            nbytes += sum(part.nbytes for part in parameters(each))
+            kept = mlx.kv_bytes(each, bits=options.kv_bits, group_size=options.kv_group_size)
+            kv_bytes += kept + kept // max(1, len(make_prompt_cache(each)))
+    return nbytes, kv_bytes
+
+
+def _no_room(nbytes: int, kv_bytes: int, shares: Shares) -> Unavailable:
+    needed = (nbytes + kv_bytes * LEAST_TOKENS) / 1e9
+    return Unavailable(
+        f"the model needs {needed:.2f} GB, for its weights and one sequence of {LEAST_TOKENS} tokens; there are "
+        f"{shares.held / 1e9:.2f} GB; {advice()}",
+        code="model_too_large",
+    )
 
 
 def slices(models: Iterable[Any]) -> Iterator[list[mx.array]]:

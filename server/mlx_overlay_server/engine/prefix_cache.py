@@ -49,7 +49,7 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int, disk: Tier | None = None) -> None:
         """`disk` keeps them as well, and for longer; None: nothing is kept on disk."""
-        self._max_bytes = max_bytes
+        self._most_bytes = self._max_bytes = max_bytes
         self._entries: list[_Entry] = []
         self._clock = itertools.count()
         self._kept = 0
@@ -127,6 +127,10 @@ class PrefixCache:
         nbytes = _nbytes(cache)
         self.trim(max(0, self._max_bytes - nbytes))
         self._add(_Entry(key, tokens, cache, nbytes, system, next(self._clock)))
+
+    def bound(self, max_bytes: int) -> None:
+        """Keep at most so many bytes from now on, where that is less than the budget."""
+        self._max_bytes = max(0, min(self._most_bytes, max_bytes))
 
     def trim(self, max_bytes: int) -> None:
         """Drop entries until they take at most so many bytes."""

@@ -28,6 +28,8 @@ from mlx_overlay_server.engine.sampling import Sampler, Sampling, effective, sam
 from mlx_overlay_server.errors import Failed
 from mlx_overlay_server.settings import EngineOptions
 
+_LEAST_PASS = 16
+"""Tokens of a pass however little memory it may compute with."""
 _MOST_STOPS = 4
 """Stops of one prompt: each ends a pass early."""
 
@@ -39,6 +41,7 @@ class _Sequence:
     generation: Generation
     sampler: Sampler
     tokens: Tokens
+    """What is read before anything is drawn: the prompt, and after a pause the answer so far."""
     prompt: Prompt
     uid: int | None = None
     """BatchGenerator's number for it; None while it is not in the batch."""
@@ -46,6 +49,10 @@ class _Sequence:
     """Tokens in its KV cache when it was last put into the batch."""
     cache: Cache | None = None
     """Of what is read, when it was taken out of the batch."""
+    drawn: int = 0
+    """Tokens of its answer that are in `tokens`: those it had when it was paused last."""
+    is_told: bool = False
+    """Whether its client knows that the prompt is read."""
 
 
 class Runner:
@@ -59,11 +66,13 @@ class Runner:
         options: EngineOptions,
         prefixes: PrefixCache,
         *,
+        fits: Callable[[int], int] = lambda _: 1 << 30,
         group: Any = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`draft`: the model for speculative decoding, or None; `prefixes` is shared with the other models.
 
+        `fits`: (tokens that come before) -> tokens that a pass may read, for the memory that it computes with.
         `group`: MLX's group of the ranks that run the same, or None; `clock` gives seconds.
         """
         self.loaded = loaded
@@ -75,6 +84,7 @@ class Runner:
         self._stream = mx.default_stream(mx.default_device())
         self._can_batch = draft is None and options.kv_bits is None and mlx.can_batch(model)
         self._can_trim = mlx.can_cut(model)
+        self._fits = fits
         self._group = group
         self._clock = clock
         self._pace = Pace(options.prefill_step, options.max_stall_ms / 1000)
@@ -89,6 +99,8 @@ class Runner:
         """BatchGenerator's uid -> id, of those in the batch."""
         self._unread: dict[int, Prompt] = {}
         """By id, the prompts that are not read to the end, or that are and whose sequence is not in the batch yet."""
+        self._paused: dict[int, _Sequence] = {}
+        """By id, the sequences that wait until there is memory to go on."""
         self._is_alone_next = False
         self._read = 0
         """Tokens of prompts that were read so far."""
@@ -113,12 +125,20 @@ class Runner:
         return len(self._sequences) + len(self._alone) - self.waiting
 
     @property
+    def generating(self) -> int:
+        """Sequences that get a token in each step."""
+        return len(self._sequences) - len(self._unread) + len(self._alone)
+
+    @property
     def waiting(self) -> int:
         """Sequences that the batch has no room for yet."""
         return max(0, len(self._sequences) - self._options.batch_size)
 
     def add(self, submit: Submit | Encode) -> None:
-        """Take on a sequence. Raises what mlx-lm raises on parameters it does not like."""
+        """Take on a sequence, or a paused one again. Raises what mlx-lm raises on parameters it does not like."""
+        if (paused := self._paused.pop(submit.id, None)) is not None:
+            self._enter(paused)
+            return
         if isinstance(submit, Encode):
             raise ValueError("the model neither embeds nor ranks")
         sampling = effective(submit.params, self.loaded.defaults, self.loaded.vocab_size)
@@ -137,13 +157,36 @@ class Runner:
         generation = Generation(submit, sampling, matcher_of(submit, self.loaded), cached=0, ends=self.loaded.ends)
         tokens = np.asarray(submit.prompt, dtype=np.int64)
         prompt = Prompt(submit.id, len(tokens), rank=0)
+        self._enter(_Sequence(generation, sampler(sampling, None), tokens, prompt))
+
+    def _enter(self, sequence: _Sequence) -> None:
+        """Let a sequence wait until its tokens are read."""
+        submit, prompt, tokens = sequence.generation.submit, sequence.prompt, sequence.tokens
         self._share(prompt, tokens)
         prompt.done = self._known(tokens)
         prompt.rank = rank(self._read, prompt.size - prompt.done)
         if not self._can_trim and prompt.done < submit.system < prompt.size:  # what is kept later cannot be cut there
             prompt.stops.append(submit.system)
-        self._sequences[submit.id] = _Sequence(generation, sampler(sampling, None), tokens, prompt)
+        self._sequences[submit.id] = sequence
         self._unread[submit.id] = prompt
+
+    def pause(self, id_: int) -> bool:
+        """Free the memory of a sequence, whose tokens are read again after `add`; False where its kind cannot wait."""
+        sequence = self._sequences.get(id_)
+        if sequence is None or sequence.generation.submit.budget is not None:  # it counts what is drawn and dropped
+            return False
+        tokens: list[int] = []
+        if sequence.uid is not None:
+            tokens = self._take_out(sequence, sequence.uid)
+        if len(tokens) > len(sequence.tokens):
+            sequence.drawn += len(tokens) - len(sequence.tokens)
+            sequence.tokens = np.asarray(tokens, dtype=np.int64)
+        sequence.generation.guarded.draw_again()
+        sequence.cache = None
+        sequence.prompt = Prompt(id_, len(sequence.tokens), rank=0)
+        self._paused[id_] = self._sequences.pop(id_)
+        self._unread.pop(id_, None)
+        return True
 
     def _share(self, prompt: Prompt, tokens: Tokens) -> None:
         """Note what a new prompt has in common with others, and keep the KV cache of what is read of it already."""
@@ -205,10 +248,12 @@ class Runner:
 
     def cancel(self, id_: int) -> None:
         """Drop a sequence, keeping the KV cache it has got so far; nothing for one that has ended."""
+        if self._paused.pop(id_, None) is not None:
+            return
         if self._alone.cancel(id_) or (sequence := self._sequences.pop(id_, None)) is None:
             return
         self._unread.pop(id_, None)
-        tokens = list(sequence.generation.submit.prompt[: sequence.prompt.done])
+        tokens: list[int] = sequence.tokens[: sequence.prompt.done].tolist()
         if sequence.uid is not None:
             tokens = self._take_out(sequence, sequence.uid)
         if sequence.cache is not None and len(tokens) > sequence.generation.cached:
@@ -231,7 +276,7 @@ class Runner:
         self._current.forget()
         seconds = slowest(self._clock() - started, self._group)
         self._pace.note(chosen.size, chosen.context, seconds, is_decoding=is_decoding)
-        made = [self._note_read(part) for part in read]
+        made = [item for part in read for item in self._note_read(part)]
         told = likeliest([self._row(row) for row in drawn])
         return made + [self._note_drawn(row, likely) for row, likely in zip(drawn, told, strict=True)]
 
@@ -244,7 +289,7 @@ class Runner:
         chosen = plan(
             self._unread.values(),
             slots=self._options.batch_size - decoding,
-            room=partial(self._pace.room, is_decoding=decoding > 0),
+            room=partial(self._room, is_decoding=decoding > 0),
         )
         for id_ in self._unread.keys() - set(chosen.ids):
             if (uid := self._sequences[id_].uid) is not None:
@@ -257,19 +302,26 @@ class Runner:
         mlx.set_prefill_step(self._batch, chosen.tokens)
         return chosen
 
+    def _room(self, context: int, *, is_decoding: bool) -> int:
+        """Return how many tokens a pass may read after so many others."""
+        return min(self._pace.room(context, is_decoding=is_decoding), max(_LEAST_PASS, self._fits(context)))
+
     def _put_in(self, sequence: _Sequence) -> None:
         """Put a sequence into the batch: a new one, or one that was taken out."""
         generation, submit = sequence.generation, sequence.generation.submit
         sequence.prompt.has_begun = True
         cache, done = sequence.cache, sequence.prompt.done
+        tokens: list[int] = sequence.tokens.tolist()
         if cache is None:
-            cache, done = self._prefixes.fetch(self.loaded.key, submit.prompt)
-            generation.cached = sequence.prompt.done = done
+            cache, done = self._prefixes.fetch(self.loaded.key, tokens)
+            sequence.prompt.done = done
+            if not sequence.is_told:
+                generation.cached = done
         (uid,) = self._batch.insert_segments(
-            segments=[sequence.prompt.segments(submit.prompt)],
-            max_tokens=[submit.max_tokens],
+            segments=[sequence.prompt.segments(tokens)],
+            max_tokens=[submit.max_tokens - sequence.drawn],
             caches=[cache],
-            all_tokens=[list(submit.prompt[:done])],
+            all_tokens=[tokens[:done]],
             samplers=[sequence.sampler],
             logits_processors=[generation.processors],
             stop_sequences=[self._eos],
@@ -285,7 +337,7 @@ class Runner:
         sequence.uid, sequence.cache = None, cache
         return list(tokens)
 
-    def _note_read(self, part: Any) -> tuple[int, Item]:
+    def _note_read(self, part: Any) -> list[tuple[int, Item]]:
         """Note a piece of a prompt that the batch has read: BatchGenerator's response for it."""
         sequence = self._sequences[self._ids[part.uid]]
         prompt, generation = sequence.prompt, sequence.generation
@@ -299,7 +351,10 @@ class Runner:
         if done >= prompt.size - 1:
             self._unread.pop(prompt.id, None)
         self._hand_on(sequence, before)
-        return prompt.id, Prefilled(done, prompt.size, generation.cached)
+        if sequence.is_told:
+            return []
+        sequence.is_told = done == prompt.size
+        return [(prompt.id, Prefilled(done, prompt.size, generation.cached))]
 
     def _hand_on(self, sequence: _Sequence, before: int) -> None:
         """Keep what a prompt has read since it had `before` tokens and others wait for, and tell them."""

@@ -166,6 +166,10 @@ class Guarded:
     def __bool__(self) -> bool:
         return bool(self._changes or self._masks)
 
+    def draw_again(self) -> None:
+        """Let the next call stand for the last one once more: what was drawn after that was dropped."""
+        self._is_first = True
+
     @property
     def problem(self) -> str | None:
         """Why the sequence cannot continue; None while it can."""

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from mlx_overlay_server.encoding.loaded import AnyLoaded
@@ -30,11 +31,11 @@ from mlx_overlay_server.engine.commands import (
     Unload,
     is_last,
 )
-from mlx_overlay_server.engine.failures import failure, first_line, is_late, load_failure
+from mlx_overlay_server.engine.failures import failure, first_line, is_late, load_failure, no_memory
 from mlx_overlay_server.engine.outbox import Outbox
-from mlx_overlay_server.errors import ServerError, Unavailable
+from mlx_overlay_server.errors import PromptTooLong, ServerError, Unavailable
 from mlx_overlay_server.imports import UNUSED, left_out
-from mlx_overlay_server.memory import Shares, shares
+from mlx_overlay_server.memory import SPARE, Shares, shares
 from mlx_overlay_server.settings import EngineOptions
 
 if TYPE_CHECKING:
@@ -96,6 +97,10 @@ class Worker:
         """Commands that were taken and not carried out yet."""
         self._runners: dict[str, AnyRunner] = {}
         self._loading: dict[str, Iterator[AnyRunner | int | None]] = {}
+        self._coming: dict[str, int] = {}
+        """Key of each load that waits for memory or goes on -> the bytes of its weights."""
+        self._begun: set[str] = set()
+        """Keys of the loads that do not wait for memory any more."""
         self._owner: dict[int, str] = {}
         """Each sequence's id -> the key of its model."""
         self._steps = self._failures = 0
@@ -104,6 +109,8 @@ class Worker:
         self._worked_at: float | None = None
         """When there was work last; None when MLX's pool is empty since."""
         self._memory: Shares
+        self._held: int
+        """Bytes that weights and KV caches may take together."""
         self._admission: Admission
         self._ranks: Ranks
         self._prefixes: PrefixCache
@@ -147,8 +154,8 @@ class Worker:
         kept = self._ranks.least(shares(machine, prefixes=self._options.cache_bytes).prefixes)
         self._memory = shares(machine, prefixes=kept)
         # Ranks hold different parts of a model, and would not decide alike.
-        limit = self._memory.held if self._ranks.group is None else 1 << 62
-        self._admission = Admission(limit, self._options.batch_size)
+        self._held = self._memory.held if self._ranks.group is None else 1 << 62
+        self._admission = Admission(self._held, self._options.batch_size)
         self._prefixes = PrefixCache(kept)
         if self._options.kv_disk and self._ranks.group is None:  # the disks of ranks do not hold the same
             self._open_disk(kept)
@@ -187,7 +194,10 @@ class Worker:
             self._apply(command)
         self._admit()
         for key, steps in list(self._loading.items()):
-            self._go_on_loading(key, steps)
+            if self._may_load(key):
+                self._go_on_loading(key, steps)
+        others = self._taken() - self._prefixes.nbytes + self._admission.running_bytes
+        self._prefixes.bound(self._held - others)  # what is kept of a sequence that ends is copied while it is there
         for key, runner in list(self._runners.items()):
             if runner.is_busy:
                 self._step(key, runner)
@@ -195,7 +205,7 @@ class Worker:
         has_news, self._has_disk_news = self._has_disk_news, False
         if commands or self._outbox.is_due or has_news:
             self._publish(self._outbox.items)
-            self._outbox.sent(len(self._owner))
+            self._outbox.sent(sum(runner.generating for runner in self._runners.values()))
         return True
 
     def _seconds(self) -> float:
@@ -221,8 +231,9 @@ class Worker:
     def _apply(self, command: Command) -> None:
         if isinstance(command, Load):
             self._loading[command.key] = self._load(command)
+            self._coming[command.key] = command.nbytes
         elif isinstance(command, Unload):
-            if self._loading.pop(command.key, None) is not None:  # nobody waits for it any more
+            if self._forget_load(command.key):  # nobody waits for it any more
                 self._clear_memory()
             if (runner := self._runners.pop(command.key, None)) is not None:
                 ids = self._forget(command.key)
@@ -235,9 +246,7 @@ class Worker:
             if runner is None:
                 self._outbox.add([(command.id, Unavailable("the model was unloaded; try again"))])
                 return
-            self._owner[command.id] = command.key
-            if isinstance(command, Encode) or self._restoring is None or not self._restoring.add(command):
-                self._admission.add(command, runner.loaded.kv_bytes)
+            self._submit(command, runner.loaded.kv_bytes)
         elif isinstance(command, Cancel) and (key := self._owner.pop(command.id, None)) is not None:
             self._outbox.forget([command.id])
             if self._restoring is not None:
@@ -249,12 +258,17 @@ class Worker:
         """Let sequences begin for which there is memory. Kept KV caches go before anybody waits or runs out of it."""
         for restored in self._restoring.step() if self._restoring else ():
             self._admission.add(restored, self._runners[restored.key].loaded.kv_bytes)
-        if self._steps % GROWTH_STEPS == 0 and (excess := self._admission.excess(self._taken())):
-            self._prefixes.trim(max(0, self._prefixes.nbytes - excess))
+        is_due = self._steps % GROWTH_STEPS == 0 and self._admission.has_begun
+        if is_due or self._admission.waiting:
+            self._admission.limit = self._reach()
+        if is_due:
+            self._pause()
         while self._admission.waiting:
             missing = self._admission.missing(self._taken())
             if 0 < missing <= self._prefixes.nbytes:
                 self._prefixes.trim(self._prefixes.nbytes - missing)
+            if self._refuse_first():
+                continue
             submit = self._admission.next(self._taken())
             if submit is None:
                 return
@@ -277,9 +291,77 @@ class Worker:
             mlx.settle()
             disk.release()
 
+    def _submit(self, command: Submit | Encode, kv_bytes: int) -> None:
+        """Let a sequence wait for memory; refuse one whose prompt never fits beside the weights that are there."""
+        if isinstance(command, Encode):
+            self._owner[command.id] = command.key
+            self._admission.add(command, kv_bytes)
+            return
+        room = (self._held - self._weights) // kv_bytes if kv_bytes else 1 << 62
+        size = len(command.prompt)
+        if size >= room:
+            most = max(0, room - 1)
+            message = f"prompt is too long: {size} tokens > {most} maximum, which memory has room for beside the models"
+            self._outbox.add([(command.id, PromptTooLong(message))])
+            return
+        self._owner[command.id] = command.key
+        submit = replace(command, max_tokens=min(command.max_tokens, room - size))
+        if self._restoring is None or not self._restoring.add(submit):
+            self._admission.add(submit, kv_bytes)
+
+    def _refuse_first(self) -> bool:
+        """Refuse the first sequence that waits where other programs leave no memory for it, and none of ours will."""
+        is_short = self._admission.limit < self._held and self._admission.missing(self._taken()) > 0
+        if not is_short or self._admission.has_begun or (refused := self._admission.refuse()) is None:
+            return False
+        self._owner.pop(refused.id)
+        self._outbox.add([(refused.id, no_memory())])
+        return True
+
+    def _pause(self) -> None:
+        """Where answers have outgrown the memory, take it from kept KV caches, then from sequences that began last."""
+        taken = self._taken() - sum(nbytes for key, nbytes in self._coming.items() if key not in self._begun)
+        if excess := self._admission.excess(taken):
+            before = self._prefixes.nbytes
+            self._prefixes.trim(max(0, before - excess))
+            taken -= before - self._prefixes.nbytes
+        for id_ in self._admission.pauses():
+            if not self._admission.excess(taken):
+                return
+            if self._runners[self._owner[id_]].pause(id_):
+                self._admission.pause(id_)
+
+    def _reach(self) -> int:
+        """Return how many bytes weights and KV caches may take now, with what other programs leave."""
+        from mlx_overlay_server.engine import mlx
+
+        reach = mlx.reach() if self._ranks.group is None else None
+        return self._held if reach is None else min(self._held, reach - int(self._memory.usable * SPARE))
+
+    @property
+    def _weights(self) -> int:
+        """Bytes of the weights of the models that are there."""
+        return sum(runner.loaded.nbytes for runner in self._runners.values())
+
     def _taken(self) -> int:
-        """Return the bytes of weights and kept KV caches."""
-        return sum(runner.loaded.nbytes for runner in self._runners.values()) + self._prefixes.nbytes
+        """Return the bytes of weights, those that are coming included, and of kept KV caches."""
+        return self._weights + sum(self._coming.values()) + self._prefixes.nbytes
+
+    def _may_load(self, key: str) -> bool:
+        """Return whether a load may go on. It waits until sequences leave it memory; meanwhile none begins in that."""
+        if key not in self._begun:
+            if excess := self._admission.excess(self._taken()):
+                self._prefixes.trim(max(0, self._prefixes.nbytes - excess))
+            if self._admission.has_begun and self._admission.excess(self._taken()):
+                return False
+            self._begun.add(key)
+        return True
+
+    def _forget_load(self, key: str) -> bool:
+        """Forget a load that has ended. Returns whether there was one."""
+        self._coming.pop(key, None)
+        self._begun.discard(key)
+        return self._loading.pop(key, None) is not None
 
     def _load(self, command: Load) -> Iterator[AnyRunner | int | None]:
         if command.task != "text":
@@ -305,13 +387,13 @@ class Worker:
         if isinstance(made, int):
             self._engine.has_read(key, made)
         elif made is not None:
-            self._loading.pop(key, None)
+            self._forget_load(key)
             self._runners[key] = made
             self._engine.settle(key, made.loaded)
 
     def _end_load(self, key: str, error: BaseException) -> None:
         """Give up a load because of an error."""
-        self._loading.pop(key, None)
+        self._forget_load(key)
         path = key.partition(":")[2]
         logger.warning("cannot load %s: %s", path, str(error).strip() or type(error).__name__)
         self._engine.settle(key, load_failure(error, path))

@@ -1,10 +1,11 @@
-"""A model in memory, and one on its way there, as the pool keeps them."""
+"""A model in memory, and one on its way there, as the pool keeps them and as lists show them."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.errors import ServerError
@@ -65,3 +66,20 @@ class Load:
         """End the wait for room with an error."""
         if self._room is not None:
             self._room.set_exception(error)
+
+
+class Occupant(NamedTuple):
+    """A model that is in memory, or on its way there, as lists show it."""
+
+    id: str
+    is_resident: bool
+    nbytes: int
+    """Bytes of its weights; 0 while they are not known."""
+    users: int
+    """Requests that use it or wait for it."""
+    idle_seconds: float | None
+    """Seconds since it was last used; None while it is in use, or not in memory yet."""
+    is_waiting: bool = False
+    """Whether its load waits for room."""
+    read: int = 0
+    """Bytes of its weights that its load has read."""

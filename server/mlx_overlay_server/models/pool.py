@@ -18,11 +18,12 @@ from typing import NamedTuple, Protocol
 from hf_overlay import Task
 
 from mlx_overlay_server import memory
+from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.errors import Conflict, ServerError, Unavailable
 from mlx_overlay_server.models import room
 from mlx_overlay_server.models.library import Located
-from mlx_overlay_server.models.load import Load, Resident
+from mlx_overlay_server.models.load import Load, Occupant, Resident
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -37,7 +38,13 @@ class Loader(Protocol):
     """The part of the engine that the pool uses."""
 
     async def load(
-        self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, task: Task = "text"
+        self,
+        path: str,
+        *,
+        adapter_path: str | None = None,
+        draft_path: str | None = None,
+        task: Task = "text",
+        nbytes: int = 0,
     ) -> AnyLoaded: ...
     def unload(self, model: AnyLoaded) -> None: ...
     def bytes_read(self, path: str) -> int: ...
@@ -49,23 +56,6 @@ class Extras(NamedTuple):
     adapter_path: str | None = None
     draft: str | None = None
     """The id of a smaller model of the same vocabulary."""
-
-
-class Occupant(NamedTuple):
-    """A model that is in memory, or on its way there, as lists show it."""
-
-    id: str
-    is_resident: bool
-    nbytes: int
-    """Bytes of its weights; 0 while they are not known."""
-    users: int
-    """Requests that use it or wait for it."""
-    idle_seconds: float | None
-    """Seconds since it was last used; None while it is in use, or not in memory yet."""
-    is_waiting: bool = False
-    """Whether its load waits for room."""
-    read: int = 0
-    """Bytes of its weights that its load has read."""
 
 
 class Pool:
@@ -172,6 +162,11 @@ class Pool:
         """Return how many tokens a model in memory may have at once; None: it is not in memory, or nobody knows."""
         resident = self._resident.get(model_id)
         return resident.model.context if resident is not None else None
+
+    def sees(self, model_id: str) -> bool | None:
+        """Return whether a model in memory takes images; None: it is not in memory."""
+        resident = self._resident.get(model_id)
+        return None if resident is None else isinstance(resident.model, Loaded) and resident.model.sees
 
     @asynccontextmanager
     async def use(self, model_id: str) -> AsyncIterator[AnyLoaded]:
@@ -322,6 +317,7 @@ class Pool:
             adapter_path=extras.adapter_path,
             draft_path=draft.path if draft is not None else None,
             task=located.task,
+            nbytes=load.nbytes,
         )
         load.has_room = False  # from here on the resident model counts
         resident = Resident(load.id, model, load.number, time.monotonic())

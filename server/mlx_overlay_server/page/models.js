@@ -99,7 +99,7 @@ function modelRow(model, live, state, actions) {
     model.kind === "text" ? null : model.kind,
     model.images ? "images" : null,
     model.default ? "default" : null,
-    ...model.aliases.map((alias) => `alias ${alias}`),
+    ...model.aliases.map((alias) => `also ${alias}`),
   ].filter(Boolean);
   return html`<tr>
     <th scope="row">

@@ -334,7 +334,10 @@ def test_scanning_the_cache_again_sees_every_change_of_a_repo(hub: Path, settled
     assert scanner.scan_cache().models == ()
 
 
-@pytest.mark.parametrize("lack", ["weights", "type", "main", "snapshot", "drive"])
+@pytest.mark.parametrize(
+    "lack",
+    [*(pytest.param(each, marks=pytest.mark.mlx_lm) for each in ("weights", "type")), "main", "snapshot", "drive"],
+)
 def test_a_cached_repo_that_is_no_model_is_not_read_again_until_it_changes(
     hub: Path, lack: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

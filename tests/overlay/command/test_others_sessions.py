@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import hf_overlay
 import pytest
@@ -19,6 +18,7 @@ from hf_overlay.config import OWNER_FILE
 from hf_overlay.errors import OverlayError
 from hf_overlay.tree import lease
 
+from tests.support.folders import temporary_folder
 from tests.support.processes import OVERLAY, environment, finish
 from tests.support.sessions import new_name
 
@@ -55,8 +55,8 @@ def folder(home: Path) -> Path:
 @pytest.fixture
 def reachable() -> Iterator[Path]:
     """A folder that other users can get to, unlike pytest's."""
-    with TemporaryDirectory(dir="/tmp") as path:
-        yield Path(path)
+    with temporary_folder(Path("/tmp")) as path:
+        yield path
 
 
 @pytest.mark.parametrize("bits", OTHERS_BITS)

@@ -16,7 +16,7 @@ import pytest
 from hf_overlay.tree import lease
 
 from tests.overlay.faults.seen import CACHED, WEIGHTS, assert_as_new, left, loaded, opened, refused, scanned, shown
-from tests.support.folders import lay_model
+from tests.support.folders import lay_model, unseal
 from tests.support.hfcache import add_repo, listing
 
 MAKING = ("symlink", "mkdir", "open", "write", "pwrite", "replace")
@@ -69,6 +69,7 @@ def test_a_disk_that_fills_up_at_any_moment_of_a_start_leaves_nothing_behind(
     number, calls = 0, [""]
     while number <= len(calls):
         number += 1
+        unseal(sessions / "shared")
         shutil.rmtree(sessions / "shared", ignore_errors=True)  # each is a first start
         with full_disk(sessions, number, once=once) as calls:
             found: list[Any] = []

@@ -17,7 +17,7 @@ import hf_overlay
 import pytest
 
 from tests.support import fuse_disk
-from tests.support.folders import lay_model, weights
+from tests.support.folders import lay_model, unseal, weights
 from tests.support.hfcache import add_repo, repo_folder
 from tests.support.processes import OVERLAY, Finished, environment, eventually, finish, read_line, start
 
@@ -340,6 +340,7 @@ def test_a_signal_ends_an_overlay_whose_download_has_no_cache_to_go_to(
         assert ends(process, environ) == 128 + signal.SIGTERM
     disk.answer()
     assert len(downloads_in(sessions)) == 1
+    unseal(sessions)
     shutil.rmtree(sessions)
 
 

@@ -40,14 +40,22 @@ def test_the_proxy_is_the_one_that_the_environment_names(
 
 
 def test_a_proxy_s_name_and_password_are_for_it_alone() -> None:
-    assert upstream._login("http://me:p%40ss@proxy:1") == {"proxy-authorization": "Basic bWU6cEBzcw=="}
-    assert upstream._login("http://proxy:1") is None
+    assert upstream._proxy_login("http://me:p%40ss@proxy:1") == {"proxy-authorization": "Basic bWU6cEBzcw=="}
+    assert upstream._proxy_login("http://proxy:1") is None
 
 
 def test_a_proxy_of_an_unknown_kind_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", "socks5://me:secret@proxy:1")
     with pytest.raises(Unreachable, match=r"the proxy that the environment names is socks5://…$"):
         Upstream("https://huggingface.co", "http://127.0.0.1:1/secret")
+
+
+def test_a_mirror_s_name_and_password_are_said_to_it_and_to_nobody_else() -> None:
+    hub = Upstream("http://me:p%40ss@127.0.0.1:9/hf", "http://127.0.0.1:1/secret")
+    assert upstream._without_login("https://me:p%40ss@mirror/hf") == ("https://mirror/hf", "Basic bWU6cEBzcw==")
+    assert upstream._without_login("https://mirror/a@b") == ("https://mirror/a@b", None)
+    with pytest.raises(Unreachable, match=r"^http://127\.0\.0\.1:9/hf cannot be reached"):
+        hub.send(Request("GET", "/x", [], iter(())), "/x")
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "nonsense", "http://[", "ftp://127.0.0.1"])

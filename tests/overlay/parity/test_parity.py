@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +22,7 @@ from tests.overlay.parity.compared import answers, assert_parity, overlay_commit
 from tests.overlay.parity.disk import Place, lay_expected
 from tests.overlay.parity.drawn import ASIDE, EXTRAS, RAISING, REPORTED, WORLDS, Custom, Fault, World
 from tests.support import hubs
+from tests.support.folders import temporary_folder
 from tests.support.hfcache import add_repo, etag, listing
 from tests.support.reader import Call, Reader, open_readers
 
@@ -41,8 +41,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Any]:
 
     @contextmanager
     def make() -> Iterator[Place]:
-        with tempfile.TemporaryDirectory(dir=top) as folder:
-            yield Place(Path(folder))
+        with temporary_folder(top) as folder:
+            yield Place(folder)
 
     return make
 

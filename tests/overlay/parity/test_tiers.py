@@ -23,7 +23,7 @@ from tests.overlay.parity.disk import Place
 from tests.overlay.parity.drawn import ASIDE, Fault
 from tests.overlay.parity.test_parity import FAULTS
 from tests.support import hubs
-from tests.support.folders import lay_model, weights
+from tests.support.folders import lay_model, temporary_folder, weights
 from tests.support.hfcache import add_repo, listing, repo_folder
 from tests.support.reader import Call, Reader, open_readers
 
@@ -139,8 +139,8 @@ def test_every_read_call_gives_what_one_cache_with_the_union_gives(
     aside: str,
 ) -> None:
     """Also after a refresh, when the first tier has got more; and nothing in a tier has changed."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Place(Path(folder))
+    with temporary_folder() as folder:
+        place = Place(folder)
         tiers = [place.top / "shared", place.top / "second"]
         all_parts = [*own, *first, *second]
         own, first, second = (without_dead_refs(parts, all_parts) for parts in (own, first, second))

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import hf_overlay
 import pytest
-from hf_overlay.tree import shared
+from hf_overlay.tree import files, shared
 from hf_overlay.tree.clear import clear_dead
 
 from tests.overlay.faults.seen import loaded, scanned
-from tests.support.folders import lay_model, settle
+from tests.support.folders import lay_model, settle, unseal
 from tests.support.hfcache import add_repo, listing, repo_folder
 from tests.support.permissions import respected
 from tests.support.processes import PYTHON, finish
@@ -59,10 +59,7 @@ def kept(sessions: Path) -> list[Path]:
 
 def download(session: hf_overlay.Session) -> None:
     """As root can, past the modes: another revision, whose files lie in the repo afterwards."""
-    repo = led_to(session)
-    for path in [repo, *repo.rglob("*")]:
-        if not path.is_symlink():
-            path.chmod(0o700)
+    unseal(led_to(session))
     add_repo(session.hub_cache, MODEL, FILES, tree=True)
 
 
@@ -277,7 +274,11 @@ def led_elsewhere(repo: Path) -> None:
     os.utime(repo / "blobs", ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-@pytest.mark.parametrize("damage", [emptied, led_elsewhere, shutil.rmtree])
+def removed(repo: Path) -> None:
+    files.remove(str(repo))
+
+
+@pytest.mark.parametrize("damage", [emptied, led_elsewhere, removed])
 def test_a_damaged_or_lost_repo_is_made_again(
     opened: Callable[[], tuple[ExitStack, hf_overlay.Session]], sessions: Path, damage: Callable[[Path], None]
 ) -> None:
@@ -291,14 +292,14 @@ def test_a_damaged_or_lost_repo_is_made_again(
     _, session = opened()
     assert scanned(session) == [MODEL]
     assert loaded(session, MODEL)
-    assert damage is shutil.rmtree or led_to(session) != before
+    assert damage is removed or led_to(session) != before
 
 
 def test_when_all_of_them_are_removed_under_a_session_a_refresh_makes_them_again(
     opened: Callable[[], tuple[ExitStack, hf_overlay.Session]], sessions: Path
 ) -> None:
     _, session = opened()
-    shutil.rmtree(sessions / shared.FOLDER)
+    files.remove(str(sessions / shared.FOLDER))
     assert not session.is_there
     session.refresh()
     assert loaded(session, MODEL)

@@ -100,16 +100,21 @@ def test_who_looks_whether_the_owner_is_alive_and_what_waits_for_a_program_do_no
 
 
 @ON_LINUX
-def test_a_chain_of_programs_that_start_the_next_and_end_is_never_missed(session: Path) -> None:
+def test_a_chain_of_programs_that_start_the_next_and_end_is_never_missed(session: Path, tmp_path: Path) -> None:
     """Each is over before the list of processes can be read twice."""
+    enough = tmp_path / "enough"
     chain = (
-        "import os, sys, time\nend = time.time() + 3\nwhile time.time() < end:\n"
+        "import os, sys, time\nend = time.time() + 60\n"
+        f"while time.time() < end and not os.path.exists({str(enough)!r}):\n"
         "    if os.fork():\n        os._exit(0)\n    os.setsid()\n"
     )
     environ = {"HF_HUB_CACHE": str(session / "home/hub")}
     with subprocess.Popen([PYTHON, "-c", chain], env=environ):
         pass
-    looks = [is_used(session) for _ in range(20)]
+    try:
+        looks = [is_used(session) for _ in range(20)]
+    finally:
+        enough.touch()
     assert looks == [True] * 20
     eventually(lambda: not is_used(session), "they end")
 

@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
 from tests.overlay.users_bytes.world import World
 from tests.support import hubs
+from tests.support.folders import temporary_folder
 from tests.support.hubs import HubProcess
 
 
@@ -20,8 +20,8 @@ def base(tmp_path: Path) -> Iterator[Path]:
     """A folder of the test's own; in memory where the system offers that, since disks take many times as long."""
     memory = Path("/dev/shm")
     if os.access(memory, os.W_OK):
-        with TemporaryDirectory(prefix="users-bytes-", dir=memory) as path:
-            yield Path(path)
+        with temporary_folder(memory, "users-bytes-") as path:
+            yield path
     else:
         yield tmp_path
 

@@ -35,7 +35,7 @@ from tests.overlay.users_bytes.world import (
     kill_owner,
     load,
 )
-from tests.support.folders import lay_model, settle
+from tests.support.folders import lay_model, settle, unseal
 from tests.support.hfcache import repo_folder
 from tests.support.hubs import Answer, HubProcess
 
@@ -225,6 +225,7 @@ class Lives(RuleBasedStateMachine):
         for session in self.world.sessions.glob("session-*"):
             files = {path.read_bytes() for path in session.rglob("*") if path.is_file() and not path.is_symlink()}
             assert files & set(self.payloads), f"a session was left behind for nothing: {session}"
+        unseal(self.base)
         shutil.rmtree(self.base)
 
 

@@ -15,9 +15,9 @@ from tests.overlay.users_bytes.world import (
     World,
     commits,
     model_files,
-    unseal,
 )
 from tests.support import hubs
+from tests.support.folders import unseal
 from tests.support.hfcache import repo_folder
 from tests.support.hubs import HubProcess
 from tests.support.loopback_hub import LoopbackHub
@@ -75,7 +75,7 @@ def test_a_newer_revision_that_a_client_downloads_does_not_lead_deletions_to_the
             }
         )
         if is_root:
-            unseal(hub / repo_folder(model_id))
+            unseal((hub / repo_folder(model_id)).resolve())
         download = (
             "import huggingface_hub; from tests.support.permissions import respected\n"
             f"with respected(): huggingface_hub.snapshot_download({model_id!r})"

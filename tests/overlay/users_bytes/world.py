@@ -19,7 +19,7 @@ from pathlib import Path
 import hf_overlay
 from hf_overlay.tree.clear import clear_dead
 
-from tests.support.folders import lay_model, settle, weights
+from tests.support.folders import lay_model, settle, unseal, weights
 from tests.support.hfcache import Entry, add_repo, etag, listing, repo_folder
 from tests.support.hubs import Answer, HubProcess
 
@@ -361,18 +361,12 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
-def unseal(repo: Path) -> None:
-    """A repo as it is to root, whom no mode stops."""
-    for path in [repo, *repo.rglob("*")] if repo.exists() else []:
-        if not path.is_symlink() or path == repo:
-            path.chmod(0o700)
-
-
 def download(world: World, hub: Path, model_id: str, payload: bytes) -> None:
     """What a download leaves: of a model that was nowhere, or of another revision than the one there is."""
     repo = hub / repo_folder(model_id)
     world.may_come.add(repo.name)
-    unseal(repo)
+    for sealed in (repo.resolve(), world.sessions / "shared"):  # as they are to root, whom no mode stops
+        unseal(sealed)
     files = {"config.json": CONFIG, "model.safetensors": payload, "tokenizer.json": b"{}"}
     for name, content in files.items():
         blob = repo / "blobs" / etag(name, content)

@@ -136,8 +136,9 @@ def test_a_draft_and_an_adapter_are_looked_at_as_well(model: Path, well: Path) -
 
     async def use(engine: Engine) -> None:
         for extra in ("draft_path", "adapter_path"):
+            extras: dict[str, Any] = {extra: str(model)}
             with pytest.raises(Unavailable, match=r"tokenizer\.model is not a regular file"):
-                await engine.load(str(well), **{extra: str(model)})
+                await engine.load(str(well), **extras)
 
     run(use)
 

@@ -41,7 +41,13 @@ class Shelf:
         return Located(f"/{model_id}", self.sizes[model_id], model_id)
 
     async def load(
-        self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, task: Task = "text"
+        self,
+        path: str,
+        *,
+        adapter_path: str | None = None,
+        draft_path: str | None = None,
+        task: Task = "text",
+        nbytes: int = 0,
     ) -> Loaded:
         self.loads.append((path[1:], adapter_path, draft_path))
         await self.held.wait()

@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 from mlx_overlay_server.errors import Conflict, Unavailable
-from mlx_overlay_server.models.pool import Occupant, Pool
+from mlx_overlay_server.models.load import Occupant
+from mlx_overlay_server.models.pool import Pool
 
 from tests.server.models.test_pool import BUDGET, Shelf, run, settled, used
 
@@ -89,5 +90,18 @@ def test_an_idle_model_says_for_how_long() -> None:
         (idle,) = pool.occupants
         assert idle.idle_seconds is not None
         assert idle.idle_seconds >= 0
+
+    run(scenario())
+
+
+def test_a_model_in_memory_says_whether_it_takes_images() -> None:
+    async def scenario() -> None:
+        shelf = Shelf()
+        pool = Pool(shelf, shelf, budget=BUDGET)
+        assert pool.sees("a") is None
+        await pool.load("a")
+        assert pool.sees("a") is False
+        vars(pool._resident["a"].model)["processor"] = object()
+        assert pool.sees("a") is True
 
     run(scenario())

@@ -165,7 +165,13 @@ class _Shelf(Shelf):
         self.gates: dict[str, asyncio.Event] = {}
 
     async def load(
-        self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, task: Task = "text"
+        self,
+        path: str,
+        *,
+        adapter_path: str | None = None,
+        draft_path: str | None = None,
+        task: Task = "text",
+        nbytes: int = 0,
     ) -> Loaded:
         gate = self.gates[path] = asyncio.Event()
         try:

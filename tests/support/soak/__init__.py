@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-CAMPAIGNS = ("kills", "endings", "folders", "hangs", "connections", "requests", "queues", "caches")
+CAMPAIGNS = ("kills", "endings", "folders", "hangs", "connections", "requests", "queues", "caches", "memory")
 """The modules here that are campaigns, in the order in which they run. A new one joins by its name."""
 
 SHORT: tuple[str, ...] = ("kills", "endings", "folders", "hangs", "connections", "requests", "queues")

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from mlx_overlay_server.api.status import State, health_of
 from mlx_overlay_server.models.download import Downloader, Progress
 from mlx_overlay_server.models.library import Listed
-from mlx_overlay_server.models.pool import Occupant
+from mlx_overlay_server.models.load import Occupant
 from mlx_overlay_server.recent import Outcome, RequestRecord
 from mlx_overlay_server.service import Service
 
@@ -133,7 +133,7 @@ class ModelEntry(TypedDict):
     usable_context: int | None
     """Those that fit in memory, within the server's limits; null where nobody knows."""
     images: bool
-    """Whether requests may have images."""
+    """Whether requests may have images; of a model that is not in memory, what its config.json lets one expect."""
     aliases: list[str]
     """Further names that it answers to."""
     default: bool
@@ -289,7 +289,7 @@ def _entry(listed: Listed, service: Service, state: Place) -> ModelEntry:
         "bytes": listed.size,
         "context_length": listed.context,
         "usable_context": listed.usable,
-        "images": listed.sees,
+        "images": listed.sees if (sees := service.pool.sees(listed.id)) is None else sees,
         "aliases": service.live.names(listed.id),
         "default": service.is_default(listed.id),
         "state": state,

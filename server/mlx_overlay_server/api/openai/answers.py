@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from typing import Literal, NotRequired
+from typing import Any, Literal, NotRequired
 
 from hf_overlay import Task
 from typing_extensions import TypedDict
@@ -96,6 +96,8 @@ class ChatCompletion(TypedDict):
     choices: list[ChatChoice]
     usage: CompletionUsage
     prompt_logprobs: NotRequired[PromptLogprobList]
+    metadata: NotRequired[dict[str, Any]]
+    """Of a stored one: what its request, or a later one, has put there."""
 
 
 class TextChoice(TypedDict):
@@ -143,7 +145,7 @@ class OpenAIModelList(TypedDict):
 
 
 def chat_completion(
-    request: ChatRequest, answers: Sequence[Sequence[Event]], *, has_functions: bool = False
+    request: ChatRequest, answers: Sequence[Sequence[Event]], *, id_: str, has_functions: bool = False
 ) -> ChatCompletion:
     """Return the answers to a conversation; each is all of its events, in their order.
 
@@ -151,7 +153,7 @@ def chat_completion(
     """
     has_logprobs = request.params.logprobs is not None
     made: ChatCompletion = {
-        "id": new_id("chatcmpl"),
+        "id": id_,
         "object": "chat.completion",
         "created": int(time.time()),
         "model": request.model,

@@ -82,10 +82,15 @@ END = b"data: [DONE]\n\n"
 
 
 async def chat_chunks(
-    request: ChatRequest, batches: AsyncIterator[Batch], *, includes_usage: bool, has_functions: bool = False
+    request: ChatRequest,
+    batches: AsyncIterator[Batch],
+    *,
+    id_: str,
+    includes_usage: bool,
+    has_functions: bool = False,
 ) -> AsyncGenerator[bytes]:
     """Yield the answers to a conversation as chunks. `has_functions`: calls have the older form."""
-    head = _head("chatcmpl", "chat.completion.chunk", request.model, includes_usage=includes_usage)
+    head = _head(id_, "chat.completion.chunk", request.model, includes_usage=includes_usage)
     has_logprobs = request.params.logprobs is not None
     usages: dict[int, Usage] = {}
     calls: dict[int, int] = {}
@@ -126,7 +131,7 @@ async def text_chunks(
     request: TextRequest, batches: AsyncIterator[Batch], *, includes_usage: bool
 ) -> AsyncGenerator[bytes]:
     """Yield the continuations of plain prompts as chunks."""
-    head = _head("cmpl", "text_completion", request.model, includes_usage=includes_usage)
+    head = _head(new_id("cmpl"), "text_completion", request.model, includes_usage=includes_usage)
     usages: dict[int, Usage] = {}
     encoders: dict[int, TextLogprobEncoder | None] = {}
     async for index, events in batches:
@@ -150,9 +155,9 @@ async def text_chunks(
 
 
 def _head(
-    kind: str, name: Literal["chat.completion.chunk", "text_completion"], model: str, *, includes_usage: bool
+    id_: str, name: Literal["chat.completion.chunk", "text_completion"], model: str, *, includes_usage: bool
 ) -> ChunkHead:
-    head: ChunkHead = {"id": new_id(kind), "object": name, "created": int(time.time()), "model": model}
+    head: ChunkHead = {"id": id_, "object": name, "created": int(time.time()), "model": model}
     if includes_usage:
         head["usage"] = None
     return head

@@ -188,8 +188,8 @@ class ChatCompletionRequest(_SamplingBody):
     enable_thinking: bool | None = None
     chat_template_kwargs: Json | None = None
     verbosity: requests.Verbosity | None = None
+    store: bool | None = None
     # What asks for nothing here.
-    store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
     prompt_cache_key: str | None = None

@@ -170,16 +170,6 @@ class InputTokens(TypedDict):
     input_tokens: int
 
 
-class ItemList(TypedDict):
-    """The answer to `GET /v1/responses/{response_id}/input_items`."""
-
-    object: Literal["list"]
-    data: list[Json]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-
-
 class CompactedResponse(TypedDict):
     """The answer to `POST /v1/responses/compact`: the user's messages, and one item that stands for all the rest."""
 

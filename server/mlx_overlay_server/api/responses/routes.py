@@ -12,12 +12,12 @@ from starlette.responses import Response, StreamingResponse
 
 from mlx_overlay_server.api.dialect import CLIENT_GONE, Dialect, client_of, documented, respond
 from mlx_overlay_server.api.fields import Json
+from mlx_overlay_server.api.newest import Page, page_of
 from mlx_overlay_server.api.openai.errors import ErrorAnswer
 from mlx_overlay_server.api.responses.answers import (
     CompactedResponse,
     DeletedResponse,
     InputTokens,
-    ItemList,
     ResponseAnswer,
     response_head,
     turn_of,
@@ -25,7 +25,7 @@ from mlx_overlay_server.api.responses.answers import (
 from mlx_overlay_server.api.responses.compaction import compacted
 from mlx_overlay_server.api.responses.errors import NAMES, refuse
 from mlx_overlay_server.api.responses.items import as_items
-from mlx_overlay_server.api.responses.store import STORED, Store, Stored, page_of
+from mlx_overlay_server.api.responses.store import Store, Stored
 from mlx_overlay_server.api.responses.stream import ResponseBuilder, named_event, replayed
 from mlx_overlay_server.api.responses.wire import CompactRequest, InputTokensRequest, ResponsesRequest
 from mlx_overlay_server.api.transport import answer, comment, unless_gone
@@ -120,7 +120,7 @@ class Responses:
 def router(service: Service) -> APIRouter:
     """Return the dialect's routes, each with and without `/v1`."""
     routes = APIRouter(tags=["Responses"])
-    store = Store(STORED)
+    store = Store()
     dialect: Dialect[ResponsesRequest] = Responses(store)
 
     @routes.post("/v1/responses", responses=documented(ResponseAnswer, ErrorAnswer, stream=_STREAM))
@@ -174,7 +174,7 @@ def router(service: Service) -> APIRouter:
         )
         return StreamingResponse(events, media_type="text/event-stream")
 
-    @routes.get("/v1/responses/{response_id}/input_items", responses=documented(ItemList, ErrorAnswer))
+    @routes.get("/v1/responses/{response_id}/input_items", responses=documented(Page, ErrorAnswer))
     @routes.get("/responses/{response_id}/input_items", include_in_schema=False)
     async def input_items(
         response_id: str,

@@ -100,6 +100,11 @@ class EncodingRunner:
         return len(self._requests)
 
     @property
+    def generating(self) -> int:
+        """Sequences that get a token in each step: none."""
+        return 0
+
+    @property
     def waiting(self) -> int:
         """Requests that there is no room for: none, since their texts take turns."""
         return 0
@@ -110,6 +115,10 @@ class EncodingRunner:
             raise ValueError("the model generates no text")
         self._requests[command.id] = _Request(command.texts, {})
         self._queue.add(command.id, [len(text.tokens) for text in command.texts])
+
+    def pause(self, id_: int) -> bool:  # noqa: ARG002 - a request holds no memory from step to step
+        """Free the memory of a request: there is none."""
+        return False
 
     def cancel(self, id_: int) -> None:
         """Drop a request; nothing for one that has ended."""

@@ -37,7 +37,7 @@ _OTHERS: dict[str, Callable[[Path], object]] = {
     "weights of another size": lambda model: os.truncate(model / "model.safetensors", 5),
     "a header that says something else": lambda model: _changed(model / "model.safetensors", 20, b"x"),
     "other weights of the same size and time": lambda model: [
-        _changed(model / "model.safetensors", at, b"x") for at in range(0, 3 << 20, 1000)
+        _changed(model / "model.safetensors", at, b"x") for at in range(2 << 20, 3 << 20, 1000)
     ],
     "another configuration of the same size and time": lambda model: _changed(model / "config.json", 0, b"x"),
     "another shard": lambda model: shutil.copy2(model / "model.safetensors", model / "model-2.safetensors"),

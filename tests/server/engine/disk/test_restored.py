@@ -197,6 +197,11 @@ def test_kv_caches_of_another_quantisation_are_not_used(uses: Kept) -> None:
 
 
 @_ONE_KIND
+def test_kv_caches_that_are_not_quantised_are_not_used_where_they_are_to_be(uses: Kept) -> None:
+    assert cached(Kept(uses.model, uses.folder, _QUANTISED).play([[BASES[0]]]), 0) == 0
+
+
+@_ONE_KIND
 def test_what_must_not_be_reused_is_not(uses: Kept) -> None:
     """A seed promises the same text each time, and a KV cache that is not to be kept is not."""
     before = {path.name for path in uses.folder.iterdir()}
