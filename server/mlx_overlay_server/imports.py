@@ -26,14 +26,15 @@ def left_out(*packages: str) -> Iterator[None]:
 
     Whoever imports them later gets the real ones. Modules that were imported meanwhile keep the stand-ins.
     """
-    names = frozenset(packages) - sys.modules.keys()
+    names = frozenset(name for name in packages if name not in sys.modules)
     finder = _Finder(names)
     sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
         sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if name.partition(".")[0] in names]:
+        # A copy: other threads import meanwhile.
+        for name in [name for name in [*sys.modules] if name.partition(".")[0] in names]:
             del sys.modules[name]
 
 

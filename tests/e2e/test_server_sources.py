@@ -80,7 +80,7 @@ def test_the_list_is_in_openais_format_and_tells_no_source(home: Path, cache: Pa
         listed = server.http.get("/v1/models").json()
     assert listed.keys() == {"object", "data"}
     assert all(
-        model.keys() == {"id", "object", "created", "owned_by", "context_length", "max_model_len"}
+        model.keys() == {"id", "object", "created", "owned_by", "kind", "context_length", "max_model_len"}
         for model in listed["data"]
     )
     assert {(model["object"], model["owned_by"]) for model in listed["data"]} == {("model", "acme")}

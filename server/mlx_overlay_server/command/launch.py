@@ -101,7 +101,8 @@ def _run(command: list[str], environ: dict[str, str]) -> int:
 
 def _model(server: Client, agent: Agent, wanted: str | None) -> Candidate:
     """Return the model that an agent gets: the one that is wanted, or the best that is able. Raises OverlayError."""
-    found = [_candidate(each) for each in server.get("/manage/v1/models")["models"] if each["state"] != "away"]
+    entries = server.get("/manage/v1/models")["models"]
+    found = [_candidate(each) for each in entries if each["state"] != "away" and each["kind"] == "text"]
     if wanted is not None:
         names = {each.id: each for each in found}
         aliases = {each["id"] for each in server.get("/v1/models")["data"]} - names.keys()
