@@ -139,7 +139,8 @@ class Lanes:
         """Give work to idle processes."""
         if self._is_stopped:
             return
-        self._grow(AT_MOST if self._slow or self._slow_running else self._at_rest)
+        has_slow = bool(self._slow) or any(work.is_slow and work.name != READ_TOKENIZER for work in self._running)
+        self._grow(AT_MOST if has_slow else self._at_rest)  # tokenizers are read one by one: the spare one is enough
         late = {work.identity for work in self._running if work.is_slow}
         for work in [each for each in self._quick if each.identity not in late]:  # the same would be as late
             if self._idle and (len(self._idle) > 1 or len(self._running) == self._slow_running):
@@ -260,7 +261,10 @@ class Lanes:
                 asyncio.get_running_loop().call_later(SHRINK_SECONDS, self._shrink)
 
     def _rest(self) -> None:
-        """Start the spare process."""
+        """Start the spare process, once no tokenizer is read any more: the first answer may wait for that."""
+        if any(work.name == READ_TOKENIZER for work in self._running) and not (self._quick or self._is_stopped):
+            asyncio.get_running_loop().call_later(SPARE_SECONDS, self._rest)
+            return
         self._at_rest = AT_REST
         self._dispatch()
 
