@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # else `import hf_
 from hf_overlay import open_session
 from mlx_overlay_server.models.library import Library
 
-from tests.support.folders import weights
+from tests.support.folders import temporary_folder, weights
 from tests.support.hfcache import add_repo
 from tests.support.models import make_model
 
@@ -128,8 +128,7 @@ def main() -> int:
 
 
 def measure(place: str, goals: Goals, options: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory(prefix="overlay-benchmark-", dir=place) as folder, home_of_its_own(Path(folder)):
-        disk = Path(folder)
+    with temporary_folder(Path(place), "overlay-benchmark-") as disk, home_of_its_own(disk):
         hub = disk / "home/.cache/huggingface/hub"
         make_models(disk / "models", options.models, options.files)
         make_models(disk / "few", FEW_MODELS, options.files)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlx_overlay_server.chat.requests import Params
 from mlx_overlay_server.encoding.loaded import LoadedEncoder, Passage
 from mlx_overlay_server.engine.commands import Encode, Submit
 from mlx_overlay_server.engine.encoding import parts
@@ -95,7 +96,7 @@ def test_a_model_is_not_asked_for_what_it_does_not_do(tmp_path: Path) -> None:
     async def use(engine: Any) -> None:
         model = await engine.load(str(make_encoder(tmp_path / "m")), task="embedding")
         chat = await engine.load(str(make_model(tmp_path / "chats", "I am fine.")))
-        wrong = Submit(engine.new_id(), model.key, (4, 5), params=None, max_tokens=3)  # type: ignore[arg-type]
+        wrong = Submit(engine.new_id(), model.key, (4, 5), Params(), 3)
         (_, item), *_ = await engine.submit([wrong]).take()
         assert isinstance(item, (Failed, InvalidRequest))
         with pytest.raises((Failed, InvalidRequest)):
