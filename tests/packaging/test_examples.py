@@ -22,6 +22,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from hf_overlay import configfile
 
+from tests.support.encoders import make_encoder
 from tests.support.models import make_model
 from tests.support.processes import environment
 from tests.support.server import serving
@@ -112,6 +113,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         folder.mkdir(parents=True)
     make_model(models / HERE, "Hello.", is_brief=True)
     shutil.copytree(models / HERE, models / "org" / "name")
+    make_encoder(models / "org" / "embed", prompts={"query": "a "})
     for name, text in _STAND_INS.items():
         (programs / name).write_text(text)
     for name in ("mlx-omni-server", "hf-overlay"):
