@@ -74,8 +74,13 @@ class Access:
         used.append(now)
 
 
+def may_use(*names: str) -> bool:
+    """Return whether the request's key is for a model, of which these are the names."""
+    key = CURRENT.get()
+    return key is None or not key.models or not set(names).isdisjoint(key.models)
+
+
 def check_model(*names: str) -> None:
     """Raise Forbidden unless the request's key is for a model, of which these are the names."""
-    key = CURRENT.get()
-    if key is not None and key.models and not set(names) & set(key.models):
+    if (key := CURRENT.get()) is not None and not may_use(*names):
         raise Forbidden(f"the key {key.name!r} is not for {names[0]}", field="model", code="model_not_allowed")

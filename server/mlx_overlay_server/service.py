@@ -145,13 +145,15 @@ class Service:
         return [self._sized(each) for each in await self.library.listed()]
 
     async def models(self) -> list[Listed]:
-        """List every model, aliases included, sorted by id."""
-        listed = {each.id: each for each in await self.entries()}
+        """List every model that the request's key is for, aliases included, sorted by id."""
+        own = {each.id: each for each in await self.entries()}
+        listed = {id_: each for id_, each in own.items() if access.may_use(id_)}
         for name in (*self.live.settings.profiles, *self.live.settings.aliases):
             target = self.live.target(name)
-            if (own := listed.get(self.live.source(target.id))) is not None:
+            source = self.live.source(target.id)
+            if source in own and access.may_use(name, target.id, source):
                 usable = target.profile.context if target.profile is not None else None
-                listed[name] = own._replace(id=name, usable=_least(own.usable, usable))
+                listed[name] = own[source]._replace(id=name, usable=_least(own[source].usable, usable))
         return sorted(listed.values())
 
     async def model(self, model_id: str) -> Listed:

@@ -85,6 +85,8 @@ def test_keys_are_made_by_a_command_and_hold_at_once(server: Server, file: Path,
     ]
     statuses += [server.http.post("/v1/chat/completions", json=body, headers=headers).status_code for _ in range(2)]
     assert statuses == [200, 403, 200, 429]
+    listed = server.http.get("/v1/models", headers=headers).json()["data"]
+    assert [each["id"] for each in listed] == ["acme/one"], "the other is not for this key"
     managing = server.http.get("/manage/v1/status", headers=headers)
     assert (managing.status_code, "not for managing" in managing.text) == (403, True)
     assert key not in server.log()
