@@ -26,7 +26,8 @@ from hf_overlay.errors import (
 from hf_overlay.models import File, Model, Task
 
 if TYPE_CHECKING:
-    from hf_overlay.session import Changes, Session, open_session
+    from hf_overlay.opening import open_session
+    from hf_overlay.session import Changes, Session
 
 __all__ = [
     "Changes",
@@ -49,7 +50,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import sessions on first use: `hf-overlay ls` needs none, and importing them takes half of its start-up time."""
     if name in __all__:
-        from hf_overlay import session
+        from hf_overlay import opening, session
 
-        return getattr(session, name)
+        return opening.open_session if name == "open_session" else getattr(session, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

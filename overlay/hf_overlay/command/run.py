@@ -12,7 +12,8 @@ from types import FrameType
 
 from hf_overlay import descriptors
 from hf_overlay.config import Kind, is_offline
-from hf_overlay.session import Session, open_session
+from hf_overlay.opening import open_session
+from hf_overlay.session import Session
 from hf_overlay.text import printable
 
 _FROM_KEYBOARD = (signal.SIGINT, signal.SIGQUIT)

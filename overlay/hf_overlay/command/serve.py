@@ -15,8 +15,9 @@ from typing import NamedTuple
 from hf_overlay import config, descriptors
 from hf_overlay.config import Kind
 from hf_overlay.errors import OverlayError
+from hf_overlay.opening import open_session
 from hf_overlay.patience import Patience
-from hf_overlay.session import Session, open_session
+from hf_overlay.session import Session
 from hf_overlay.tree import clear, lease
 from hf_overlay.tree.lease import Owner
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hf_overlay
 import pytest
-from hf_overlay import session
 from hf_overlay.catalog import kinds, tasks
 from hf_overlay.catalog.scan import Scanner
 from hf_overlay.models import Model, Reject
@@ -122,11 +122,11 @@ def test_a_model_of_mlx_lm_that_looks_both_ways_is_left_out(models: Path) -> Non
 def test_only_who_asks_for_encoders_gets_them(models: Path) -> None:
     _make(models, "bert", {"model_type": "bert", "architectures": ["BertModel"]}, {})
     _make(models, "nli", {"model_type": "bert", **HEAD}, {})
-    with session.open_session([models], kind="mlx") as without:
+    with hf_overlay.open_session([models], kind="mlx") as without:
         assert not without.models
         (place,) = [each for each in without._catalog.explain("bert") if each.path.endswith("models/bert")]
         assert "mlx-omni-server embeds or ranks with it" in place.reason.text
-    with session.open_session([models], kind="mlx", encoders=True) as with_them:
+    with hf_overlay.open_session([models], kind="mlx", encoders=True) as with_them:
         assert [(model.id, model.task) for model in with_them.models] == [("bert", "embedding")]
 
 
