@@ -60,6 +60,53 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 }
 """Names of kinds -> config.json."""
 
+_SIZES: Mapping[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+}
+RECURRENT: Mapping[str, Mapping[str, Any]] = {
+    "mamba": {
+        **_SIZES,
+        "state_size": 16,
+        "conv_kernel": 4,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "time_step_rank": 4,
+    },
+    "mamba2": {**_SIZES, **KINDS["recurrent"]},
+    "jamba": {
+        **_SIZES,
+        "attn_layer_offset": 1,
+        "attn_layer_period": 3,
+        "expert_layer_offset": 5,
+        "expert_layer_period": 10,
+        "mamba_d_conv": 4,
+        "mamba_d_state": 16,
+        "mamba_expand": 2,
+        "num_experts": 1,
+        "num_experts_per_tok": 1,
+    },
+    "lfm2": {
+        **_SIZES,
+        "norm_eps": 1e-5,
+        "conv_bias": False,
+        "conv_L_cache": 3,
+        "block_dim": 64,
+        "block_ff_dim": 128,
+        "block_multiple_of": 1,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": False,
+        "full_attn_idxs": [1],
+    },
+}
+"""Model types with recurrent layers -> the rest of a config.json."""
+
 
 def make_kind(folder: Path, kind: str) -> Path:
     """Write a model of a kind; return `folder`. Equal arguments give equal weights."""

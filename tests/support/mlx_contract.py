@@ -136,10 +136,33 @@ def caches_that_can_batch_have_merge_and_the_others_have_not(_: Path) -> None:
         def make_cache(self) -> list[Any]:
             return self._layers
 
-    batching = (cache.KVCache(), cache.RotatingKVCache(4), cache.ArraysCache(2), cache.CacheList(cache.KVCache()))
+    batching = (cache.KVCache(), cache.RotatingKVCache(4), cache.CacheList(cache.KVCache()))
     assert mlx.can_batch(Model(*batching))
     for alone in (cache.QuantizedKVCache(), cache.ChunkedKVCache(4)):
         assert not mlx.can_batch(Model(cache.KVCache(), alone))
+
+
+def recurrent_models_that_batch_say_the_same_beside_longer_prompts_and_the_others_do_not(_: Path) -> None:
+    import importlib
+
+    import mlx.core as mx
+    from mlx.utils import tree_map
+    from mlx_overlay_server.engine import mlx
+
+    from tests.support.kinds import RECURRENT
+
+    prompts = [list(range(5, 17)), [3, 4], list(range(60, 66))]
+    found = {}
+    for name, config in RECURRENT.items():
+        mx.random.seed(3)
+        module = importlib.import_module(f"mlx_lm.models.{name}")
+        model = module.Model(module.ModelArgs.from_dict({"model_type": name, **config}))
+        large = tree_map(lambda each: 0.3 * mx.random.normal(each.shape) if each.ndim > 1 else each, model.parameters())
+        model.update(large)
+        alone = [_said(model, [prompt])[0] for prompt in prompts]
+        found[name] = (mlx.can_batch(model), _said(model, prompts) == alone)
+    assert all(can == is_same for can, is_same in found.values()), found
+    assert {can for can, _ in found.values()} == {True, False}, "there are models of both kinds"
 
 
 def a_batch_can_be_kept_from_touching_the_wired_limit(folder: Path) -> None:
@@ -427,6 +450,16 @@ def a_cache_can_be_taken_apart_and_put_together(_: Path) -> None:
 
 def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else [_plain(each) for each in value]
+
+
+def _said(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+    batch = _batch(model)
+    said: dict[int, list[int]] = {uid: [] for uid in batch.insert(prompts, [8] * len(prompts))}
+    for _ in range(50):
+        for row in batch.next_generated():
+            said[row.uid].append(row.token)
+    assert all(len(tokens) == 8 for tokens in said.values())
+    return list(said.values())
 
 
 def _tokenizer(folder: Path, **options: Any) -> Any:

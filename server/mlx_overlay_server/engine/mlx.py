@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import resource
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +48,7 @@ def _file_limit_kept() -> Iterator[None]:
 with _file_limit_kept():
     from mlx_lm.generate import BatchGenerator
     from mlx_lm.models.cache import (
+        ArraysCache,
         CacheList,
         RotatingKVCache,
         can_trim_prompt_cache,
@@ -126,9 +129,21 @@ def drain() -> None:
 
 def can_batch(model: Any) -> bool:
     """Return whether a model's sequences can share a continuous batch: each layer's cache must be able to merge."""
-    return not getattr(model, "runs_alone", False) and all(
-        hasattr(layer, "merge") for layer in make_prompt_cache(model)
-    )
+    if getattr(model, "runs_alone", False):
+        return False
+    cache = make_prompt_cache(model)
+    has_states = any(isinstance(leaf, ArraysCache) for leaf in leaves(cache))
+    return all(hasattr(layer, "merge") for layer in cache) and (not has_states or _minds_padding(model))
+
+
+def _minds_padding(model: Any) -> bool:
+    """Return whether a recurrent model leaves out of its states what pads the shorter prompts of a batch.
+
+    BatchGenerator tells each ArraysCache how long the prompts are. Not all models of mlx-lm 0.32 look: Jamba, Mamba 1,
+    RWKV 7, RecurrentGemma and OLMo Hybrid, for instance, give wrong text for all prompts but the longest.
+    """
+    modules = {type(part).__module__ for part in model.modules()}
+    return any(".lengths" in inspect.getsource(sys.modules[name]) for name in modules if name.startswith("mlx_lm."))
 
 
 def can_cut(model: Any) -> bool:
