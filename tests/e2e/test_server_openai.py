@@ -141,7 +141,7 @@ def test_the_sdk_needs_no_v1_in_its_base_url(server: Server) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/v1/models", 405)],
+    [("GET", "/v1/nothing", 404), ("PUT", "/v1/chat/completions", 405), ("POST", "/v1/models", 405)],
 )
 def test_what_is_no_route_is_told_in_openais_shape(server: Server, method: str, path: str, status: int) -> None:
     answer = server.http.request(method, path)

@@ -241,7 +241,7 @@ def test_a_key_is_asked_for_once_and_a_server_that_is_gone_is_named(server: Serv
         visit.page.reload()
         row(visit, MINE).wait_for()
         visit.page.get_by_role("link", name="API").click()
-        visit.page.get_by_text("POST /v1/chat/completions").wait_for()
+        visit.page.get_by_text("POST /v1/chat/completions", exact=True).wait_for()
         visit.page.goto(server.url)
         row(visit, MINE).wait_for()
         visit.page.route("**/manage/**", lambda route: route.abort())

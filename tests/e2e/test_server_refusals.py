@@ -246,9 +246,9 @@ def test_what_asks_for_nothing_is_taken(server: Server) -> None:
 
 def test_a_bad_request_is_the_sdks_bad_request(server: Server) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        server.chat(PLAIN, "hi", store=True)
+        server.chat(PLAIN, "hi", modalities=["audio"])
     assert (refused.value.param, refused.value.type, refused.value.status_code) == (
-        "store", "invalid_request_error", 400,
+        "modalities[0]", "invalid_request_error", 400,
     )  # fmt: skip
 
 

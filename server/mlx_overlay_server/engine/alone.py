@@ -59,6 +59,8 @@ class Alone:
             and has_draft == (self._draft is not None)
         )
         cache, cached = self._prefixes.fetch(self._loaded.key, identity) if may_reuse else (None, 0)
+        if cache is not None and cached < self._options.quantized_kv_start and mlx.is_quantised(cache):
+            cache, cached = None, 0  # read anew, so short a beginning is not quantised, and says another text
         if cache is None:
             cache = make_prompt_cache(self._model)
             if has_draft:

@@ -50,6 +50,7 @@ with _file_limit_kept():
     from mlx_lm.models.cache import (
         ArraysCache,
         CacheList,
+        QuantizedKVCache,
         RotatingKVCache,
         can_trim_prompt_cache,
         make_prompt_cache,
@@ -158,6 +159,11 @@ def can_cut(model: Any) -> bool:
 def leaves(cache: Sequence[Any]) -> list[Any]:
     """Return the layers of a KV cache, and where one of them is made of several caches, these."""
     return [leaf for layer in cache for leaf in (leaves(layer.caches) if isinstance(layer, CacheList) else [layer])]
+
+
+def is_quantised(cache: Sequence[Any]) -> bool:
+    """Return whether a KV cache has layers that are quantised."""
+    return any(isinstance(leaf, QuantizedKVCache) for leaf in leaves(cache))
 
 
 def make_batch(model: Any, **options: Any) -> BatchGenerator:
