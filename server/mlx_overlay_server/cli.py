@@ -12,7 +12,6 @@ from functools import partial
 
 from hf_overlay import UsageError
 
-from mlx_overlay_server import configuration
 from mlx_overlay_server import options as options_
 from mlx_overlay_server.command import NAMES
 from mlx_overlay_server.command.parser import make_parser
@@ -40,6 +39,8 @@ def _serve(arguments: Sequence[str]) -> int:
 
         print(f"mlx-omni-server {version('mlx-overlay-server')}")
         return 0
+    from mlx_overlay_server import configuration  # neither --help nor --version needs a setting
+
     try:
         settings = configuration.load(options, os.environ)
     except ValueError as error:
