@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from hf_overlay import config, configfile
 from hf_overlay.catalog import kinds
 from hf_overlay.catalog.catalog import Catalog
-from hf_overlay.command.output import print_json, print_table, say, size
+from hf_overlay.command.output import print_findings, print_json, print_table, say, size
 from hf_overlay.command.parser import make_parser
 from hf_overlay.config import ConfigFile, Settings
 from hf_overlay.errors import OverlayError, UsageError
@@ -149,7 +149,7 @@ def _ls(options: argparse.Namespace) -> int:
     return print_table(
         ("ID", "SOURCE", "KIND", "SIZE", "TYPE", "PATH"),
         [
-            (model.id, model.source, kind[model.id], size(model), model.model_type or "-", model.path)
+            (model.id, model.source, kind[model.id], size(model.size_bytes), model.model_type or "-", model.path)
             for model in models
         ],
     )
@@ -202,14 +202,9 @@ def _doctor(options: argparse.Namespace) -> int:
     from hf_overlay import doctor
 
     findings = doctor.examine(_catalog(options, warn=False, keeps=False), os.environ)
-    if options.json:
-        print_json([finding._asdict() for finding in findings])
-    else:
-        for finding in findings:
-            print(printable(f"{finding.where}: {finding.what}\n    {finding.advice}"))
-        if not findings:
-            say("no problems found")
-    return 1 if findings else 0
+    if not findings and not options.json:
+        say("no problems found")
+    return print_findings(findings, as_json=options.json)
 
 
 def _config(options: argparse.Namespace) -> int:

@@ -6,10 +6,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_overlay.models import Model
 from hf_overlay.text import printable
+
+if TYPE_CHECKING:
+    from hf_overlay.doctor import Finding
 
 
 def print_json(value: Any) -> int:
@@ -33,14 +35,23 @@ def _bold(text: str) -> str:
     return text if is_plain else f"\033[1m{text}\033[0m"
 
 
-def size(model: Model) -> str:
-    """A model's size in three digits with a unit."""
-    size = float(model.size_bytes)
+def print_findings(findings: Sequence[Finding], *, as_json: bool) -> int:
+    """Print each problem with what to do about it; returns the exit code, 1 where there is any."""
+    if as_json:
+        print_json([finding._asdict() for finding in findings])
+    else:
+        for finding in findings:
+            print(printable(f"{finding.where}: {finding.what}\n    {finding.advice}"))
+    return 1 if findings else 0
+
+
+def size(nbytes: float) -> str:
+    """A number of bytes in three digits with a unit."""
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 999.5:
-            return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+        if nbytes < 999.5:
+            return f"{nbytes:.0f} {unit}" if nbytes >= 100 or unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
 
 
 def say(text: str) -> None:

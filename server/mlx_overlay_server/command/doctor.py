@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence
 from hf_overlay import Model, OverlayError
 from hf_overlay import doctor as overlay
 from hf_overlay.doctor import Finding
-from hf_overlay.text import printable
 
 from mlx_overlay_server.command import models
 from mlx_overlay_server.command.client import Client, Refused, running
-from mlx_overlay_server.command.output import print_json, say, size
+from mlx_overlay_server.command.output import print_findings, say, size
 from mlx_overlay_server.options import API_KEY_VARIABLE
 
 _SECONDS = 120
@@ -32,14 +31,9 @@ def doctor(options: argparse.Namespace) -> int:
     """Print each problem with what to do about it; the exit code is 1 where there is any."""
     catalog = models.catalog(options)
     findings = [*overlay.examine(catalog, os.environ), *_engine(models.listed(catalog)), *_servers(options)]
-    if options.json:
-        print_json([finding._asdict() for finding in findings])
-    else:
-        for finding in findings:
-            print(printable(f"{finding.where}: {finding.what}\n    {finding.advice}"))
-        if not findings:
-            say("no problems found")
-    return 1 if findings else 0
+    if not findings and not options.json:
+        say("no problems found")
+    return print_findings(findings, as_json=options.json)
 
 
 def _engine(found: Sequence[Model]) -> Iterator[Finding]:
