@@ -218,3 +218,11 @@ def test_what_must_not_be_reused_is_not(uses: Kept) -> None:
     stage = Stage(EngineOptions(**uses.options)).play(script)
     assert (cached(stage, 0), cached(stage, 1)) == (0, 0)
     assert {path.name for path in uses.folder.iterdir()} - before <= {"lock"}
+
+
+def test_a_quantised_beginning_that_is_shorter_than_what_is_quantised_is_read_anew(tmp_path: Path) -> None:
+    """Both prompts begin with one token, of which a prompt that is read anew has exact numbers."""
+    kept = Kept(make_kind(tmp_path / "model", "rows"), tmp_path / "kv", _QUANTISED)
+    together = kept.play([[base] for base in BASES], kv_disk=0)
+    assert [cached(together, number) for number in range(2)] == [0, 0]
+    assert said(together, 1) == said(kept.play([[BASES[1]]], kv_disk=0), 0)
