@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import hf_overlay
 from hf_overlay import descriptors
 
-from mlx_overlay_server import address, logs
+from mlx_overlay_server import address, logs, signals
 from mlx_overlay_server.imports import absent
 from mlx_overlay_server.listening import listen, url
 from mlx_overlay_server.live import Live
@@ -37,7 +37,7 @@ def serve(live: Live) -> int:
     settings = live.settings
     logs.set_up(settings.log_level, settings.log_format)
     descriptors.raise_limit()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server listens to signals itself
+    signals.raise_stopped()  # until the server listens to signals itself
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"} if settings.is_offline else dict(os.environ)
     try:
         with hf_overlay.open_session(
@@ -62,7 +62,7 @@ def serve(live: Live) -> int:
     except hf_overlay.OverlayError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, hf_overlay.UsageError) else 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # Stopped, too
         return 0
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from hf_overlay import OverlayError, UsageError
 
+from mlx_overlay_server import signals
 from mlx_overlay_server.command.output import say
 from mlx_overlay_server.command.parser import make_parser
 
@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
     parser = make_parser(only=name)
     options = parser.parse_args(arguments[:split])
     options.more = list(arguments[split + 1 :])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a command that is ended tidies up
+    signals.raise_stopped()  # a command that is ended tidies up
     try:
         if options.more and name not in _TAKE_MORE:
             raise UsageError(f"{name} hands nothing on; leave out -- and the rest")
