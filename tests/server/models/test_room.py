@@ -15,6 +15,7 @@ from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.models import room
 from mlx_overlay_server.models.pool import Pool
 from mlx_overlay_server.models.room import PATIENCE_SECONDS, Held, Waiting, plan
+from mlx_overlay_server.settings import UNTUNED, Tuning
 
 from tests.server.models.test_pool import BUDGET, Shelf, run, settled, used
 
@@ -172,6 +173,7 @@ class _Shelf(Shelf):
         draft_path: str | None = None,
         task: Task = "text",
         nbytes: int = 0,
+        tuning: Tuning = UNTUNED,
     ) -> Loaded:
         gate = self.gates[path] = asyncio.Event()
         try:
