@@ -16,6 +16,8 @@ from mlx_overlay_server.models import pool as pool_module
 from mlx_overlay_server.models.library import Located
 from mlx_overlay_server.models.pool import Extras, Pool, preload
 
+from tests.support.processes import SECONDS
+
 T = TypeVar("T")
 
 SIZES = {"a": 40, "b": 40, "c": 40, "small": 10, "large": 101, "draft": 5}
@@ -517,7 +519,9 @@ def test_the_configuration_arranges_single_models_and_what_it_no_longer_names_is
         await used(pool, "a")
         await used(pool, "b")
         sweeping = asyncio.create_task(pool.sweep())
-        await asyncio.sleep(0.2)
+        async with asyncio.timeout(SECONDS):
+            while "b" in pool.resident:
+                await asyncio.sleep(0.01)
         sweeping.cancel()
         assert pool.resident == ["a"], "b has a time of its own, and a has none"
         pool.arrange(extras={"a": Extras(adapter_path="/lora")}, pinned=[], idle_ttls={})
