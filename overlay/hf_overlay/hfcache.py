@@ -301,14 +301,14 @@ class LinkedRepo(NamedTuple):
 
     @property
     def sealed(self) -> tuple[str, ...]:
-        """Files and folders that nobody may write to."""
+        """Files and folders that nobody may write to; refs until a client tells that it will (`Tree.let_write`)."""
         return ("refs/main", "refs", "snapshots")
 
     @property
     def watched(self) -> tuple[str, ...]:
-        """The folders whose time changes when a client takes a file of the revision away."""
+        """What has another time when a client takes a file of the revision away, or rewrites its ref."""
         # The view is watched through its snapshot, so that a missing snapshot is noticed as well.
-        return ("blobs", f"snapshots/{self.commit}", *self._folders())
+        return ("blobs", "refs/main", f"snapshots/{self.commit}", *self._folders())
 
     @property
     def parts(self) -> Parts:

@@ -307,10 +307,10 @@ class Session:
 
         What it writes beside a model of the user's lands in a repo of this session's own.
         """
-        if self._tree.is_shared(folder):
+        if self._tree.is_closed(folder):
             with self._lock:
-                if self._tree.is_shared(folder):
-                    self._own(folder)
+                if self._tree.is_closed(folder):
+                    self._let_write(folder)
             return
         if not hfcache.is_hub_repo(folder):  # ids are what clients send, and must neither be made nor noted
             return
@@ -326,11 +326,11 @@ class Session:
         except OSError as error:
             logger.debug("%s is downloaded into the session and moved later: %s", folder, error)
 
-    def _own(self, folder: str) -> None:
+    def _let_write(self, folder: str) -> None:
         try:
-            self._tree.own(folder)
+            self._tree.let_write(folder)
         except OSError as error:
-            logger.debug("%s stays shared with other sessions, and cannot be written to: %s", folder, error)
+            logger.debug("%s cannot be written to for now: %s", folder, error)
 
     def expect_model(self, model_id: str) -> None:
         """Let a model that a program in `environment` is about to download land in the real cache.

@@ -63,7 +63,7 @@ class App:
         found = self._hub.refresh_and_find(target.repo_id, target.kind) if target is not None else None
         if found is None and target is not None and target.precedes_download(method):
             found = self._hub.refuse_download(target.repo_id, target.folder)
-        if isinstance(found, LinkedRepo) and target is not None and target.precedes_download(method):
+        if isinstance(found, LinkedRepo) and target is not None and target.precedes_writing(method):
             self._hub.expect_download(hfcache.repo_folder(found.model.id, found.model.kind))
         return target, found
 
@@ -78,7 +78,7 @@ class App:
             return routes.error(504, "", _OUTER_ENDED if was_a_gateway else str(error))
         # A client also writes down in its cache which files a repo lacks.
         is_there = answer.status < 400 or answer.header("x-repo-commit") is not None
-        if target is not None and target.precedes_download(request.method) and is_there:
+        if target is not None and target.precedes_writing(request.method) and is_there:
             self._hub.expect_download(target.folder)
         return answer
 

@@ -61,6 +61,10 @@ class Target(NamedTuple):
         is_pinned = self.part == "tree" and _COMMIT.fullmatch(self.revision or "") is not None
         return method == "GET" and (self.part == "revision" or is_pinned)
 
+    def precedes_writing(self, method: str) -> bool:
+        """Whether a client may write to its cache next, be it only the commit that a branch stands for."""
+        return self.precedes_download(method) or (method == "GET" and self.part == "refs")
+
 
 def parse(path: str, is_model: Callable[[str], bool]) -> Target | None:
     """The target of a raw (still quoted) request path; None when it names no repo.

@@ -97,7 +97,7 @@ def linked(model: Path, name: str) -> None:
     (model / name).symlink_to("/etc/hostname")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.sampled_from([*CHANGES]), max_size=4))
 def test_whatever_changed_meanwhile_the_same_is_found_as_without_it(changes: list[str]) -> None:
     with TemporaryDirectory() as folder:
