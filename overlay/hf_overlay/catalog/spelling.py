@@ -3,16 +3,13 @@
 macOS ignores case by default. It may also store either Unicode form of a name, while people type the composed one.
 """
 
-from __future__ import annotations
-
 import os
-import unicodedata
 from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
 from hf_overlay import hfcache
-from hf_overlay.catalog.plan import fold
+from hf_overlay.catalog.plan import composed, fold
 from hf_overlay.models import Code, Source
 from hf_overlay.patience import Patience
 
@@ -45,9 +42,8 @@ class Spellings:
         alike = self._places.get(fold(model_id), [])
         if any(place.id == model_id for place in alike):
             return model_id
-        composed = unicodedata.normalize("NFC", model_id)
         for place in alike:
-            if unicodedata.normalize("NFC", place.id) == composed or self._leads_to(place, model_id):
+            if composed(place.id) == composed(model_id) or self._leads_to(place, model_id):
                 return place.id
         return None
 

@@ -1,7 +1,5 @@
 """`hf-overlay serve` and `hf-overlay env`: one overlay for shells, notebooks and programs with no command line."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shlex
