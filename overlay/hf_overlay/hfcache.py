@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hf_overlay.errors import check_descriptors
 from hf_overlay.models import File, Model
@@ -30,6 +30,7 @@ SHARED_BLOBS = "blobs"
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _PARTIAL = re.compile(r"(\.[0-9a-f]{8})?\.incomplete$")
 _KINDS = frozenset({"models", "datasets", "spaces", "kernels"})
 _OTHER_REPO = re.compile(r"(datasets|spaces|kernels)--.+")
@@ -390,6 +391,24 @@ def listed_blobs(listing: bytes) -> dict[str, str]:
         name: blob
         for name, blob in found.items()
         if isinstance(blob, str) and _ETAG.fullmatch(blob) and not {"", ".", ".."} & {*name.split("/")}
+    }
+
+
+def listed_xet_hashes(listing: bytes) -> dict[str, str]:
+    """The Xet hash of each file in LFS that a listing names, by its etag."""
+    try:
+        listed = json.loads(listing)["files"].values()
+        return checked_hashes({entry.get("lfs_sha256"): entry.get("xet_hash") for entry in listed})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def checked_hashes(xet_hashes: Mapping[Any, Any]) -> dict[str, str]:
+    """Those of some Xet hashes by etag where both have the form of a SHA-256."""
+    return {
+        etag: xet_hash
+        for etag, xet_hash in xet_hashes.items()
+        if all(isinstance(each, str) and _SHA256.fullmatch(each) for each in (etag, xet_hash))
     }
 
 
