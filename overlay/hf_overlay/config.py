@@ -335,8 +335,17 @@ def _cache_folder(environ: Mapping[str, str]) -> str:
 
 def is_offline(environ: Mapping[str, str]) -> bool:
     """Whether huggingface_hub will not use the network in this environment (constants.HF_HUB_OFFLINE)."""
-    value = environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE") or ""
-    return value.upper() in ("1", "ON", "YES", "TRUE")
+    return _is_true(environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE"))
+
+
+def shares_blobs(environ: Mapping[str, str]) -> bool:
+    """Whether huggingface_hub 2 shares what it downloads between repos in this environment (_shared_blobs.py)."""
+    return not any(_is_true(environ.get(f"HF_HUB_DISABLE_{what}")) for what in ("SHARED_BLOBS", "XET"))
+
+
+def _is_true(value: str | None) -> bool:
+    """Whether huggingface_hub takes the value of a variable for true."""
+    return (value or "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def applied(variables: Mapping[str, str | None], environ: Mapping[str, str]) -> dict[str, str]:

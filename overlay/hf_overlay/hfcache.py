@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hf_overlay.errors import check_descriptors
 from hf_overlay.models import File, Model
@@ -28,6 +28,7 @@ SHARED_BLOBS = "blobs"
 
 _COMMIT = r"[0-9a-f]{40}"
 _ETAG = r"[0-9a-f]{40}|[0-9a-f]{64}"
+_SHA256 = r"[0-9a-f]{64}"
 _PARTIAL = r"(\.[0-9a-f]{8})?\.incomplete$"
 _KINDS = frozenset({"models", "datasets", "spaces", "kernels"})
 _HUB_ID = r"(?a)(\b[\w\-.]{1,96}\b/)?\b[\w\-.]{1,96}\b"
@@ -388,6 +389,24 @@ def listed_blobs(listing: bytes) -> dict[str, str]:
         name: blob
         for name, blob in found.items()
         if isinstance(blob, str) and re.fullmatch(_ETAG, blob) and not {"", ".", ".."} & {*name.split("/")}
+    }
+
+
+def listed_xet_hashes(listing: bytes) -> dict[str, str]:
+    """The Xet hash of each file in LFS that a listing names, by its etag."""
+    try:
+        listed = json.loads(listing)["files"].values()
+        return checked_hashes({entry.get("lfs_sha256"): entry.get("xet_hash") for entry in listed})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def checked_hashes(xet_hashes: Mapping[Any, Any]) -> dict[str, str]:
+    """Those of some Xet hashes by etag where both have the form of a SHA-256."""
+    return {
+        etag: xet_hash
+        for etag, xet_hash in xet_hashes.items()
+        if all(isinstance(each, str) and re.fullmatch(_SHA256, each) for each in (etag, xet_hash))
     }
 
 

@@ -31,7 +31,7 @@ from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.models import Layer, Model
 from hf_overlay.patience import NoAnswer
 from hf_overlay.tiers import MergedRepo
-from hf_overlay.tree import clear, writeback
+from hf_overlay.tree import blobstore, clear, writeback
 from hf_overlay.tree.lease import Lease
 from hf_overlay.tree.publish import Tree, home_entries
 from hf_overlay.tree.shared import Shared
@@ -62,6 +62,10 @@ class Session:
         self._catalog = catalog
         self._lock = threading.Lock()
         self._changed: dict[str, float] = {}
+        self._shares_blobs = config.shares_blobs(environ)
+        self._noted: dict[str, Mapping[str, str]] = {}
+        """The Xet hashes that are noted for the session's end: repo folder -> etag -> hash."""
+        self._noting = threading.Lock()
         self._gateway: Gateway | None = None
         sessions = os.path.dirname(owner.path)
         self._tree = Tree(owner.path, Shared(sessions, catalog.settings.hub_cache) if shares else None)
@@ -302,10 +306,11 @@ class Session:
         except OSError:
             return False
 
-    def expect_download(self, folder: str) -> None:
+    def expect_download(self, folder: str, xet_hashes: Mapping[str, str] | None = None) -> None:
         """Let what a client is about to write to a repo folder land in the real cache.
 
-        What it writes beside a model of the user's lands in a repo of this session's own.
+        What it writes beside a model of the user's lands in a repo of this session's own. `xet_hashes` are those of the
+        files that it asks for, by their etags: what is downloaded may be a file that another repo has (see blobstore).
         """
         if self._tree.is_closed(folder):
             with self._lock:
@@ -318,6 +323,7 @@ class Session:
             return
         hub = self.settings.hub_cache
         ask = partial(self._catalog.patience.ask, hub)
+        self._note(folder, xet_hashes or {})
         try:
             if all(ask(partial(os.path.isdir, f"{self._tree.hub}/{each}")) for each in (hfcache.LOCKS, folder)):
                 return
@@ -325,6 +331,18 @@ class Session:
                 self._tree.expect(folder, hub, ask)
         except OSError as error:
             logger.debug("%s is downloaded into the session and moved later: %s", folder, error)
+
+    def _note(self, folder: str, xet_hashes: Mapping[str, str]) -> None:
+        """Have what is downloaded into a repo shared with other repos at the session's end."""
+        with self._noting:
+            noted = self._noted.get(folder)
+            if not self._shares_blobs or (noted is not None and xet_hashes.items() <= noted.items()):
+                return
+            try:
+                blobstore.note(self._owner.path, folder, xet_hashes)
+            except OSError as error:
+                logger.debug("%s will share no files with other repos: %s", folder, error)
+            self._noted[folder] = {**(noted or {}), **xet_hashes}
 
     def _let_write(self, folder: str) -> None:
         try:
