@@ -4,8 +4,6 @@ Pure functions of the arguments and the environment handed in; nothing here touc
 reads these variables once, when it is imported, and by then the environment must already be ours.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys
@@ -59,7 +57,7 @@ OTHER_KINDS = ("datasets", "spaces", "kernels")
 """What ids of repos that are no models begin with: `datasets/org/name`."""
 
 _NAME = "hf-overlay"
-_OVERLAY = re.compile(r"/session-\d+-[0-9a-f]+/home/hub$")
+_OVERLAY = r"/session-\d+-[0-9a-f]+/home/hub$"
 
 
 class Map(NamedTuple):
@@ -284,7 +282,7 @@ def hub_cache(environ: Mapping[str, str]) -> str:
 
 def is_overlay(hub_cache: str) -> bool:
     """Whether a path is the hub cache of a session, living or ended, by its name."""
-    return _OVERLAY.search(hub_cache) is not None
+    return hub_cache.endswith("/home/hub") and re.search(_OVERLAY, hub_cache) is not None
 
 
 def ended(hub_cache: str, environ: Mapping[str, str]) -> UsageError:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import os
 import threading
 import time
@@ -201,7 +200,7 @@ class Session:
             before = self._published
             self._restore()
             self._bring_home()
-            self._catalog.scan(only_settled=only_settled)
+            self._scan(only_settled=only_settled)
             plan = self._catalog.plan(case_insensitive=self._tree.is_case_insensitive)
             after = before if plan is self._plan else _answering(self._catalog, plan)
             changes = Changes(
@@ -214,6 +213,14 @@ class Session:
             self._publish(plan)
             self._plan, self._published = plan, after
         return changes
+
+    def _scan(self, *, only_settled: bool) -> None:
+        try:
+            self._catalog.scan(only_settled=only_settled)
+        except SessionError:
+            raise
+        except OverlayError as error:  # mlx-lm's model types are needed, and can no longer be read
+            raise SessionError(str(error)) from error
 
     def start_gateway(self) -> None:
         """Start a Hub on loopback that serves the user's models; `environment` leads programs to it from now on.
@@ -263,7 +270,7 @@ class Session:
 
     def seconds_since_change(self, model_id: str) -> float:
         """Seconds since a refresh found the user's model added, changed or removed; infinite when none did."""
-        return time.monotonic() - self._changed.get(model_id, -math.inf)
+        return time.monotonic() - self._changed.get(model_id, -float("inf"))
 
     def path_away(self, repo_id: str, kind: str = "models") -> str | None:
         """The folder of the user's that held this repo and has gone away since; None when there is none."""

@@ -52,14 +52,13 @@ def test_plain_prompts_get_the_sampling_and_the_context() -> None:
 def test_names_lead_through_aliases_and_profiles_to_models() -> None:
     tuned = Profile(model="org/m", adapter_path="/lora")
     own = Profile(model="org/own", adapter_path="/lora")
-    live = Live(
-        Settings(
-            aliases={"gpt-5": "code", "plain": "org/x"}, profiles={"code": PROFILE, "tuned": tuned, "org/own": own}
-        )
-    )
+    small = Profile(model="org/m", kv_bits=4)
+    profiles = {"code": PROFILE, "tuned": tuned, "org/own": own, "small": small}
+    live = Live(Settings(aliases={"gpt-5": "code", "plain": "org/x"}, profiles=profiles))
     assert live.target("org/x") == Target("org/x")
     assert live.target("plain") == Target("org/x")
     assert live.target("gpt-5") == live.target("code") == Target("org/m", PROFILE)
     assert live.target("tuned") == Target("tuned", tuned), "with other weights, it is a model of its own in memory"
+    assert live.target("small").id == "small", "what it keeps of prompts is nothing for the others"
     assert live.target("org/own") == Target("org/own", own)
     assert [live.source(name) for name in ("tuned", "org/own", "org/x")] == ["org/m", "org/own", "org/x"]

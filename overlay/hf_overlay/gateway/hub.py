@@ -1,7 +1,5 @@
 """The decision whether the user's folder, the real Hub, or nobody for now answers for a model on the gateway."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol

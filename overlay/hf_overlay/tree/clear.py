@@ -5,8 +5,6 @@ is a question that is given up on (see patience): the session then stays as it i
 is in the middle of it, and waits for the disk, holds the session's lock, so that nobody else clears it meanwhile.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import time
