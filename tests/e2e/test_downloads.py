@@ -186,7 +186,7 @@ def holdings(hf_home: Path) -> Contents:
     return found if found.keys() - {".", "hub"} else {}
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, suppress_health_check=list(HealthCheck))
 @given(steps=st.lists(STEPS, min_size=1, max_size=6), is_logged_in=st.booleans())
 @example(steps=[file("absent.json"), SNAPSHOT], is_logged_in=False)
 @example(steps=[SNAPSHOT, MOVED, SNAPSHOT, file("added.json")], is_logged_in=True)

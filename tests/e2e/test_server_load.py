@@ -34,9 +34,6 @@ SCRIPTS = {
 PIECES = {ONE: split(SCRIPTS[ONE]), TWO: re.findall(r"(?s).{1,3}", SCRIPTS[TWO])}
 STREAMS = 64
 
-# A server that no longer notices that its clients left would keep each of these tests waiting for all that it awaits.
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:

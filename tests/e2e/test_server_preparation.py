@@ -29,8 +29,6 @@ from tests.support.soak.requests import (
 )
 from tests.support.stalls import longest_stall
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:

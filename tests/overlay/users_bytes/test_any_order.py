@@ -11,7 +11,7 @@ from pathlib import Path
 
 import hf_overlay
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -240,11 +240,5 @@ def test_nothing_is_lost_in_any_order(base: Path, client: HubProcess) -> None:
 
     run_state_machine_as_test(
         LivesHere,
-        settings=settings(
-            max_examples=25,
-            stateful_step_count=25,
-            deadline=None,
-            print_blob=True,
-            suppress_health_check=[HealthCheck.too_slow],
-        ),
+        settings=settings(max_examples=25, stateful_step_count=25),
     )

@@ -18,6 +18,8 @@ from mlx_overlay_server.models.load import Extras
 from mlx_overlay_server.models.pool import Pool, preload
 from mlx_overlay_server.settings import UNTUNED, Tuning
 
+from tests.support.processes import SECONDS
+
 T = TypeVar("T")
 
 SIZES = {"a": 40, "b": 40, "c": 40, "small": 10, "large": 101, "draft": 5}
@@ -523,7 +525,9 @@ def test_the_configuration_arranges_single_models_and_what_it_no_longer_names_is
         await used(pool, "a")
         await used(pool, "b")
         sweeping = asyncio.create_task(pool.sweep())
-        await asyncio.sleep(0.2)
+        async with asyncio.timeout(SECONDS):
+            while "b" in pool.resident:
+                await asyncio.sleep(0.01)
         sweeping.cancel()
         assert pool.resident == ["a"], "b has a time of its own, and a has none"
         pool.arrange(extras={"a": Extras(adapter_path="/lora")}, pinned=[], idle_ttls={})
