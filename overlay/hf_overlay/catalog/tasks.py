@@ -5,8 +5,6 @@ names, or, where both were lost in a conversion, their name says that they embed
 not load, do nothing else: mlx-omni-server has code of its own for the types in `ENCODERS`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 

@@ -24,6 +24,8 @@ from hf_overlay.text import printable
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors become exit codes here and nowhere else."""
+    if argv is None:  # looks for garbage in what a start makes take milliseconds; what goes on after it enables them
+        gc.disable()
     arguments = list(sys.argv[1:] if argv is None else argv)
     # What follows `--` is the program's own, even where it looks like ours.
     split = arguments.index("--") if "--" in arguments else len(arguments)

@@ -79,7 +79,7 @@ class App:
         # A client also writes down in its cache which files a repo lacks.
         is_there = answer.status < 400 or answer.header("x-repo-commit") is not None
         if target is not None and target.precedes_writing(request.method) and is_there:
-            self._hub.expect_download(target.folder)
+            self._hub.expect_download(target.folder, _xet_hashes(answer))
         return answer
 
     def _real_hub(self) -> Upstream:
@@ -89,3 +89,9 @@ class App:
             if self._upstream is None:
                 self._upstream = Upstream(self._url, self._endpoint)
             return self._upstream
+
+
+def _xet_hashes(answer: Answer) -> dict[str, str]:
+    """The Xet hash of a file, by its etag, where the Hub's answer about it says that."""
+    etag, xet_hash = (answer.header(name) or "" for name in ("x-linked-etag", "x-xet-hash"))
+    return {etag.removeprefix("W/").strip('"'): xet_hash} if etag and xet_hash else {}

@@ -4,8 +4,6 @@ The routes, fields and headers are those that huggingface_hub 0.36 to 2.4 uses (
 utils/_http.py). Nothing here knows of a network: a request comes in, a response goes out.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -6,8 +6,6 @@ A linked repo is made once, under another name, and renamed when it is whole. It
 client deleted something in it, another one is made beside it, because loads may still be reading the first.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
