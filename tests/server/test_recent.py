@@ -31,7 +31,8 @@ class FakeLive:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The time, which is `now` until a test sets another one."""
-    time = SimpleNamespace(now=1.0, monotonic=lambda: time.now)
+    time = SimpleNamespace(now=1.0)
+    time.monotonic = lambda: time.now
     monkeypatch.setattr(module, "time", time)
     return time
 
