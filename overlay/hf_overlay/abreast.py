@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from hf_overlay.progress import alive, reporting
@@ -52,6 +51,8 @@ class Abreast:
 
 def _by_threads(look: Callable[[Item], Answer], items: Sequence[Item]) -> Iterator[Answer]:
     """As `Abreast.each`, by threads for which nobody waits: a disk may never answer."""
+    from queue import Empty, SimpleQueue  # local disks need none
+
     numbers = iter(range(len(items)))
     answers: SimpleQueue[tuple[int, Answer | None, BaseException | None]] = SimpleQueue()
     is_over, has_progressed = threading.Event(), threading.Event()

@@ -1,7 +1,5 @@
 """Diagnoses problems and suggests fixes, for `hf-overlay doctor`. Reads disks; leaves nothing behind on them."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import tempfile

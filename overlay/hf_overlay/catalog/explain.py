@@ -1,7 +1,5 @@
 """Why each place answers to an id, or does not: pure functions of what was found there."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 

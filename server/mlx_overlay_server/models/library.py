@@ -119,7 +119,7 @@ class Library:
         try:
             self._session.refresh()
             models = self._session.models
-        except hf_overlay.SessionError as error:
+        except hf_overlay.OverlayError as error:
             raise Unavailable(str(error)) from None
         self._sizes = {each.path: self._sizes_of(each) for each in models}
         return [_listed(each, self._sizes[each.path]) for each in models]
@@ -179,8 +179,6 @@ class Library:
             model = self._session.find(model_id)
         except hf_overlay.InvalidModelId as error:
             raise InvalidRequest(str(error), field="model") from None
-        except hf_overlay.SessionError as error:  # the overlay cannot be brought up to date: not now
-            raise Unavailable(str(error), field="model") from None
         except hf_overlay.SourceAway as error:
             raise Unavailable(str(error), field="model", code="model_away") from None
         except hf_overlay.IncompleteModel as error:
@@ -190,6 +188,8 @@ class Library:
         except hf_overlay.ModelNotFound as error:
             near = f"; did you mean {error.near}?" if error.near is not None else ""
             return _NotHere(model_id, near, " ".join(str(error).split()))
+        except hf_overlay.OverlayError as error:  # the overlay cannot be brought up to date: not now
+            raise Unavailable(str(error), field="model") from None
         return Located(model.path, _weights(model), model.id, model.task)
 
 

@@ -209,7 +209,7 @@ def _runner(folder: Path, step: int, batch_size: int) -> _Speaking:
     return _Speaking(folder, EngineOptions(prefill_step=step, batch_size=batch_size))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     prompts=st.lists(
         st.tuples(st.integers(0, 9), st.sampled_from([1, 2, 20, 70, 150]), st.integers(1, 6)), min_size=1, max_size=8
@@ -352,7 +352,7 @@ def test_caches_that_cannot_be_cut_are_kept_where_what_is_shared_ends(
         assert running.tokens(id_) == _runner(folder, 1 << 20, 1).said([*_text(3, 300), *_text(number, 20)], 3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     prompts=st.lists(
         st.tuples(st.sampled_from([0, 70, 150]), st.integers(0, 4), st.sampled_from([1, 20, 80])),
