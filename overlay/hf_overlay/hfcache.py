@@ -112,7 +112,7 @@ def why_not_hub_id(model_id: str) -> str | None:
     if model_id.endswith(".git"):
         return "ends with `.git`"
     if not re.fullmatch(_HUB_ID, model_id):
-        return "has other characters than letters, digits, `-`, `_`, `.`, or a part of over 96, or odd ends"
+        return "is none that the Hub takes: letters, digits, `-`, `_` and `.`, up to 96, neither `-` nor `.` at an end"
     return None
 
 
