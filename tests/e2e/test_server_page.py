@@ -262,6 +262,15 @@ def test_without_models_it_says_how_to_get_one_and_downloads_one_on_a_narrow_dar
         background = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert max(map(int, re.findall(r"\d+", background)[:3])) < 60
         visit.page.unroute_all()
+        entry = server.http.get("/manage/v1/models", headers={"x-api-key": KEY}).json()["models"][0]
+        many = [{**entry, "id": f'<b>"{number:03}'} for number in range(150)]
+        visit.page.route("**/manage/v1/models", lambda route: route.fulfill(json={"models": many}))
+        visit.page.reload()
+        visit.page.get_by_text("100 of 150 models").wait_for()
+        assert row(visit, '<b>"099').count() == 1
+        button(visit, "show all").click()
+        row(visit, '<b>"149').wait_for()
+        visit.page.unroute_all()
         hub.slow(30_000)
         for model in ("acme/none", "acme/hubs"):
             visit.page.get_by_label("Id on the Hub").fill(model)

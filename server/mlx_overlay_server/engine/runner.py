@@ -25,6 +25,7 @@ from mlx_overlay_server.engine.prefill import LEAST_SHARED, NOTHING, Pass, Promp
 from mlx_overlay_server.engine.prefix_cache import PrefixCache, common
 from mlx_overlay_server.engine.ranks import slowest
 from mlx_overlay_server.engine.sampling import Sampler, Sampling, effective, sampler
+from mlx_overlay_server.engine.vision import SeeingModel
 from mlx_overlay_server.errors import Failed
 from mlx_overlay_server.settings import EngineOptions
 
@@ -92,6 +93,8 @@ class Runner:
 
     def reset(self) -> None:
         """Drop every sequence; the model stays."""
+        if isinstance(self._model, SeeingModel):
+            self._model.seen.forget()  # some of it may be among what was not computed
         self._generator: BatchGenerator | None = None
         self._sequences: dict[int, _Sequence] = {}
         """By id, those that are in the batch or wait for it."""
