@@ -181,9 +181,7 @@ def test_vllm(client: Client, model_id: str, loaded: str, index: str) -> None:
         assert Path(client.get("hf_hub_download", model_id, index)).read_bytes() == LAID[model_id][index]
     else:
         assert client.failure("hf_hub_download", model_id, index).error == "RemoteEntryNotFoundError"
-    settings = client.get(
-        "snapshot_download", model_id, allow_patterns="*.json"
-    )  # where a quantisation describes itself
+    settings = client.get("snapshot_download", model_id, allow_patterns="*.json")
     assert chosen(model_id, "*.json").items() <= contents(settings).items()
     offline = {"allow_patterns": ["*.safetensors", "*.bin", "*.pt"], "local_files_only": True}
     assert Path(client.get("snapshot_download", model_id, **offline)) == folder
