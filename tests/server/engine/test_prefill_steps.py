@@ -110,12 +110,12 @@ def test_the_silence_of_those_that_decode_is_bounded_by_time(read: float, folder
     assert len(machine.silences) <= 5 + 1.5 * size * read / 0.2, "it is read in needlessly small pieces"
 
 
-def test_when_nobody_decodes_a_pass_takes_twice_as_long_at_most(folder: Path) -> None:
+def test_when_nobody_decodes_a_pass_takes_four_times_as_long_at_most(folder: Path) -> None:
     running = Running(folder, EngineOptions(max_stall_ms=100))
     machine = _Machine(running, read=0.001, decode=0.02)
     running.add(_text(5, 1500))
     running.finish()
-    assert 150 <= max(machine.reads) <= 200
+    assert 300 <= max(machine.reads) <= 400
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(running: Running) -> None:
