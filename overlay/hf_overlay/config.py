@@ -4,8 +4,6 @@ Pure functions of the arguments and the environment handed in; nothing here touc
 reads these variables once, when it is imported, and by then the environment must already be ours.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys
@@ -59,7 +57,7 @@ OTHER_KINDS = ("datasets", "spaces", "kernels")
 """What ids of repos that are no models begin with: `datasets/org/name`."""
 
 _NAME = "hf-overlay"
-_OVERLAY = re.compile(r"/session-\d+-[0-9a-f]+/home/hub$")
+_OVERLAY = r"/session-\d+-[0-9a-f]+/home/hub$"
 
 
 class Map(NamedTuple):
@@ -284,7 +282,7 @@ def hub_cache(environ: Mapping[str, str]) -> str:
 
 def is_overlay(hub_cache: str) -> bool:
     """Whether a path is the hub cache of a session, living or ended, by its name."""
-    return _OVERLAY.search(hub_cache) is not None
+    return hub_cache.endswith("/home/hub") and re.search(_OVERLAY, hub_cache) is not None
 
 
 def ended(hub_cache: str, environ: Mapping[str, str]) -> UsageError:
@@ -337,8 +335,17 @@ def _cache_folder(environ: Mapping[str, str]) -> str:
 
 def is_offline(environ: Mapping[str, str]) -> bool:
     """Whether huggingface_hub will not use the network in this environment (constants.HF_HUB_OFFLINE)."""
-    value = environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE") or ""
-    return value.upper() in ("1", "ON", "YES", "TRUE")
+    return _is_true(environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE"))
+
+
+def shares_blobs(environ: Mapping[str, str]) -> bool:
+    """Whether huggingface_hub 2 shares what it downloads between repos in this environment (_shared_blobs.py)."""
+    return not any(_is_true(environ.get(f"HF_HUB_DISABLE_{what}")) for what in ("SHARED_BLOBS", "XET"))
+
+
+def _is_true(value: str | None) -> bool:
+    """Whether huggingface_hub takes the value of a variable for true."""
+    return (value or "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def applied(variables: Mapping[str, str | None], environ: Mapping[str, str]) -> dict[str, str]:

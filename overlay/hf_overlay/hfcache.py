@@ -4,14 +4,12 @@ The layout is huggingface_hub's (docs: "Understand caching"; source: file_downlo
 utils/_cache_manager.py, utils/_validators.py of 2.4).
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hf_overlay.errors import check_descriptors
 from hf_overlay.models import File, Model
@@ -28,12 +26,12 @@ VIEWS = "views"
 SHARED_BLOBS = "blobs"
 """huggingface_hub >= 2 keeps payloads that several repos share here; reached through each repo's own links."""
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_PARTIAL = re.compile(r"(\.[0-9a-f]{8})?\.incomplete$")
+_COMMIT = r"[0-9a-f]{40}"
+_ETAG = r"[0-9a-f]{40}|[0-9a-f]{64}"
+_SHA256 = r"[0-9a-f]{64}"
+_PARTIAL = r"(\.[0-9a-f]{8})?\.incomplete$"
 _KINDS = frozenset({"models", "datasets", "spaces", "kernels"})
-_OTHER_REPO = re.compile(r"(datasets|spaces|kernels)--.+")
-_HUB_ID = re.compile(r"(\b[\w\-.]{1,96}\b/)?\b[\w\-.]{1,96}\b", re.ASCII)
+_HUB_ID = r"(?a)(\b[\w\-.]{1,96}\b/)?\b[\w\-.]{1,96}\b"
 _OS_HELPERS = frozenset(
     {
         *(".DS_Store", ".localized", ".apdisk", ".VolumeIcon.icns", "Icon\r"),  # macOS
@@ -91,7 +89,8 @@ def is_repo(folder: str) -> bool:
 
 def is_other_repo(folder: str) -> bool:
     """Whether this is the folder name of a cached dataset, space or kernel."""
-    return _OTHER_REPO.fullmatch(folder) is not None
+    kind, _, rest = folder.partition("--")
+    return kind != "models" and kind in _KINDS and rest != ""
 
 
 def why_not_linkable(id_: str) -> str | None:
@@ -112,8 +111,8 @@ def why_not_hub_id(model_id: str) -> str | None:
         return "has `--` or `..` in it"
     if model_id.endswith(".git"):
         return "ends with `.git`"
-    if not _HUB_ID.fullmatch(model_id):
-        return "has other characters than letters, digits, `-`, `_`, `.`, or a part of over 96, or odd ends"
+    if not re.fullmatch(_HUB_ID, model_id):
+        return "is none that the Hub takes: letters, digits, `-`, `_` and `.`, up to 96, neither `-` nor `.` at an end"
     return None
 
 
@@ -129,7 +128,7 @@ def lock_name(blob: str) -> str:
     A partial file is called `<etag>.incomplete`, to which any process appends, in huggingface_hub 0.36, and
     `<etag>.<8 hex digits>.incomplete` in those that give each process its own (1.31 to 2.4). All hold `<etag>.lock`.
     """
-    return f"{_PARTIAL.sub('', blob)}.lock"
+    return f"{re.sub(_PARTIAL, '', blob)}.lock"
 
 
 # Reading -------------------------------------------------------------------------------------------------------
@@ -176,8 +175,11 @@ def entries(hub: str) -> dict[str, str]:
 
 
 def watched(repo: str) -> tuple[str, ...]:
-    """The paths that look different when a cached repo gets another main revision, or gains or loses a blob."""
-    return (f"{repo}/refs/main", f"{repo}/snapshots", f"{repo}/blobs")
+    """The paths that look different when a cached repo gets another main revision, or gains or loses a blob.
+
+    Whether that revision is still there, its own folder tells.
+    """
+    return (f"{repo}/refs/main", f"{repo}/blobs")
 
 
 def watched_by_main(repo: str) -> tuple[str, ...]:
@@ -187,7 +189,11 @@ def watched_by_main(repo: str) -> tuple[str, ...]:
     except OSError:
         names = []
     revisions = (f"{repo}/snapshots/{name}" for name in names)
-    return (*watched(repo), *(path for folder in revisions for path in (folder, f"{folder}/config.json")))
+    return (
+        *watched(repo),
+        f"{repo}/snapshots",
+        *(path for folder in revisions for path in (folder, f"{folder}/config.json")),
+    )
 
 
 def watched_by_examine(repo: str) -> tuple[str, ...]:
@@ -303,14 +309,14 @@ class LinkedRepo(NamedTuple):
 
     @property
     def sealed(self) -> tuple[str, ...]:
-        """Files and folders that nobody may write to."""
+        """Files and folders that nobody may write to; refs until a client tells that it will (`Tree.let_write`)."""
         return ("refs/main", "refs", "snapshots")
 
     @property
     def watched(self) -> tuple[str, ...]:
-        """The folders whose time changes when a client takes a file of the revision away."""
+        """What has another time when a client takes a file of the revision away, or rewrites its ref."""
         # The view is watched through its snapshot, so that a missing snapshot is noticed as well.
-        return ("blobs", f"snapshots/{self.commit}", *self._folders())
+        return ("blobs", "refs/main", f"snapshots/{self.commit}", *self._folders())
 
     @property
     def parts(self) -> Parts:
@@ -389,7 +395,25 @@ def listed_blobs(listing: bytes) -> dict[str, str]:
     return {
         name: blob
         for name, blob in found.items()
-        if isinstance(blob, str) and _ETAG.fullmatch(blob) and not {"", ".", ".."} & {*name.split("/")}
+        if isinstance(blob, str) and re.fullmatch(_ETAG, blob) and not {"", ".", ".."} & {*name.split("/")}
+    }
+
+
+def listed_xet_hashes(listing: bytes) -> dict[str, str]:
+    """The Xet hash of each file in LFS that a listing names, by its etag."""
+    try:
+        listed = json.loads(listing)["files"].values()
+        return checked_hashes({entry.get("lfs_sha256"): entry.get("xet_hash") for entry in listed})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def checked_hashes(xet_hashes: Mapping[Any, Any]) -> dict[str, str]:
+    """Those of some Xet hashes by etag where both have the form of a SHA-256."""
+    return {
+        etag: xet_hash
+        for etag, xet_hash in xet_hashes.items()
+        if all(isinstance(each, str) and re.fullmatch(_SHA256, each) for each in (etag, xet_hash))
     }
 
 
@@ -399,7 +423,7 @@ def blob_name(path: str) -> str | None:
         name = os.path.basename(os.readlink(path))
     except OSError:
         return None
-    return name if _ETAG.fullmatch(name) else None
+    return name if re.fullmatch(_ETAG, name) else None
 
 
 def local_dir_identity(folder: str, mtimes_ns: Mapping[str, int]) -> tuple[str, dict[str, str]] | None:
@@ -420,7 +444,7 @@ def local_dir_identity(folder: str, mtimes_ns: Mapping[str, int]) -> tuple[str, 
             return None
         except ValueError:
             return None
-        if not is_older or not _COMMIT.fullmatch(commit) or not _ETAG.fullmatch(etag):
+        if not is_older or not re.fullmatch(_COMMIT, commit) or not re.fullmatch(_ETAG, etag):
             return None
         commits.add(commit)
         etags[name] = etag

@@ -1,14 +1,12 @@
 """Whether the real cache can keep what a program downloads, and if not, why and what to do. Reads only."""
 
-from __future__ import annotations
-
 import os
 import re
 from typing import Literal, NamedTuple
 
 from hf_overlay.errors import OUT_OF_FILES, privacy_advice
 
-_DRIVE = re.compile(r"/(?:Volumes|media/[^/]+|run/media/[^/]+)/[^/]+")
+_DRIVE = r"/(?:Volumes|media/[^/]+|run/media/[^/]+)/[^/]+"
 """Where systems mount the drives that a person plugs in."""
 
 
@@ -26,7 +24,7 @@ def problem(hub: str) -> Problem | None:
 
     Raises OSError when no file descriptor is free.
     """
-    drive = _DRIVE.match(hub)
+    drive = re.match(_DRIVE, hub)
     if drive is not None and not os.path.isdir(drive[0]):
         return _away(f"is on {drive[0]}, which is not there")
     folder = hub

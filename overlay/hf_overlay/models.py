@@ -1,7 +1,5 @@
 """The values that the other modules share: what a scan finds, and why it left something out."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 from typing import Literal, NamedTuple
 

@@ -14,7 +14,7 @@ _LOCAL = frozenset(
     }
 )
 """File systems of the kernel's own on disks of this machine. All others are asked from a process of their own."""
-_ESCAPED = re.compile(r"\\([0-7]{3})")
+_ESCAPED = r"\\([0-7]{3})"
 _MAX_LINKS = 40
 
 
@@ -53,7 +53,9 @@ def _linux_mounts() -> dict[str, bool]:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
             for line in file:
                 before, _, after = line.partition(" - ")
-                where = _ESCAPED.sub(lambda match: chr(int(match[1], 8)), before.split(" ")[4])
+                where = before.split(" ", 5)[4]
+                if "\\" in where:
+                    where = re.sub(_ESCAPED, lambda match: chr(int(match[1], 8)), where)
                 mounts[where.rstrip("/")] = after.split(" ", 1)[0] in _LOCAL
     except (OSError, IndexError):  # no /proc: nothing is known
         return {}

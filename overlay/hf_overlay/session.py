@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import os
 import threading
 import time
@@ -26,13 +25,11 @@ from hf_overlay.errors import (
     check_descriptors,
     privacy_advice,
 )
-from hf_overlay.gateway.hub import Hub
-from hf_overlay.gateway.server import DEFAULT_UPSTREAM, Gateway
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.models import Layer, Model
 from hf_overlay.patience import NoAnswer
 from hf_overlay.tiers import MergedRepo
-from hf_overlay.tree import clear, writeback
+from hf_overlay.tree import blobstore, clear, writeback
 from hf_overlay.tree.lease import Lease
 from hf_overlay.tree.publish import Tree, home_entries
 from hf_overlay.tree.shared import Shared
@@ -41,6 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hf_overlay.doctor import Finding
+    from hf_overlay.gateway.server import Gateway
 
 logger = logging.getLogger("hf_overlay")
 
@@ -63,6 +61,10 @@ class Session:
         self._catalog = catalog
         self._lock = threading.Lock()
         self._changed: dict[str, float] = {}
+        self._shares_blobs = config.shares_blobs(environ)
+        self._noted: dict[str, Mapping[str, str]] = {}
+        """The Xet hashes that are noted for the session's end: repo folder -> etag -> hash."""
+        self._noting = threading.Lock()
         self._gateway: Gateway | None = None
         sessions = os.path.dirname(owner.path)
         self._tree = Tree(owner.path, Shared(sessions, catalog.settings.hub_cache) if shares else None)
@@ -197,7 +199,7 @@ class Session:
             before = self._published
             self._restore()
             self._bring_home()
-            self._catalog.scan(only_settled=only_settled)
+            self._scan(only_settled=only_settled)
             plan = self._catalog.plan(case_insensitive=self._tree.is_case_insensitive)
             after = before if plan is self._plan else _answering(self._catalog, plan)
             changes = Changes(
@@ -211,11 +213,22 @@ class Session:
             self._plan, self._published = plan, after
         return changes
 
+    def _scan(self, *, only_settled: bool) -> None:
+        try:
+            self._catalog.scan(only_settled=only_settled)
+        except SessionError:
+            raise
+        except OverlayError as error:  # mlx-lm's model types are needed, and can no longer be read
+            raise SessionError(str(error)) from error
+
     def start_gateway(self) -> None:
         """Start a Hub on loopback that serves the user's models; `environment` leads programs to it from now on.
 
         It passes other requests on to the environment's own HF_ENDPOINT. Raises SessionError.
         """
+        from hf_overlay.gateway.hub import Hub  # sockets, which a session without a network needs not
+        from hf_overlay.gateway.server import DEFAULT_UPSTREAM, Gateway
+
         try:
             gateway = Gateway(Hub(self), self._environ.get("HF_ENDPOINT") or DEFAULT_UPSTREAM)
             gateway.start()
@@ -259,7 +272,7 @@ class Session:
 
     def seconds_since_change(self, model_id: str) -> float:
         """Seconds since a refresh found the user's model added, changed or removed; infinite when none did."""
-        return time.monotonic() - self._changed.get(model_id, -math.inf)
+        return time.monotonic() - self._changed.get(model_id, -float("inf"))
 
     def path_away(self, repo_id: str, kind: str = "models") -> str | None:
         """The folder of the user's that held this repo and has gone away since; None when there is none."""
@@ -295,15 +308,16 @@ class Session:
         except OSError:
             return False
 
-    def expect_download(self, folder: str) -> None:
+    def expect_download(self, folder: str, xet_hashes: Mapping[str, str] | None = None) -> None:
         """Let what a client is about to write to a repo folder land in the real cache.
 
-        What it writes beside a model of the user's lands in a repo of this session's own.
+        What it writes beside a model of the user's lands in a repo of this session's own. `xet_hashes` are those of the
+        files that it asks for, by their etags: what is downloaded may be a file that another repo has (see blobstore).
         """
-        if self._tree.is_shared(folder):
+        if self._tree.is_closed(folder):
             with self._lock:
-                if self._tree.is_shared(folder):
-                    self._own(folder)
+                if self._tree.is_closed(folder):
+                    self._let_write(folder)
             return
         if not hfcache.is_hub_repo(folder):  # ids are what clients send, and must neither be made nor noted
             return
@@ -311,6 +325,7 @@ class Session:
             return
         hub = self.settings.hub_cache
         ask = partial(self._catalog.patience.ask, hub)
+        self._note(folder, xet_hashes or {})
         try:
             if all(ask(partial(os.path.isdir, f"{self._tree.hub}/{each}")) for each in (hfcache.LOCKS, folder)):
                 return
@@ -319,11 +334,23 @@ class Session:
         except OSError as error:
             logger.debug("%s is downloaded into the session and moved later: %s", folder, error)
 
-    def _own(self, folder: str) -> None:
+    def _note(self, folder: str, xet_hashes: Mapping[str, str]) -> None:
+        """Have what is downloaded into a repo shared with other repos at the session's end."""
+        with self._noting:
+            noted = self._noted.get(folder)
+            if not self._shares_blobs or (noted is not None and xet_hashes.items() <= noted.items()):
+                return
+            try:
+                blobstore.note(self._owner.path, folder, xet_hashes)
+            except OSError as error:
+                logger.debug("%s will share no files with other repos: %s", folder, error)
+            self._noted[folder] = {**(noted or {}), **xet_hashes}
+
+    def _let_write(self, folder: str) -> None:
         try:
-            self._tree.own(folder)
+            self._tree.let_write(folder)
         except OSError as error:
-            logger.debug("%s stays shared with other sessions, and cannot be written to: %s", folder, error)
+            logger.debug("%s cannot be written to for now: %s", folder, error)
 
     def expect_model(self, model_id: str) -> None:
         """Let a model that a program in `environment` is about to download land in the real cache.

@@ -5,8 +5,6 @@ from the first that has it, and so is a ref. Clients may add to it. What they do
 home to the user's own cache, to which nothing goes that a tier holds.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -213,7 +211,7 @@ class _Parts(NamedTuple):
     """`<commit>/<name>`"""
 
     @classmethod
-    def of(cls, holders: Sequence[CachedRepo]) -> _Parts:
+    def of(cls, holders: Sequence[CachedRepo]) -> "_Parts":
         """The parts of a repo; those that belong to no revision that is there are left out."""
         revisions = [revision for holder in holders for revision in holder.revisions]
         commits = dict.fromkeys(sorted(revision.commit for revision in revisions))
@@ -232,7 +230,7 @@ class _Parts(NamedTuple):
         )
         return cls(commits, files, _first(refs), _first(trees), _first(absent))
 
-    def completed(self) -> _Parts:
+    def completed(self) -> "_Parts":
         """The same, with the files that a revision's listing names and of which another revision has the bytes.
 
         So a revision that was fetched beside a tier, whose files did not come home, is whole again.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import stat
 
 
@@ -21,5 +20,7 @@ def why_untrusted(path: str) -> str | None:
     if status.st_uid != os.geteuid():
         return f"belongs to another user (uid {status.st_uid})"
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        import shlex  # only for this message
+
         return f"can be written to by other users (to end that: chmod go-w {shlex.quote(path)})"
     return None

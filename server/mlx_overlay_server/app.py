@@ -32,7 +32,8 @@ from mlx_overlay_server.live import Live
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.download import Downloader
 from mlx_overlay_server.models.library import Library
-from mlx_overlay_server.models.pool import Extras, Pool, preload
+from mlx_overlay_server.models.load import PLAIN, Extras
+from mlx_overlay_server.models.pool import Pool, preload
 from mlx_overlay_server.preparation import Preparation
 from mlx_overlay_server.preparer import Process
 from mlx_overlay_server.recent import Recent
@@ -135,11 +136,13 @@ def _arrange(pool: Pool, live: Live) -> None:
     """Let the pool treat single models as the settings say."""
     settings = live.settings
     profiles = {live.target(name).id: profile for name, profile in settings.profiles.items()}
-    extras = {name: Extras(each.adapter_path, each.draft_model) for name, each in profiles.items()}
+    extras = {name: Extras(each.adapter_path, each.draft_model, each.tuning) for name, each in profiles.items()}
     if settings.adapter_path is not None or settings.draft_model is not None:
-        extras[live.target(settings.models[0]).id] = Extras(settings.adapter_path, settings.draft_model)
+        first = live.target(settings.models[0]).id
+        tuning = extras.get(first, PLAIN).tuning
+        extras[first] = Extras(settings.adapter_path, settings.draft_model, tuning)
     pool.arrange(
-        extras={name: each for name, each in extras.items() if each != Extras()},
+        extras={name: each for name, each in extras.items() if each != PLAIN},
         pinned=[name for name, each in profiles.items() if each.pin],
         idle_ttls={name: each.idle_ttl for name, each in profiles.items() if each.idle_ttl is not None},
     )

@@ -27,10 +27,10 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from hf_overlay import UsageError, configfile
-from hf_overlay.config import ConfigFile, file_path
+from hf_overlay.config import ConfigFile, file_path, in_force
 
 from mlx_overlay_server import options, profiles
-from mlx_overlay_server.settings import API_KEY_VARIABLE, Key, Profile, Settings
+from mlx_overlay_server.settings import API_KEY_VARIABLE, Key, Profile, Settings, rank
 
 _TABLES = ("alias", "profile", "key")
 _ELSEWHERE = {
@@ -70,9 +70,31 @@ def load(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
 
     Raises UsageError, and ValueError for flags that do not go together.
     """
-    table = parse(configfile.read(environ))
-    settings = options.read(arguments, environ, table.values)
-    return replace(settings, profiles=table.profiles, keys=table.keys)
+    file = configfile.read(environ)
+    table = parse(file)
+    folders = in_force(
+        arguments.model_paths, arguments.exclude, environ, file, below=arguments.below, maps=dict(arguments.maps)
+    )
+    if rank(environ) is not None:
+        for name, profile in table.profiles.items():
+            if profile.adapter_path is not None or profile.draft_model is not None:
+                says = "under mlx.launch, mlx-lm loads neither draft models nor adapters; take them out of the profile"
+                raise _mistake(file, "profile", name, says=says)
+    return replace(
+        options.read(arguments, environ, table.values),
+        model_paths=tuple(folders.model_path.value),
+        below=tuple(folders.below.value),
+        maps=dict(folders.map.value),
+        exclude=tuple(folders.exclude.value),
+        profiles=table.profiles,
+        keys=table.keys,
+    )
+
+
+def changed(before: Settings, after: Settings) -> set[str]:
+    """Return the settings in which two differ, by the names that they have in the file."""
+    names = {name: _key_of(action) for name, action in _declared().items()} | {"profiles": "profile", "keys": "key"}
+    return {key for name, key in names.items() if _valued(before, name) != _valued(after, name)}
 
 
 def stamp(environ: Mapping[str, str]) -> object:
@@ -91,8 +113,7 @@ def origins(arguments: argparse.Namespace, environ: Mapping[str, str]) -> dict[s
     table, settings, flags = parse(file), load(arguments, environ), options.given(arguments)
     found: dict[str, Origin] = {}
     for name, action in _declared().items():
-        owner = next(each for each in (settings, settings.engine, settings.limits) if hasattr(each, name))
-        value = getattr(owner, name)
+        value = _valued(settings, name)
         if name in flags:
             origin = action.option_strings[0]
         elif name == "api_key" and environ.get(API_KEY_VARIABLE):
@@ -140,6 +161,11 @@ def parse(file: ConfigFile) -> Table:
     if aliases := _aliases(file):
         values["aliases"], lines["aliases"] = aliases, _line(file, "alias")
     return Table(values, lines, _profiles(file, aliases), tuple(_keys(file)))
+
+
+def _valued(settings: Settings, name: str) -> Any:
+    """Return the value of a field of the settings, of the engine's options, or of the limits."""
+    return next(getattr(each, name) for each in (settings, settings.engine, settings.limits) if hasattr(each, name))
 
 
 def _declared() -> dict[str, argparse.Action]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import fields
 from typing import NamedTuple
 
 from hf_overlay import OverlayError
 
+from mlx_overlay_server import configuration
 from mlx_overlay_server.settings import Profile, Settings
 
 logger = logging.getLogger("mlx_overlay_server")
 
-CHANGING = frozenset({"aliases", "default_model", "profiles", "keys"})
-"""The settings that change with the file at once; the others do at the next start."""
+CHANGING = frozenset({"alias", "default_model", "profile", "key"})
+"""The settings that change with the file at once, by their names there; the others do at the next start."""
 LOOK_SECONDS = 2.0
 """A disk that takes longer to say whether the file has changed holds up no request."""
 
@@ -24,7 +24,7 @@ class Target(NamedTuple):
     """What the name of a model in a request stands for."""
 
     id: str
-    """The name under which the model is loaded: its id, or the profile's where that has weights of its own."""
+    """The name under which the model is loaded: its id, or the profile's where that is loaded apart."""
     profile: Profile | None = None
 
 
@@ -65,8 +65,7 @@ class Live:
         profile = self.settings.profiles.get(name)
         if profile is None:
             return Target(name)
-        has_own_weights = profile.adapter_path is not None or profile.draft_model is not None
-        return Target(name if has_own_weights else profile.model, profile)
+        return Target(name if profile.is_loaded_apart else profile.model, profile)
 
     def names(self, model_id: str) -> list[str]:
         """Return the other names that lead to a model: aliases and profiles, sorted."""
@@ -92,10 +91,10 @@ class Live:
 
     def _take(self, settings: Settings) -> None:
         before, self.settings = self.settings, settings
-        changed = {each.name for each in fields(Settings) if getattr(before, each.name) != getattr(settings, each.name)}
+        changed = configuration.changed(before, settings)
         if now := sorted(changed & CHANGING):
             logger.info("the configuration has changed: %s", ", ".join(now))
         if later := sorted(changed - CHANGING):
-            logger.warning("the configuration has changed, and takes effect at the next start: %s", ", ".join(later))
+            logger.warning("changed in the configuration, for which a restart is needed: %s", ", ".join(later))
         for follow in self.followers:
             follow(settings)

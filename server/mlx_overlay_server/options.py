@@ -8,7 +8,15 @@ from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from mlx_overlay_server import settings as settings_
-from mlx_overlay_server.settings import API_KEY_VARIABLE, EngineOptions, Limits, Settings, size
+from mlx_overlay_server.settings import (
+    API_KEY_VARIABLE,
+    KV_BITS,
+    KV_GROUP_SIZES,
+    EngineOptions,
+    Limits,
+    Settings,
+    size,
+)
 
 __all__ = [
     "API_KEY_VARIABLE",
@@ -172,13 +180,13 @@ def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
         "--no-wired-memory",
         "on macOS: let the system page models out; slower for large ones, but no kernel panics of wired memory",
     )
-    add("kv_bits", "--kv-bits", "quantise KV caches; disables batching", type=int, choices=[2, 3, 4, 6, 8])
+    add("kv_bits", "--kv-bits", "quantise KV caches; disables batching", type=int, choices=KV_BITS)
     add(
         "kv_group_size",
         "--kv-group-size",
         "numbers that share a scale in quantised KV caches",
         type=int,
-        choices=[32, 64, 128],
+        choices=KV_GROUP_SIZES,
     )
     add(
         "quantized_kv_start",

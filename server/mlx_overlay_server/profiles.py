@@ -8,17 +8,9 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from mlx_overlay_server.chat.requests import OURS, ChatRequest, Message, TextRequest
-from mlx_overlay_server.settings import Profile
+from mlx_overlay_server.settings import KV_BITS, KV_GROUP_SIZES, Profile
 
 R = TypeVar("R", bound=ChatRequest | TextRequest)
-
-_GLOBAL = {
-    "kv_bits": "KV caches are quantised for all models alike: write kv_bits below [server]",
-    "kv_group_size": "KV caches are quantised for all models alike: write kv_group_size below [server]",
-    "quantized_kv_start": "KV caches are quantised for all models alike: write quantized_kv_start below [server]",
-    "num_draft_tokens": "it is the same for all models: write it below [server]",
-}
-"""What the engine does for all models alike."""
 
 
 class Mistake(ValueError):
@@ -33,8 +25,6 @@ def read(name: str, table: Mapping[str, Any]) -> Profile:
     """Return the profile that a table of the configuration file describes. Raises Mistake."""
     known = {each.name for each in fields(Profile)}
     for key, value in table.items():
-        if key in _GLOBAL:
-            raise Mistake(f"a profile cannot set {key}; {_GLOBAL[key]}", key)
         if key not in known:
             raise Mistake(f"a profile has no setting {key!r}; it has {', '.join(sorted(known))}", key)
         is_good, wanted = _RULES[key]
@@ -46,6 +36,8 @@ def read(name: str, table: Mapping[str, Any]) -> Profile:
         )
     if "model" not in table and "/" not in name:
         raise Mistake(f'the profile {name!r} needs the model that it is for; write model = "org/name" below it')
+    if "num_draft_tokens" in table and "draft_model" not in table:
+        raise Mistake("num_draft_tokens is for a draft model; write draft_model beside it", "num_draft_tokens")
     given = {"model": name, **table}
     for key in ("chat_template", "adapter_path"):
         if key in given:
@@ -99,6 +91,10 @@ def _is_count(least: int) -> Callable[[object], bool]:
     return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def _is_one_of(*choices: int) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value in choices
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value) and "\0" not in value
 
@@ -122,6 +118,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "reasoning_budget": (_is_count(0), "a number of tokens, 0 or more"),
     "draft_model": (_is_text, 'the id of a model; write "org/name"'),
     "adapter_path": (_is_path, "the whole path of a folder, or one that begins with ~/"),
+    "kv_bits": (_is_one_of(0, *KV_BITS), f"one of {', '.join(map(str, KV_BITS))}, or 0 for KV caches as they are"),
+    "kv_group_size": (_is_one_of(*KV_GROUP_SIZES), f"one of {', '.join(map(str, KV_GROUP_SIZES))}"),
+    "quantized_kv_start": (_is_count(0), "a number of tokens, 0 or more"),
+    "num_draft_tokens": (_is_count(1), "a number of tokens, 1 or more"),
     "pin": (lambda value: isinstance(value, bool), "true or false"),
     "idle_ttl": (_is_number(0, 1e9), "a number of seconds, 0 or more"),
 }

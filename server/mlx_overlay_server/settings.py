@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 API_KEY_VARIABLE = "MLX_OMNI_API_KEY"
+KV_BITS = (2, 3, 4, 6, 8)
+"""Bits that a number in a quantised KV cache may have."""
+KV_GROUP_SIZES = (32, 64, 128)
+"""Numbers that may share a scale there."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -62,6 +66,24 @@ class EngineOptions:
     """Under mlx.launch: distribute layers instead of splitting tensors."""
 
 
+class Tuning(NamedTuple):
+    """Options of the engine that one model has for itself. None: as for all models."""
+
+    kv_bits: int | None = None
+    """0: its KV caches are not quantised."""
+    kv_group_size: int | None = None
+    quantized_kv_start: int | None = None
+    num_draft_tokens: int | None = None
+
+    def applied(self, options: EngineOptions) -> EngineOptions:
+        """Return the options for this model."""
+        own = {name: value for name, value in self._asdict().items() if value is not None}
+        return replace(options, **{**own, "kv_bits": own.get("kv_bits", options.kv_bits) or None})
+
+
+UNTUNED = Tuning()
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Limits on what one request may ask for, and on what all of them may together."""
@@ -107,10 +129,25 @@ class Profile:
     """The id of a draft model for speculative decoding."""
     adapter_path: str | None = None
     """A folder of LoRA weights."""
+    kv_bits: int | None = None
+    """Bits of each quantised number in the KV cache; 0: not quantised."""
+    kv_group_size: int | None = None
+    quantized_kv_start: int | None = None
+    num_draft_tokens: int | None = None
     pin: bool = False
     """Never unload the model."""
     idle_ttl: float | None = None
     """Seconds after which the model is unloaded when it is idle; 0: never."""
+
+    @property
+    def tuning(self) -> Tuning:
+        """The engine's options that the model has for itself."""
+        return Tuning(self.kv_bits, self.kv_group_size, self.quantized_kv_start, self.num_draft_tokens)
+
+    @property
+    def is_loaded_apart(self) -> bool:
+        """Whether the model is loaded in a way of its own, beside the one that answers to its id."""
+        return self.adapter_path is not None or self.draft_model is not None or self.tuning != UNTUNED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,9 +168,9 @@ class Settings:
     """Everything that the command line, the environment and the configuration file say."""
 
     model_paths: tuple[str, ...] = ()
-    """Folders of models; (): those in MLX_OMNI_MODEL_PATH, else those in hf-overlay's configuration file."""
+    """Folders of models."""
     below: tuple[str, ...] = ()
-    """Read-only tiers behind the user's own cache; (): those in HF_OVERLAY_BELOW, if any."""
+    """Read-only tiers behind the user's own cache."""
     maps: Mapping[str, str] = field(default_factory=dict)
     """Folders that answer to an id, before all else: id -> folder."""
     exclude: tuple[str, ...] = ()

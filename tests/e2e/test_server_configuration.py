@@ -40,6 +40,15 @@ def _ask(server: Server, model: str, **more: object) -> tuple[int, str, int]:
     return 200, read["choices"][0]["message"]["content"], read["usage"]["prompt_tokens"]
 
 
+def _cached(server: Server, model: str) -> int:
+    """The tokens of a prompt that were not read again; the answer is whole."""
+    completion = server.chat(model, "The same words as before, in a prompt that is long enough to be kept.")
+    assert completion.choices[0].message.content == WHOLE
+    assert completion.usage is not None
+    assert completion.usage.prompt_tokens_details is not None
+    return completion.usage.prompt_tokens_details.cached_tokens or 0
+
+
 def test_edits_take_effect_at_the_next_request(server: Server, file: Path, home: Path) -> None:
     start = file.read_text()
     assert _ask(server, "unknown")[:2] == (200, WHOLE)
@@ -64,8 +73,17 @@ def test_edits_take_effect_at_the_next_request(server: Server, file: Path, home:
     assert _ask(server, "short")[0] == 200, "the last good configuration stays"
     assert f"{file}:5: [server] has no setting 'default_models'; write default_model" in server.log()
 
-    file.write_text(start.replace("acme/one", "acme/two"))
+    file.write_text(start.replace("acme/one", "acme/two").replace("model_path = [", 'model_path = ["/elsewhere", '))
     assert _ask(server, "short")[1] == "Two."
+    assert "for which a restart is needed: model_path\n" in server.log()
+
+    quantised = "kv_bits = 8\nkv_group_size = 32\nquantized_kv_start = 0\n"
+    file.write_text(f'{start}[server.profile.small]\nmodel = "acme/one"\n{quantised}')
+    assert _cached(server, "small") == 0, "the model's own KV cache of this prompt is not quantised"
+    assert _cached(server, "small") > 0
+    assert _cached(server, "acme/one") > 0
+    held = {each["id"]: each["state"] for each in server.http.get("/manage/v1/status").json()["models"]}
+    assert (held["small"], held["acme/one"]) == ("resident", "resident"), "one each"
 
 
 def test_keys_are_made_by_a_command_and_hold_at_once(server: Server, file: Path, home: Path) -> None:
@@ -95,5 +113,5 @@ def test_keys_are_made_by_a_command_and_hold_at_once(server: Server, file: Path,
     assert "ann" in finish([*command[:2], "ls"], environment(home)).out
     ps = [command[0], "ps", "--url", server.url]
     done = finish(ps, environment(home))
-    assert (done.status, "needs an API key" in done.err) == (1, True), "commands need a key, too"
+    assert (done.status, "needs an API key; set it in MLX_OMNI_API_KEY" in done.err) == (1, True), "commands, too"
     assert finish(ps, environment(home, MLX_OMNI_API_KEY=key)).status == 1, "this one is not for managing"

@@ -69,7 +69,7 @@ def test_looks_are_reported_by_the_thread_that_asks_and_never_after_it_is_done()
     def look(number: int) -> int:
         if number == 0:
             raise OSError
-        go_on.wait(10)
+        go_on.wait(60)
         alive()
         return number
 

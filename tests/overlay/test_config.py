@@ -57,7 +57,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, R
         yield readers
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(ENVIRONMENTS)
 def test_the_cache_is_where_huggingface_hub_looks_for_it(
     readers: Mapping[str, Reader], environ: dict[str, str]
@@ -90,7 +90,7 @@ OWN = ("HF_HOME", "HF_HUB_CACHE", "HF_ASSETS_CACHE", "HUGGINGFACE_ASSETS_CACHE",
 HUB_ALONE = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(places=st.dictionaries(st.sampled_from([*OWN, "XDG_CACHE_HOME"]), PLACES), folder=st.sampled_from(["h", "h $X"]))
 def test_a_program_in_the_overlay_finds_the_hub_cache_elsewhere_and_nothing_else(
     tmp_path_factory: pytest.TempPathFactory, readers: Mapping[str, Reader], places: dict[str, str], folder: str

@@ -100,7 +100,7 @@ def test_a_mistake_is_named_with_its_line_and_what_to_do(case: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(max_size=60) | st.text("abmodel_path=[]\"'\n#,/~ ", max_size=40))
 def test_whatever_the_file_holds_is_read_or_refused(text: str) -> None:
     with suppress(UsageError):

@@ -17,10 +17,12 @@ from hf_overlay.mounts import may_hang
 from hf_overlay.patience import NoAnswer, Patience
 from hf_overlay.progress import alive
 
+from tests.support.processes import SECONDS
+
 
 @pytest.fixture
 def patience() -> Patience:
-    return Patience(0.2)
+    return Patience(0.4)
 
 
 def test_answers_and_errors_come_through(patience: Patience) -> None:
@@ -47,12 +49,13 @@ def test_a_root_that_hangs_is_not_asked_again_until_it_answers(patience: Patienc
     with pytest.raises(NoAnswer):
         patience.ask("/a", release.wait)
     threads = threading.active_count()
-    for _ in range(20):
-        started = time.monotonic()
+    asked: list[str] = []
+    started = time.monotonic()
+    for _ in range(100):
         with pytest.raises(NoAnswer):
-            patience.ask("/a", lambda: "asked")
-        assert time.monotonic() - started < 0.1
-    assert threading.active_count() == threads, "threads pile up behind a disk that hangs"
+            patience.ask("/a", lambda: asked.append("again"))
+    assert time.monotonic() - started < 100 * 0.4 / 2, "a disk that hangs is waited for again and again"
+    assert (asked, threading.active_count() <= threads) == ([], True), "threads pile up behind a disk that hangs"
     assert patience.ask("/b", lambda: "other") == "other"
     release.set()
     while patience.is_waiting_for("/a"):
@@ -63,16 +66,15 @@ def test_a_root_that_hangs_is_not_asked_again_until_it_answers(patience: Patienc
 def test_many_that_hang_take_no_longer_than_one(patience: Patience) -> None:
     release = threading.Event()
     started = time.monotonic()
-    answers = patience.ask_each({f"/{number}": release.wait for number in range(10)} | {"/ok": lambda: True})
-    assert time.monotonic() - started < 1
+    answers = patience.ask_each({f"/{number}": release.wait for number in range(50)} | {"/ok": lambda: True})
+    assert time.monotonic() - started < 50 * 0.4 / 2
     assert answers.pop("/ok") is True
     assert all(isinstance(answer, NoAnswer) for answer in answers.values())
     release.set()
 
 
-def _slowly(seconds: float) -> str:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
+def _slowly() -> str:
+    for _ in range(25):
         time.sleep(0.02)
         alive()
     return "done"
@@ -92,7 +94,7 @@ def test_a_helper_answers_raises_reports_and_is_replaced_when_it_dies(monkeypatc
     with pytest.raises(FileNotFoundError):
         ask(partial(os.stat, "/nonexistent"))
     reports.clear()
-    assert ask(partial(_slowly, 0.5)) == "done"
+    assert ask(_slowly) == "done"
     assert len(reports) > 2
     assert isinstance(here, int)
     os.kill(here, signal.SIGKILL)
@@ -128,5 +130,5 @@ def test_a_process_that_is_stopped_takes_no_disk_for_one_that_hangs(tmp_path: Pa
         process.send_signal(signal.SIGSTOP)
         time.sleep(2.2)
         process.send_signal(signal.SIGCONT)
-        assert process.wait(20) == 0
+        assert process.wait(SECONDS) == 0
     assert done.read_text() == "answer"

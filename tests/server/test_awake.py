@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from mlx_overlay_server.awake import keep_awake
 
+from tests.support.processes import SECONDS
+
 CAFFEINATE = """#!/bin/sh
-echo "$*" > HELD
 trap 'rm HELD; exit 0' TERM
+echo "$*" > HELD
 while :; do sleep 0.02; done
 """
 
@@ -31,7 +33,7 @@ def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 async def until(is_true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(SECONDS):
         while not is_true():
             await asyncio.sleep(0.01)
 
@@ -64,4 +66,4 @@ def test_where_nothing_can_hold_it_the_server_works_all_the_same(
     monkeypatch.setenv("PATH", str(tmp_path))
     for platform in ("darwin", "linux"):
         monkeypatch.setattr(sys, "platform", platform)
-        asyncio.run(asyncio.wait_for(keep_awake(lambda: True), 5))
+        asyncio.run(asyncio.wait_for(keep_awake(lambda: True), SECONDS))

@@ -8,7 +8,9 @@ import logging
 import pytest
 from hf_overlay import UsageError
 from mlx_overlay_server.live import Live
-from mlx_overlay_server.settings import Settings
+from mlx_overlay_server.settings import EngineOptions, Settings
+
+from tests.support.processes import SECONDS
 
 
 class File:
@@ -33,6 +35,7 @@ def test_an_edit_counts_from_the_next_request_on_and_a_mistake_leaves_the_last_g
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("mlx_overlay_server"), "propagate", True)
+    monkeypatch.setattr("mlx_overlay_server.live.LOOK_SECONDS", SECONDS)
     caplog.set_level(logging.INFO)
     file = File()
     live = Live(Settings(), stamp=lambda: file.version, reread=file.read)
@@ -50,17 +53,18 @@ def test_an_edit_counts_from_the_next_request_on_and_a_mistake_leaves_the_last_g
         for _ in range(3):
             await live.refresh()
         assert (live.settings, followed, file.reads) == (good, [good], 2)
-        file.edit(Settings(port=1))
+        restart = Settings(port=1, model_paths=("/a",), engine=EngineOptions(batch_size=2))
+        file.edit(restart)
         await live.refresh()
-        assert live.settings == Settings(port=1)
+        assert live.settings == restart
 
     asyncio.run(run())
     said = [record.getMessage() for record in caplog.records]
     assert said == [
-        "the configuration has changed: aliases",
+        "the configuration has changed: alias",
         "the configuration stays as it was: /config.toml:3: that is wrong",
-        "the configuration has changed: aliases",
-        "the configuration has changed, and takes effect at the next start: port",
+        "the configuration has changed: alias",
+        "changed in the configuration, for which a restart is needed: max_batch, model_path, port",
     ]
 
 

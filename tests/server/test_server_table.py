@@ -59,7 +59,8 @@ MISTAKES = {
     "an alias and a profile": ('[server.alias]\na = "b"\n[server.profile.a]\nmodel = "b"\n', 3, "is an alias, too"),
     "a profile of nothing": ("[server.profile.a]\npin = true\n", 1, "needs the model that it is for"),
     "no setting of a profile": ('[server.profile."a/b"]\n\ncolor = 1\n', 3, "a profile has no setting 'color'"),
-    "what is global": ('[server.profile."a/b"]\nkv_bits = 4\n', 2, "write kv_bits below [server]"),
+    "no bits": ('[server.profile."a/b"]\nkv_bits = 5\n', 2, "kv_bits must be one of 2, 3, 4, 6, 8, or 0"),
+    "guesses of nobody": ('[server.profile."a/b"]\nnum_draft_tokens = 2\n', 2, "write draft_model beside it"),
     "too hot": ('[server.profile."a/b"]\ntemperature = 3\n', 2, "temperature must be a number from 0 to 2"),
     "no text": ('[server.profile."a/b"]\nsystem = 3\n', 2, "system must be a text"),
     "a relative path": ('[server.profile."a/b"]\nadapter_path = "x"\n', 2, "the whole path of a folder"),
@@ -89,6 +90,7 @@ def test_it_sets_what_flags_set_and_profiles_and_keys(home: Path, file: Path) ->
     settings = _load(home)
     assert (settings.port, settings.memory_budget, settings.idle_ttl) == (8000, 8 * 10**9, 1.5)
     assert settings.engine.cache_bytes == 10**9, "a share of the budget, as with the flag"
+    assert settings.model_paths == ("/models",), "which stands above the table"
     assert (settings.is_offline, settings.models) == (True, ("org/a", "org/b"))
     assert (settings.aliases, settings.default_model) == ({"short": "code"}, "short")
     assert settings.profiles == {
@@ -104,6 +106,10 @@ def test_flags_beat_the_environment_which_beats_the_file(home: Path, file: Path)
     assert (settings.port, settings.models, settings.aliases) == (1, ("org/c",), {"x": "y"})
     assert settings.api_key == "from-variable"
     assert settings.memory_budget == 8 * 10**9
+    assert _load(home, MLX_OMNI_MODEL_PATH="/x:/y").model_paths == ("/x", "/y")
+    file.write_text('[server.profile."a/b"]\nadapter_path = "/lora"\n')
+    with pytest.raises(UsageError, match=r"config\.toml:1: under mlx\.launch"):
+        _load(home, MLX_RANK="0")
 
 
 def test_each_setting_knows_where_it_comes_from(home: Path, file: Path) -> None:

@@ -41,7 +41,7 @@ def _size(model: Loaded, request: ChatRequest) -> int:
 _ROLES: st.SearchStrategy[Role] = st.sampled_from(["user", "assistant", "user", "tool"])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(_ROLES, st.integers(1, 40)), min_size=1, max_size=12), st.integers(40, 200), st.integers(1, 60)
 )

@@ -12,6 +12,8 @@ from mlx_overlay_server.api.guard import Guard
 from mlx_overlay_server.settings import Settings
 from mlx_overlay_server.turns import LARGE_BYTES, Turns, becomes_large, turn
 
+from tests.support.processes import SECONDS
+
 STEP = 0.02
 """Seconds that a step of a large request takes here."""
 
@@ -61,7 +63,7 @@ def test_a_large_request_whose_client_leaves_frees_its_turn() -> None:
         left = asyncio.create_task(becomes_large(turns))
         await asyncio.sleep(0)
         left.cancel()
-        await asyncio.wait_for(turns.take(), 5)
+        await asyncio.wait_for(turns.take(), SECONDS)
 
     asyncio.run(main())
 
@@ -74,7 +76,7 @@ def test_a_server_that_stops_keeps_no_large_request_waiting() -> None:
         waiting = [asyncio.create_task(becomes_large(turns)) for _ in range(100)]
         await asyncio.sleep(0)
         turns.close()
-        done, pending = await asyncio.wait(waiting, timeout=5)
+        done, pending = await asyncio.wait(waiting, timeout=SECONDS)
         assert (len(done), len(pending)) == (100, 0)
         assert turns._lock.locked() is False
 

@@ -1,7 +1,5 @@
 """Which sources have gone away since they were seen, and what they held: a pure function of two scans."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 

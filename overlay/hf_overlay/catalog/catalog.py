@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 from hf_overlay import config, hfcache, keeping, tiers
-from hf_overlay.catalog import explain, kinds
+from hf_overlay.catalog import kinds
 from hf_overlay.catalog.away import Away, away_after
-from hf_overlay.catalog.explain import Candidate
 from hf_overlay.catalog.files import reason_of
 from hf_overlay.catalog.index import Index
 from hf_overlay.catalog.memo import Memo
@@ -18,11 +18,22 @@ from hf_overlay.catalog.repos import examine_all
 from hf_overlay.catalog.scan import Scanner
 from hf_overlay.catalog.spelling import Spellings
 from hf_overlay.config import Settings
-from hf_overlay.errors import IncompleteModel, InvalidModelId, ModelNotFound, SourceAway, UsageError
+from hf_overlay.errors import (
+    IncompleteModel,
+    InvalidModelId,
+    ModelNotFound,
+    OverlayError,
+    SessionError,
+    SourceAway,
+    UsageError,
+)
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.models import CachedRepo, Code, Layer, Model, Reason, Reject, Source
 from hf_overlay.patience import NoAnswer, Patience
 from hf_overlay.tiers import MergedRepo
+
+if TYPE_CHECKING:
+    from hf_overlay.catalog.explain import Candidate
 
 _NAMES: Mapping[Layer, str] = {"map": "mapped folder", "custom": "model path", "tier": "folder below the cache"}
 """What messages call a source."""
@@ -34,8 +45,8 @@ class Catalog:
     def __init__(self, settings: Settings, *, index: str | None = None) -> None:
         """Scan the user's folders. `index` is the folder in which processes keep for each other what they found.
 
-        Raises UsageError for a model path that is a file, OverlayError where mlx-lm's model types are needed and cannot
-        be read.
+        Raises UsageError for a model path that is a file, and, here and later, OverlayError where mlx-lm's model types
+        are needed and cannot be read.
         """
         self.settings = settings
         self.types = kinds.restriction(settings.kind, trusts_code=settings.trusts_code, encoders=settings.encoders)
@@ -172,8 +183,13 @@ class Catalog:
         return next((reject for reject in rejects if reject.reason.code is Code.INCOMPLETE), None)
 
     def is_cached(self, model_id: str) -> bool:
-        """Whether the real cache holds a loadable copy now."""
-        return isinstance(self._scanner.read_cached(model_id), Model)
+        """Whether the real cache holds a loadable copy now; False while nothing tells what mlx-lm loads."""
+        try:
+            return isinstance(self._scanner.read_cached(model_id), Model)
+        except SessionError:
+            raise
+        except OverlayError:
+            return False
 
     def is_folder(self, path: str, root: str) -> bool:
         """Whether there is a folder at `path`, which is in the model path or cache `root`; False without an answer."""
@@ -326,6 +342,8 @@ class Catalog:
         kind, repo_id = config.kind_and_id(model_id)
         if kind != "models":
             return self._explain_repo(kind, repo_id)
+        from hf_overlay.catalog import explain  # for people, which most commands do not print
+
         cached = self._scanner.read_cached(model_id)
         return explain.model(
             model_id,
@@ -340,6 +358,8 @@ class Catalog:
         is_cached = self.is_folder(f"{hub}/{name}/snapshots", hub)
         in_tiers = [repo.path for repo in self.tier_repos() if repo.name == name]
         layers = self._about(kind, repo_id, self._layers)
+        from hf_overlay.catalog import explain
+
         return explain.other_repo(kind, repo_id, layers, f"{hub}/{name}", in_tiers, is_cached=is_cached)
 
     def _about(self, kind: str, repo_id: str, sources: Iterable[Source]) -> list[Source]:

@@ -1,7 +1,5 @@
 """Reading one folder: its listing, all files of a model in it, and JSON files."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Mapping

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
@@ -48,10 +49,7 @@ def restriction(kind: Kind | None, *, trusts_code: bool = False, encoders: bool 
 
 
 def installed(*, trusts_code: bool = False, encoders: bool = False) -> ModelTypes | None:
-    """The model types of the mlx-lm in this Python environment; None without one.
-
-    Raises OverlayError when it is not laid out as expected.
-    """
+    """The model types of the mlx-lm in this Python environment; None without one."""
     mlx_lm = _folder_of("mlx_lm")
     if mlx_lm is None:
         return None
@@ -119,7 +117,7 @@ class ModelTypes:
     def __init__(
         self, mlx_lm: str, *, mlx_vlm: str | None = None, trusts_code: bool = False, encoders: bool = False
     ) -> None:
-        """`mlx_lm` and `mlx_vlm` are the packages' folders. Raises OverlayError when one is not laid out as expected.
+        """`mlx_lm` and `mlx_vlm` are the packages' folders, which are not looked at before a model is to be judged.
 
         `trusts_code`: whoever loads models tells mlx-lm to run code that comes with them; `encoders`: they are
         mlx-omni-server, which also loads `tasks.ENCODERS`.
@@ -128,31 +126,35 @@ class ModelTypes:
         self._trusts_code = trusts_code
         self._package = mlx_lm
         self._models = os.path.join(mlx_lm, "models")
-        try:
-            with open(os.path.join(mlx_lm, "utils.py"), encoding="utf-8") as file:
-                source = file.read()
-            self._remapping: Mapping[str, str] = _constant(source, "MODEL_REMAPPING")
-            self._by_architecture: Mapping[tuple[str, str], str] = _constant(source, "MODEL_ARCHITECTURE_REMAPPING")
-            with os.scandir(self._models) as entries:
-                self._modules = {entry.name.removesuffix(".py") for entry in entries if entry.name.endswith(".py")}
-        except (OSError, ValueError, SyntaxError) as error:
-            if isinstance(error, OSError):
-                check_descriptors(error)
-            raise OverlayError(f"cannot read which models mlx-lm at {mlx_lm} loads: {error}; reinstall it") from error
         self._loadable: dict[str, bool] = {}
         self._vision = None if mlx_vlm is None else _VisionTypes(mlx_vlm)
 
+    @cached_property
+    def _known(self) -> _Known:
+        """What mlx-lm's source says. A process that finds all its models in the index needs none of it."""
+        return _Known(self._package)
+
     @property
     def version(self) -> list[object]:
-        """Equal for objects that take the same models. Packages beside mlx-lm may be what a model's module imports."""
+        """Equal for objects that take the same models. Packages beside mlx-lm may be what a model's module imports.
+
+        Raises OverlayError when mlx-lm is not laid out as expected.
+        """
         package = os.path.abspath(self._package)
         paths = [os.path.dirname(package), os.path.join(package, "utils.py"), self._models]
         if self._vision is not None:
             paths += self._vision.paths
-        return [package, self._trusts_code, *([status.st_ino, status.st_mtime_ns] for status in map(os.stat, paths))]
+        try:
+            looked = [[status.st_ino, status.st_mtime_ns] for status in map(os.stat, paths)]
+        except OSError as error:
+            raise _unreadable("mlx-lm", package, error) from error
+        return [package, self._trusts_code, *looked]
 
     def why_not(self, config: Mapping[str, Any]) -> str | None:
-        """None when a model with this config can be loaded, else the reason."""
+        """None when a model with this config can be loaded, else the reason.
+
+        Raises OverlayError when mlx-lm, or mlx-vlm, is not laid out as expected.
+        """
         is_encoder = isinstance(config.get("model_type"), str) and config["model_type"] in ENCODERS
         if is_encoder and self.takes_encoders:
             return None
@@ -176,17 +178,17 @@ class ModelTypes:
             architectures = (architectures,)
         try:
             for architecture in architectures:
-                if (model_type, architecture) in self._by_architecture:
-                    return self._by_architecture[model_type, architecture]
+                if (model_type, architecture) in self._known.by_architecture:
+                    return self._known.by_architecture[model_type, architecture]
         except TypeError:  # as mlx-lm itself fails
             return None
-        return self._remapping.get(model_type, model_type)
+        return self._known.remapping.get(model_type, model_type)
 
     def _is_loadable(self, module: str | None) -> bool:
         if module is None:
             return False
         if module not in self._loadable:
-            self._loadable[module] = module in self._modules and self._defines_a_model(module)
+            self._loadable[module] = module in self._known.modules and self._defines_a_model(module)
         return self._loadable[module]
 
     def _defines_a_model(self, module: str) -> bool:
@@ -203,21 +205,40 @@ class ModelTypes:
         return {"Model", "ModelArgs"} <= _bound_names(source)
 
 
+class _Known:
+    """What the source of one mlx-lm installation says of the models that it loads."""
+
+    def __init__(self, mlx_lm: str) -> None:
+        """Raises OverlayError when it is not laid out as expected."""
+        try:
+            with open(os.path.join(mlx_lm, "utils.py"), encoding="utf-8") as file:
+                source = file.read()
+            self.remapping: Mapping[str, str] = _constant(source, "MODEL_REMAPPING")
+            self.by_architecture: Mapping[tuple[str, str], str] = _constant(source, "MODEL_ARCHITECTURE_REMAPPING")
+            with os.scandir(os.path.join(mlx_lm, "models")) as entries:
+                self.modules = {entry.name.removesuffix(".py") for entry in entries if entry.name.endswith(".py")}
+        except (OSError, ValueError, SyntaxError) as error:
+            raise _unreadable("mlx-lm", mlx_lm, error) from error
+
+
 class _VisionTypes:
     """The model types that one mlx-vlm installation shows images to."""
 
     def __init__(self, mlx_vlm: str) -> None:
+        self._package = mlx_vlm
         self._models = os.path.join(mlx_vlm, "models")
-        utils = os.path.join(mlx_vlm, "utils.py")
-        self.paths = (utils, self._models)
+        self._utils = os.path.join(mlx_vlm, "utils.py")
+        self.paths = (self._utils, self._models)
         """What says which types they are."""
+
+    @cached_property
+    def _remapping(self) -> Mapping[str, str]:
         try:
-            with open(utils, encoding="utf-8") as file:
-                self._remapping: Mapping[str, str] = _constant(file.read(), "MODEL_REMAPPING")
+            with open(self._utils, encoding="utf-8") as file:
+                remapping: Mapping[str, str] = _constant(file.read(), "MODEL_REMAPPING")
         except (OSError, ValueError, SyntaxError) as error:
-            if isinstance(error, OSError):
-                check_descriptors(error)
-            raise OverlayError(f"cannot read which models mlx-vlm at {mlx_vlm} loads: {error}; reinstall it") from error
+            raise _unreadable("mlx-vlm", self._package, error) from error
+        return remapping
 
     def can_load(self, config: Mapping[str, Any]) -> bool:
         """Return whether it loads a model with this config, which has a part for images and a token that marks them."""
@@ -228,6 +249,13 @@ class _VisionTypes:
         name = self._remapping.get(model_type.lower(), model_type.lower())
         has_module = name.isidentifier() and os.path.isfile(os.path.join(self._models, name, "__init__.py"))
         return has_module and any(isinstance(mark, int) for mark in marks)
+
+
+def _unreadable(name: str, package: str, error: Exception) -> OverlayError:
+    """Return what to raise for a package that is not laid out as expected. Raises OutOfFiles."""
+    if isinstance(error, OSError):
+        check_descriptors(error)
+    return OverlayError(f"cannot read which models {name} at {package} loads: {error}; reinstall it")
 
 
 def _constant(source: str, name: str) -> Any:

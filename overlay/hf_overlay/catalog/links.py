@@ -16,7 +16,7 @@ WEIGHTS = (".safetensors", ".gguf", ".bin", ".npz", ".pt", ".pth", ".onnx", ".ml
 
 _PIPELINE = "model_index.json"
 """The file beside the folders that hold the weights of a diffusers pipeline."""
-_BLOB = re.compile(r"(?:sha256-)?[0-9a-f]{40,64}")
+_BLOB = r"(?:sha256-)?[0-9a-f]{40,64}"
 """Names of files in the blob stores of Hugging Face, and of Ollama."""
 
 
@@ -45,7 +45,7 @@ def leads_away(folder: str, name: str, home: str) -> bool:
     if real.startswith(home.rstrip("/") + "/"):
         return False
     place, name_there = os.path.split(real)
-    if _BLOB.fullmatch(name_there):
+    if re.fullmatch(_BLOB, name_there):
         return False
     if _begins_as_weights(real, os.path.splitext(name)[1]):
         return False

@@ -6,9 +6,6 @@ hides all others of its id. What the real cache and tiers hold of one repo is sh
 others. A folder in a tier that does not prove which revision it is stands in where the layers before it have nothing.
 """
 
-from __future__ import annotations
-
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -170,7 +167,16 @@ def _linked_repo(model: Model, commits: set[str], earlier: LinkedRepo | MergedRe
 
 def fold(name: str) -> str:
     """A form that is equal for names which a case- and normalisation-insensitive volume (APFS) takes for one."""
-    return unicodedata.normalize("NFC", name).casefold()
+    return composed(name).casefold()
+
+
+def composed(name: str) -> str:
+    """A form that is equal for names which a normalisation-insensitive volume takes for one."""
+    if name.isascii():
+        return name
+    import unicodedata  # for the few names that need it
+
+    return unicodedata.normalize("NFC", name)
 
 
 def _models(sources: Iterable[Source], *, other_kinds: bool = False) -> Iterator[Model]:

@@ -1,7 +1,5 @@
 """Reading one model: a folder of the user's, or a repo in Hugging Face cache layout."""
 
-from __future__ import annotations
-
 import os
 import re
 import time
@@ -20,9 +18,7 @@ SETTLED_SECONDS = 600
 
 _MARKERS = ("config.json", "model_index.json")
 _MARKERS_OF_OTHER_KINDS = ("modules.json", "config_sentence_transformers.json", "adapter_config.json")
-_QUANTISATION = re.compile(
-    r"(?:(?P<stem>.+?)[-._])?(?:UD-)?(?:I?Q[1-8]_\w+|TQ[12]_0|MXFP4\w*|BF16|F16|FP16|F32)", re.IGNORECASE
-)
+_QUANTISATION = r"(?:(?P<stem>.+?)[-._])?(?:UD-)?(?:I?Q[1-8]_\w+|TQ[12]_0|MXFP4\w*|BF16|F16|FP16|F32)"
 """Names of folders in which the Hub's repos keep a quantisation of several files, with the model's name or without."""
 
 
@@ -69,7 +65,7 @@ def _holds_gguf(path: str, folder: Listing) -> bool:
         return True
     own = os.path.basename(path).lower()
     for name in folder.folders:
-        named = _QUANTISATION.fullmatch(name)
+        named = re.fullmatch(_QUANTISATION, name, re.IGNORECASE)
         if named is None or not own.startswith((named["stem"] or "").lower()):
             continue
         if any(each.endswith(".gguf") for each in list_folder(f"{path}/{name}").files):

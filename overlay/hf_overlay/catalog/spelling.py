@@ -3,16 +3,13 @@
 macOS ignores case by default. It may also store either Unicode form of a name, while people type the composed one.
 """
 
-from __future__ import annotations
-
 import os
-import unicodedata
 from collections.abc import Iterable
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 from hf_overlay import hfcache
-from hf_overlay.catalog.plan import fold
+from hf_overlay.catalog.plan import composed, fold
 from hf_overlay.models import Code, Source
 from hf_overlay.patience import Patience
 
@@ -31,23 +28,27 @@ class Spellings:
     def __init__(self, sources: Iterable[Source], patience: Patience) -> None:
         """`patience` asks the disks of the sources."""
         self._patience = patience
-        self._places: dict[str, list[_Place]] = {}
-        for source in sources:
+        self._sources = tuple(sources)
+
+    @cached_property
+    def _places(self) -> dict[str, list[_Place]]:
+        places: dict[str, list[_Place]] = {}
+        for source in self._sources:
             incomplete = (reject for reject in source.rejects if reject.reason.code is Code.INCOMPLETE)
             models = (each for each in source.models if each.kind == "models")
             found = [(each.id, each.path) for each in models] + [(each.id, each.path) for each in incomplete]
             for model_id, path in found:
                 if model_id is not None:
-                    self._places.setdefault(fold(model_id), []).append(_Place(model_id, path, source.root))
+                    places.setdefault(fold(model_id), []).append(_Place(model_id, path, source.root))
+        return places
 
     def of(self, model_id: str) -> str | None:
         """The spelling of an id in the user's folders; None when none of them answers to the id as it is given."""
         alike = self._places.get(fold(model_id), [])
         if any(place.id == model_id for place in alike):
             return model_id
-        composed = unicodedata.normalize("NFC", model_id)
         for place in alike:
-            if unicodedata.normalize("NFC", place.id) == composed or self._leads_to(place, model_id):
+            if composed(place.id) == composed(model_id) or self._leads_to(place, model_id):
                 return place.id
         return None
 

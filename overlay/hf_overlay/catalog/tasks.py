@@ -6,8 +6,6 @@ not load, do nothing else: mlx-omni-server has code of its own for the types in 
 attention in both directions, EmbeddingGemma.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 

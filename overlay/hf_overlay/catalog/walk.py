@@ -1,7 +1,5 @@
 """The walk through one root: each folder in it is a model, a group of folders, or rejected with a reason."""
 
-from __future__ import annotations
-
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -30,7 +28,7 @@ class Seen(NamedTuple):
     rejects: Memo[Reject | None]
     """Repos in cache layout that were rejected; None for one that only the last scan has rejected."""
 
-    def next_round(self) -> Seen:
+    def next_round(self) -> "Seen":
         return Seen(self.found.next_round(), self.problems.next_round(), self.rejects.next_round())
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 from collections.abc import Collection, Iterable
 
-from hf_overlay.catalog import gguf, links
+from hf_overlay.catalog import links
 from hf_overlay.catalog.files import Unfit, read_json
 from hf_overlay.catalog.memo import Memo, stamp
 from hf_overlay.models import Code, File
@@ -15,8 +14,8 @@ from hf_overlay.progress import alive
 
 SUFFIXES = links.WEIGHTS
 _INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.gguf)")
-_DATA_END = re.compile(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d+)\s*\]')
+_SHARD = r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.gguf)"
+_DATA_END = rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d+)\s*\]'
 _MAX_HEADER = 100_000_000
 """The longest header that readers of safetensors accept."""
 _READ_HEADER = 2**24
@@ -40,7 +39,7 @@ def check(path: str, files: Collection[File], broken: Collection[str], *, requir
     found = {name for name in sizes if name.endswith(suffixes) and (is_gguf or "/" not in name)}
     named = _named_in_index(path) if _INDEX in sizes else set()
     for name in found:
-        if shard := _SHARD.fullmatch(name):
+        if shard := re.fullmatch(_SHARD, name):
             named.update(f"{shard[1]}-{number:05}-of-{shard[3]}{shard[4]}" for number in range(1, int(shard[3]) + 1))
     if missing := sorted(named - sizes.keys()):
         kind = "a broken link" if missing[0] in broken else "missing"
@@ -85,11 +84,17 @@ def _problem(path: str, size: int, problems: Problems) -> str:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             looked = ((path, stamp(os.fstat(fd))),)
-            problem = gguf.problem(fd, size) if path.endswith(".gguf") else safetensors_problem(fd, size)
+            problem = _gguf_problem(fd, size) if path.endswith(".gguf") else safetensors_problem(fd, size)
         finally:
             os.close(fd)
         problems.remember(path, problem, looked)
     return problem
+
+
+def _gguf_problem(fd: int, size: int) -> str:
+    from hf_overlay.catalog import gguf  # only where there is such a file
+
+    return gguf.problem(fd, size)
 
 
 def safetensors_problem(fd: int, size: int) -> str:
@@ -104,14 +109,14 @@ def safetensors_problem(fd: int, size: int) -> str:
     start = os.read(fd, 9)
     if len(start) < 9:
         return f"holds {size} bytes, less than a header: still being copied?"
-    (length,) = struct.unpack_from("<Q", start)
+    length = int.from_bytes(start[:8], "little")
     if not 0 < length <= _MAX_HEADER or start[8:] != b"{":
         return "is not a safetensors file; copy or download it again"
     end = 8 + length
     if end <= size and length <= _READ_HEADER:
         header = os.read(fd, length - 1)
         if not _ends_at(header, size - end):
-            end += max(map(int, _DATA_END.findall(header)), default=0)
+            end += max(map(int, re.findall(_DATA_END, header)), default=0)
     return f"holds {size} of {end} bytes: still being copied?" if size < end else ""
 
 

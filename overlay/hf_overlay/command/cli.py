@@ -24,6 +24,8 @@ from hf_overlay.text import printable
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors become exit codes here and nowhere else."""
+    if argv is None:  # looks for garbage in what a start makes take milliseconds; what goes on after it enables them
+        gc.disable()
     arguments = list(sys.argv[1:] if argv is None else argv)
     # What follows `--` is the program's own, even where it looks like ours.
     split = arguments.index("--") if "--" in arguments else len(arguments)
@@ -128,19 +130,19 @@ def _ls(options: argparse.Namespace) -> int:
         else kinds.kind_of(resolution.winner, types)
         for model_id, resolution in resolutions.items()
     }
-    rows = [
-        {
-            "id": model_id,
-            "kind": kind[model_id],
-            "source": resolution.winner.source,
-            "path": resolution.winner.path,
-            "model_type": resolution.winner.model_type,
-            "size_bytes": resolution.winner.size_bytes,
-            "shadows": [model.path for model in resolution.shadows],
-        }
-        for model_id, resolution in resolutions.items()
-    ]
     if options.json:
+        rows = [
+            {
+                "id": model_id,
+                "kind": kind[model_id],
+                "source": resolution.winner.source,
+                "path": resolution.winner.path,
+                "model_type": resolution.winner.model_type,
+                "size_bytes": resolution.winner.size_bytes,
+                "shadows": [model.path for model in resolution.shadows],
+            }
+            for model_id, resolution in resolutions.items()
+        ]
         return print_json(rows)
     models = [resolution.winner for resolution in resolutions.values()]
     if not models and not options.quiet:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import get_args
 
@@ -75,13 +76,31 @@ def make_parser(*, only: str = "", folders: object = None) -> argparse.ArgumentP
     """
     # Told the width, or argparse imports shutil, and all compressors with it, for each option that is added.
     formatter = partial(argparse.RawDescriptionHelpFormatter, width=_columns() - 2)
-    make = partial(argparse.ArgumentParser, formatter_class=formatter)
-    common = make(add_help=False)
-    model_path = common.add_argument(
+    parser = argparse.ArgumentParser(
+        prog="hf-overlay",
+        description="Your model folders in front of the Hugging Face cache, for every program that reads the cache.",
+        epilog=EXAMPLES,
+        formatter_class=formatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog=parser.prog)
+    for name, (text, more, options) in _COMMANDS.items():
+        if only in ("", name):
+            command = commands.add_parser(name, help=text, description=text, epilog=more, formatter_class=formatter)
+            for add in options:
+                add(command, folders)
+    return parser
+
+
+# The options of the commands. Not by argparse's `parents`, which makes each option once more for each command.
+
+
+def _layers(parser: argparse.ArgumentParser, folders: object) -> None:
+    model_path = parser.add_argument(
         "--model-path", action="append", default=[], metavar="DIR", help="a folder of models; repeat it for more"
     )
     model_path.complete = folders  # type: ignore[attr-defined]  # shtab looks for it there
-    below = common.add_argument(
+    below = parser.add_argument(
         "--below",
         action="append",
         default=[],
@@ -89,93 +108,106 @@ def make_parser(*, only: str = "", folders: object = None) -> argparse.ArgumentP
         help="a Hugging Face cache or a folder of models behind your own cache, only read; repeat it for more",
     )
     below.complete = folders  # type: ignore[attr-defined]
-    common.add_argument(
+    parser.add_argument(
         "--map",
         action="append",
         default=[],
         metavar="ID=DIR",
         help="this folder answers to this id (org/name, datasets/org/name), before all else; repeat it for more",
     )
-    common.add_argument(
+    parser.add_argument(
         "--kind",
         choices=get_args(config.Kind),
         help="models that mlx-lm can load, or any (transformers, diffusers, …); "
         "default: mlx if mlx-lm is installed beside hf-overlay, else any",
     )
-    common.add_argument("--all-kinds", dest="kind", action="store_const", const="any", help="the same as --kind any")
-    common.add_argument(
+    parser.add_argument("--all-kinds", dest="kind", action="store_const", const="any", help="the same as --kind any")
+    parser.add_argument(
         "--exclude",
         action="append",
         default=[],
         metavar="ID",
         help="load this id from the Hugging Face cache and the Hub, not from your folder; repeat it for more",
     )
-    common.add_argument("-q", "--quiet", action="store_true", help="print no warnings and no start-up line")
-    common.add_argument("-v", "--verbose", action="store_true", help="print the source each model comes from")
-    data = make(add_help=False)
-    data.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print no warnings and no start-up line")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print the source each model comes from")
 
-    parser = make(
-        prog="hf-overlay",
-        description="Your model folders in front of the Hugging Face cache, for every program that reads the cache.",
-        epilog=EXAMPLES,
-    )
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog=parser.prog)
-    unused = make(add_help=False)
 
-    def add(name: str, text: str, *parents: argparse.ArgumentParser, more: str = "") -> argparse.ArgumentParser:
-        if only not in ("", name):
-            return unused
-        return commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=more,
-            formatter_class=formatter,
-            parents=[*parents],
-        )
+def _json(parser: argparse.ArgumentParser, _folders: object) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
-    network = make(add_help=False)
-    network.add_argument("--offline", action="store_true", help="keep programs off the network: HF_HUB_OFFLINE=1")
-    network.add_argument(
+
+def _network(parser: argparse.ArgumentParser, _folders: object) -> None:
+    parser.add_argument("--offline", action="store_true", help="keep programs off the network: HF_HUB_OFFLINE=1")
+    parser.add_argument(
         "--hold-downloads",
         action="store_true",
         help="download even while the Hugging Face cache is away or read-only, and hold it until a later start "
         "can move it there",
     )
-    run = add("run", "run a program that sees your folders and the Hugging Face cache as one cache", common, network)
-    run.usage = "hf-overlay run [options] -- COMMAND [ARGUMENT …]"
-    serve = add("serve", "keep an overlay open for shells and programs started elsewhere", common, network)
-    serve.add_argument(
+
+
+def _run(parser: argparse.ArgumentParser, _folders: object) -> None:
+    parser.usage = "hf-overlay run [options] -- COMMAND [ARGUMENT …]"
+
+
+def _serve(parser: argparse.ArgumentParser, _folders: object) -> None:
+    parser.add_argument(
         "--interval",
         type=_seconds,
         default=2.0,
         metavar="SECONDS",
         help="seconds between two scans of your folders (default: 2)",
     )
-    env = add("env", "print the variables of the overlay that `serve` keeps open", data, more=ENV_EXAMPLES)
-    env.add_argument("--shell", choices=["sh", "fish"], help="sh is also for bash and zsh (default: taken from $SHELL)")
-    add("ls", "list the models that can be loaded", common, data)
-    add("path", "print the folder that an id is loaded from", common, data).add_argument("id", metavar="ID")
-    add("why", "explain which folder an id is loaded from, and why not from the others", common, data).add_argument(
-        "id", metavar="ID"
+
+
+def _env(parser: argparse.ArgumentParser, _folders: object) -> None:
+    parser.add_argument(
+        "--shell", choices=["sh", "fish"], help="sh is also for bash and zsh (default: taken from $SHELL)"
     )
-    add("plan", "print the links an overlay would hold, without making it", common, data)
-    add("doctor", "diagnose problems and suggest fixes", common, data)
-    add("config", "print the settings in force, and where each comes from", common, data, more=CONFIG_EXAMPLES)
-    add("clean", "remove the overlays of programs that were killed; their downloads move to the cache", data)
-    service = add(
-        "service", "start the overlay, or the server, at login: launchd or systemd", data, more=SERVICE_EXAMPLES
-    )
-    service.usage = "hf-overlay service [options] {install,uninstall,status} [-- OPTION …]"
-    service.add_argument("action", choices=["install", "uninstall", "status"])
-    service.add_argument("--server", action="store_true", help="mlx-omni-server in place of hf-overlay serve")
-    service.add_argument("--replace", action="store_true", help="also overwrite or remove a unit that is not ours")
-    completion = add("completion", "print a completion script for your shell")
-    completion.add_argument("shell", choices=["bash", "zsh", "fish", "tcsh"])
-    add("extension", "make `hf overlay …` run hf-overlay")
-    return parser
+
+
+def _id(parser: argparse.ArgumentParser, _folders: object) -> None:
+    parser.add_argument("id", metavar="ID")
+
+
+def _service(parser: argparse.ArgumentParser, _folders: object) -> None:
+    parser.usage = "hf-overlay service [options] {install,uninstall,status} [-- OPTION …]"
+    parser.add_argument("action", choices=["install", "uninstall", "status"])
+    parser.add_argument("--server", action="store_true", help="mlx-omni-server in place of hf-overlay serve")
+    parser.add_argument("--replace", action="store_true", help="also overwrite or remove a unit that is not ours")
+
+
+def _completion(parser: argparse.ArgumentParser, _folders: object) -> None:
+    parser.add_argument("shell", choices=["bash", "zsh", "fish", "tcsh"])
+
+
+_Options = Callable[[argparse.ArgumentParser, object], None]
+
+_COMMANDS: Mapping[str, tuple[str, str, tuple[_Options, ...]]] = {
+    "run": (
+        "run a program that sees your folders and the Hugging Face cache as one cache",
+        "",
+        (_layers, _network, _run),
+    ),
+    "serve": ("keep an overlay open for shells and programs started elsewhere", "", (_layers, _network, _serve)),
+    "env": ("print the variables of the overlay that `serve` keeps open", ENV_EXAMPLES, (_json, _env)),
+    "ls": ("list the models that can be loaded", "", (_layers, _json)),
+    "path": ("print the folder that an id is loaded from", "", (_layers, _json, _id)),
+    "why": ("explain which folder an id is loaded from, and why not from the others", "", (_layers, _json, _id)),
+    "plan": ("print the links an overlay would hold, without making it", "", (_layers, _json)),
+    "doctor": ("diagnose problems and suggest fixes", "", (_layers, _json)),
+    "config": ("print the settings in force, and where each comes from", CONFIG_EXAMPLES, (_layers, _json)),
+    "clean": ("remove the overlays of programs that were killed; their downloads move to the cache", "", (_json,)),
+    "service": (
+        "start the overlay, or the server, at login: launchd or systemd",
+        SERVICE_EXAMPLES,
+        (_json, _service),
+    ),
+    "completion": ("print a completion script for your shell", "", (_completion,)),
+    "extension": ("make `hf overlay …` run hf-overlay", "", ()),
+}
+"""Each command: its help, what follows that in its own help, and what adds its options."""
 
 
 def _columns() -> int:

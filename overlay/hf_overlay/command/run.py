@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -95,6 +96,7 @@ def run(
             hold_downloads=hold_downloads,
             environ=environ,
         ) as session:
+            gc.enable()  # the gateway may answer for days
             os.set_inheritable(session.owner_fd, True)
             # A key press between this and the next call is lost: nothing tells it from one that the child has had, too.
             if stop := [

@@ -1,7 +1,6 @@
 """`hf-overlay serve` and `hf-overlay env`: one overlay for shells, notebooks and programs with no command line."""
 
-from __future__ import annotations
-
+import gc
 import logging
 import os
 import shlex
@@ -61,6 +60,7 @@ def serve(
             hold_downloads=hold_downloads,
             environ=environ,
         ) as session:
+            gc.enable()  # this may go on for months
             session.offer()
             logger.info('serving %s; in another shell: eval "$(hf-overlay env)"', session.hub_cache)
             trouble = ""

@@ -1,7 +1,5 @@
 """`hf-overlay service`: the overlay, or the server, started at login. Installing twice is installing once."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

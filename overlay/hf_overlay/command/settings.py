@@ -1,7 +1,5 @@
 """`hf-overlay config`: the settings in force, each with the flag, variable or line of a file that it comes from."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """What starts programs at login: launchd on macOS, systemd on Linux."""
 
-from __future__ import annotations
-
 import os
 import plistlib
 import re

@@ -63,7 +63,7 @@ class App:
         found = self._hub.refresh_and_find(target.repo_id, target.kind) if target is not None else None
         if found is None and target is not None and target.precedes_download(method):
             found = self._hub.refuse_download(target.repo_id, target.folder)
-        if isinstance(found, LinkedRepo) and target is not None and target.precedes_download(method):
+        if isinstance(found, LinkedRepo) and target is not None and target.precedes_writing(method):
             self._hub.expect_download(hfcache.repo_folder(found.model.id, found.model.kind))
         return target, found
 
@@ -78,8 +78,8 @@ class App:
             return routes.error(504, "", _OUTER_ENDED if was_a_gateway else str(error))
         # A client also writes down in its cache which files a repo lacks.
         is_there = answer.status < 400 or answer.header("x-repo-commit") is not None
-        if target is not None and target.precedes_download(request.method) and is_there:
-            self._hub.expect_download(target.folder)
+        if target is not None and target.precedes_writing(request.method) and is_there:
+            self._hub.expect_download(target.folder, _xet_hashes(answer))
         return answer
 
     def _real_hub(self) -> Upstream:
@@ -89,3 +89,9 @@ class App:
             if self._upstream is None:
                 self._upstream = Upstream(self._url, self._endpoint)
             return self._upstream
+
+
+def _xet_hashes(answer: Answer) -> dict[str, str]:
+    """The Xet hash of a file, by its etag, where the Hub's answer about it says that."""
+    etag, xet_hash = (answer.header(name) or "" for name in ("x-linked-etag", "x-xet-hash"))
+    return {etag.removeprefix("W/").strip('"'): xet_hash} if etag and xet_hash else {}

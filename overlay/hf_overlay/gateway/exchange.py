@@ -1,7 +1,5 @@
 """One request of a program to the gateway, and the answer to it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple

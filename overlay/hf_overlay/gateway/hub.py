@@ -1,9 +1,7 @@
 """The decision whether the user's folder, the real Hub, or nobody for now answers for a model on the gateway."""
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from hf_overlay import hfcache
@@ -65,7 +63,7 @@ class Overlay(Protocol):
     def ask(self, root: str, function: Callable[[], Any]) -> Any:
         """What a function returns that looks at the disk of a model path. Raises NoAnswer when the disk hangs."""
 
-    def expect_download(self, folder: str) -> None:
+    def expect_download(self, folder: str, xet_hashes: Mapping[str, str] | None = None) -> None:
         """Let what a client is about to write to a repo folder land in the real cache."""
 
     @property
@@ -122,9 +120,12 @@ class Hub:
         has_copy = kind == "models" and self._overlay.is_cached(repo_id)
         return Unavailable(message, has_copy or self._overlay.has_copy(hfcache.repo_folder(repo_id, kind)))
 
-    def expect_download(self, folder: str) -> None:
-        """Let what a client is about to write to a repo folder land in the real cache."""
-        self._overlay.expect_download(folder)
+    def expect_download(self, folder: str, xet_hashes: Mapping[str, str] | None = None) -> None:
+        """Let what a client is about to write to a repo folder land in the real cache.
+
+        `xet_hashes` are those of the files that it asks for, by their etags.
+        """
+        self._overlay.expect_download(folder, xet_hashes)
 
     def ask(self, root: str, function: Callable[[], Any]) -> Any:
         """What a function returns that looks at the disk of a model path. Raises NoAnswer when the disk hangs."""

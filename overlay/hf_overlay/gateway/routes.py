@@ -4,8 +4,6 @@ The routes, fields and headers are those that huggingface_hub 0.36 to 2.4 uses (
 utils/_http.py). Nothing here knows of a network: a request comes in, a response goes out.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -62,6 +60,10 @@ class Target(NamedTuple):
             return method in ("HEAD", "GET")
         is_pinned = self.part == "tree" and _COMMIT.fullmatch(self.revision or "") is not None
         return method == "GET" and (self.part == "revision" or is_pinned)
+
+    def precedes_writing(self, method: str) -> bool:
+        """Whether a client may write to its cache next, be it only the commit that a branch stands for."""
+        return self.precedes_download(method) or (method == "GET" and self.part == "refs")
 
 
 def parse(path: str, is_model: Callable[[str], bool]) -> Target | None:

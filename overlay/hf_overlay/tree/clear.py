@@ -5,8 +5,6 @@ is a question that is given up on (see patience): the session then stays as it i
 is in the middle of it, and waits for the disk, holds the session's lock, so that nobody else clears it meanwhile.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import time
@@ -19,7 +17,7 @@ from hf_overlay import config, hfcache
 from hf_overlay.config import OWNER_FILE
 from hf_overlay.errors import OUT_OF_FILES, OutOfFiles, SessionError
 from hf_overlay.patience import NoAnswer, Patience
-from hf_overlay.tree import announced, files, lease, shared, store, usage, writeback
+from hf_overlay.tree import announced, blobstore, files, lease, shared, store, usage, writeback
 
 logger = logging.getLogger("hf_overlay")
 
@@ -139,6 +137,7 @@ def _leads_to_cache(session: str) -> bool:
     hubs = (entry for hub in files.entries(f"{session}/hubs") for entry in files.entries(hub.path))
     return (
         bool(announced.folders(session))
+        or blobstore.has_record(session)
         or any(not entry.is_symlink() for entry in hubs)
         or any(map(writeback.is_worth_keeping, linked))
         or bool(shared.written(session))
@@ -163,7 +162,10 @@ def _clear(path: str, warnings: list[str]) -> Cleared:
     try:
         shared.adopt(path)
         owner = lease.read_owner(path)
-        stuck = writeback.bring_home(path, owner.hub_cache) if owner is not None else {}
+        stuck = {}
+        if owner is not None:
+            stuck = writeback.bring_home(path, owner.hub_cache)
+            blobstore.share(path, owner.hub_cache, owner.started)
         kept = remove_tree(path, stuck)
         for kept_path in kept:
             reason = stuck.get(kept_path, "the cache holds, or a program is downloading, other bytes for it")
@@ -197,6 +199,7 @@ def remove_tree(session: str, unfinished: Collection[str] = ()) -> list[str]:
     if os.path.isdir(f"{session}/{store.UNFINISHED}"):
         files.remove(f"{session}/{store.UNFINISHED}")
     announced.remove_unused(session)
+    blobstore.remove_record(session)
     for folder in folders:
         files.remove_if_empty(f"{session}/{folder}")
     for entry in files.entries(session):

@@ -5,8 +5,6 @@ however it ends. So a lock that can be taken is proof that the owner is dead, an
 left alone. The program that `hf-overlay run` starts inherits the lock; its tree outlives a killed `hf-overlay`.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json
@@ -76,7 +74,7 @@ class Lease:
         """File descriptor of the locked file; a child that inherits it keeps the session alive."""
 
     @classmethod
-    def acquire(cls, sessions: str, settings: Settings) -> Lease:
+    def acquire(cls, sessions: str, settings: Settings) -> "Lease":
         """Make a new session folder (0700) and own it.
 
         Raises OSError, or SessionError for an untrusted folder, or one on a volume without locks.

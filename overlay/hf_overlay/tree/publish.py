@@ -50,6 +50,8 @@ class Tree:
         """Links of the current hub folder: name -> target."""
         self._earlier: dict[str, set[str]] = {}
         """Hub folders that were replaced: the targets of their links."""
+        self._written_to: set[str] = set()
+        """The names of entries that stand for the user's models, and beside which clients have said they will write."""
         self._generation = 0
         self._home: dict[str, str] = {}
         """The links to what the user's HF_HOME holds: name -> target."""
@@ -138,18 +140,36 @@ class Tree:
         return found.repo if found is not None and not is_other else None
 
     def _place(self, name: str, repo: LinkedRepo | MergedRepo) -> Placed:
-        has_own = name in self._placed and not self.is_shared(name)
         placed = None
-        if self._shared is not None and not has_own and isinstance(repo, LinkedRepo):  # to merged ones, clients add
-            placed = self._shared.place(name, repo)
-        return placed or store.place(self._session, name, repo)
+        if self._shared is not None and name not in self._written_to and isinstance(repo, LinkedRepo):
+            placed = self._shared.place(name, repo)  # merged ones are never shared: clients add to them
+        if placed is None:
+            placed = store.place(self._session, name, repo)
+            if name in self._written_to:
+                store.unseal_refs(self._session, placed)
+        return placed
 
     def is_shared(self, name: str) -> bool:
         """Whether an entry leads to a repo that other sessions may lead to, too."""
         placed = self._placed.get(name)
         return placed is not None and shared.is_shared(placed)
 
-    def own(self, name: str) -> None:
+    def is_closed(self, name: str) -> bool:
+        """Whether an entry stands for a user's model, and clients cannot write beside it before `let_write`."""
+        placed = self._placed.get(name)
+        return placed is not None and isinstance(placed.repo, LinkedRepo) and name not in self._written_to
+
+    def let_write(self, name: str) -> None:
+        """Let clients write beside a user's model: what they download, refs, and which files it lacks. Raises OSError.
+
+        They write into a repo of this session's own, so that no other session sees it.
+        """
+        if self.is_shared(name):
+            self._own(name)
+        store.unseal_refs(self._session, self._placed[name])
+        self._written_to.add(name)
+
+    def _own(self, name: str) -> None:
         """Lead an entry to a repo of this session's own, with the same content, in place of a shared one.
 
         In all hub folders, for programs that began in an earlier one. Raises OSError.

@@ -44,7 +44,7 @@ _FORMAT = 1
 """To be raised by each change of what a linked repo is made of, so that versions use none of each other's."""
 _CACHE, _NAME = "cache", "name"
 """In the ORIGIN of a shared repo: the real cache that downloads into it belong to, and the repo's name there."""
-_FOLDER = re.compile("[0-9a-f]{24}")
+_FOLDER = "[0-9a-f]{24}"
 """Names of shared repos. They are short, so that the text of links to them needs no block of the disk."""
 _TRIES = 100
 """Damaged repos of one model, beside which another is made. Where there are more, something is wrong with the disk."""
@@ -215,12 +215,11 @@ def _take(path: str, session: str, name: str) -> None:
 
 def _led_to(session: str) -> Iterator[tuple[str, str]]:
     """The shared repos that a session's hub folders lead to: the folder of each, and the entry that leads there."""
+    leads_there = re.compile(re.escape(_LEADS_THERE) + _FOLDER).fullmatch
     for hub in files.entries(f"{session}/hubs"):
         for entry in files.entries(hub.path) if not hub.is_symlink() else ():
-            if entry.is_symlink() and (text := _text(entry.path)).startswith(_LEADS_THERE):
-                folder = text.removeprefix(_LEADS_THERE)
-                if _FOLDER.fullmatch(folder) and hfcache.is_repo(entry.name):
-                    yield folder, entry.name
+            if entry.is_symlink() and leads_there(text := _text(entry.path)) and hfcache.is_repo(entry.name):
+                yield text.removeprefix(_LEADS_THERE), entry.name
 
 
 def _text(link: str) -> str:

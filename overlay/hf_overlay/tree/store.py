@@ -6,8 +6,6 @@ A linked repo is made once, under another name, and renamed when it is whole. It
 client deleted something in it, another one is made beside it, because loads may still be reading the first.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
@@ -40,7 +38,7 @@ class Placed(NamedTuple):
     link: str
     """Target of a link in a hub folder that leads to it."""
     watched: tuple[str, ...]
-    """Absolute paths of the folders that are touched when a client deletes in it."""
+    """Absolute paths of the folders that are touched when a client deletes in it, and of the ref it may rewrite."""
 
 
 def place(session: str, name: str, repo: Repo) -> Placed:
@@ -58,14 +56,21 @@ def place(session: str, name: str, repo: Repo) -> Placed:
 
 
 def is_untouched(placed: Placed) -> bool:
-    """Whether nothing came or went where a client may delete: one `stat` a watched folder."""
+    """Whether a client has deleted and rewritten nothing: one `stat` for each thing that is watched."""
     try:
-        for folder in placed.watched:
-            if os.stat(folder).st_mtime_ns != _UNTOUCHED_NS:
+        for path in placed.watched:
+            if os.stat(path).st_mtime_ns != _UNTOUCHED_NS:
                 return False
     except OSError:
         return False
     return True
+
+
+def unseal_refs(session: str, placed: Placed) -> None:
+    """Let clients write refs in a linked repo of a session's own. Raises OSError."""
+    path = f"{session}/{FOLDER}/{os.path.basename(placed.link)}"
+    os.chmod(f"{path}/refs", 0o700)
+    os.chmod(f"{path}/refs/main", 0o600)
 
 
 def is_merged(repo: str) -> bool:
@@ -200,16 +205,21 @@ def _is_whole(path: str, repo: Repo) -> bool:
     """
     parts = repo.parts
     made = [f"{path}/{where}" for where, _ in (*parts.links, *parts.files)]
-    if not all(map(os.path.lexists, made)):
-        return False
+    watched = [(f"{path}/{where}", content) for where, content in parts.files if where in repo.watched]
+
+    def is_whole() -> bool:
+        return all(map(os.path.lexists, made)) and all(files.read(file) == content for file, content in watched)
+
     try:
+        if not is_whole():
+            return False
         mark_untouched(path, repo.watched)
+        return is_whole()
     except FileNotFoundError:
         return False
-    return all(map(os.path.lexists, made))
 
 
 def mark_untouched(path: str, watched: Iterable[str]) -> None:
-    """Have the watched folders of a repo look as if nobody had changed anything in them. Raises OSError."""
-    for folder in watched:
-        os.utime(f"{path}/{folder}", ns=(_UNTOUCHED_NS, _UNTOUCHED_NS))
+    """Have what is watched in a repo look as if nobody had changed anything in it. Raises OSError."""
+    for where in watched:
+        os.utime(f"{path}/{where}", ns=(_UNTOUCHED_NS, _UNTOUCHED_NS))

@@ -15,7 +15,9 @@ PATIENCE_MS = 3_600_000
 _COMPACT = 0.75
 """The part of the context at which an agent sums up its conversation, which leaves room for the answer."""
 _CLAUDE_LEAST = 100_000
-"""The smallest window that Claude Code takes from CLAUDE_CODE_AUTO_COMPACT_WINDOW, of which it takes its percentage."""
+"""The smallest window that Claude Code takes from CLAUDE_CODE_AUTO_COMPACT_WINDOW."""
+_CLAUDE_ANSWER = 20_000
+"""Tokens of an answer that Claude Code leaves room for at most, before it takes a percentage of what is left."""
 
 
 class Endpoint(NamedTuple):
@@ -75,13 +77,18 @@ def _claude(at: Endpoint) -> Start:
         "API_TIMEOUT_MS": str(PATIENCE_MS),
         # Its watchdogs end streams that are silent for 5 minutes, and it does not count pings.
         "CLAUDE_STREAM_IDLE_TIMEOUT_MS": str(PATIENCE_MS),
+        # Another one ends agents of its own that work in the background, after 10 minutes without a message.
+        "CLAUDE_ASYNC_AGENT_STALL_TIMEOUT_MS": str(PATIENCE_MS),
         "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(at.answer),
         "CLAUDE_CODE_AUTO_COMPACT_WINDOW": str(max(at.context, _CLAUDE_LEAST)),
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     }
     if at.context < _CLAUDE_LEAST:
-        percent = int(at.context * _COMPACT * 100 / _CLAUDE_LEAST)
+        # As a percentage of a larger context: of its true one, it would keep 13,000 tokens free beside the answer.
+        percent = (at.context - at.answer) * 100 // (_CLAUDE_LEAST - min(at.answer, _CLAUDE_ANSWER))
         environ["CLAUDE_AUTOCOMPACT_PCT_OVERRIDE"] = str(max(1, percent))
+    else:  # of models that it does not know, it takes 200,000 tokens for the context
+        environ["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] = str(at.context)
     return Start([], environ, unset=("ANTHROPIC_API_KEY", "CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX"))
 
 
@@ -138,6 +145,7 @@ def _aider(at: Endpoint) -> Start:
             "OPENAI_API_KEY": at.api_key,
             "AIDER_MODEL": name,
             "AIDER_WEAK_MODEL": name,
+            "AIDER_EDITOR_MODEL": name,
             "AIDER_TIMEOUT": str(PATIENCE_MS // 1000),
             "AIDER_MAX_CHAT_HISTORY_TOKENS": str(at.context // 4),
             "AIDER_SHOW_MODEL_WARNINGS": "false",

@@ -14,6 +14,7 @@ from mlx_overlay_server.chat.requests import Params
 from mlx_overlay_server.encoding.loaded import Passage
 from mlx_overlay_server.errors import ServerError
 from mlx_overlay_server.memory import Shares
+from mlx_overlay_server.settings import UNTUNED, Tuning
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +38,7 @@ class Load:
     task: Task = "text"
     nbytes: int = 0
     """Bytes of its weights; 0: unknown."""
+    tuning: Tuning = UNTUNED
 
 
 @dataclass(frozen=True, slots=True)

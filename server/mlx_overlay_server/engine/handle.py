@@ -37,7 +37,7 @@ from mlx_overlay_server.engine.commands import (
 from mlx_overlay_server.engine.worker import Worker
 from mlx_overlay_server.errors import Failed, ServerError, Unavailable
 from mlx_overlay_server.memory import Shares
-from mlx_overlay_server.settings import EngineOptions
+from mlx_overlay_server.settings import UNTUNED, EngineOptions, Tuning
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,7 +132,13 @@ class Engine:
 
     @overload
     async def load(
-        self, path: str, *, adapter_path: str | None = None, draft_path: str | None = None, nbytes: int = 0
+        self,
+        path: str,
+        *,
+        adapter_path: str | None = None,
+        draft_path: str | None = None,
+        nbytes: int = 0,
+        tuning: Tuning = ...,
     ) -> Loaded: ...
     @overload
     async def load(
@@ -143,6 +149,7 @@ class Engine:
         draft_path: str | None = None,
         task: Task = "text",
         nbytes: int = 0,
+        tuning: Tuning = ...,
     ) -> AnyLoaded: ...
     async def load(
         self,
@@ -152,6 +159,7 @@ class Engine:
         draft_path: str | None = None,
         task: Task = "text",
         nbytes: int = 0,
+        tuning: Tuning = UNTUNED,
     ) -> AnyLoaded:
         """Make the model in a folder resident. Raises ServerError. Cancelled, it is given up after the next slice.
 
@@ -161,7 +169,7 @@ class Engine:
         key = f"{next(self._keys)}:{path}"
         future: Future[AnyLoaded] = Future()
         self._loads[key] = future
-        self._send(Load(key, path, adapter_path, draft_path, task, nbytes))
+        self._send(Load(key, path, adapter_path, draft_path, task, nbytes, tuning))
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:

@@ -371,7 +371,8 @@ class Worker:
         from mlx_overlay_server.engine.loading import load
 
         read = self._engine.read_tokenizer
-        return load(command, self._options, self._ranks.group, self._prefixes, self._memory, read)
+        options = command.tuning.applied(self._options)
+        return load(command, options, self._ranks.group, self._prefixes, self._memory, read)
 
     def _go_on_loading(self, key: str, steps: Iterator[AnyRunner | int | None]) -> None:
         """Load one slice of a model; sequences of other models go on between slices."""

@@ -9,6 +9,19 @@ from typing import NamedTuple
 
 from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.errors import ServerError
+from mlx_overlay_server.settings import UNTUNED, Tuning
+
+
+class Extras(NamedTuple):
+    """How one model is loaded: with LoRA weights, with a draft model, with options of its own."""
+
+    adapter_path: str | None = None
+    draft: str | None = None
+    """The id of a smaller model of the same vocabulary."""
+    tuning: Tuning = UNTUNED
+
+
+PLAIN = Extras()
 
 
 @dataclass(slots=True)
@@ -21,6 +34,8 @@ class Resident:
     """The number of its load."""
     used: float
     """When it was last used, in monotonic seconds."""
+    extras: Extras = PLAIN
+    """As it was loaded."""
 
 
 @dataclass(slots=True, eq=False)

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from hf_overlay import Task
 
@@ -23,7 +23,8 @@ from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.errors import Conflict, ServerError, Unavailable
 from mlx_overlay_server.models import room
 from mlx_overlay_server.models.library import Located
-from mlx_overlay_server.models.load import Load, Occupant, Resident
+from mlx_overlay_server.models.load import PLAIN, Extras, Load, Occupant, Resident
+from mlx_overlay_server.settings import Tuning
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -45,17 +46,10 @@ class Loader(Protocol):
         draft_path: str | None = None,
         task: Task = "text",
         nbytes: int = 0,
+        tuning: Tuning = ...,
     ) -> AnyLoaded: ...
     def unload(self, model: AnyLoaded) -> None: ...
     def bytes_read(self, path: str) -> int: ...
-
-
-class Extras(NamedTuple):
-    """The folders that are loaded together with a model: of LoRA weights and of a draft model."""
-
-    adapter_path: str | None = None
-    draft: str | None = None
-    """The id of a smaller model of the same vocabulary."""
 
 
 class Pool:
@@ -185,6 +179,7 @@ class Pool:
                 del self._users[model_id]  # ids are what clients send: they must not pile up
             if (left := self._resident.get(model_id)) is not None:
                 left.used = time.monotonic()
+                self._drop_if_outdated(left)
             self._leave(model_id)
 
     async def load(self, model_id: str, *, pin: bool = False) -> None:
@@ -234,12 +229,11 @@ class Pool:
     def arrange(self, *, extras: Mapping[str, Extras], pinned: Collection[str], idle_ttls: Mapping[str, float]) -> None:
         """Follow what the configuration says of single models, by the names under which they are loaded.
 
-        A model whose extras have changed is unloaded, or, while it is in use, loaded otherwise the next time.
+        A model whose extras have changed is unloaded once nobody uses it, and loaded otherwise the next time.
         """
-        for each in self._idle():
-            if self._extras.get(each.id, Extras()) != extras.get(each.id, Extras()):
-                self._unload(each, "the configuration has changed")
         self._extras = dict(extras)
+        for each in list(self._resident.values()):
+            self._drop_if_outdated(each)
         self._pinned = (self._pinned - self._arranged) | frozenset(pinned)
         self._arranged = frozenset(pinned)
         self._idle_ttls = dict(idle_ttls)
@@ -299,7 +293,7 @@ class Pool:
         self._admit()
 
     async def _run(self, load: Load) -> Resident | str:
-        extras = self._extras.get(load.id, Extras())
+        extras = self._extras.get(load.id, PLAIN)
         located = await self._source.locate(load.id)
         if located.id != load.id:  # one model, which must not be in memory twice
             self._is_given_for(load.id, located.id)
@@ -318,9 +312,10 @@ class Pool:
             draft_path=draft.path if draft is not None else None,
             task=located.task,
             nbytes=load.nbytes,
+            tuning=extras.tuning,
         )
         load.has_room = False  # from here on the resident model counts
-        resident = Resident(load.id, model, load.number, time.monotonic())
+        resident = Resident(load.id, model, load.number, time.monotonic(), extras)
         self._resident[load.id] = resident
         logger.info("loaded %s from %s in %.1f s", load.id, located.path, time.monotonic() - load.since)
         return resident
@@ -397,6 +392,11 @@ class Pool:
             if load.has_room and load.number in numbers:
                 logger.info("gave up loading %s, which nobody waits for (room for %s)", load.id, other)
                 self._cancel(load)
+
+    def _drop_if_outdated(self, resident: Resident) -> None:
+        """Unload a model that was loaded otherwise than it would be now, unless it is in use."""
+        if not self._users[resident.id] and resident.extras != self._extras.get(resident.id, PLAIN):
+            self._unload(resident, "the configuration has changed")
 
     def _idle(self) -> list[Resident]:
         return [each for each in self._resident.values() if not self._users[each.id] and each.id not in self._pinned]

@@ -12,6 +12,7 @@ from tests.support import aside
 from tests.support.folders import lay_model, weights
 from tests.support.hfcache import add_repo, listing, repo_folder
 from tests.support.online import Person, at_a_shell
+from tests.support.permissions import as_a_user
 from tests.support.processes import PYTHON
 
 MINE = "acme/mine"
@@ -68,18 +69,47 @@ console.log(JSON.stringify({ file, snapshot, repos: ids, warnings: warnings.map(
 """
 
 
-@pytest.mark.parametrize("repo_id", [MINE, HELD])
-def test_javascript(person: Person, repo_id: str) -> None:
-    """@huggingface/hub: one file, a snapshot, and a scan."""
+@pytest.mark.parametrize(("repo_id", "revision"), [(MINE, ()), (MINE, ("HEAD",)), (HELD, ())])
+def test_javascript(person: Person, repo_id: str, revision: tuple[str, ...]) -> None:
+    """@huggingface/hub: one file, a snapshot, and a scan. It writes the ref that it asked for, whatever that holds."""
     module = aside.need_node("@huggingface/hub") / "dist" / "index.mjs"
-    program = ("node", "--input-type=module", "-e", _JAVASCRIPT, "--", str(module), repo_id)
-    said = json.loads(person.succeed(*program, options=options(person)).lines()[-1])
+    program = ("node", "--input-type=module", "-e", _JAVASCRIPT, "--", str(module), repo_id, *revision)
+    said = json.loads(person.succeed(*as_a_user(), *program, options=options(person)).lines()[-1])
     assert said["warnings"] == []
     assert sorted(said["repos"]) == sorted([MINE, HELD])
     assert f"/{repo_folder(repo_id)}/" in said["file"]
 
 
-# Rust -------------------------------------------------------------------------------------------------------------
+# Rust: hf-hub 1.0 -------------------------------------------------------------------------------------------------
+
+# What it does for a file, as its source has it (repository/download.rs, cache/storage.rs): it always writes the ref,
+# and makes the link in the snapshot once more.
+_FINALIZED = """
+import os, sys
+from pathlib import Path
+from urllib.request import Request, urlopen
+repo_id, revision, name = sys.argv[1:]
+repo = Path(os.environ["HF_HUB_CACHE"], "models--" + repo_id.replace("/", "--"))
+asked = Request(f"{os.environ['HF_ENDPOINT']}/{repo_id}/resolve/{revision}/{name}", method="HEAD")
+with urlopen(asked, timeout=60) as answer:
+    etag, commit = answer.headers["X-Linked-ETag"].strip('"'), answer.headers["X-Repo-Commit"]
+blob, pointer = repo / "blobs" / etag, repo / "snapshots" / commit / name
+assert blob.exists(), "it would be downloaded"
+(repo / "refs").mkdir(exist_ok=True)
+(repo / "refs" / revision).write_text(commit)
+pointer.unlink()
+pointer.symlink_to(os.path.relpath(blob, pointer.parent))
+print(pointer.read_bytes().hex())
+"""
+
+
+@pytest.mark.parametrize("revision", ["main", "HEAD"])
+def test_hf_hub_of_rust_writes_the_ref_and_the_link_of_a_file_that_it_found(person: Person, revision: str) -> None:
+    program = (*as_a_user(), PYTHON, "-c", _FINALIZED, MINE, revision, "sub/more.txt")
+    assert person.succeed(*program, options=options(person)).out == f"{b'more'.hex()}\n"
+
+
+# Rust: before 1.0 -------------------------------------------------------------------------------------------------
 
 # outlines-core has hf-hub 0.4 get what it needs. That looks for its cache in HF_HOME, or, depending on the call, in the
 # user's home, and in no other variable.

@@ -14,6 +14,7 @@ from tests.e2e.online.people import FILES, MINE, MINE_SAYS, NEW, NEW_SAYS, RELEA
 from tests.support.folders import lay_model
 from tests.support.models import split, vocabulary
 from tests.support.online import Client, Person, cached, contents
+from tests.support.permissions import as_a_user
 from tests.support.processes import PYTHON, succeed
 
 
@@ -145,12 +146,16 @@ def test_mlx_lm_and_transformers_load_the_folders_model_and_the_hubs_others(spea
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_the_folder_wins_and_downloads_come_home_in_each_release(person: Person, release: str) -> None:
-    """P2 and P3, with every huggingface_hub that is in use."""
+    """P2 and P3, with every huggingface_hub that is in use, and no rights but a user's."""
     mine = folder_of(person)
-    with person.client(release=release) as client:
+    with person.client(release=release, before=as_a_user()) as client:
+        for revision in ("HEAD", "main"):  # they write down what each stands for
+            assert Path(client.get("hf_hub_download", MINE, "only-mine.txt", revision=revision)).read_bytes() == b"mine"
+            missing = client.failure("hf_hub_download", MINE, "only-theirs.txt", revision=revision)
+            assert missing.error.endswith("EntryNotFoundError")
+            forced = client.get("hf_hub_download", MINE, "only-mine.txt", revision=revision, force_download=True)
+            assert Path(forced).read_bytes() == b"mine"
         assert contents(client.get("snapshot_download", MINE)) == mine
-        assert Path(client.get("hf_hub_download", MINE, "only-mine.txt")).read_bytes() == b"mine"
-        assert client.failure("hf_hub_download", MINE, "only-theirs.txt").error.endswith("EntryNotFoundError")
         assert client.get("model_info", MINE)["sha"] == Path(client.get("snapshot_download", MINE)).name
         assert contents(client.get("snapshot_download", NEW)) == FILES
         assert contents(client.get("snapshot_download", NEW)) == FILES

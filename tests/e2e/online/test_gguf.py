@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from tests.support import hubs, llama_cpp
 from tests.support.folders import gguf, lay_files
 from tests.support.hfcache import listing
 from tests.support.online import Person, at_a_shell, cached, contents
+from tests.support.permissions import as_a_user
 from tests.support.processes import OVERLAY, PYTHON, succeed
 
 MINE = "publisher/model-GGUF"
@@ -61,14 +60,11 @@ def person(tmp_path: Path) -> Iterator[Person]:
         assert person.asked_about(MINE) + person.asked_about(SPLIT) == [], "P2: the Hub was asked"
 
 
-def loaded(person: Person, *arguments: str, as_user: bool = False, **environ: str) -> dict[str, bytes]:
-    """The files that llama.cpp loads: name -> content. `as_user`: modes hold for it, also where tests run as root."""
-    command = [PYTHON, llama_cpp.__file__, *arguments]
-    if as_user and os.geteuid() == 0:
-        if shutil.which("setpriv") is None:
-            pytest.skip("nothing here takes root's rights from a program: run the tests as a user")
-        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+def loaded(person: Person, *arguments: str, before: Sequence[str] = (), **environ: str) -> dict[str, bytes]:
+    """The files that llama.cpp loads: name -> content. `before` is a command that its own is handed to."""
+    command = (*before, PYTHON, llama_cpp.__file__, *arguments)
     done = person.succeed(*command, options=(*ANY, "--quiet"), **environ)
+    assert done.err == "", "it could not write something"
     found: dict[str, str] = json.loads(done.out)
     return {Path(path).name: bytes.fromhex(content) for path, content in found.items()}
 
@@ -87,9 +83,10 @@ MEANT = {
 def test_llama_cpp_loads_the_file_that_a_tag_names_from_the_folder(
     person: Person, repo_id: str, tag: str, how: str
 ) -> None:
-    """Also where it may not write the ref that it has learned: then it takes what the cache holds."""
+    """It writes the ref that it has learned, also as a user, whom modes stop."""
     options = ["--offline"] if how == "offline" else []
-    assert loaded(person, "cached", f"{repo_id}{tag}", *options, as_user=how == "as a user") == MEANT[repo_id, tag]
+    before = as_a_user() if how == "as a user" else ()
+    assert loaded(person, "cached", f"{repo_id}{tag}", *options, before=before) == MEANT[repo_id, tag]
     assert not person.cache.exists(), "something of the user's model is in the real cache"
 
 

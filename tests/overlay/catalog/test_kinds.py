@@ -135,7 +135,7 @@ def test_an_mlx_lm_laid_out_otherwise_is_an_error_that_names_it(tmp_path: Path, 
     """P12: with another mlx-lm the answers would be guesses."""
     lay(tmp_path / "mlx_lm")
     with pytest.raises(OverlayError, match=str(tmp_path)):
-        ModelTypes(str(tmp_path / "mlx_lm"))
+        ModelTypes(str(tmp_path / "mlx_lm")).why_not({"model_type": "llama"})
 
 
 def test_a_module_with_model_and_arguments_by_other_means_counts(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_mlx_vlm_that_is_laid_out_otherwise_is_named(tmp_path: Path) -> None:
     (package / "models").mkdir(parents=True)
     (package / "utils.py").write_text("MODEL_REMAPPING = {}\nMODEL_ARCHITECTURE_REMAPPING = {}\n")
     with pytest.raises(OverlayError, match="mlx-vlm"):
-        ModelTypes(str(package), mlx_vlm=str(tmp_path / "nowhere"))
+        ModelTypes(str(package), mlx_vlm=str(tmp_path / "nowhere")).why_not({"model_type": "x", "vision_config": {}})
 
 
 # The kind of a model -------------------------------------------------------------------------------------------

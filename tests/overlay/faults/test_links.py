@@ -85,7 +85,6 @@ def links_between_chains(models: Path) -> None:
 
 
 @pytest.mark.mlx_lm
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "lay", [self_loop, mutual_loop, link_to_parents, dense_graph, links_between_chains], ids=lambda lay: lay.__name__
 )

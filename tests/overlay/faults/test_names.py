@@ -165,7 +165,6 @@ def nest(folder: Path, name: str, depth: int) -> None:
     os.close(inner)
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("name", "length"),
     [("d", 2400), ("d" * 20, 4060), ("d" * 200, 6000)],
@@ -189,7 +188,6 @@ def test_a_model_of_folders_in_folders_hides_no_other_and_is_cleared(
         subprocess.run(["rm", "-rf", deep, sessions], check=True)  # shutil, and so pytest, would need as deep a stack
 
 
-@pytest.mark.timeout(60)
 def test_two_thousand_folders_are_listed_shown_refreshed_and_cleared(models: Path, sessions: Path) -> None:
     for number in range(2000):
         folder = models / f"org-{number % 40}" / f"model-{number}"

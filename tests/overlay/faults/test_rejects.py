@@ -187,7 +187,7 @@ FAULTS = st.sampled_from(["whole", "gone", *BROKEN])
 
 
 @pytest.mark.mlx_lm
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(steps=st.lists(st.dictionaries(st.sampled_from(["a", "org/b", "org/c"]), FAULTS), min_size=1, max_size=5))
 def test_whatever_breaks_and_is_repaired_a_refresh_shows_what_a_new_session_shows(
     tmp_path_factory: pytest.TempPathFactory, steps: list[dict[str, str]]

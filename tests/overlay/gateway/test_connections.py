@@ -17,7 +17,8 @@ import pytest
 from hf_overlay.gateway import server as gateway_server
 from hf_overlay.gateway.server import Gateway
 
-_SECONDS = 30
+from tests.support.processes import SECONDS, eventually
+
 _PIECE = b"x" * 100_000
 
 
@@ -71,7 +72,7 @@ def gateway_to(answer: Callable[[socketserver.StreamRequestHandler, bytes], obje
 def connect(gateway: Gateway) -> tuple[http.client.HTTPConnection, str]:
     """A connection, and what its paths begin with."""
     url = urlsplit(gateway.endpoint)
-    return http.client.HTTPConnection(url.netloc, timeout=_SECONDS), url.path
+    return http.client.HTTPConnection(url.netloc, timeout=SECONDS), url.path
 
 
 def get(gateway: Gateway, path: str = "/api/x") -> bytes:
@@ -86,7 +87,7 @@ def get(gateway: Gateway, path: str = "/api/x") -> bytes:
 def raw(gateway: Gateway, data: bytes) -> socket.socket:
     """A connection on which some bytes have been sent, in which PATH stands for a path below the gateway's own."""
     url = urlsplit(gateway.endpoint)
-    connection = socket.create_connection((url.hostname, url.port), _SECONDS)
+    connection = socket.create_connection((url.hostname, url.port), SECONDS)
     connection.sendall(data.replace(b"PATH", f"{url.path}/api/x".encode()))
     return connection
 
@@ -122,7 +123,7 @@ def test_a_body_is_passed_on_while_it_comes_in() -> None:
 
     def slowly(hub: socketserver.StreamRequestHandler, _: bytes) -> None:
         hub.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nfir")
-        goes_on.wait(_SECONDS)
+        goes_on.wait(SECONDS)
         hub.wfile.write(b"st!")
 
     with gateway_to(slowly) as gateway:
@@ -152,7 +153,7 @@ def test_a_program_that_leaves_in_the_middle_of_a_body_frees_the_connection_to_t
         connection.request("GET", f"{prefix}/api/x")
         assert connection.getresponse().read(10) == b"x" * 10
         connection.close()
-        assert is_free.wait(_SECONDS)
+        assert is_free.wait(SECONDS)
 
 
 # Requests ---------------------------------------------------------------------------------------------------------
@@ -266,21 +267,22 @@ def test_programs_that_no_thread_can_be_had_for_are_refused_and_later_ones_answe
 # The end ----------------------------------------------------------------------------------------------------------
 
 
-def test_neither_idle_programs_nor_those_that_have_left_are_waited_for() -> None:
+def test_neither_idle_programs_nor_those_that_have_left_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway_server, "STOP_SECONDS", 2 * SECONDS)
     is_asked, is_over = threading.Event(), threading.Event()
 
     def hang(hub: socketserver.StreamRequestHandler, _: bytes) -> None:
         is_asked.set()
-        is_over.wait(_SECONDS)
+        is_over.wait(3 * SECONDS)
 
     with gateway_to(hang) as gateway:
         idle = raw(gateway, b"")
         leaves = raw(gateway, b"GET PATH HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert is_asked.wait(_SECONDS)
+        assert is_asked.wait(SECONDS)
         leaves.close()
         began = time.monotonic()
         gateway.stop()
-        assert time.monotonic() - began < gateway_server.STOP_SECONDS / 2
+        assert time.monotonic() - began < SECONDS
         assert idle.recv(1) == b""
         idle.close()
         is_over.set()
@@ -291,18 +293,18 @@ def test_while_it_stops_a_program_gets_its_answer_and_learns_that_no_other_follo
 
     def later(hub: socketserver.StreamRequestHandler, request: bytes) -> None:
         is_asked.set()
-        goes_on.wait(_SECONDS)
+        goes_on.wait(SECONDS)
         _echo(hub, request)
 
     with gateway_to(later) as gateway:
         connection = raw(gateway, b"POST PATH HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\none")
-        assert is_asked.wait(_SECONDS)
+        assert is_asked.wait(SECONDS)
         stopping = threading.Thread(target=gateway.stop)
         stopping.start()
-        time.sleep(0.1)
+        eventually(lambda: gateway._stopping.fileno() == -1, "it stops")
         goes_on.set()
         said = read_all(connection)
         assert b"connection: close" in said.lower()
         assert said.endswith(b"one")
-        stopping.join(_SECONDS)
+        stopping.join(SECONDS)
         assert not stopping.is_alive()

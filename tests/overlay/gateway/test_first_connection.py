@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 import pytest
 from hf_overlay.gateway.server import Gateway
 
+from tests.support.processes import SECONDS
+
 
 def _gateway() -> Gateway:
     no_models: Any = None  # asked for none of them here
@@ -22,7 +24,7 @@ def _gateway() -> Gateway:
 def _connect(gateway: Gateway) -> socket.socket:
     """A connection that has sent a request, which is answered without a model."""
     url = urlsplit(gateway.endpoint)
-    connection = socket.create_connection((url.hostname, url.port), 10)
+    connection = socket.create_connection((url.hostname, url.port), SECONDS)
     connection.sendall(b"GET /favicon.ico HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     return connection
 
@@ -64,19 +66,19 @@ def test_a_request_that_came_while_it_was_starting_is_answered_before_it_stops_u
 
     def slowly(self: Gateway) -> None:
         begun.set()
-        go_on.wait(10)
+        go_on.wait(2 * SECONDS)
         serve(self)
 
     monkeypatch.setattr(Gateway, "_serve", slowly)
     gateway = _gateway()
     gateway.start()
     with _connect(gateway) as connection:
-        assert begun.wait(10)
+        assert begun.wait(SECONDS)
         stopping = threading.Thread(target=gateway.stop)
         stopping.start()
         if how == "cut":
             gateway.cut()
-            stopping.join(2)
+            stopping.join(SECONDS)
             assert not stopping.is_alive(), "it waits in spite of the cut"
             go_on.set()
             return
@@ -84,7 +86,7 @@ def test_a_request_that_came_while_it_was_starting_is_answered_before_it_stops_u
         assert stopping.is_alive(), "it does not wait for the request"
         go_on.set()
         assert _read(connection).startswith(b"HTTP/1.1 404 "), "P3 is broken: the request was cut"
-        stopping.join(5)
+        stopping.join(SECONDS)
         assert not stopping.is_alive()
 
 
@@ -95,7 +97,7 @@ def test_where_it_cannot_start_clients_are_refused_and_the_error_is_seen(monkeyp
     gateway = _gateway()
     gateway.start()
     with pytest.raises(ConnectionError), _connect(gateway) as connection:
-        _read(connection)  # else it would wait for ten seconds
-    gateway._thread.join(10)
+        _read(connection)  # else it would wait for `SECONDS`
+    gateway._thread.join(SECONDS)
     assert seen[0].exc_type is ModuleNotFoundError
     gateway.stop()

@@ -13,6 +13,7 @@ from pathlib import Path
 import hf_overlay
 import pytest
 
+from tests.support import processes
 from tests.support.folders import lay_model
 
 SECONDS = 4.0
@@ -50,7 +51,7 @@ def hang(monkeypatch: pytest.MonkeyPatch, models: Path) -> Iterator[threading.Ev
 def status(session: hf_overlay.Session, path: str, **headers: str) -> tuple[int, bytes]:
     url = f"{session.environment['HF_ENDPOINT']}/{path}"
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=20) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=processes.SECONDS) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.headers["X-Error-Message"].encode()
@@ -66,11 +67,10 @@ def test_a_file_on_a_disk_that_hangs_is_refused_and_others_are_served_meanwhile(
     hang.set()
     answers: list[tuple[int, bytes]] = []
     slow = threading.Thread(target=lambda: answers.append(status(session, path)))
-    began = time.monotonic()
     slow.start()
     assert status(session, "org/other/resolve/main/config.json")[0] == 200
-    assert time.monotonic() - began < 1.0, "another model waited for the disk that hangs"
-    slow.join(SECONDS)
+    assert not answers, "another model waited for the disk that hangs"
+    slow.join(processes.SECONDS)
     assert [answer[0] for answer in answers] == [404]
     assert b"which does not answer" in answers[0][1]
 
@@ -93,5 +93,5 @@ def test_an_announced_download_waits_for_no_cache_that_hangs_nor_does_a_refresh(
         session.expect_download("models--org--new")
         session.expect_download("models--org--another")
         session.refresh()
-        assert time.monotonic() - began < SECONDS
+        assert time.monotonic() - began < processes.due(SECONDS)
     is_over.set()

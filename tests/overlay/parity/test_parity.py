@@ -49,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Any]:
 
 # Not shrunk: that takes minutes, and the message names the call that differs.
 @pytest.mark.mlx_lm
-@settings(max_examples=30, deadline=None, phases=[Phase.reuse, Phase.generate])
+@settings(max_examples=30, phases=[Phase.reuse, Phase.generate])
 @given(WORLDS, ASIDE)
 def test_every_read_call_gives_what_one_plain_cache_gives(
     place: Callable[[], Any], readers: Mapping[str, Reader], world: World, aside: str
@@ -64,7 +64,7 @@ def test_every_read_call_gives_what_one_plain_cache_gives(
 
 
 @pytest.mark.mlx_lm
-@settings(max_examples=10, deadline=None, phases=[Phase.reuse, Phase.generate])
+@settings(max_examples=10, phases=[Phase.reuse, Phase.generate])
 @given(WORLDS, WORLDS, ASIDE)
 def test_a_refresh_gives_what_one_plain_cache_gives(
     place: Callable[[], Any], readers: Mapping[str, Reader], before: World, after: World, aside: str

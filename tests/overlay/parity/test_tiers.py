@@ -128,7 +128,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, R
 
 
 # Not shrunk: that takes minutes, and the message names the call that differs.
-@settings(max_examples=8, deadline=None, phases=[Phase.reuse, Phase.generate])
+@settings(max_examples=8, phases=[Phase.reuse, Phase.generate])
 @given(HELD, HELD, HELD, HELD, ASIDE)
 def test_every_read_call_gives_what_one_cache_with_the_union_gives(
     readers: Mapping[str, Reader],

@@ -65,7 +65,7 @@ def lay(session: Path, user: Path, entry: Entry) -> None:
             raise  # else something of another kind is there already
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(
     entries=st.lists(
         st.tuples(st.sampled_from(FOLDERS), st.sampled_from(NAMES), st.sampled_from(KINDS), st.sampled_from(CONTENTS)),

@@ -206,6 +206,35 @@ def test_programs_that_began_in_an_earlier_hub_folder_get_it_too(
     assert led_to(session).is_relative_to(session.path)
 
 
+def test_refs_that_a_client_writes_are_its_sessions_alone_and_a_false_one_lasts_until_a_refresh(
+    opened: Callable[[], tuple[ExitStack, hf_overlay.Session]], models: Path
+) -> None:
+    _, session = opened()
+    _, other = opened()
+    session.expect_model(MODEL)
+    mine, theirs = led_to(session), led_to(other)
+    commit = (theirs / "refs/main").read_text()
+    before = listing(theirs)
+    with respected():
+        (mine / "refs/HEAD").write_text(commit)
+        (mine / "refs/main").write_text(commit)
+    assert session.refresh() == ((), (), ())
+    assert led_to(session) == mine, "the same, once more, changes nothing"
+    with respected():
+        (mine / "refs/main").write_text("1" * 40)
+    assert session.refresh() == ((), (), ())
+    assert loaded(session, MODEL)
+    assert led_to(session) not in (mine, theirs)
+    with respected():
+        (led_to(session) / "refs/main").write_text(commit)
+    settle(models / MODEL)
+    lay_model(models / MODEL, {"more.txt": b"more"})
+    assert session.refresh().changed == (MODEL,)
+    with respected():
+        (led_to(session) / "refs/main").write_text(commit)  # by a client that began before
+    assert listing(theirs) == before
+
+
 # Written to by root
 
 
@@ -241,15 +270,26 @@ with hf_overlay.open_session([sys.argv[1]], environ=os.environ) as session:
     assert home_of(hub) == [FILES["model.safetensors"]]
 
 
+def without_a_file(repo: Path) -> None:
+    view = repo / "views" / os.listdir(repo / "snapshots")[0]
+    view.chmod(0o700)
+    (view / "model.safetensors").unlink()
+
+
+def with_another_main(repo: Path) -> None:
+    """As a client writes it that has learned of a newer commit, and then fails to download it."""
+    (repo / "refs/main").chmod(0o600)
+    (repo / "refs/main").write_text("1" * 40)
+
+
+@pytest.mark.parametrize("change", [without_a_file, with_another_main])
 def test_a_session_that_finds_a_shared_repo_changed_shows_another_one(
-    opened: Callable[[], tuple[ExitStack, hf_overlay.Session]],
+    opened: Callable[[], tuple[ExitStack, hf_overlay.Session]], change: Callable[[Path], None]
 ) -> None:
     _, first = opened()
     _, second = opened()
     before = led_to(first)
-    view = before / "views" / os.listdir(before / "snapshots")[0]
-    view.chmod(0o700)
-    (view / "model.safetensors").unlink()
+    change(before)
     second.refresh()
     assert led_to(second) != before
     assert loaded(second, MODEL)

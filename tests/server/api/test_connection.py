@@ -12,7 +12,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.processes import SECONDS
+
 _SECONDS = 1.0
+"""In which a head has to be complete here."""
 
 _SERVER = f"""
 import resource, socket, sys
@@ -52,31 +55,34 @@ def port() -> Iterator[int]:
 
 
 def _connected(port: int) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", port), timeout=10)
+    return socket.create_connection(("127.0.0.1", port), timeout=SECONDS)
 
 
-def _closed_after(sock: socket.socket) -> float:
-    started = time.monotonic()
+def _closes(sock: socket.socket) -> bool:
+    """Wait for the other end to close it; TimeoutError if it does not."""
     with contextlib.suppress(ConnectionResetError):
-        assert sock.recv(1) == b""
-    return time.monotonic() - started
+        return sock.recv(1) == b""
+    return True
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: localhost\r\n"])
 def test_a_head_that_is_not_complete_in_time_closes_its_connection(sent: bytes, port: int) -> None:
+    began = time.monotonic()
     with _connected(port) as sock:
         sock.sendall(sent)
-        assert 0.5 * _SECONDS < _closed_after(sock) < 5 * _SECONDS
+        assert _closes(sock)
+        assert time.monotonic() - began > 0.5 * _SECONDS
 
 
 def test_bytes_that_trickle_do_not_put_the_end_off(port: int) -> None:
     with _connected(port) as sock:
         started = time.monotonic()
         with contextlib.suppress(ConnectionError):
-            while time.monotonic() - started < 10 * _SECONDS:
-                sock.sendall(b"GET / HTTP/1.1\r\nX" if time.monotonic() - started < 0.1 else b"x")
+            sock.sendall(b"GET / HTTP/1.1\r\nX")
+            while time.monotonic() - started < SECONDS:
                 time.sleep(0.1)
-        assert time.monotonic() - started < 5 * _SECONDS
+                sock.sendall(b"x")
+            pytest.fail("a head that trickles is waited for")
 
 
 def test_a_connection_that_is_kept_may_be_idle_but_no_later_head_may_be_slow(port: int) -> None:
@@ -87,8 +93,10 @@ def test_a_connection_that_is_kept_may_be_idle_but_no_later_head_may_be_slow(por
             answer = http.client.HTTPResponse(sock)
             answer.begin()
             assert (answer.status, answer.read() != b"") == (200, True)
+        began = time.monotonic()
         sock.sendall(b"GET / ")
-        assert 0.5 * _SECONDS < _closed_after(sock) < 5 * _SECONDS
+        assert _closes(sock)
+        assert time.monotonic() - began > 0.5 * _SECONDS
 
 
 def test_a_slow_body_is_waited_for(port: int) -> None:
@@ -101,7 +109,7 @@ def test_a_slow_body_is_waited_for(port: int) -> None:
 
 def test_more_silent_connections_than_file_descriptors_keep_nobody_out_for_long(port: int) -> None:
     def cpu_seconds() -> float:
-        client = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
         with contextlib.closing(client):
             client.request("GET", "/")
             return float(client.getresponse().read())
@@ -110,7 +118,7 @@ def test_more_silent_connections_than_file_descriptors_keep_nobody_out_for_long(
     with contextlib.ExitStack() as silent:
         for _ in range(200):
             silent.enter_context(_connected(port))
-        deadline = time.monotonic() + 15 * _SECONDS
+        deadline = time.monotonic() + SECONDS
         while True:
             try:
                 used = cpu_seconds() - before

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mlx_overlay_server.access import Access
 from mlx_overlay_server.api import guard as guard_module
@@ -197,7 +197,6 @@ def test_no_other_page_manages_the_server_also_where_it_may_use_it(allowed: str)
 _odd = st.binary(max_size=10) | st.text("h:/[]@.#?%1", max_size=10).map(str.encode)
 
 
-@settings(deadline=None)
 @given(host=_odd, origin=st.none() | _odd)
 def test_no_host_and_no_origin_break_the_guard(host: bytes, origin: bytes | None) -> None:
     headers: list[Header] = [("host", host)]

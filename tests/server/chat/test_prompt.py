@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.prompt import Prompt, render
@@ -124,7 +124,6 @@ def test_neighbours_of_one_role_are_joined_where_turns_must_alternate(templated:
 _roles = st.sampled_from(["system", "user", "assistant"])
 
 
-@settings(deadline=None)
 @given(roles=st.lists(_roles, min_size=1, max_size=8))
 def test_no_word_of_a_conversation_is_lost_whatever_the_template_takes(roles: list[Any], templated: Templated) -> None:
     turns = [Message(role, (f"word{at}",)) for at, role in enumerate(roles)]

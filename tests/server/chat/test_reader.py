@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.generate import make_text_state_machine
 from mlx_overlay_server.chat.events import Event, FinishReason, Logprobs, Reasoning, Text, TokenLogprob, ToolCall
@@ -38,7 +38,6 @@ def _first_end(text: str, stops: Sequence[str]) -> tuple[int, int] | None:
     return None
 
 
-@settings(deadline=None)
 @given(pieces=st.lists(_letters, max_size=12), stops=_stops)
 def test_an_answer_ends_where_the_stop_that_completes_first_begins(pieces: list[str], stops: list[str]) -> None:
     text, found = "".join(pieces), _first_end("".join(pieces), stops)
@@ -50,7 +49,6 @@ def test_an_answer_ends_where_the_stop_that_completes_first_begins(pieces: list[
     assert cutter.found == (None if found is None else text[found[0] : found[1]])
 
 
-@settings(deadline=None)
 @given(text=_letters, stops=_stops)
 def test_no_more_is_held_back_than_could_become_a_stop(text: str, stops: list[str]) -> None:
     cutter = StopStrings(stops)
@@ -115,7 +113,6 @@ def _read(
     return events
 
 
-@settings(deadline=None)
 @given(places=_places, turns=_turns)
 def test_what_is_reasoning_text_or_call_does_not_depend_on_how_it_comes(
     places: set[int], turns: set[int], model: Loaded, ids: dict[bytes, int]
@@ -126,7 +123,6 @@ def test_what_is_reasoning_text_or_call_does_not_depend_on_how_it_comes(
     assert reader.tokens == len(tokens)
 
 
-@settings(deadline=None)
 @given(places=_places, stop=st.text("nits?Ye€. \n{}", min_size=1, max_size=4), size=st.integers(1, len(SCRIPT)))
 def test_an_answer_cut_anywhere_reads_the_same_however_it_comes(
     places: set[int], stop: str, size: int, model: Loaded, ids: dict[bytes, int]
@@ -144,7 +140,6 @@ def test_an_answer_cut_anywhere_reads_the_same_however_it_comes(
     assert byte_by_byte[1] == (stop if stop in part else None)
 
 
-@settings(deadline=None)
 @given(size=st.integers(1, len(SCRIPT)))
 def test_an_answer_cut_by_length_loses_nothing_but_the_call_it_was_cut_in(
     size: int, model: Loaded, ids: dict[bytes, int]
@@ -288,7 +283,6 @@ def _data(events: Iterable[Event]) -> bytes:
     return b"".join(token.data for event in events if isinstance(event, Logprobs) for token in event.tokens)
 
 
-@settings(deadline=None)
 @given(places=_places, stop=st.text("nits?Ye€. \n{}", min_size=1, max_size=6))
 def test_log_probabilities_come_with_their_text_and_not_before(
     places: set[int], stop: str, model: Loaded, ids: dict[bytes, int]

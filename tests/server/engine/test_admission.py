@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models import cache as caches
 from mlx_overlay_server import memory
@@ -144,7 +144,6 @@ def test_a_large_one_is_passed_by_no_more_than_a_few() -> None:
     assert _begun(admission)[0] == 1
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_nothing_begins_that_does_not_fit_and_everything_begins_in_the_end(data: st.DataObject) -> None:
     limit, kv = 1000, {"a": 1, "b": 3, "unknown": 0}

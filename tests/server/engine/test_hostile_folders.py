@@ -22,14 +22,11 @@ from mlx_overlay_server.settings import EngineOptions
 
 from tests.server.engine.test_engine import say
 from tests.support.models import make_model
+from tests.support.processes import SECONDS
 
-SECONDS = 20
 SAYS = "I am well."
 
 Spoil = Callable[[Path], object]
-
-# As the old code waits or reads for ever in some of these, what is not noticed ends with the test's time.
-pytestmark = pytest.mark.timeout(60)
 
 
 def run(use: Callable[[Engine], Awaitable[None]], **options: Any) -> None:
@@ -263,7 +260,7 @@ def test_an_engine_stops_at_once_while_a_load_hangs(model: Path, monkeypatch: py
         began.append(time.monotonic())
 
     run(use, load_seconds=3600)
-    assert time.monotonic() - began[0] < 5
+    assert time.monotonic() - began[0] < SECONDS / 2, "it waited for the load"
     hang.released.set()
 
 

@@ -64,23 +64,29 @@ class _Machine:
         self.now = 0.0
         self.reads: list[int] = []
         self.silences: list[float] = []
-        """Seconds of the steps in which something was decoded."""
-        batch = running.runner._batch
-        original = batch.next
+        """Seconds between two tokens of those that decode."""
+        batch: Any = running.runner._batch
+        original = (batch.read, batch.draw)
         before: dict[int, int] = {}
+        drawn_at = 0.0
 
-        def step() -> Any:
-            parts, rows = original()
+        def reads(tokens: int) -> Any:
+            parts = original[0](tokens)
             done = {part.uid: part.progress[0] for part in parts if not part.end_of_prompt}
             self.reads.append(sum(size - before.get(uid, 0) for uid, size in done.items()))
             before.update(done)
-            seconds = read * self.reads[-1] + decode * bool(rows)
-            self.now += seconds
-            if rows:
-                self.silences.append(seconds)
-            return parts, rows
+            self.now += read * self.reads[-1]
+            return parts
 
-        batch.next = step
+        def draws() -> Any:
+            nonlocal drawn_at
+            rows = original[1]()
+            self.now += decode
+            self.silences.append(self.now - drawn_at)
+            drawn_at = self.now
+            return rows
+
+        batch.read, batch.draw = reads, draws
         running.runner._clock = lambda: self.now
 
 
@@ -203,7 +209,7 @@ def _runner(folder: Path, step: int, batch_size: int) -> _Speaking:
     return _Speaking(folder, EngineOptions(prefill_step=step, batch_size=batch_size))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     prompts=st.lists(
         st.tuples(st.integers(0, 9), st.sampled_from([1, 2, 20, 70, 150]), st.integers(1, 6)), min_size=1, max_size=8
@@ -346,7 +352,7 @@ def test_caches_that_cannot_be_cut_are_kept_where_what_is_shared_ends(
         assert running.tokens(id_) == _runner(folder, 1 << 20, 1).said([*_text(3, 300), *_text(number, 20)], 3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     prompts=st.lists(
         st.tuples(st.sampled_from([0, 70, 150]), st.integers(0, 4), st.sampled_from([1, 20, 80])),

@@ -303,7 +303,6 @@ def _play(prefixes: PrefixCache, history: Sequence[tuple[str, Tokens, int] | str
     return known
 
 
-@settings(deadline=None)
 @given(history=_histories, key=_keys, prompt=_sequences)
 def test_with_room_for_all_the_longest_beginning_ever_kept_is_found(
     history: list[tuple[str, Tokens, int] | str], key: str, prompt: Tokens
@@ -314,7 +313,6 @@ def test_with_room_for_all_the_longest_beginning_ever_kept_is_found(
     assert _found(prefixes, prompt, key) == min(longest, len(prompt) - 1)
 
 
-@settings(deadline=None)
 @given(history=_histories, key=_keys, prompt=_sequences, room=st.integers(0, 24))
 def test_whatever_was_given_up_the_budget_holds_and_what_is_found_is_right(
     history: list[tuple[str, Tokens, int] | str], key: str, prompt: Tokens, room: int
@@ -326,7 +324,7 @@ def test_whatever_was_given_up_the_budget_holds_and_what_is_found_is_right(
     assert _found(prefixes, prompt, key) <= longest
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(history=_histories)
 def test_system_prompts_are_all_kept_where_there_is_room_for_them_alone(
     history: list[tuple[str, Tokens, int] | str],
@@ -339,7 +337,6 @@ def test_system_prompts_are_all_kept_where_there_is_room_for_them_alone(
         assert _found(prefixes, (*tokens[:system], 9), key) == system
 
 
-@settings(deadline=None)
 @given(history=_histories, last=_inserts(), room=st.integers(8, 24))
 def test_the_newest_is_found_where_older_ones_are_no_system_prompts(
     history: list[tuple[str, Tokens, int] | str], last: tuple[str, Tokens, int], room: int

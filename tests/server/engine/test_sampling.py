@@ -222,7 +222,6 @@ def test_nothing_is_done_for_parameters_that_ask_for_nothing() -> None:
 _tokens = st.lists(st.integers(0, _VOCAB - 1), min_size=1, max_size=8)
 
 
-@settings(deadline=None)
 @given(prompt=_tokens, answer=_tokens, share=st.floats(0, 1))
 def test_penalties_are_the_same_however_much_of_the_prompt_was_cached(
     prompt: list[int], answer: list[int], share: float, dtype: mx.Dtype
@@ -297,7 +296,7 @@ def _fits(text: str) -> bool:
     return set(value) == {"word", "n"} and value["word"] in ("ja", "né") and 0 <= value["n"] <= 20
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_whatever_a_model_would_say_it_says_what_the_schema_describes(
     data: st.DataObject, thinker: Loaded, dtype: mx.Dtype
@@ -306,7 +305,7 @@ def test_whatever_a_model_would_say_it_says_what_the_schema_describes(
     assert _fits(_written(data, thinker, _matcher(thinker, rule, dtype)))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_whatever_a_model_would_call_it_calls_a_tool_there_is(data: st.DataObject, thinker: Loaded) -> None:
     tools = (
@@ -326,7 +325,7 @@ def _ids(model: Loaded, text: str) -> list[int]:
     return model.tokenizer.encode(text, add_special_tokens=False)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data(), thought=st.text(max_size=6))
 def test_a_grammar_waits_for_the_end_of_reasoning_that_the_prompt_opened(
     data: st.DataObject, thought: str, thinker: Loaded
@@ -338,7 +337,7 @@ def test_a_grammar_waits_for_the_end_of_reasoning_that_the_prompt_opened(
     assert _fits(_written(data, thinker, allowed, start))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_a_model_may_reason_first_and_then_the_grammar_holds(data: st.DataObject, thinker: Loaded) -> None:
     (opens,) = _ids(thinker, "<think>")

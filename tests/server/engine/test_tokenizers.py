@@ -56,7 +56,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return load(folder)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_the_part_says_what_the_whole_says(whole: Any, data: st.DataObject) -> None:
     read = tokenizers.cut(tokenizers.described(whole))

@@ -13,6 +13,7 @@ from mlx_overlay_server.errors import Unavailable
 from mlx_overlay_server.models.library import Library, Listed
 
 from tests.support.folders import lay_model
+from tests.support.processes import SECONDS
 
 
 def test_an_id_is_located_under_the_spelling_of_the_disk(
@@ -57,7 +58,7 @@ def test_lists_that_are_asked_for_together_share_one_look_and_none_is_older_than
         def slowly() -> list[Listed]:
             found = look()
             looks.append(found)
-            may_end.wait(10)
+            may_end.wait(SECONDS)
             return found
 
         monkeypatch.setattr(library, "_list", slowly)

@@ -14,7 +14,11 @@ from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.errors import ServerError, Unavailable, UnknownModel
 from mlx_overlay_server.models import pool as pool_module
 from mlx_overlay_server.models.library import Located
-from mlx_overlay_server.models.pool import Extras, Pool, preload
+from mlx_overlay_server.models.load import Extras
+from mlx_overlay_server.models.pool import Pool, preload
+from mlx_overlay_server.settings import UNTUNED, Tuning
+
+from tests.support.processes import SECONDS
 
 T = TypeVar("T")
 
@@ -28,6 +32,8 @@ class Shelf:
     def __init__(self, sizes: Mapping[str, int] = SIZES) -> None:
         self.sizes = sizes
         self.loads: list[tuple[str, str | None, str | None]] = []
+        self.tunings: dict[str, Tuning] = {}
+        """As each model was loaded last."""
         self.unloads: list[str] = []
         self.held = asyncio.Event()
         """Loads wait for it."""
@@ -48,8 +54,10 @@ class Shelf:
         draft_path: str | None = None,
         task: Task = "text",
         nbytes: int = 0,
+        tuning: Tuning = UNTUNED,
     ) -> Loaded:
         self.loads.append((path[1:], adapter_path, draft_path))
+        self.tunings[path[1:]] = tuning
         await self.held.wait()
         if self.failures:
             raise self.failures.pop()
@@ -74,7 +82,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     """A test's coroutine, bounded in time."""
 
     async def bounded() -> T:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SECONDS):
             return await work
 
     return asyncio.run(bounded())
@@ -517,7 +525,9 @@ def test_the_configuration_arranges_single_models_and_what_it_no_longer_names_is
         await used(pool, "a")
         await used(pool, "b")
         sweeping = asyncio.create_task(pool.sweep())
-        await asyncio.sleep(0.2)
+        async with asyncio.timeout(SECONDS):
+            while "b" in pool.resident:
+                await asyncio.sleep(0.01)
         sweeping.cancel()
         assert pool.resident == ["a"], "b has a time of its own, and a has none"
         pool.arrange(extras={"a": Extras(adapter_path="/lora")}, pinned=[], idle_ttls={})
@@ -525,5 +535,13 @@ def test_the_configuration_arranges_single_models_and_what_it_no_longer_names_is
         await used(pool, "a")
         pool.arrange(extras={}, pinned=[], idle_ttls={})
         assert pool.resident == [], "its adapter has changed: the next request loads it without"
+        async with pool.use("a"):
+            pool.arrange(extras={"a": Extras(tuning=Tuning(kv_bits=4))}, pinned=["a"], idle_ttls={})
+            assert pool.resident == ["a"], "it is in use"
+        assert pool.resident == [], "which it no longer is"
+        await used(pool, "a")
+        assert shelf.tunings["a"].kv_bits == 4
+        pool.arrange(extras={}, pinned=["a"], idle_ttls={})
+        assert pool.resident == [], "a pin keeps no model that was loaded otherwise"
 
     run(scenario())

@@ -15,8 +15,10 @@ from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.models import room
 from mlx_overlay_server.models.pool import Pool
 from mlx_overlay_server.models.room import PATIENCE_SECONDS, Held, Waiting, plan
+from mlx_overlay_server.settings import UNTUNED, Tuning
 
 from tests.server.models.test_pool import BUDGET, Shelf, run, settled, used
+from tests.support.processes import SECONDS
 
 
 def held(name: str, nbytes: int, number: int = 0, **state: bool) -> Held:
@@ -128,7 +130,6 @@ def test_who_comes_while_a_load_is_given_up_gets_another_one() -> None:
     run(scenario())
 
 
-@pytest.mark.timeout(60)
 def test_a_large_model_is_not_kept_away_by_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten small models take turns, so that there is never room for a large one unless it is left to it."""
     monkeypatch.setattr(room, "PATIENCE_SECONDS", 0.0)
@@ -147,7 +148,7 @@ def test_a_large_model_is_not_kept_away_by_small_ones(monkeypatch: pytest.Monkey
         clients = [asyncio.create_task(client()) for _ in range(10)]
         await asyncio.sleep(0.05)
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(SECONDS):
                 await used(pool, "large")
         finally:
             for each in clients:
@@ -172,6 +173,7 @@ class _Shelf(Shelf):
         draft_path: str | None = None,
         task: Task = "text",
         nbytes: int = 0,
+        tuning: Tuning = UNTUNED,
     ) -> Loaded:
         gate = self.gates[path] = asyncio.Event()
         try:
@@ -263,4 +265,4 @@ class Clients(RuleBasedStateMachine):
 
 
 TestClients = Clients.TestCase
-TestClients.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestClients.settings = settings(max_examples=25, stateful_step_count=25)

@@ -43,7 +43,7 @@ def _contents(draw: st.DrawFn) -> Content:
 
 
 @given(_contents())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_what_was_written_is_read(content: Content) -> None:
     assert _same(decode(_NAME, _encoded(content)), content)
 
@@ -60,7 +60,7 @@ _FILE = _encoded(Content({"0.0": Array("F32", np.arange(8, dtype=np.float32))}, 
 
 
 @given(st.integers(0, len(_FILE) - 1), st.integers(1, 255))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_changed_byte_goes_unnoticed(at: int, change: int) -> None:
     """Spaces that fill the header are the one thing that says nothing."""
     damaged = bytearray(_FILE)
@@ -74,7 +74,7 @@ def test_no_changed_byte_goes_unnoticed(at: int, change: int) -> None:
 
 
 @given(st.integers(0, len(_FILE) - 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_half_a_file_is_none(size: int) -> None:
     with pytest.raises(Damaged):
         decode(_NAME, _FILE[:size])
@@ -99,7 +99,7 @@ _TOKENS = st.lists(st.integers(0, 3), min_size=0, max_size=4).map(
 
 
 @given(_TOKENS, _TOKENS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_two_sequences_have_the_blocks_in_common_that_they_begin_with(one: Any, other: Any) -> None:
     names, others = chain(_ROOT, one), chain(_ROOT, other)
     assert (len(names.blocks), len(others.blocks)) == (len(one) // BLOCK, len(other) // BLOCK)
@@ -120,7 +120,7 @@ def test_models_have_no_blocks_in_common() -> None:
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=4))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_blocks_are_put_together_in_their_order(sizes: list[int]) -> None:
     whole = np.arange(2 * sum(sizes) * 3).reshape(1, 2, sum(sizes), 3)
     gathered = Gathered(sum(sizes))

@@ -129,7 +129,7 @@ def test_what_is_on_disk_is_not_written_again(uses: Kept) -> None:
 
 
 @given(st.data())
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, suppress_health_check=list(HealthCheck))
 def test_texts_are_the_same_in_any_order_in_batches_of_any_size_whatever_is_damaged(
     kept: Kept, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

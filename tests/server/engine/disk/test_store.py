@@ -89,7 +89,7 @@ def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
     writes=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 9 * _SECTOR), st.booleans()), max_size=40),
     sectors=st.integers(0, 12),
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_cap_holds_whatever_two_servers_write(
     writes: list[tuple[int, int, bool]], sectors: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -103,7 +103,7 @@ def test_the_cap_holds_whatever_two_servers_write(
         assert both[is_second].nbytes == _on_disk(folder)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.dictionaries(st.sampled_from("abcdefgh"), st.tuples(st.integers(1, 9), st.integers(0, 5))), st.integers(-3, 30)
 )
