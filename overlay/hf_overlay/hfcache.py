@@ -175,8 +175,11 @@ def entries(hub: str) -> dict[str, str]:
 
 
 def watched(repo: str) -> tuple[str, ...]:
-    """The paths that look different when a cached repo gets another main revision, or gains or loses a blob."""
-    return (f"{repo}/refs/main", f"{repo}/snapshots", f"{repo}/blobs")
+    """The paths that look different when a cached repo gets another main revision, or gains or loses a blob.
+
+    Whether that revision is still there, its own folder tells.
+    """
+    return (f"{repo}/refs/main", f"{repo}/blobs")
 
 
 def watched_by_main(repo: str) -> tuple[str, ...]:
@@ -186,7 +189,11 @@ def watched_by_main(repo: str) -> tuple[str, ...]:
     except OSError:
         names = []
     revisions = (f"{repo}/snapshots/{name}" for name in names)
-    return (*watched(repo), *(path for folder in revisions for path in (folder, f"{folder}/config.json")))
+    return (
+        *watched(repo),
+        f"{repo}/snapshots",
+        *(path for folder in revisions for path in (folder, f"{folder}/config.json")),
+    )
 
 
 def watched_by_examine(repo: str) -> tuple[str, ...]:

@@ -186,7 +186,7 @@ def holdings(hf_home: Path) -> Contents:
     return found if found.keys() - {".", "hub"} else {}
 
 
-@settings(max_examples=8, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, suppress_health_check=list(HealthCheck))
 @given(steps=st.lists(STEPS, min_size=1, max_size=6), is_logged_in=st.booleans())
 @example(steps=[file("absent.json"), SNAPSHOT], is_logged_in=False)
 @example(steps=[SNAPSHOT, MOVED, SNAPSHOT, file("added.json")], is_logged_in=True)
@@ -207,12 +207,12 @@ def test_what_is_downloaded_through_the_gateway_is_in_the_real_cache_as_without_
 
 # Killed ----------------------------------------------------------------------------------------------------------
 
-FILES = 200
+FILES = 120
 WORKERS = 8
 """Files that a client downloads at once."""
-ROUNDS = 3
+ROUNDS = 2
 KILLS = 3
-"""In each round, before the download is let through: 54 over all parameters."""
+"""In each round, before the download is let through: 36 over all parameters."""
 BYTES_PER_SECOND = 6000
 """For each file by itself, of 600 bytes: it comes in pieces, and a download takes seconds."""
 # Says its pid, and then a dot whenever a file is where the program would open it.

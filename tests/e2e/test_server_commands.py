@@ -11,7 +11,7 @@ from hf_overlay import hfcache
 from tests.support.hfcache import listing
 from tests.support.loopback_hub import LoopbackHub
 from tests.support.models import make_model, make_random_model
-from tests.support.processes import BIN, PYTHON, Finished, environment, eventually, finish, start
+from tests.support.processes import BIN, PYTHON, SECONDS, Finished, environment, eventually, finish, start
 from tests.support.server import serving
 
 SERVER = str(BIN / "mlx-omni-server")
@@ -160,7 +160,7 @@ def test_pull_goes_on_where_it_was_stopped(home: Path, hub: Path, tmp_path: Path
         with start([SERVER, "pull", "org/new"], _online(there, home)) as process:
             eventually(is_half_there, "a shard is there")
             process.terminate()
-            assert process.wait(30) == 130
+            assert process.wait(SECONDS) == 130
         assert not list((home / "sessions").glob("session-*"))
         there.heal()
         before = there.bytes_served("org/new")

@@ -177,12 +177,14 @@ def address(log: Path) -> str:
 
 
 def two_free_ports() -> int:
-    """The first of two neighbouring ports that were free a moment ago: mlx.launch cannot choose them itself."""
-    for _ in range(100):
+    """The first of two neighbouring ports that are free: mlx.launch cannot choose them itself.
+
+    They are none of those that systems give to whoever asks for any, as other tests do meanwhile.
+    """
+    for port in range(20_000 + os.getpid() % 5_000 * 2, 32_000, 2):
         with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
             try:
+                first.bind(("127.0.0.1", port))
                 second.bind(("127.0.0.1", port + 1))
             except OSError:
                 continue

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import eventually
+from tests.support.processes import SECONDS, due, eventually
 from tests.support.server import Server, serving
 from tests.support.soak.requests import (
     HOSTILE,
@@ -59,7 +59,7 @@ def server(models: Path, stall: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_a_hostile_request_keeps_nobody_waiting(name: str, server: Server, stall: Path) -> None:
     with besieged(server, HOSTILE[name](), clients=3):
         waits = [first_token(server) for _ in range(10)]
-    assert max(waits) < WAITED, f"P13: {name} kept others waiting for {max(waits):.2f} s"
+    assert max(waits) < due(WAITED), f"P13: {name} kept others waiting for {max(waits):.2f} s"
     assert longest_stall(stall) < STALLED, f"P13: {name} kept the event loop busy for {longest_stall(stall):.2f} s"
 
 
@@ -77,7 +77,7 @@ def test_what_clients_that_left_had_asked_for_is_stopped(server: Server) -> None
         time.sleep(0.5)
     begun = time.monotonic()  # a long text waits until slow work before it has ended
     assert count_tokens(server, "bake " * 60_001) > 1000
-    assert time.monotonic() - begun < 20, "P13: the preparation of clients that left goes on"
+    assert time.monotonic() - begun < due(20), "P13: the preparation of clients that left goes on"
 
 
 def test_many_answers_share_one_large_grammar(server: Server) -> None:
@@ -112,9 +112,9 @@ def test_a_server_that_prepares_something_endless_stops_in_time(models: Path, tm
             time.sleep(0.5)
             begun = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
-            assert server.process.wait(30) == 0, server.log()
+            assert server.process.wait(SECONDS) == 0, server.log()
             took = time.monotonic() - begun
-        assert took < 1 + 5, f"P13: SIGTERM took {took:.1f} s"
+        assert took < due(1 + 5), f"P13: SIGTERM took {took:.1f} s"
         eventually(lambda: not _lives(server.process.pid), "no process of the server is left")
 
 
@@ -129,7 +129,7 @@ def _killed_in_the_middle(models: Path, tmp_path: Path) -> None:
         first_token(server)
         with besieged(server, chat(LOOP), clients=1):
             server.process.kill()
-            server.process.wait(30)
+            server.process.wait(SECONDS)
         eventually(lambda: not _lives(server.process.pid), "no process of the server is left")
 
 

@@ -22,6 +22,7 @@ def test_each_key_is_known_and_no_other() -> None:
 
 def test_without_keys_it_is_open_and_with_one_in_the_file_it_is_not() -> None:
     assert Access(Settings).is_open
+    assert not Access(lambda: Settings(api_key="main")).is_open
     access = Access(lambda: Settings(keys=(BOB,)))
     assert not access.is_open
     with pytest.raises(Unauthorized):
@@ -35,6 +36,9 @@ def test_a_rate_counts_the_requests_of_the_last_minute() -> None:
     now = 30
     access.count(ANN)
     with pytest.raises(Overloaded, match="'ann' may send 2 requests in a minute; wait 30 seconds"):
+        access.count(ANN)
+    now = 59.9
+    with pytest.raises(Overloaded, match="wait 1 seconds"):
         access.count(ANN)
     now = 60
     access.count(ANN)

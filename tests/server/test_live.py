@@ -10,6 +10,8 @@ from hf_overlay import UsageError
 from mlx_overlay_server.live import Live
 from mlx_overlay_server.settings import EngineOptions, Settings
 
+from tests.support.processes import SECONDS
+
 
 class File:
     """What a configuration file says, and how often it was read."""
@@ -33,6 +35,7 @@ def test_an_edit_counts_from_the_next_request_on_and_a_mistake_leaves_the_last_g
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("mlx_overlay_server"), "propagate", True)
+    monkeypatch.setattr("mlx_overlay_server.live.LOOK_SECONDS", SECONDS)
     caplog.set_level(logging.INFO)
     file = File()
     live = Live(Settings(), stamp=lambda: file.version, reread=file.read)

@@ -12,7 +12,10 @@ PROFILE = Profile(
     context=100,
     max_tokens=10,
     temperature=0.5,
+    top_p=0.8,
     top_k=3,
+    min_p=0.1,
+    repetition_penalty=1.2,
     system="Be brief.",
     chat_template="{{ x }}",
     chat_template_kwargs={"a": 1, "b": 2},
@@ -24,7 +27,9 @@ USER = Message("user", ("hi",))
 def test_a_request_that_says_nothing_gets_all_of_it() -> None:
     request = applied(PROFILE, ChatRequest("code", messages=(USER,)))
     assert request.model == "code", "the client is answered in the name that it used"
-    assert request.params == Params(temperature=0.5, top_k=3, max_tokens=10)
+    assert request.params == Params(
+        temperature=0.5, top_p=0.8, top_k=3, min_p=0.1, repetition_penalty=1.2, max_tokens=10
+    )
     assert request.messages == (Message("system", ("Be brief.",)), USER)
     assert (request.context, request.chat_template, request.reasoning_budget) == (100, "{{ x }}", 7)
     assert request.template_kwargs == {"a": 1, "b": 2}
@@ -32,7 +37,7 @@ def test_a_request_that_says_nothing_gets_all_of_it() -> None:
 
 def test_what_a_request_says_wins() -> None:
     own = Message("system", ("Be long.",))
-    params = Params(temperature=0, top_k=0, max_tokens=1, top_p=0.1)
+    params = Params(temperature=0, top_k=0, max_tokens=1, top_p=0.1, min_p=0, repetition_penalty=1)
     request = applied(
         PROFILE,
         ChatRequest("code", params, messages=(own, USER), template_kwargs={"b": 3}, reasoning_budget=0),

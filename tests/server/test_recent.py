@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlx_overlay_server import recent as module
 from mlx_overlay_server.errors import Overloaded, ServerError, Stopped, Unavailable, UnknownModel
-from mlx_overlay_server.recent import KEPT, RATE_SECONDS, Rate, Recent, RequestRecord
+from mlx_overlay_server.recent import KEPT, LATELY, RATE_SECONDS, Rate, Recent, RequestRecord
 
 
 @dataclass
 class FakeLive:
-    """A request that came a second ago."""
+    """A request that came at the time 0."""
 
     client: str = "curl/8"
-    started: float = field(default_factory=lambda: time.monotonic() - 1)
+    started: float = 0.0
     note: Callable[[], str] = lambda: "reading the prompt"
     stops: int = 0
 
@@ -27,7 +28,18 @@ class FakeLive:
         self.stops += 1
 
 
-def test_a_running_request_is_listed_with_what_it_waits_for_and_an_ended_one_with_its_counts() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The time, which is `now` until a test sets another one."""
+    time = SimpleNamespace(now=1.0)
+    time.monotonic = lambda: time.now
+    monkeypatch.setattr(module, "time", time)
+    return time
+
+
+def test_a_running_request_is_listed_with_what_it_waits_for_and_an_ended_one_with_its_counts(
+    clock: SimpleNamespace,
+) -> None:
     said: list[RequestRecord] = []
     recent, live = Recent(said.append), FakeLive()
     with recent.following("acme/plain", live) as record:
@@ -35,16 +47,36 @@ def test_a_running_request_is_listed_with_what_it_waits_for_and_an_ended_one_wit
         assert (recent.ended, record.outcome, record.tokens_per_second) == ([], "running", None)
         record.tokens_in = 7
         recent.count(record, live, 1)
-        live.started -= 2
+        assert record.tokens_per_second is None, "of one token there is no speed"
+        recent.count(record, live, 0)
+        clock.now = 3.0
         recent.count(record, live, 4)
+        clock.now = 4.0
     assert recent.running == []
     assert recent.ended == said == [record]
     assert (record.client, record.model, record.tokens_in, record.tokens_out) == ("curl/8", "acme/plain", 7, 5)
     assert record.outcome == "answered"
-    assert record.first_token_seconds == pytest.approx(1, abs=0.5)
-    assert record.seconds == pytest.approx(3, abs=0.5)
-    assert record.tokens_per_second == pytest.approx(2, rel=0.2)
-    assert recent.first_token_seconds == record.first_token_seconds
+    assert (record.first_token_seconds, record.seconds) == (1, 4)
+    assert record.tokens_per_second == (5 - 1) / (4 - 1)
+
+
+def test_tokens_that_come_at_once_have_no_speed(clock: SimpleNamespace) -> None:
+    recent, live = Recent(), FakeLive()
+    with recent.following("m", live) as record:
+        recent.count(record, live, 8)
+        assert record.tokens_per_second is None
+
+
+def test_the_usual_time_to_a_first_token_is_the_median_of_the_last_requests(clock: SimpleNamespace) -> None:
+    recent = Recent()
+    assert recent.first_token_seconds is None
+    for seconds in (1000.0, *range(LATELY, 0, -1)):
+        clock.now = seconds
+        with recent.following("m", live := FakeLive()) as record:
+            recent.count(record, live, 1)
+        with recent.following("m", FakeLive()):
+            pass  # without a token
+    assert recent.first_token_seconds == LATELY // 2 + 1
 
 
 @pytest.mark.parametrize(
@@ -85,7 +117,8 @@ def test_only_the_last_requests_are_kept_newest_first() -> None:
 
 def test_a_request_that_runs_can_be_stopped_and_no_other() -> None:
     recent, live, other = Recent(), FakeLive(), FakeLive()
-    with recent.following("m", live) as record, recent.following("m", other):
+    with recent.following("m", live) as record, recent.following("m", other) as later:
+        assert [each for each, _ in recent.running] == [later, record], "newest first"
         assert recent.stop(record.id)
     assert not recent.stop(record.id)
     assert not recent.stop("r99")

@@ -22,7 +22,13 @@ Files = dict[str, str]
 """Name -> sha1 of the bytes."""
 
 # What is counted in a process that is to be killed: everything that changes a disk, and taking locks.
-_CHANGES = frozenset({"open", "os.mkdir", "os.symlink", "os.rename", "os.remove", "os.rmdir", "fcntl.flock"})
+_CHANGES = frozenset(
+    {
+        *("os.mkdir", "os.symlink", "os.link", "os.rename", "os.remove", "os.rmdir"),
+        *("os.chmod", "os.utime", "os.truncate", "fcntl.flock"),
+    }
+)
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 # Reading -------------------------------------------------------------------------------------------------------
@@ -174,9 +180,9 @@ def _own(
 ) -> None:
     changes = 0
 
-    def count(event: str, _arguments: object) -> None:
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal changes
-        if event in _CHANGES:
+        if event in _CHANGES or (event == "open" and arguments[2] & _WRITES):
             changes += 1
             if changes == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -19,7 +19,8 @@ BIN = Path(sys.executable).parent
 OVERLAY = str(BIN / "hf-overlay")
 PYTHON = sys.executable
 SECONDS = 60.0
-"""What every wait is bounded by; nothing here takes a fifth of it unless a promise is broken."""
+"""What every wait is bounded by; nothing here takes a fifth of it unless a promise is broken, or the machine is busy.
+What must take less than something is bounded by `due`."""
 
 # What os.login_tty does cannot be done between fork and exec of a process with threads; a program of its own can.
 _ON_TERMINAL = "import os, sys; os.login_tty(0); os.execv(sys.argv[1], sys.argv[1:])"
@@ -181,6 +182,14 @@ def eventually(is_true: Callable[[], bool], what: str) -> None:
     while not is_true():
         assert time.monotonic() < deadline, f"never came true: {what}"
         time.sleep(0.02)
+
+
+def due(seconds: float) -> float:
+    """How long something may take now that takes up to `seconds` where nothing else has work.
+
+    On a machine with three times the work that it has processors for, everything takes three times as long and more.
+    """
+    return seconds * (1 + os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def _text(data: bytes) -> str:

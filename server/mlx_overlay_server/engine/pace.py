@@ -25,7 +25,7 @@ class Pace:
         self._most = most
         self._wanted = _MARGIN * stall
         self._decode = 0.0
-        """Seconds of a step that reads nothing, lately."""
+        """Seconds in which each sequence gets a token, lately."""
         self._rates: dict[int, float] = {}
         """Band of contexts -> tokens read per second, lately."""
 
@@ -39,21 +39,19 @@ class Pace:
         wanted = _FIRST if rate is None else int(rate * self._seconds(is_decoding=is_decoding))
         return min(most, max(_LEAST, wanted))
 
-    def note(self, size: int, context: int, seconds: float, *, is_decoding: bool) -> None:
-        """Learn from a step that read `size` tokens, padding included, after `context` others."""
-        if size == 0 and not is_decoding:
-            return
-        if size == 0:
-            self._decode = (self._decode + seconds) / 2 if self._decode else seconds
-            return
+    def note_decode(self, seconds: float) -> None:
+        """Learn from a step that drew a token for each sequence."""
+        self._decode = (self._decode + seconds) / 2 if self._decode else seconds
+
+    def note_read(self, size: int, context: int, seconds: float) -> None:
+        """Learn from a pass that read `size` tokens, padding included, after `context` others."""
         if size < _LEAST:  # its seconds are not those of its tokens, and the very first pass compiles
             return
-        own = max(seconds - self._decode, seconds / 4, 1e-6) if is_decoding else max(seconds, 1e-6)
-        band, rate = _band(context), size / own
+        band, rate = _band(context), size / max(seconds, 1e-6)
         known = self._rates.get(band, rate)
         if rate >= known:
             self._rates[band] = (known + rate) / 2
-        elif size >= self.room(context, is_decoding=is_decoding) // 2:  # a small pass is slow for its size
+        elif size >= self.room(context, is_decoding=True) // 2:  # a small pass is slow for its size
             self._rates[band] = rate
             if rate < known / 2:  # it is the machine that has become slower
                 self._rates = {each: min(other, other * rate / known) for each, other in self._rates.items()}

@@ -73,7 +73,7 @@ def _ask(gateway: Gateway, path: str) -> tuple[dict[str, str], bytes]:
     """The headers (small letters) and the body that a client is given."""
     url = urlsplit(gateway.endpoint)
     assert url.hostname is not None
-    connection = http.client.HTTPConnection(url.hostname, url.port, timeout=30)
+    connection = http.client.HTTPConnection(url.hostname, url.port, timeout=60)
     try:
         headers = {**_HOP_BY_HOP, "Connection": _CONNECTION, "Authorization": "Bearer x", "X-Own": "1"}
         connection.request("GET", url.path + path, headers=headers)

@@ -378,8 +378,9 @@ def download(world: World, hub: Path, model_id: str, payload: bytes) -> None:
 def held(world: World, payloads: Collection[bytes]) -> set[bytes]:
     """Which downloads are still anywhere: in a session, or in the real cache."""
     folders = (world.sessions, world.hub) if payloads else ()
-    files = (path for folder in folders for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    return {content for path in files if (content := path.read_bytes()) in payloads}
+    named = {hashlib.sha1(payload).hexdigest(): payload for payload in payloads}
+    entries = (entry for folder in folders if folder.exists() for entry in listing(folder).values())
+    return {named[entry[4]] for entry in entries if entry[4] in named}
 
 
 def kill_owner(world: World, hub_process: HubProcess, kill_at: int, refreshes: int) -> bool:

@@ -64,23 +64,29 @@ class _Machine:
         self.now = 0.0
         self.reads: list[int] = []
         self.silences: list[float] = []
-        """Seconds of the steps in which something was decoded."""
-        batch = running.runner._batch
-        original = batch.next
+        """Seconds between two tokens of those that decode."""
+        batch: Any = running.runner._batch
+        original = (batch.read, batch.draw)
         before: dict[int, int] = {}
+        drawn_at = 0.0
 
-        def step() -> Any:
-            parts, rows = original()
+        def reads(tokens: int) -> Any:
+            parts = original[0](tokens)
             done = {part.uid: part.progress[0] for part in parts if not part.end_of_prompt}
             self.reads.append(sum(size - before.get(uid, 0) for uid, size in done.items()))
             before.update(done)
-            seconds = read * self.reads[-1] + decode * bool(rows)
-            self.now += seconds
-            if rows:
-                self.silences.append(seconds)
-            return parts, rows
+            self.now += read * self.reads[-1]
+            return parts
 
-        batch.next = step
+        def draws() -> Any:
+            nonlocal drawn_at
+            rows = original[1]()
+            self.now += decode
+            self.silences.append(self.now - drawn_at)
+            drawn_at = self.now
+            return rows
+
+        batch.read, batch.draw = reads, draws
         running.runner._clock = lambda: self.now
 
 

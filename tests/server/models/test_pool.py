@@ -82,7 +82,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     """A test's coroutine, bounded in time."""
 
     async def bounded() -> T:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SECONDS):
             return await work
 
     return asyncio.run(bounded())

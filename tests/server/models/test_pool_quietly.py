@@ -17,6 +17,8 @@ from mlx_overlay_server.errors import ServerError, Unavailable
 from mlx_overlay_server.models.library import Located
 from mlx_overlay_server.models.pool import Pool
 
+from tests.support.processes import SECONDS
+
 
 class Shelf:
     """A library and an engine in one, of models that all have one size; loads wait for a word, and may fail then."""
@@ -49,7 +51,7 @@ def complaints(scenario: Callable[[], Awaitable[None]]) -> list[str]:
 
     async def main() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(str(context["message"])))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SECONDS):
             await scenario()
         for _ in range(5):
             await asyncio.sleep(0)
@@ -107,7 +109,7 @@ def test_a_model_may_take_the_whole_budget_and_no_more(
         shelf = Shelf(nbytes=nbytes)
         shelf.go_on.set()
         pool = Pool(shelf, shelf, budget=100)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SECONDS):
             try:
                 async with pool.use("a"):
                     return pool.resident

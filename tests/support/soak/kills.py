@@ -20,7 +20,7 @@ from tests.support.alone import check_stands_alone
 from tests.support.folders import lay_model
 from tests.support.hfcache import Entry, etag, listing
 from tests.support.loopback_hub import LoopbackHub
-from tests.support.processes import OVERLAY, PYTHON, finish, read_line, start
+from tests.support.processes import OVERLAY, PYTHON, SECONDS, finish, read_line, start
 from tests.support.soak import Row, took
 
 FILES = 40
@@ -100,7 +100,7 @@ class _World:
                 time.sleep(0.005)
             victims = random.choice([[process.pid, pid], [pid, process.pid], [-process.pid]])
             _kill(victims, random.choice([0, random.uniform(0, 0.2)]))
-            process.communicate(timeout=20)  # ends when the last of them has
+            process.communicate(timeout=SECONDS)  # ends when the last of them has
         self._hub.heal()
         again = self._served() & self._had[self._repo]
         self.lost += len(again)

@@ -79,13 +79,13 @@ def _modules(path: Path) -> tuple[tuple[str, ...], tuple[Dense | None, ...], tup
     steps: list[Dense | None] = []
     answers: tuple[int, ...] = ()
     for module in tasks.modules(str(path)):
-        config = (
-            read_json(f"{path}/{module.path}/config.json") if module.type in ("Pooling", "Dense", "LogitScore") else {}
-        )
+        if module.type == "Normalize":
+            steps.append(None)
+        if not module.path or not (path / module.path / "config.json").is_file():
+            continue  # the model itself, or what a conversion put among its weights
+        config = read_json(f"{path}/{module.path}/config.json")
         if module.type == "Pooling":
             modes = tasks.pooling_modes(config)
-        elif module.type == "Normalize":
-            steps.append(None)
         elif module.type == "Dense":
             name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
             if name not in _ACTIVATIONS or config.get("use_residual"):
