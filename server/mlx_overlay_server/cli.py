@@ -31,8 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(arguments: Sequence[str]) -> int:
-    # Without the other commands, whose options take longer to make than those for serving, unless they are asked for.
-    parser = make_parser() if {*arguments} & {*NAMES, "-h", "--help"} else options_.make_parser()
+    # Without the other commands, and their options, which take longer to make than those for serving, unless asked for.
+    names_another = not {*arguments}.isdisjoint(NAMES)
+    if names_another or {"-h", "--help"} & {*arguments}:
+        parser = make_parser(with_options=names_another)
+    else:
+        parser = options_.make_parser()
     if arguments and not arguments[0].startswith("-") and arguments[0] not in NAMES:
         from difflib import get_close_matches
 

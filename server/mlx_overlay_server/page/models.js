@@ -85,7 +85,7 @@ function modelsPart(state, actions) {
       <h2 id="models-title">Models</h2>
       <label class="search"><span>Find</span> <input type="search" .value=${filter} @input=${filtered}></label>
     </div>
-    <table>
+    <table class="cards">
       <thead>
         <tr>
           <th scope="col">Model</th>
@@ -142,7 +142,9 @@ function context({ context_length: whole, usable_context: usable }) {
 }
 
 function stateOf(now, live, isPinned) {
-  const pin = isPinned ? html` <span class="mark">pinned</span>` : nothing;
+  const pin = isPinned
+    ? html` <span class="mark" title="Until the server ends; for good with pin in a profile">pinned</span>`
+    : nothing;
   if (now === "resident") {
     const users = live?.users ?? 0;
     const use = users ? `in use by ${users}` : live?.idle_seconds != null ? `idle for ${seconds(live.idle_seconds)}` : "";

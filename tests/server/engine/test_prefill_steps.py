@@ -252,7 +252,7 @@ def test_a_seed_repeats_a_long_prompt_s_answer_to_the_last_bit_whatever_else_run
 
 def test_pieces_of_a_prompt_that_runs_alone_mean_the_same_as_all_of_it(running: Running, folder: Path) -> None:
     prompt = _text(0, 3 * PIECE + 17)
-    quantised = Running(folder, EngineOptions(kv_bits=8, quantized_kv_start=10**6))
+    quantised = Running(folder, EngineOptions(kv_bits=8, kv_group_size=32, quantized_kv_start=10**6))
     id_ = quantised.add(prompt, max_tokens=10, repetition_penalty=1.3)
     quantised.finish()
     other = running.add(prompt, max_tokens=10, repetition_penalty=1.3)
