@@ -24,6 +24,8 @@ PREFILL = 1 / 4
 
 LEAST_TOKENS = 2048
 """Tokens that one sequence must have room for beside its model's weights, or the model is not loaded."""
+GROWTH = 256
+"""Tokens by which a KV cache grows at once: it takes the memory of so many before they come."""
 CONTAINER = 4 / 5
 """The part of a container's memory that MLX may take."""
 SPARE = 1 / 20
@@ -70,14 +72,14 @@ class Shares:
 
     def has_room(self, weights: int, kv_bytes: int, context: int | None) -> bool:
         """Return whether a model's weights fit together with one sequence, which may have `context` tokens."""
-        return weights + kv_bytes * min(context or LEAST_TOKENS, LEAST_TOKENS) <= self.held
+        return weights + kv_bytes * (min(context or LEAST_TOKENS, LEAST_TOKENS) + GROWTH) <= self.held
 
     def tokens(self, weights: int, kv_bytes: int) -> int | None:
         """Return how many tokens one sequence may have that has its model's weights and nothing else beside it.
 
         `kv_bytes`: the bytes that each token takes; 0: unknown, and then the result is None.
         """
-        return max(LEAST_TOKENS, (self.held - weights) // kv_bytes) if kv_bytes else None
+        return max(LEAST_TOKENS, (self.held - weights) // kv_bytes - GROWTH) if kv_bytes else None
 
 
 class Cost(NamedTuple):

@@ -237,6 +237,40 @@ def a_batch_reads_without_drawing_and_draws_without_reading(folder: Path) -> Non
     assert list(said.values()) == expected
 
 
+def a_batch_takes_no_more_than_its_tokens_need_when_the_longest_sequence_has_left(folder: Path) -> None:
+    """BatchGenerator's does: if no longer, there is nothing to settle."""
+    import mlx.core as mx
+
+    model = _model(folder)
+    short, long = [1, 2, 3], list(range(1, 60)) * 20
+    before = mx.get_active_memory()
+    plain = _batch(model)
+    plain.insert_segments(segments=[[short], [long]], max_tokens=[25, 5])
+    expected = [row.token for _ in range(40) for row in plain.next()[1] if row.uid == 0]
+    plain.insert_segments(segments=[[short], [long]], max_tokens=[90, 5])
+    for _ in range(50):
+        plain.next()
+    mx.synchronize()
+    most = mx.get_active_memory() - before
+    del plain
+    limit = mx.set_memory_limit(1)
+    try:
+        before = mx.get_active_memory()
+        batch = _parted(model)
+        uids = [batch.insert([short], 60), batch.insert([long], 5)]
+        batch.read(2000)
+        batch.begin()
+        said = []
+        for _ in range(25):
+            said += [row.token for row in batch.draw() if row.uid == uids[0]]
+            batch.settle()
+        mx.synchronize()
+        assert mx.get_active_memory() - before < most / 4
+    finally:
+        mx.set_memory_limit(limit)
+    assert said == expected
+
+
 def a_batch_tells_of_prompts_segments_and_tokens(folder: Path) -> None:
     from mlx_lm.generate import StopSequences
 

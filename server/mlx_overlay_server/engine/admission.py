@@ -17,9 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mlx_overlay_server.engine.commands import Encode, Submit
-
-AHEAD = 256
-"""Tokens of its answer to come that there must be room for."""
+from mlx_overlay_server.memory import GROWTH
 
 MOST_PASSES = 32
 """Sequences that may begin although they came after one that waits for memory."""
@@ -30,6 +28,8 @@ class _Sequence:
     submit: Submit | Encode
     kv_bytes: int
     """Bytes that each of its tokens takes; 0: unknown."""
+    is_alone: bool = False
+    """Whether it takes no part in its model's batch."""
     drawn: int = 0
     """Tokens of its answer so far."""
     passes: int = 0
@@ -43,19 +43,26 @@ class _Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens that there must be room for: those to come for a while, too, since KV caches grow in large steps."""
+        """Tokens that there must be room for: those to come for a while, too, as KV caches grow in large steps."""
         if isinstance(self.submit, Encode):  # its texts are read without a KV cache, or one after the other
             return max(len(text.tokens) for text in self.submit.texts)
-        return len(self.submit.prompt) + min(self.submit.max_tokens, self.drawn + AHEAD)
+        return len(self.submit.prompt) + self.drawn + GROWTH
 
 
 class _Batch(NamedTuple):
+    """A model's batch, and what runs beside it."""
+
     rows: int = 0
     longest: int = 0
     """Bytes of its longest row."""
+    alone: int = 0
+    """Bytes of all sequences that run beside it."""
 
     def joined(self, sequence: _Sequence) -> _Batch:
-        return _Batch(self.rows + 1, max(self.longest, sequence.length * sequence.kv_bytes))
+        nbytes = sequence.length * sequence.kv_bytes
+        if sequence.is_alone:
+            return self._replace(alone=self.alone + nbytes)
+        return self._replace(rows=self.rows + 1, longest=max(self.longest, nbytes))
 
 
 class Admission:
@@ -81,9 +88,12 @@ class Admission:
         """Bytes that the sequences which have begun are taken to need for their KV caches."""
         return self._bytes(self._batches())
 
-    def add(self, submit: Submit | Encode, kv_bytes: int) -> None:
-        """Let a sequence wait; `next` hands it out. `kv_bytes`: bytes that each of its tokens takes; 0: unknown."""
-        self._waiting[submit.id] = _Sequence(submit, kv_bytes)
+    def add(self, submit: Submit | Encode, kv_bytes: int, *, is_alone: bool = False) -> None:
+        """Let a sequence wait; `next` hands it out. `kv_bytes`: bytes that each of its tokens takes; 0: unknown.
+
+        `is_alone`: whether it takes no part in its model's batch.
+        """
+        self._waiting[submit.id] = _Sequence(submit, kv_bytes, is_alone)
 
     @property
     def has_begun(self) -> bool:
@@ -156,7 +166,7 @@ class Admission:
         """Return how many bytes all batches take, when one more sequence has joined its model's."""
         if sequence is not None:
             batches = {**batches, sequence.key: batches.get(sequence.key, _Batch()).joined(sequence)}
-        return sum(min(batch.rows, self._rows) * batch.longest for batch in batches.values())
+        return sum(min(batch.rows, self._rows) * batch.longest + batch.alone for batch in batches.values())
 
     def _pass(self, id_: int) -> None:
         """Note that a sequence begins before those that came earlier."""

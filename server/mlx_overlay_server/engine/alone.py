@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -23,8 +23,9 @@ from mlx_overlay_server.errors import Failed, ServerError
 from mlx_overlay_server.settings import EngineOptions
 
 PIECE = 256
-"""Tokens of a prompt that are read in a step at most. Always as many: a seed promises the same text, and pieces of
-another length would round differently."""
+"""Tokens of a prompt that are read in a step at most."""
+LEAST_PIECE = 16
+"""Tokens of a piece however little memory it may compute with."""
 
 
 class Alone:
@@ -34,15 +35,26 @@ class Alone:
     """
 
     def __init__(
-        self, loaded: Loaded, model: Any, draft: Any, options: EngineOptions, prefixes: PrefixCache, stream: Any
+        self,
+        loaded: Loaded,
+        model: Any,
+        draft: Any,
+        options: EngineOptions,
+        prefixes: PrefixCache,
+        stream: Any,
+        fits: Callable[[int], int],
     ) -> None:
-        """`draft`: the model for speculative decoding, or None; `stream`: the MLX stream of the engine's thread."""
+        """`draft`: the model for speculative decoding, or None; `stream`: the MLX stream of the engine's thread.
+
+        `fits`: (tokens that come before) -> tokens that a pass may read, for the memory that it computes with.
+        """
         self._loaded = loaded
         self._model = model
         self._draft = draft
         self._options = options
         self._prefixes = prefixes
         self._stream = stream
+        self._fits = fits
         self._running: dict[int, _Running] = {}
 
     def __len__(self) -> int:
@@ -68,10 +80,12 @@ class Alone:
         # The prompt but for its last token is read here, so that is all that mlx-lm's processors see of it.
         unseen, ends = len(submit.prompt) - 1, self._loaded.ends
         generation = Generation(submit, sampling, matcher, cached=cached, unseen=unseen, ends=ends)
-        model, embeddings, piece = self._model, None, PIECE
+        # Of one size for one prompt: a seed promises the same text, and pieces of other sizes would round differently.
+        piece = max(LEAST_PIECE, min(PIECE, self._fits(len(submit.prompt))))
+        model, embeddings = self._model, None
         if isinstance(model, SeeingModel):
             model = model.sequence(submit.prompt, submit.shown, cache)
-            embeddings, piece = model.embeddings, PIECE if model.in_pieces else len(submit.prompt)
+            embeddings, piece = model.embeddings, piece if model.in_pieces else len(submit.prompt)
         elif submit.images:
             embeddings = mlx.image_embeddings(model, submit.prompt, submit.images)
         reader = _Reader(model, self._draft if has_draft else None, cache, self._options)

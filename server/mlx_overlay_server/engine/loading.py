@@ -28,7 +28,7 @@ from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.runner import Runner
 from mlx_overlay_server.engine.seen import KEPT_BYTES
 from mlx_overlay_server.errors import Unavailable
-from mlx_overlay_server.memory import LEAST_TOKENS, Cost, Shares, advice
+from mlx_overlay_server.memory import GROWTH, LEAST_TOKENS, Cost, Shares, advice
 from mlx_overlay_server.settings import EngineOptions
 
 logger = logging.getLogger("mlx_overlay_server")
@@ -231,7 +231,7 @@ def _check_quantised(models: Iterable[Any], options: EngineOptions) -> None:
 
 
 def _no_room(nbytes: int, kv_bytes: int, shares: Shares) -> Unavailable:
-    needed = (nbytes + kv_bytes * LEAST_TOKENS) / 1e9
+    needed = (nbytes + kv_bytes * (LEAST_TOKENS + GROWTH)) / 1e9
     return Unavailable(
         f"the model needs {needed:.2f} GB, for its weights and one sequence of {LEAST_TOKENS} tokens; there are "
         f"{shares.held / 1e9:.2f} GB; {advice()}",

@@ -93,6 +93,20 @@ def wire(nbytes: int) -> None:
     mx.set_wired_limit(nbytes)
 
 
+@contextmanager
+def limited(nbytes: int) -> Iterator[None]:
+    """Let MLX begin nothing more while so many bytes are in use and something is computed that may free some of them.
+
+    It computes ahead of what it waits for: without a limit, what a step no longer needs is freed long after what it
+    makes is allocated. A limit that is lower already stays.
+    """
+    before = mx.set_memory_limit(min(nbytes, mx.get_memory_limit()))
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
+
+
 def limit_pool(nbytes: int) -> None:
     """Let MLX keep at most so many bytes of freed buffers to use again. A limit that is lower already stays."""
     before = mx.set_cache_limit(nbytes)

@@ -12,9 +12,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from mlx_lm.generate import BatchGenerator, GenerationBatch
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
 
-from mlx_overlay_server.engine.mlx import Cache
+from mlx_overlay_server.engine.mlx import Cache, leaves
 
 
 class Batch:
@@ -29,6 +30,9 @@ class Batch:
             prefill_step_size=prefill_step,
             stream=stream,
         )
+        self._generator._prompt_batch = _PromptBatch.empty(model, self._generator.sampler)  # noqa: SLF001
+        self._is_smaller = False
+        """Whether sequences have left those that generate since the batch was settled."""
         self._tokens: dict[int, int] = {}
         """By number of its sequence, the tokens that the running step reads; empty until one is asked for."""
 
@@ -60,10 +64,12 @@ class Batch:
 
     def remove(self, uid: int) -> None:
         """Drop a sequence."""
+        self._is_smaller = True
         self._generator.remove([uid])
 
     def take_out(self, uid: int) -> tuple[Cache, list[int]]:
         """Drop a sequence, and return its KV cache and the tokens in that."""
+        self._is_smaller = True
         ((cache, tokens),) = self._generator.remove([uid], return_prompt_caches=True).values()
         return cache, list(tokens)
 
@@ -88,7 +94,14 @@ class Batch:
         self._generator.prefill_step_size = 0
         drawn: list[Any] = self._generator.next()[1]
         self._tokens = {}
+        self._is_smaller |= any(row.finish_reason is not None for row in drawn)
         return drawn
+
+    def settle(self) -> None:
+        """Let the batch take no more memory than it must, when nobody holds the KV caches of sequences that left it."""
+        if self._is_smaller:
+            self._is_smaller = False
+            _settle(self._generator._generation_batch.prompt_cache)  # noqa: SLF001 - its public methods copy it
 
     def current(self, uid: int) -> int:
         """Return the token that a sequence drew in the step before, for the logits processors that a step calls.
@@ -113,7 +126,42 @@ class Batch:
             generator._generation_batch = rows  # noqa: SLF001
         if len(begun):
             rows.extend(begun)
+            _settle(rows.prompt_cache)
         return told
+
+
+class _PromptBatch(PromptProcessingBatch):  # type: ignore[misc]
+    """The sequences of a batch whose prompts are being read. They join and leave in the middle of a step."""
+
+    def extend(self, batch: Any) -> None:
+        super().extend(batch)
+        _settle(self.prompt_cache)
+
+    def filter(self, keep: list[int]) -> None:
+        super().filter(keep)
+        _settle(self.prompt_cache)
+
+    def extract_cache(self, idx: int) -> Cache:
+        cache: Cache = super().extract_cache(idx)
+        _settle(cache)
+        return cache
+
+
+def _settle(cache: Cache) -> None:
+    """Let KV caches that sequences have joined or left take what their tokens need, and nothing more.
+
+    mlx-lm makes new arrays for all sequences then, and computes those of all layers together, with the next step. Where
+    memory is short, it is done here, array by array: each frees what it is made from. When the longest sequence has
+    left, the others have views on arrays of its length.
+    """
+    is_short = mx.get_active_memory() + 2 * sum(layer.nbytes for layer in cache) > mx.get_memory_limit()
+    for leaf in leaves(cache):
+        for name in ("keys", "values"):
+            if isinstance(array := getattr(leaf, name, None), mx.array):
+                setattr(leaf, name, mx.contiguous(array))
+                del array
+                if is_short:
+                    mx.eval(getattr(leaf, name))
 
 
 def _generator(model: Any, **options: Any) -> Any:

@@ -50,16 +50,20 @@ class PrefixCache:
     def __init__(self, max_bytes: int, disk: Tier | None = None) -> None:
         """`disk` keeps them as well, and for longer; None: nothing is kept on disk."""
         self._most_bytes = self._max_bytes = max_bytes
+        self._room = 1 << 62
+        """Bytes that there are for them, with those that are written and those that are read."""
         self._entries: list[_Entry] = []
         self._clock = itertools.count()
-        self._kept = 0
+        self.kept = 0
         """Bytes of all entries."""
+        self.coming = 0
+        """Bytes of the KV cache that is being read from disk."""
         self.disk = disk
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that they take, with those that are written to disk before they are forgotten."""
-        return self._kept + (self.disk.held if self.disk is not None else 0)
+        """Bytes of memory that they take, with those that are on their way to the disk or from it."""
+        return self.kept + self.coming + (self.disk.held if self.disk is not None else 0)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -123,24 +127,39 @@ class PrefixCache:
         entry = _Entry(key, tokens, kept, _nbytes(kept), system, next(self._clock))
         self._add(entry)
         self.trim(self._max_bytes)
-        if any(each is entry for each in self._entries):
+        is_there = any(each is entry for each in self._entries)
+        if is_there and self.nbytes > self._room:  # what had to go for it is still being written
+            self._remove(entry)
+        elif is_there:
             mlx.evaluate(kept)  # only now, when there is room: it takes the memory that was counted
             if self.disk is not None:
                 entry.job = self.disk.stage(key, tokens, kept)
 
+    def expect(self, nbytes: int) -> bool:
+        """Make room for a KV cache that will be read from disk. Returns whether there is any."""
+        if nbytes > min(self._max_bytes, self._room - (self.nbytes - self.kept)):
+            return False
+        self.trim(self._max_bytes - nbytes)
+        self.coming = nbytes
+        return True
+
     def restore(self, key: str, tokens: Tokens, cache: Cache, *, system: int) -> None:
-        """Keep a KV cache that was read from disk, and that the budget has room for."""
-        nbytes = _nbytes(cache)
-        self.trim(max(0, self._max_bytes - nbytes))
-        self._add(_Entry(key, tokens, cache, nbytes, system, next(self._clock)))
+        """Keep a KV cache that was read from disk, and was expected."""
+        self.coming = 0
+        self._add(_Entry(key, tokens, cache, _nbytes(cache), system, next(self._clock)))
 
     def bound(self, max_bytes: int) -> None:
         """Keep at most so many bytes from now on, where that is less than the budget."""
+        self._room = max_bytes
         self._max_bytes = max(0, min(self._most_bytes, max_bytes))
+
+    def free(self, nbytes: int) -> None:
+        """Drop entries until so many bytes are free, or none is left."""
+        self.trim(max(0, self.kept - nbytes))
 
     def trim(self, max_bytes: int) -> None:
         """Drop entries until they take at most so many bytes."""
-        while self._kept > max_bytes:
+        while self.kept > max_bytes:
             oldest = min((each for each in self._entries if not each.is_system), key=_used, default=None)
             if oldest is None:
                 self._remove(min(self._entries, key=_used))
@@ -172,11 +191,11 @@ class PrefixCache:
 
     def _add(self, entry: _Entry) -> None:
         self._entries.append(entry)
-        self._kept += entry.nbytes
+        self.kept += entry.nbytes
 
     def _remove(self, entry: _Entry) -> None:
         self._entries = [each for each in self._entries if each is not entry]
-        self._kept -= entry.nbytes
+        self.kept -= entry.nbytes
         if entry.job is not None:
             entry.job.is_kept = False
 

@@ -61,14 +61,20 @@ class Restoring:
         """Forget a sequence that nobody waits for."""
         self._waiting = deque(submit for submit in self._waiting if submit.id != id_)
         if self._current is not None and self._current.submit.id == id_:
-            self._current = None
+            self._end()
+
+    def _end(self) -> None:
+        """Let the next sequence have its turn."""
+        self._current = None
+        self.prefixes.coming = 0
 
     def step(self) -> list[Submit]:
         """Copy a slice of what was read. Returns the sequences that need not wait any more."""
         ready: list[Submit] = []
         while (current := self._current) is None and self._waiting:
             submit = self._waiting.popleft()
-            if (sought := self._sought(submit)) is None:
+            sought = self._sought(submit)
+            if sought is None or not self.prefixes.expect(sought.plan.nbytes):
                 ready.append(submit)
             else:
                 self._current = _Current(submit, sought, self.tier.read(sought))
@@ -78,7 +84,7 @@ class Restoring:
         if not reading.is_over:
             if self.clock() - reading.progress_at > SILENT_SECONDS:
                 self.tier.give_up(reading)
-                self._current = None
+                self._end()
                 ready.append(current.submit)
             return ready
         if reading.found is not None and reading.found.size >= current.sought.kind.least:
@@ -86,7 +92,7 @@ class Restoring:
                 current.copying = self._copy(current, reading.found)
             if next(current.copying, self) is None:
                 return ready
-        self._current = None
+        self._end()
         ready.append(current.submit)
         return ready
 

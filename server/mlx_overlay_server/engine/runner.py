@@ -14,7 +14,7 @@ from mlx_lm.generate import StopSequences
 
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.engine import mlx
-from mlx_overlay_server.engine.alone import Alone
+from mlx_overlay_server.engine.alone import LEAST_PIECE, Alone
 from mlx_overlay_server.engine.arrays import Tokens
 from mlx_overlay_server.engine.commands import Encode, Item, Prefilled, Submit
 from mlx_overlay_server.engine.generation import Generation, matcher_of
@@ -30,8 +30,6 @@ from mlx_overlay_server.engine.vision import SeeingModel
 from mlx_overlay_server.errors import Failed
 from mlx_overlay_server.settings import EngineOptions
 
-_LEAST_PASS = 16
-"""Tokens of a pass however little memory it may compute with."""
 _MOST_STOPS = 4
 """Stops of one prompt: each ends a pass early."""
 
@@ -108,7 +106,9 @@ class Runner:
         self._is_alone_next = False
         self._read = 0
         """Tokens of prompts that were read so far."""
-        self._alone = Alone(self.loaded, self._model, self._draft, self._options, self._prefixes, self._stream)
+        self._alone = Alone(
+            self.loaded, self._model, self._draft, self._options, self._prefixes, self._stream, self._fits
+        )
 
     def close(self) -> None:
         """Drop the model, too."""
@@ -145,15 +145,22 @@ class Runner:
             return
         if isinstance(submit, Encode):
             raise ValueError("the model neither embeds nor ranks")
-        sampling = effective(submit.params, self.loaded.defaults, self.loaded.vocab_size)
-        # A seed promises the same text whatever else runs. A batch and a reused KV cache round differently, so the
-        # sequence runs by itself, from its first token.
-        is_seeded = submit.params.seed is not None and sampling.temperature > 0
-        is_scored = submit.params.prompt_logprobs is not None  # which a batch does not compute
-        if not self._can_batch or submit.images or is_seeded or is_scored:
+        sampling = self._sampling(submit)
+        if self.runs_alone(submit):
+            is_seeded = _is_seeded(submit, sampling)
             self._alone.add(submit, sampling, matcher_of(submit, self.loaded), is_seeded=is_seeded)
         else:
             self._add_to_batch(submit, sampling)
+
+    def runs_alone(self, submit: Submit | Encode) -> bool:
+        """Return whether a sequence runs beside the batch."""
+        if isinstance(submit, Encode):
+            return False
+        is_scored = submit.params.prompt_logprobs is not None  # which a batch does not compute
+        return not self._can_batch or bool(submit.images) or is_scored or _is_seeded(submit, self._sampling(submit))
+
+    def _sampling(self, submit: Submit) -> Sampling:
+        return effective(submit.params, self.loaded.defaults, self.loaded.vocab_size)
 
     def _add_to_batch(self, submit: Submit, sampling: Sampling) -> None:
         if not submit.prompt or submit.max_tokens <= 0:
@@ -268,6 +275,8 @@ class Runner:
         """
         self._is_alone_next = self._alone.is_reading and not (self._unread and self._is_alone_next)
         made = self._step_batch(may_read=not self._is_alone_next) if self._sequences else []
+        if self._made is not None:  # by now nothing that the step has made holds what the batch was before
+            self._made.settle()
         return made + self._alone.step(may_read=self._is_alone_next)
 
     def _step_batch(self, *, may_read: bool) -> list[tuple[int, Item]]:
@@ -311,7 +320,7 @@ class Runner:
 
     def _room(self, context: int, *, is_decoding: bool) -> int:
         """Return how many tokens a pass may read after so many others."""
-        return min(self._pace.room(context, is_decoding=is_decoding), max(_LEAST_PASS, self._fits(context)))
+        return min(self._pace.room(context, is_decoding=is_decoding), max(LEAST_PIECE, self._fits(context)))
 
     def _put_in(self, sequence: _Sequence) -> None:
         """Put a sequence into the batch: a new one, or one that was taken out."""
@@ -394,3 +403,11 @@ class Runner:
         submit = sequence.generation.submit
         if submit.keeps_cache:
             self._prefixes.insert(self.loaded.key, tokens, cache, system=submit.system)
+
+
+def _is_seeded(submit: Submit, sampling: Sampling) -> bool:
+    """Return whether a seed promises the same text whatever else runs.
+
+    A batch and a reused KV cache round differently, so the sequence runs by itself, from its first token.
+    """
+    return submit.params.seed is not None and sampling.temperature > 0

@@ -35,7 +35,7 @@ from mlx_overlay_server.engine.failures import failure, first_line, is_late, loa
 from mlx_overlay_server.engine.outbox import Outbox
 from mlx_overlay_server.errors import PromptTooLong, ServerError, Unavailable
 from mlx_overlay_server.imports import UNUSED, left_out
-from mlx_overlay_server.memory import SPARE, Shares, shares
+from mlx_overlay_server.memory import GROWTH, SPARE, Shares, shares
 from mlx_overlay_server.settings import EngineOptions
 
 if TYPE_CHECKING:
@@ -122,9 +122,10 @@ class Worker:
         """Run until Stop, or until nothing can go on, and say so to the handle."""
         try:
             self._prepare()
-            self._run()
-            self._prefixes.spill()
-            self._release()
+            with self._memory_limited():
+                self._run()
+                self._prefixes.spill()
+                self._release()
         except Exception as error:  # noqa: BLE001 - whoever waits must hear of it, whatever it is
             reason = f"{type(error).__name__}: {first_line(error)}"
             logger.error("the engine has failed: %s", reason)
@@ -160,6 +161,11 @@ class Worker:
         if self._options.kv_disk and self._ranks.group is None:  # the disks of ranks do not hold the same
             self._open_disk(kept)
         self._publish([])
+
+    def _memory_limited(self) -> AbstractContextManager[None]:
+        from mlx_overlay_server.engine import mlx
+
+        return mlx.limited(self._memory.usable - self._memory.pool)
 
     def _open_disk(self, budget: int) -> None:
         from mlx_overlay_server.engine.disk.tier import Tier, folder
@@ -246,7 +252,7 @@ class Worker:
             if runner is None:
                 self._outbox.add([(command.id, Unavailable("the model was unloaded; try again"))])
                 return
-            self._submit(command, runner.loaded.kv_bytes)
+            self._submit(command, runner)
         elif isinstance(command, Cancel) and (key := self._owner.pop(command.id, None)) is not None:
             self._outbox.forget([command.id])
             if self._restoring is not None:
@@ -257,7 +263,7 @@ class Worker:
     def _admit(self) -> None:
         """Let sequences begin for which there is memory. Kept KV caches go before anybody waits or runs out of it."""
         for restored in self._restoring.step() if self._restoring else ():
-            self._admission.add(restored, self._runners[restored.key].loaded.kv_bytes)
+            self._wait(restored)
         is_due = self._steps % GROWTH_STEPS == 0 and self._admission.has_begun
         if is_due or self._admission.waiting:
             self._admission.limit = self._reach()
@@ -265,8 +271,8 @@ class Worker:
             self._pause()
         while self._admission.waiting:
             missing = self._admission.missing(self._taken())
-            if 0 < missing <= self._prefixes.nbytes:
-                self._prefixes.trim(self._prefixes.nbytes - missing)
+            if 0 < missing <= self._prefixes.kept:
+                self._prefixes.free(missing)
             if self._refuse_first():
                 continue
             submit = self._admission.next(self._taken())
@@ -291,13 +297,14 @@ class Worker:
             mlx.settle()
             disk.release()
 
-    def _submit(self, command: Submit | Encode, kv_bytes: int) -> None:
+    def _submit(self, command: Submit | Encode, runner: AnyRunner) -> None:
         """Let a sequence wait for memory; refuse one whose prompt never fits beside the weights that are there."""
+        kv_bytes = runner.loaded.kv_bytes
         if isinstance(command, Encode):
             self._owner[command.id] = command.key
-            self._admission.add(command, kv_bytes)
+            self._wait(command)
             return
-        room = (self._held - self._weights) // kv_bytes if kv_bytes else 1 << 62
+        room = (self._held - self._weights) // kv_bytes - GROWTH if kv_bytes else 1 << 62
         size = len(command.prompt)
         if size >= room:
             most = max(0, room - 1)
@@ -307,7 +314,12 @@ class Worker:
         self._owner[command.id] = command.key
         submit = replace(command, max_tokens=min(command.max_tokens, room - size))
         if self._restoring is None or not self._restoring.add(submit):
-            self._admission.add(submit, kv_bytes)
+            self._wait(submit)
+
+    def _wait(self, command: Submit | Encode) -> None:
+        """Let a sequence wait for memory."""
+        runner = self._runners[command.key]
+        self._admission.add(command, runner.loaded.kv_bytes, is_alone=runner.runs_alone(command))
 
     def _refuse_first(self) -> bool:
         """Refuse the first sequence that waits where other programs leave no memory for it, and none of ours will."""
@@ -323,7 +335,7 @@ class Worker:
         taken = self._taken() - sum(nbytes for key, nbytes in self._coming.items() if key not in self._begun)
         if excess := self._admission.excess(taken):
             before = self._prefixes.nbytes
-            self._prefixes.trim(max(0, before - excess))
+            self._prefixes.free(excess)
             taken -= before - self._prefixes.nbytes
         for id_ in self._admission.pauses():
             if not self._admission.excess(taken):
@@ -351,7 +363,7 @@ class Worker:
         """Return whether a load may go on. It waits until sequences leave it memory; meanwhile none begins in that."""
         if key not in self._begun:
             if excess := self._admission.excess(self._taken()):
-                self._prefixes.trim(max(0, self._prefixes.nbytes - excess))
+                self._prefixes.free(excess)
             if self._admission.has_begun and self._admission.excess(self._taken()):
                 return False
             self._begun.add(key)

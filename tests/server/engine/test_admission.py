@@ -17,10 +17,10 @@ from mlx_overlay_server import memory
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import Params
 from mlx_overlay_server.engine import mlx
-from mlx_overlay_server.engine.admission import AHEAD, MOST_PASSES, Admission
+from mlx_overlay_server.engine.admission import MOST_PASSES, Admission
 from mlx_overlay_server.engine.commands import Cancel, Load, Sampled, Submit, Unload
 from mlx_overlay_server.errors import PromptTooLong, Unavailable
-from mlx_overlay_server.memory import LEAST_TOKENS, SPARE, Machine, shares
+from mlx_overlay_server.memory import GROWTH, LEAST_TOKENS, SPARE, Machine, shares
 from mlx_overlay_server.settings import EngineOptions
 
 from tests.support.models import make_random_model
@@ -28,8 +28,9 @@ from tests.support.soak import memory as soak
 from tests.support.stage import Script, Stage, sequence, until
 
 
-def _submit(id_: int, prompt: int, *, key: str = "m", max_tokens: int = 10) -> Submit:
-    return Submit(id_, key, (1,) * prompt, Params(), max_tokens)
+def _submit(id_: int, needed: int, *, key: str = "m") -> Submit:
+    """Return a sequence that needs room for so many tokens, with those by which its KV cache grows."""
+    return Submit(id_, key, (1,) * (needed - GROWTH), Params(), 10**6)
 
 
 def _begun(admission: Admission, taken: int = 0) -> list[int]:
@@ -40,89 +41,89 @@ def _begun(admission: Admission, taken: int = 0) -> list[int]:
 
 
 def test_what_fits_begins_at_once_in_its_order() -> None:
-    admission = Admission(1000, 32)
+    admission = Admission(10_000, 32)
     for id_ in range(5):
-        admission.add(_submit(id_, 90), 1)
+        admission.add(_submit(id_, 1000), 1)
     assert _begun(admission) == [0, 1, 2, 3, 4]
 
 
 def test_a_batch_takes_its_rows_times_its_longest_row() -> None:
-    admission = Admission(1000, 32)
-    for id_, size in enumerate((90, 90, 390)):
+    admission = Admission(10_000, 32)
+    for id_, size in enumerate((1000, 1000, 4000)):
         admission.add(_submit(id_, size), 1)
-    assert _begun(admission) == [0, 1], "3 rows of 400 do not fit, though 100 + 100 + 400 do"
+    assert _begun(admission) == [0, 1], "3 rows of 4,000 do not fit, though 1,000 + 1,000 + 4,000 do"
     admission.drop(0)
     assert _begun(admission) == [2], "2 rows do"
 
 
 def test_models_have_batches_of_their_own() -> None:
-    admission = Admission(1000, 32)
-    for id_, (size, key) in enumerate(((90, "a"), (90, "a"), (390, "b"), (390, "b"))):
+    admission = Admission(10_000, 32)
+    for id_, (size, key) in enumerate(((1000, "a"), (1000, "a"), (4000, "b"), (4000, "b"))):
         admission.add(_submit(id_, size, key=key), 1)
     assert _begun(admission) == [0, 1, 2, 3]
 
 
 def test_weights_and_kept_caches_leave_less() -> None:
-    admission = Admission(1000, 32)
+    admission = Admission(10_000, 32)
     for id_ in range(3):
-        admission.add(_submit(id_, 90), 1)
-    assert _begun(admission, taken=750) == [0, 1]
-    assert admission.missing(750) == 50
-    assert _begun(admission, taken=700) == [2]
-    assert admission.missing(750) == 0
+        admission.add(_submit(id_, 1000), 1)
+    assert _begun(admission, taken=7500) == [0, 1]
+    assert admission.missing(7500) == 500
+    assert _begun(admission, taken=7000) == [2]
+    assert admission.missing(7500) == 0
 
 
 def test_where_nothing_runs_the_first_begins_whatever_it_needs() -> None:
-    admission = Admission(1000, 32)
-    admission.add(_submit(0, 5000), 1)
-    admission.add(_submit(1, 5000), 1)
+    admission = Admission(10_000, 32)
+    admission.add(_submit(0, 50_000), 1)
+    admission.add(_submit(1, 50_000), 1)
     assert _begun(admission) == [0]
     assert admission.drop(0)
     assert _begun(admission) == [1]
 
 
 def test_an_answer_is_counted_as_it_grows() -> None:
-    admission = Admission(2 * AHEAD, 32)
-    admission.add(_submit(0, 1, max_tokens=10**6), 1)
+    admission = Admission(3 * GROWTH, 32)
+    admission.add(_submit(0, GROWTH + 1), 1)
     assert _begun(admission) == [0]
-    for _ in range(2 * AHEAD - 10):
+    for _ in range(GROWTH // 2):
         admission.grow(0)
-    admission.add(_submit(1, 5, max_tokens=1), 1)
+    admission.add(_submit(1, GROWTH + 1), 1)
     assert _begun(admission) == []
     assert not admission.drop(1)
     assert admission.waiting == 0
 
 
 def test_no_batch_has_more_rows_than_it_may() -> None:
-    admission = Admission(1000, rows=3)
+    admission = Admission(10_000, rows=3)
     for id_ in range(8):
-        admission.add(_submit(id_, 290), 1)
-    assert _begun(admission) == list(range(8)), "3 rows of 300 fit; the others take nothing until one of them ends"
+        admission.add(_submit(id_, 3000), 1)
+    assert _begun(admission) == list(range(8)), "3 rows of 3,000 fit; the others take nothing until one of them ends"
 
 
 def test_answers_that_outgrow_the_limit_show() -> None:
-    admission = Admission(1000, 32)
+    admission = Admission(10_000, 32)
     for id_ in range(2):
-        admission.add(_submit(id_, 100, max_tokens=10**6), 1)
+        admission.add(_submit(id_, 4000), 1)
     assert _begun(admission) == [0, 1]
     assert admission.excess(0) == 0
     for _ in range(500):
         admission.grow(1)
-    assert admission.excess(100) == 2 * (600 + AHEAD) + 100 - 1000
+    assert admission.excess(2000) == 2 * 4500 + 2000 - 10_000
 
 
 def test_what_began_last_is_paused_first_and_goes_on_first() -> None:
-    admission = Admission(1000, 32)
+    admission = Admission(10_000, 32)
     for id_ in range(3):
-        admission.add(_submit(id_, 100, max_tokens=10**6), 1)
-    admission.add(_submit(3, 500), 1)
+        admission.add(_submit(id_, 3500), 1)
+    admission.add(_submit(3, 5000), 1)
     assert _begun(admission) == [0, 1]
     assert admission.pauses() == [1], "the first is never paused"
     admission.pause(1)
     assert (admission.waiting, admission.pauses()) == (3, [])
-    assert _begun(admission, taken=500) == []
+    assert _begun(admission, taken=5000) == []
     admission.drop(0)
-    assert _begun(admission, taken=500) == [1]
+    assert _begun(admission, taken=5000) == [1]
     admission.pause(1)
     assert admission.refuse() is None, "what has begun is not refused"
     assert admission.clear() == [1]
@@ -131,12 +132,12 @@ def test_what_began_last_is_paused_first_and_goes_on_first() -> None:
 
 
 def test_a_large_one_is_passed_by_no_more_than_a_few() -> None:
-    admission = Admission(1000, 32)
-    admission.add(_submit(0, 90), 1)
+    admission = Admission(10_000, 32)
+    admission.add(_submit(0, 1000), 1)
     assert _begun(admission) == [0]
-    admission.add(_submit(1, 990), 1)
+    admission.add(_submit(1, 10_000), 1)
     for id_ in range(2, 100):
-        admission.add(_submit(id_, 10), 1)
+        admission.add(_submit(id_, 300), 1)
         for begun in _begun(admission):
             admission.drop(begun)
     assert admission.waiting == 99 - MOST_PASSES
@@ -146,13 +147,13 @@ def test_a_large_one_is_passed_by_no_more_than_a_few() -> None:
 
 @given(st.data())
 def test_nothing_begins_that_does_not_fit_and_everything_begins_in_the_end(data: st.DataObject) -> None:
-    limit, kv = 1000, {"a": 1, "b": 3, "unknown": 0}
+    limit, kv = 10_000, {"a": 1, "b": 3, "unknown": 0}
     admission = Admission(limit, 32)
     running: dict[int, Submit] = {}
     unseen = set(range(data.draw(st.integers(0, 30))))
     for id_ in sorted(unseen):
         key = data.draw(st.sampled_from(sorted(kv)))
-        admission.add(_submit(id_, data.draw(st.integers(1, 600)), key=key, max_tokens=1), kv[key])
+        admission.add(_submit(id_, GROWTH + data.draw(st.integers(1, 6000)), key=key), kv[key])
     for _ in range(100):
         while (submit := admission.next(0)) is not None:
             others = bool(running)
@@ -161,7 +162,7 @@ def test_nothing_begins_that_does_not_fit_and_everything_begins_in_the_end(data:
             unseen.discard(submit.id)
             lengths: dict[str, list[int]] = {}
             for each in running.values():
-                lengths.setdefault(each.key, []).append((len(each.prompt) + 1) * kv[each.key])
+                lengths.setdefault(each.key, []).append((len(each.prompt) + GROWTH) * kv[each.key])
             assert not others or sum(len(rows) * max(rows) for rows in lengths.values()) <= limit
         if not running:
             break
@@ -288,7 +289,8 @@ def test_sequences_wait_for_memory_and_all_end(model: Path, monkeypatch: pytest.
             most.append(stage.stats.active)
             yield []
         assert all(isinstance(stage.items[id_][-1], Sampled) for id_ in ids)
-        yield [sequence(11, "a", max_tokens=10**6), sequence(12, "b", max_tokens=10**6)]
+        large = replace(sequence(11, "a", max_tokens=10**6), prompt=(97,) * 600)
+        yield [large, sequence(12, "b", max_tokens=10**6)]
         yield from until(lambda: stage.has_begun(11))
         yield [sequence(13, "b"), sequence(14, "a", max_tokens=3)]
         yield []
@@ -302,7 +304,7 @@ def test_sequences_wait_for_memory_and_all_end(model: Path, monkeypatch: pytest.
 
     loaded = Stage(EngineOptions()).play(lambda stage: iter_load(stage, model))
     size = _loaded(loaded, "a")
-    row = (2 + 5) * size.kv_bytes
+    row = (2 + GROWTH) * size.kv_bytes
     _machine(monkeypatch, int((2 * size.nbytes + 3.5 * row) * 16 / 15) + 2, least=1)
     Stage(EngineOptions(cache_bytes=0)).play(script)
     assert max(most) == 3
@@ -320,7 +322,7 @@ def test_answers_that_grow_take_the_memory_of_kept_prefixes(model: Path, monkeyp
         yield from until(lambda: stage.has_begun(2))
         yield []
         assert stage.stats.cache_entries == 1
-        yield from until(lambda: stage.stats.steps > 600)
+        yield from until(lambda: stage.stats.steps > 770)
         yield [Cancel(7)]  # any command, for fresh stats
         yield []
         assert stage.stats.cache_entries == 0
@@ -330,7 +332,7 @@ def test_answers_that_grow_take_the_memory_of_kept_prefixes(model: Path, monkeyp
         assert isinstance(last, Sampled)
         assert last.finish == "length", "memory ends it, for which nothing more can be freed"
 
-    _machine(monkeypatch, int((loaded.nbytes + 700 * loaded.kv_bytes) * 16 / 15), least=1)
+    _machine(monkeypatch, int((loaded.nbytes + (700 + GROWTH) * loaded.kv_bytes) * 16 / 15), least=1)
     Stage(EngineOptions(cache_bytes=400 * loaded.kv_bytes)).play(script)
 
 
@@ -344,7 +346,7 @@ def test_no_more_memory_is_in_use_than_there_is(tmp_path: Path) -> None:
     """P14, as `make soak` tries it at random: by MLX's own count."""
     folders = soak.models(tmp_path)
     budget = 8 * soak.weights(folders[0])
-    stage, peak = soak.played(folders, budget, Random(4), sequences=6)
+    stage, peak = soak.played(folders, budget, Random(4), sequences=6, disk=tmp_path / "kv")
     assert peak <= soak.MOST * budget
     assert stage.items
     for items in stage.items.values():
@@ -369,7 +371,7 @@ def test_a_prompt_that_never_fits_is_refused_with_what_would(model: Path, monkey
         yield from until(lambda: stage.is_over(1) and stage.is_over(2))
 
     loaded = _loaded(Stage(EngineOptions()).play(lambda stage: iter_load(stage, model)), "a")
-    _machine(monkeypatch, int((loaded.nbytes + 800 * loaded.kv_bytes) * 16 / 15), least=1)
+    _machine(monkeypatch, int((loaded.nbytes + (800 + GROWTH) * loaded.kv_bytes) * 16 / 15), least=1)
     stage = Stage(EngineOptions()).play(script)
     assert isinstance(stage.items[1][-1], Sampled)
     refused = stage.items[2][-1]
@@ -411,7 +413,7 @@ def test_a_load_waits_for_sequences_and_takes_what_is_kept(model: Path, monkeypa
         yield from until(lambda: stage.loaded("b") and stage.is_over(2))
 
     size = _loaded(Stage(EngineOptions()).play(lambda stage: iter_load(stage, model)), "a")
-    _machine(monkeypatch, int((2 * size.nbytes + 30 * size.kv_bytes) * 16 / 15), least=1)
+    _machine(monkeypatch, int((2 * size.nbytes + GROWTH * size.kv_bytes) * 16 / 15), least=1)
     stage = Stage(EngineOptions(cache_bytes=0)).play(script)
     assert begun
     assert not any(begun)

@@ -149,6 +149,8 @@ class Plan(NamedTuple):
     blocks: tuple[str, ...]
     state: str | None
     """Its file, for kinds of KV caches that have states."""
+    nbytes: int
+    """Bytes of all these files."""
 
 
 def plan(names: Chain, store: Store, *, has_rows: bool, has_states: bool, budget: int) -> Plan | None:
@@ -167,13 +169,14 @@ def plan(names: Chain, store: Store, *, has_rows: bool, has_states: bool, budget
         count += 1
         sizes.append(nbytes)
     if not has_states:
-        return Plan(count * BLOCK, names.blocks[:count], None) if count else None
+        return Plan(count * BLOCK, names.blocks[:count], None, sizes[count]) if count else None
     for full in range(count, -1, -1):
         tails = sorted((_tail(name) for name in store.states(names.before(full) + SUFFIX)), reverse=True)
         for size in (full * BLOCK + tail for tail in tails if full * BLOCK + tail <= len(names.tokens)):
             state = names.state(size)
-            if state in store and sizes[full] + store.size(state) <= budget:
-                return Plan(size, names.blocks[:full] if has_rows else (), state)
+            needed = sizes[full] + store.size(state)
+            if state in store and needed <= budget:
+                return Plan(size, names.blocks[:full] if has_rows else (), state, needed)
     return None
 
 
@@ -196,19 +199,19 @@ class Gathered:
         """Tokens that are there."""
         self._arrays: dict[str, Array] = {}
 
-    def add(self, part: Mapping[str, Array]) -> None:
-        """Add the next tokens. Raises Damaged where these are not of the same kind as those before."""
+    def add(self, part: Mapping[str, Array], count: int) -> None:
+        """Add the next tokens. Raises Damaged where these are not so many, or not of the kind of those before."""
+        if any(each.values.shape[2:3] != (count,) for each in part.values()):
+            raise Damaged("a block of another size")
         shapes = {key: (each.type, each.values.shape[:2], each.values.shape[3:]) for key, each in part.items()}
-        counts = {each.values.shape[2] for each in part.values()}
         if not self.done:
             for key, each in part.items():
                 before, after = each.values.shape[:2], each.values.shape[3:]
                 made = np.empty((*before, self._size, *after), dtype=each.values.dtype)
                 self._arrays[key] = Array(each.type, made)
         mine = {key: (each.type, each.values.shape[:2], each.values.shape[3:]) for key, each in self._arrays.items()}
-        if shapes != mine or len(counts) > 1:
+        if shapes != mine:
             raise Damaged("blocks of different kinds")
-        count = counts.pop() if counts else 0
         for key, each in part.items():
             self._arrays[key].values[:, :, self.done : self.done + count] = each.values
         self.done += count

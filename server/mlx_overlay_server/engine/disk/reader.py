@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from mlx_overlay_server.engine.arrays import Array
 from mlx_overlay_server.engine.disk import blocks
-from mlx_overlay_server.engine.disk.blocks import Content, Damaged, Gathered, Plan
+from mlx_overlay_server.engine.disk.blocks import BLOCK, Content, Damaged, Gathered, Plan
 from mlx_overlay_server.engine.disk.store import Store
 
 
@@ -81,23 +81,23 @@ class Reader:
         tail = {name: array for name, array in state.arrays.items() if not name.startswith("state.")}
         gathered = Gathered(plan.size)
         for name in plan.blocks:
-            if not self._gather(gathered, self._file(name), name):
+            if not self._gather(gathered, self._file(name), BLOCK, name):
                 break
             reading.progress_at = time.monotonic()
         if plan.state is None:
             return Found(gathered.done, gathered.arrays(), None) if gathered.done else None
-        if tail and not self._gather(gathered, Content(tail), plan.state):
+        if tail and not self._gather(gathered, Content(tail), plan.size % BLOCK, plan.state):
             return None
         if gathered.done != plan.size and (plan.blocks or tail):
             return None
         whole = {name: array for name, array in state.arrays.items() if name not in tail}
         return Found(plan.size, {**gathered.arrays(), **whole}, state.outline)
 
-    def _gather(self, gathered: Gathered, content: Content | None, name: str) -> bool:
+    def _gather(self, gathered: Gathered, content: Content | None, count: int, name: str) -> bool:
         if content is None:
             return False
         try:
-            gathered.add(content.arrays)
+            gathered.add(content.arrays, count)
         except Damaged:
             self._remove(name)
             return False

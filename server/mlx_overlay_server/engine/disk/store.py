@@ -47,13 +47,14 @@ class File(NamedTuple):
     """When it was used last, in nanoseconds."""
 
 
-def victims(files: Mapping[str, File], excess: int, before: int) -> list[str] | None:
+def victims(files: Mapping[str, File], excess: int, before: int, now: int) -> list[str] | None:
     """Return which files must go to free so many bytes, least recently used first; None where there are not enough.
 
-    Only files that were used before a time may go.
+    Only files that were used before a time may go, and those of a time to come: the clock was set back since.
     """
+    times = {name: file.used if file.used <= now else 0 for name, file in files.items()}
     chosen: list[str] = []
-    for name in sorted((name for name in files if files[name].used < before), key=lambda name: files[name].used):
+    for name in sorted((name for name in files if times[name] < before), key=lambda name: times[name]):
         if excess <= 0:
             break
         chosen.append(name)
@@ -111,7 +112,7 @@ class Store:
 
     def read(self, name: str) -> memoryview:
         """Return a file's bytes. Raises OSError."""
-        descriptor = os.open(self._path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(self._path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb", buffering=0) as file:
             facts = os.fstat(descriptor)
             if not stat.S_ISREG(facts.st_mode):
@@ -155,10 +156,13 @@ class Store:
         if (file := self._files.get(name)) is not None:
             self._files[name] = File(file.size, used)
             with suppress(OSError):
-                os.utime(self._path(name), ns=(used, used))
+                os.utime(self._path(name), ns=(used, used), follow_symlinks=False)
 
-    def remove(self, names: Iterable[str]) -> None:
-        """Remove files. Raises OSError."""
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove files; those that cannot be removed are not used any more. Raises OSError."""
+        for name in names:
+            self._drop(name)
+        self._counter = None  # whatever becomes of them, the folder is looked at again before anything is written
         with self._locked():
             self._remove(names)
 
@@ -175,7 +179,8 @@ class Store:
         """
         while (excess := self.nbytes + size - limit) > 0:
             spare = self.cap // _SPARE // _SECTOR * _SECTOR
-            chosen = victims(self._files, excess + spare, before) or victims(self._files, excess, before)
+            now = time.time_ns()
+            chosen = victims(self._files, excess + spare, before, now) or victims(self._files, excess, before, now)
             if chosen is None:
                 return False
             for name in chosen:

@@ -106,12 +106,12 @@ class Writer:
     def _try(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             self.failures += 1
             self._paused_until = time.monotonic() + PAUSE_SECONDS
             if not self._has_said:
                 self._has_said = True
-                logger.warning("KV caches are not written to disk for now: %s", error)
+                logger.warning("KV caches are not written to disk for now: %s", str(error) or type(error).__name__)
 
     def _write(self, job: Job) -> None:
         try:

@@ -109,6 +109,10 @@ class EncodingRunner:
         """Requests that there is no room for: none, since their texts take turns."""
         return 0
 
+    def runs_alone(self, _: Encode | Submit) -> bool:
+        """Return that no text runs beside a batch."""
+        return False
+
     def add(self, command: Encode | Submit) -> None:
         """Take on a request. Raises ValueError for one that is not for such a model."""
         if not isinstance(command, Encode):

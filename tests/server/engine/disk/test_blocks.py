@@ -126,7 +126,7 @@ def test_blocks_are_put_together_in_their_order(sizes: list[int]) -> None:
     gathered = Gathered(sum(sizes))
     for number, size in enumerate(sizes):
         start = sum(sizes[:number])
-        gathered.add({"0.0": Array("I64", whole[:, :, start : start + size])})
+        gathered.add({"0.0": Array("I64", whole[:, :, start : start + size])}, size)
     assert gathered.arrays()["0.0"].values.tolist() == whole.tolist()
 
 
@@ -136,11 +136,14 @@ def test_blocks_are_put_together_in_their_order(sizes: list[int]) -> None:
         {"0.0": Array("F16", np.zeros((1, 2, 3, 4), np.float16))},
         {"0.0": Array("F32", np.zeros((1, 1, 3, 4), np.float32))},
         {"0.1": Array("F32", np.zeros((1, 2, 3, 4), np.float32))},
+        {"0.0": Array("F32", np.zeros((1, 2, 2, 4), np.float32))},
+        {"0.0": Array("F32", np.zeros((1, 2, 4, 4), np.float32))},
+        {"0.0": Array("F32", np.zeros((1, 2), np.float32))},
         {},
     ],
 )
 def test_blocks_of_different_kinds_are_not_put_together(other: dict[str, Array]) -> None:
     gathered = Gathered(6)
-    gathered.add({"0.0": Array("F32", np.zeros((1, 2, 3, 4), np.float32))})
+    gathered.add({"0.0": Array("F32", np.zeros((1, 2, 3, 4), np.float32))}, 3)
     with pytest.raises(Damaged):
-        gathered.add(other)
+        gathered.add(other, 3)

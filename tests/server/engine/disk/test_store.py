@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_who_goes_is_the_least_recently_used_and_no_more_than_it_takes(
     files: dict[str, tuple[int, int]], excess: int
 ) -> None:
     made = {name: File(*each) for name, each in files.items()}
-    chosen = victims(made, excess, 4)
+    chosen = victims(made, excess, 4, now=5)
     may_go = {name for name, file in made.items() if file.used < 4}
     if chosen is None:
         assert sum(made[name].size for name in may_go) < excess
@@ -140,6 +141,19 @@ def test_nothing_goes_for_what_was_used_before_it(tmp_path: Path) -> None:
         assert _write(store, number, used=100 - number)
     assert not _write(store, 3, used=97)
     assert len(store) == 3
+
+
+def test_what_a_clock_that_was_set_back_has_left_goes_first(tmp_path: Path) -> None:
+    """Files of a time to come are not kept until that time, and hold up neither a smaller cap nor what is new."""
+    later = time.time_ns() + 10**18
+    store = _opened(tmp_path, 8 * _SECTOR)
+    for number in range(7):
+        assert _write(store, number, used=later + number)
+    assert _write(store, 10)
+    smaller = _opened(tmp_path, 4 * _SECTOR)
+    assert _on_disk(tmp_path) == 4 * _SECTOR
+    assert _write(smaller, 11)
+    assert {_name(10), _name(11)} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_smaller_cap_holds_from_the_start(tmp_path: Path) -> None:
@@ -243,11 +257,33 @@ def test_another_user_s_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         _opened(tmp_path)
 
 
-def test_no_link_is_read(tmp_path: Path) -> None:
+def _replaced(file: Path, kind: str) -> None:
+    file.unlink()
+    if kind == "link":
+        (file.parent / "mine.txt").write_bytes(b"mine")
+        os.utime(file.parent / "mine.txt", ns=(1, 1))
+        file.symlink_to("mine.txt")
+    elif kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.mkdir()
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_what_is_no_file_any_more_is_not_read_nor_changed_and_not_asked_for_again(kind: str, tmp_path: Path) -> None:
     store = _opened(tmp_path)
-    (tmp_path / _name(1)).symlink_to("/etc/passwd")
-    with pytest.raises(OSError, match="symbolic"):
+    _write(store, 1)
+    _replaced(tmp_path / _name(1), kind)
+    store.touch(_name(1), 5)
+    with pytest.raises(OSError, match=r"symbolic|not a file|a directory"):
         store.read(_name(1))
+    with suppress(OSError):
+        store.remove([_name(1)])
+    assert _name(1) not in store
+    assert _write(store, 2)
+    assert store.nbytes >= _on_disk(tmp_path)
+    if kind == "link":
+        assert (tmp_path / "mine.txt").stat().st_mtime_ns == 1
 
 
 _KILLED = """
