@@ -457,12 +457,24 @@ def test_finding_models_imports_none_of_the_heavy_libraries(models: Path) -> Non
     script = (
         "import sys; from hf_overlay.command.cli import main; main(sys.argv[1:])\n"
         "heavy = {'mlx', 'mlx_lm', 'transformers', 'huggingface_hub', 'numpy', 'logging', 'shtab', 'platformdirs'}\n"
+        "heavy |= {'hashlib', 'queue', 'socket'}\n"
         "print(heavy & set(sys.modules), file=sys.stderr)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, "ls", "--model-path", models], capture_output=True, text=True, check=True
     )
     assert done.stderr == "set()\n"
+
+
+def test_no_module_with_named_tuples_has_annotations_that_are_texts() -> None:
+    """Typing compiles the text of each field when the module is imported, which took a start milliseconds."""
+    package = Path(cli.__file__).parents[1]
+    sources = {path: path.read_text() for path in package.rglob("*.py")}
+    assert [
+        path.name
+        for path, source in sources.items()
+        if "(NamedTuple" in source and "from __future__ import annotations" in source
+    ] == []
 
 
 # Layers ------------------------------------------------------------------------------------------------------------
