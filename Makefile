@@ -64,7 +64,6 @@ format: $(VENV)/.ready  ## rewrite the code in the project's format
 
 bench: $(VENV)/.ready  ## print the overlay's, the gateway's and the server's ratios
 	$(BIN)/python benchmarks/overlay.py
-	$(BIN)/python benchmarks/gateway.py
 	$(BIN)/python benchmarks/server.py
 	$(BIN)/python benchmarks/prompts.py
 

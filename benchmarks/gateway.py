@@ -99,14 +99,19 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=400, help="of each kind (default: %(default)s)")
     parser.add_argument("--bytes", type=int, default=2_000_000_000, help="size of the file (default: %(default)s)")
     options = parser.parse_args()
+    measure(options.requests, options.bytes)
+    return 0
+
+
+def measure(requests: int, size: int) -> None:
+    """Print all of it, for so many requests of each kind and a file of so many bytes."""
     with tempfile.TemporaryDirectory(prefix="gateway-benchmark-") as folder:
         disk = Path(folder)
         (disk / "home").mkdir()
         lay_model(disk / "drive" / MINE, settled=True)
-        with hub(disk, options.bytes) as upstream, gateway(disk, upstream) as (endpoint, pid):
-            show(metadata(upstream, endpoint, options.requests))
-            show(bodies(upstream, endpoint, pid, options.bytes))
-    return 0
+        with hub(disk, size) as upstream, gateway(disk, upstream) as (endpoint, pid):
+            show(metadata(upstream, endpoint, requests))
+            show(bodies(upstream, endpoint, pid, size))
 
 
 def show(lines: Iterator[Line]) -> None:

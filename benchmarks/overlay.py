@@ -9,7 +9,10 @@ not a failure.
 
 All of it happens in a temporary folder, with a home of its own, on each disk in turn: in memory (/dev/shm), where files
 are made in no time and the overlay's own work shows most, and where TMPDIR says. ext4 makes them many times more slowly
-for minutes after many were deleted. Goals differ. The gateway's are in gateway.py.
+for minutes after many were deleted. Goals differ. What the gateway costs is printed last, by gateway.py.
+
+The commands are offline here; with a network, `run` imports sockets as well. At its end it looks at all processes of
+this user's, so how many the machine has is printed, too.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # else `import hf_
 from hf_overlay import open_session
 from mlx_overlay_server.models.library import Library
 
+from benchmarks import gateway
 from tests.support.folders import temporary_folder, weights
 from tests.support.hfcache import add_repo
 from tests.support.models import make_model
@@ -121,9 +125,12 @@ def main() -> int:
         "--many", action="store_true", help=f"also start with {MANY_MODELS} models, which takes minutes"
     )
     options = parser.parse_args()
+    if os.path.isdir("/proc"):
+        print(f"{sum(name.isdigit() for name in os.listdir('/proc'))} processes on this machine", flush=True)
     memory = ["/dev/shm"] if os.path.isdir("/dev/shm") else []
     for place in options.on or [*memory, tempfile.gettempdir()]:
         measure(place, IN_MEMORY if place in memory else ON_DISK, options)
+    gateway.measure(requests=400, size=2_000_000_000)
     return 0
 
 

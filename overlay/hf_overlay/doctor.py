@@ -29,7 +29,7 @@ _KIND = "Update mlx-lm if it is new; for other programs use --kind any."
 _CONFIG = "Copy or download config.json and the weights again."
 _GGUF = "GGUF is for llama.cpp and Ollama. For mlx-lm and transformers, download the model's safetensors version."
 _AWAY = "It is left out, so that no private file is handed out. Copy the file here if the model needs it."
-_OTHER = "Correct it if this should be a model; otherwise nothing to do."
+_OTHER = "If this should be a model, correct that; else there is nothing to do."
 ADVICE: Mapping[Code, str] = {
     Code.EXCLUDED: _OTHER,
     Code.MISSING: _OTHER,
@@ -172,7 +172,7 @@ def _ids(catalog: Catalog) -> Iterator[Finding]:
             yield Finding(
                 "id",
                 resolution.winner.path,
-                f"its id {model_id} {reason}: listed, but Hub clients refuse to load it",
+                f"its id {model_id} {reason}; it is listed, but Hub clients refuse to load it",
                 _by_path(model_id, "Load it"),
             )
         for hidden in resolution.shadows:

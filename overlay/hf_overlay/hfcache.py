@@ -112,7 +112,7 @@ def why_not_hub_id(model_id: str) -> str | None:
     if model_id.endswith(".git"):
         return "ends with `.git`"
     if not re.fullmatch(_HUB_ID, model_id):
-        return "has other characters than letters, digits, `-`, `_`, `.`, or a part of over 96, or odd ends"
+        return "is none that the Hub takes: letters, digits, `-`, `_` and `.`, up to 96, neither `-` nor `.` at an end"
     return None
 
 
@@ -175,8 +175,11 @@ def entries(hub: str) -> dict[str, str]:
 
 
 def watched(repo: str) -> tuple[str, ...]:
-    """The paths that look different when a cached repo gets another main revision, or gains or loses a blob."""
-    return (f"{repo}/refs/main", f"{repo}/snapshots", f"{repo}/blobs")
+    """The paths that look different when a cached repo gets another main revision, or gains or loses a blob.
+
+    Whether that revision is still there, its own folder tells.
+    """
+    return (f"{repo}/refs/main", f"{repo}/blobs")
 
 
 def watched_by_main(repo: str) -> tuple[str, ...]:
@@ -186,7 +189,11 @@ def watched_by_main(repo: str) -> tuple[str, ...]:
     except OSError:
         names = []
     revisions = (f"{repo}/snapshots/{name}" for name in names)
-    return (*watched(repo), *(path for folder in revisions for path in (folder, f"{folder}/config.json")))
+    return (
+        *watched(repo),
+        f"{repo}/snapshots",
+        *(path for folder in revisions for path in (folder, f"{folder}/config.json")),
+    )
 
 
 def watched_by_examine(repo: str) -> tuple[str, ...]:

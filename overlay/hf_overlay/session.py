@@ -25,8 +25,6 @@ from hf_overlay.errors import (
     check_descriptors,
     privacy_advice,
 )
-from hf_overlay.gateway.hub import Hub
-from hf_overlay.gateway.server import DEFAULT_UPSTREAM, Gateway
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.models import Layer, Model
 from hf_overlay.patience import NoAnswer
@@ -40,6 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hf_overlay.doctor import Finding
+    from hf_overlay.gateway.server import Gateway
 
 logger = logging.getLogger("hf_overlay")
 
@@ -227,6 +226,9 @@ class Session:
 
         It passes other requests on to the environment's own HF_ENDPOINT. Raises SessionError.
         """
+        from hf_overlay.gateway.hub import Hub  # sockets, which a session without a network needs not
+        from hf_overlay.gateway.server import DEFAULT_UPSTREAM, Gateway
+
         try:
             gateway = Gateway(Hub(self), self._environ.get("HF_ENDPOINT") or DEFAULT_UPSTREAM)
             gateway.start()

@@ -17,6 +17,8 @@ from mlx_overlay_server.command import NAMES
 from mlx_overlay_server.command.parser import make_parser
 from mlx_overlay_server.options import PROGRAM
 
+_COMMANDS = f"there are {', '.join(NAMES)}; without one, {PROGRAM} serves"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, or serve until a signal, and return the exit code; a usage error exits with 2."""
@@ -29,8 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(arguments: Sequence[str]) -> int:
-    # Without the other commands, whose options take longer to make than those for serving, unless they are asked for.
-    parser = make_parser() if {*arguments} & {*NAMES, "-h", "--help"} else options_.make_parser()
+    # Without the other commands, and their options, which take longer to make than those for serving, unless asked for.
+    names_another = not {*arguments}.isdisjoint(NAMES)
+    if names_another or {"-h", "--help"} & {*arguments}:
+        parser = make_parser(with_options=names_another)
+    else:
+        parser = options_.make_parser()
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in NAMES:
+        from difflib import get_close_matches
+
+        near = get_close_matches(arguments[0], NAMES, 1)
+        parser.error(f"there is no command {arguments[0]!r}; " + (f"did you mean {near[0]}?" if near else _COMMANDS))
     options = parser.parse_args(arguments)
     if getattr(options, "command", None) is not None:
         parser.error(f"the command comes first, and then its options: {PROGRAM} {options.command} …")

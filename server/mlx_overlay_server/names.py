@@ -38,8 +38,9 @@ def resolved(text: str, ids: Iterable[str], *, where: str = "here") -> str:
     if len(found) == 1:
         return found[0]
     if not found:
-        has = f"there are {_listed(known)}" if known else "there is none"
-        raise ModelNotFound(f"no model {where} is called {text!r}; {has}")
+        if not known:
+            raise ModelNotFound(f"no model {where} is called {text!r}: there is none at all")
+        raise ModelNotFound(f"no model {where} is called {text!r}; there are {_listed(known)}")
     raise InvalidModelId(f"{text!r} may be {_listed(found)}; write more of its name")
 
 

@@ -113,5 +113,5 @@ def test_keys_are_made_by_a_command_and_hold_at_once(server: Server, file: Path,
     assert "ann" in finish([*command[:2], "ls"], environment(home)).out
     ps = [command[0], "ps", "--url", server.url]
     done = finish(ps, environment(home))
-    assert (done.status, "needs an API key" in done.err) == (1, True), "commands need a key, too"
+    assert (done.status, "needs an API key; set it in MLX_OMNI_API_KEY" in done.err) == (1, True), "commands, too"
     assert finish(ps, environment(home, MLX_OMNI_API_KEY=key)).status == 1, "this one is not for managing"

@@ -42,7 +42,11 @@ SAYS = """<think>A short question. I answer with a list.</think>Three things to 
 print("Hello from your own folder")
 ```
 <img src="https://evil.example/x.png" onerror="alert(1)"><script>alert(2)</script>
-See [the docs](https://good.example), not [that](javascript:alert(3))."""
+See [the docs](https://good.example), not [that](javascript:alert(3)).
+
+| size | speed |
+|---|---|
+| small | quick |"""
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +156,11 @@ def test_a_chat_streams_an_answer_of_which_only_formatting_is_let_through(
         assert answer.locator("li").count() == 3
         assert answer.locator("pre code").inner_text().startswith("print(")
         assert not answer.locator("img, script").count()
+        visit.page.set_viewport_size({"width": 360, "height": 960})
+        head = answer.locator("th").first.bounding_box()
+        assert head is not None
+        assert head["width"] > 20, "the head of a table is seen there, too"
+        visit.page.set_viewport_size({"width": 1000, "height": 960})
         assert [each.get_attribute("href") for each in answer.locator("a").all()] == ["https://good.example", None]
         reasoning = answer.get_by_text("A short question.")
         assert not reasoning.is_visible()
@@ -261,6 +270,15 @@ def test_without_models_it_says_how_to_get_one_and_downloads_one_on_a_narrow_dar
         visit.page.get_by_role("heading", name="No models yet").wait_for()
         background = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert max(map(int, re.findall(r"\d+", background)[:3])) < 60
+        visit.page.unroute_all()
+        entry = server.http.get("/manage/v1/models", headers={"x-api-key": KEY}).json()["models"][0]
+        many = [{**entry, "id": f'<b>"{number:03}'} for number in range(150)]
+        visit.page.route("**/manage/v1/models", lambda route: route.fulfill(json={"models": many}))
+        visit.page.reload()
+        visit.page.get_by_text("100 of 150 models").wait_for()
+        assert row(visit, '<b>"099').count() == 1
+        button(visit, "show all").click()
+        row(visit, '<b>"149').wait_for()
         visit.page.unroute_all()
         hub.slow(30_000)
         for model in ("acme/none", "acme/hubs"):

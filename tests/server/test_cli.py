@@ -168,7 +168,8 @@ def test_the_key_comes_from_the_flag_or_else_from_the_environment(
         (["--draft-model", "org/d"], "--model"),
         (["--adapter-path", "/lora"], "--model"),
         (["--nonsense"], "unrecognized arguments"),
-        (["extra"], "unrecognized arguments"),
+        (["extra"], "there is no command 'extra'; there are ls, pull, "),
+        (["laucnh", "claude"], "did you mean launch?"),
     ],
 )
 def test_what_cannot_be_is_a_usage_error_in_one_line(

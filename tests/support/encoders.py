@@ -25,6 +25,8 @@ _NAMES = {
     "qwen3": "Qwen3",
     "roberta": "Roberta",
     "xlm-roberta": "XLMRoberta",
+    "gemma3_text": "Gemma3Text",
+    "nomic_bert": "NomicBert",
 }
 TYPES = tuple(_NAMES)
 
@@ -74,6 +76,30 @@ def make_encoder(
     return folder
 
 
+def make_pairs_template(folder: Path, each: str, *, default_prompt: str | None = None) -> None:
+    """Make a chat model one that ranks by its chat template, which writes `each` for each message `m`."""
+    listed = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+        {
+            "idx": 1,
+            "name": "1",
+            "path": "1_LogitScore",
+            "type": "sentence_transformers.cross_encoder.modules.LogitScore",
+        },
+    ]
+    _write(folder / "modules.json", listed)
+    (folder / "1_LogitScore").mkdir()
+    yes, no = (VOCABULARY.index(word) for word in ("yes", "no"))
+    _write(folder / "1_LogitScore/config.json", {"true_token_id": yes, "false_token_id": no})
+    template = f"{{% for m in messages %}}{each}{{% endfor %}}"
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    known = json.loads((folder / "config_sentence_transformers.json").read_text())
+    _write(
+        folder / "config_sentence_transformers.json",
+        {**known, "default_prompt_name": default_prompt, "model_type": "CrossEncoder"},
+    )
+
+
 def _config(model_type: str, head: str, labels: int) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architectures": [_NAMES[model_type] + head],
@@ -86,6 +112,11 @@ def _config(model_type: str, head: str, labels: int) -> dict[str, Any]:
         config["id2label"] = {str(label): f"LABEL_{label}" for label in range(labels)}
     if model_type == "distilbert":
         return config | {"dim": HIDDEN, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": INNER, "activation": "gelu"}
+    if model_type == "nomic_bert":
+        sizes = {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_inner": INNER, "n_positions": 4 * CONTEXT}
+        return (
+            config | sizes | {"max_trained_positions": CONTEXT, "activation_function": "swiglu", "type_vocab_size": 2}
+        )
     config |= {
         "hidden_size": HIDDEN,
         "num_hidden_layers": LAYERS,
@@ -95,6 +126,9 @@ def _config(model_type: str, head: str, labels: int) -> dict[str, Any]:
     if model_type == "modernbert":
         local = {"local_attention": 8, "global_attn_every_n_layers": 2, "classifier_pooling": "mean"}
         return config | local | {"hidden_activation": "gelu", "norm_eps": 1e-5}
+    if model_type == "gemma3_text":
+        shape = {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
+        return config | shape | {"sliding_window_pattern": 2, "use_bidirectional_attention": True}
     if model_type == "qwen3":
         own = {"num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
         return config | own | {"tie_word_embeddings": True, "max_position_embeddings": 2048, "hidden_act": "silu"}
@@ -105,8 +139,10 @@ def _shapes(model_type: str, *, ranks: bool, labels: int) -> Iterator[tuple[str,
     """The names and shapes of a model's weights."""
     if model_type == "modernbert":
         yield from _of_modernbert(ranks=ranks, labels=labels)
-    elif model_type == "qwen3":
-        yield from _of_qwen3("model." if ranks else "")
+    elif model_type == "nomic_bert":
+        yield from _of_nomic_bert()
+    elif model_type in ("gemma3_text", "qwen3"):
+        yield from _of_decoder("model." if ranks else "", is_gemma=model_type == "gemma3_text")
         if ranks:
             yield "score.weight", (labels, HIDDEN)
     else:
@@ -180,7 +216,20 @@ def _of_modernbert(*, ranks: bool, labels: int) -> Iterator[tuple[str, tuple[int
         yield from _linear("classifier", labels, HIDDEN)
 
 
-def _of_qwen3(prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _of_nomic_bert() -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "embeddings.word_embeddings.weight", (len(VOCABULARY), HIDDEN)
+    yield "embeddings.token_type_embeddings.weight", (2, HIDDEN)
+    yield from ((f"emb_ln.{name}", (HIDDEN,)) for name in ("weight", "bias"))
+    for number in range(LAYERS):
+        layer = f"encoder.layers.{number}"
+        yield f"{layer}.attn.Wqkv.weight", (3 * HIDDEN, HIDDEN)
+        yield f"{layer}.attn.out_proj.weight", (HIDDEN, HIDDEN)
+        yield from ((f"{layer}.mlp.{name}.weight", (INNER, HIDDEN)) for name in ("fc11", "fc12"))
+        yield f"{layer}.mlp.fc2.weight", (HIDDEN, INNER)
+        yield from ((f"{layer}.{norm}.{name}", (HIDDEN,)) for norm in ("norm1", "norm2") for name in ("weight", "bias"))
+
+
+def _of_decoder(prefix: str, *, is_gemma: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{prefix}embed_tokens.weight", (len(VOCABULARY), HIDDEN)
     yield f"{prefix}norm.weight", (HIDDEN,)
     for number in range(LAYERS):
@@ -191,7 +240,8 @@ def _of_qwen3(prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{layer}.self_attn.{name}_norm.weight", (8,)
         for name, shape in (("gate", (INNER, HIDDEN)), ("up", (INNER, HIDDEN)), ("down", (HIDDEN, INNER))):
             yield f"{layer}.mlp.{name}_proj.weight", shape
-        for name in ("input", "post_attention"):
+        others = ("pre_feedforward", "post_feedforward") if is_gemma else ()
+        for name in ("input", "post_attention", *others):
             yield f"{layer}.{name}_layernorm.weight", (HIDDEN,)
 
 

@@ -169,7 +169,6 @@ def a_batch_can_be_kept_from_touching_the_wired_limit(folder: Path) -> None:
     import gc
 
     import mlx.core as mx
-    from mlx_overlay_server.engine import mlx
 
     model = _model(folder)
     original: Any = (mx.device_info, mx.set_wired_limit)
@@ -182,11 +181,11 @@ def a_batch_can_be_kept_from_touching_the_wired_limit(folder: Path) -> None:
     fakes: Any = (lambda: {"max_recommended_working_set_size": 1000}, wire)
     mx.device_info, mx.set_wired_limit = fakes
     try:
-        batch = mlx.make_batch(model)
-        batch.insert_segments(segments=[[[1, 2, 3]]], max_tokens=[1])
-        while not any(row.finish_reason for row in batch.next()[1]):
-            pass
-        batch.close()
+        batch = _parted(model)
+        batch.insert([[1, 2, 3]], 1)
+        batch.read(64)
+        batch.begin()
+        assert batch.draw()[0].finish_reason
         del batch
         gc.collect()
         assert limits == []
@@ -196,38 +195,46 @@ def a_batch_can_be_kept_from_touching_the_wired_limit(folder: Path) -> None:
         mx.device_info, mx.set_wired_limit = original
 
 
-def a_prefill_step_that_is_set_on_a_live_batch_holds_from_its_next_step_on(folder: Path) -> None:
-    from mlx_overlay_server.engine import mlx
-
-    batch = _batch(_model(folder))
-    (uid,) = batch.insert_segments(segments=[[list(range(1, 41))]], max_tokens=[1])
+def a_batch_reads_as_many_tokens_of_each_prompt_as_it_is_told_to(folder: Path) -> None:
+    batch = _parted(_model(folder))
+    uid = batch.insert([list(range(1, 41))], 1)
     read = []
     for tokens in (16, 8, 15):
-        mlx.set_prefill_step(batch, tokens)
-        (part,), _ = batch.next()
+        (part,) = batch.read(tokens)
         assert part.uid == uid
         read.append(part.progress)
     assert read == [(16, 40), (24, 40), (39, 40)]
+    assert [part.progress for part in batch.begin()] == [(40, 40)]
+    assert [row.uid for row in batch.draw()] == [uid]
 
 
-def a_batch_with_a_prefill_step_of_nothing_decodes_and_reads_nothing(folder: Path) -> None:
-    from mlx_overlay_server.engine import mlx
+def a_batch_reads_without_drawing_and_draws_without_reading(folder: Path) -> None:
+    """And both say the same as BatchGenerator does when it does them in turns."""
+    prompts = [[1, 2, 3], list(range(1, 41)), list(range(1, 31))]
+    model = _model(folder)
+    expected = _said(model, prompts)
+    batch = _parted(model)
+    said: dict[int, list[int]] = {}
 
-    batch = _batch(_model(folder))
-    (first,) = batch.insert_segments(segments=[[[1, 2, 3]]], max_tokens=[20])
-    batch.next()
-    batch.next()
-    others = batch.insert_segments(segments=[[list(range(1, 41))], [list(range(1, 31))]], max_tokens=[1, 1])
-    mlx.set_prefill_step(batch, 8)
-    batch.next()
-    mlx.set_prefill_step(batch, 0)
-    for _ in range(3):
-        read, drawn = batch.next()
-        assert [row.uid for row in drawn] == [first]
-        assert {part.progress[0] for part in read} == {8}
-    mlx.set_prefill_step(batch, 64)
-    read, _ = batch.next()
-    assert {part.uid: part.progress for part in read} == {others[0]: (39, 40), others[1]: (29, 30)}
+    def draw() -> list[int]:
+        rows = batch.draw()
+        for row in rows:
+            said.setdefault(row.uid, []).append(row.token)
+        return [row.uid for row in rows]
+
+    first = batch.insert([prompts[0]], len(expected[0]))
+    batch.read(64)
+    batch.begin()
+    assert draw() == [first]
+    others = [batch.insert([prompt], len(tokens)) for prompt, tokens in zip(prompts[1:], expected[1:], strict=True)]
+    assert {part.progress[0] for part in batch.read(8)} == {8}
+    assert batch.begin() == []
+    assert draw() == [first]
+    assert {part.uid: part.progress for part in batch.read(64)} == {others[0]: (39, 40), others[1]: (29, 30)}
+    assert {part.uid for part in batch.begin()} == set(others)
+    while draw():
+        pass
+    assert list(said.values()) == expected
 
 
 def a_batch_tells_of_prompts_segments_and_tokens(folder: Path) -> None:
@@ -269,16 +276,13 @@ def a_batch_tells_of_prompts_segments_and_tokens(folder: Path) -> None:
 
 
 def processors_can_ask_which_tokens_their_step_reads(folder: Path) -> None:
-    from mlx_overlay_server.engine import mlx
-
-    batch = _batch(_model(folder))
-    current = mlx.CurrentTokens(batch)
+    batch = _parted(_model(folder))
     asked: dict[int, list[int]] = {}
 
     def asks(uid: int) -> Callable[[Any, Any], Any]:
         def processor(tokens: Any, logits: Any) -> Any:
             if uid in asked:
-                asked[uid].append(current.of(uid))
+                asked[uid].append(batch.current(uid))
                 assert asked[uid][-1] == tokens[-1].item()
             asked.setdefault(uid, [])
             return logits
@@ -289,11 +293,11 @@ def processors_can_ask_which_tokens_their_step_reads(folder: Path) -> None:
     for step in range(12):
         if step in drawn:
             prompt = list(range(1, 4 + step))
-            uids = batch.insert_segments(segments=[[prompt]], max_tokens=[4], logits_processors=[[asks(step)]])
-            assert uids == [step]
-        for row in batch.next()[1]:
+            assert batch.insert([prompt], 4, processors=[asks(step)]) == step
+            batch.read(64)
+            batch.begin()
+        for row in batch.draw():
             drawn[row.uid].append(row.token)
-        current.forget()
     assert all(len(tokens) == 4 for tokens in drawn.values()), drawn
     assert all(asked[uid][:3] == tokens[:3] for uid, tokens in drawn.items()), (asked, drawn)
 
@@ -476,6 +480,14 @@ def _model(folder: Path, *, seed: int = 0) -> Any:
     from tests.support.models import make_random_model
 
     return load_model(make_random_model(folder, seed=seed))[0]
+
+
+def _parted(model: Any) -> Any:
+    """The batch as the server has it."""
+    import mlx.core as mx
+    from mlx_overlay_server.engine.mlx_batch import Batch
+
+    return Batch(model, size=4, prefill_step=64, stream=mx.default_stream(mx.default_device()))
 
 
 def _batch(model: Any) -> Any:

@@ -2,7 +2,8 @@
 
 Models of mlx-lm generate text, unless the files of sentence-transformers in their folder, the head that config.json
 names, or, where both were lost in a conversion, their name says that they embed or rank. Encoders, which mlx-lm does
-not load, do nothing else: mlx-omni-server has code of its own for the types in `ENCODERS`.
+not load, do nothing else: mlx-omni-server has code of its own for the types in `ENCODERS`, and for Gemma 3 with
+attention in both directions, EmbeddingGemma.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,13 +12,29 @@ from typing import Any, NamedTuple
 from hf_overlay.catalog.files import Unfit, read_json, read_list
 from hf_overlay.models import Code, Task
 
-ENCODERS = frozenset({"bert", "camembert", "distilbert", "modernbert", "mpnet", "roberta", "xlm-roberta"})
+ENCODERS = frozenset({"bert", "camembert", "distilbert", "modernbert", "mpnet", "nomic_bert", "roberta", "xlm-roberta"})
 """Values of `model_type` that mlx-omni-server loads beside those of mlx-lm."""
 ACTIVATIONS = frozenset({"gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"})
 """Values of `hidden_act` that it knows."""
 MODULES = "modules.json"
 """The file in which sentence-transformers lists the modules of a model."""
 POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+
+_INDEX = "model.safetensors.index.json"
+_OF_NOMIC_BERT: Mapping[str, object] = {
+    "activation_function": "swiglu",
+    "causal": False,
+    "mlp_fc1_bias": False,
+    "mlp_fc2_bias": False,
+    "num_experts": 0,
+    "parallel_block": False,
+    "prenorm": False,
+    "qkv_proj_bias": False,
+    "rotary_emb_fraction": 1.0,
+    "rotary_emb_interleaved": False,
+    "use_rms_norm": False,
+}
+"""The settings that mlx-omni-server has of those that a config.json of the type `nomic_bert` may hold."""
 
 _EMBEDDING = frozenset({"Transformer", "Pooling", "Normalize", "Dense"})
 _RANKING = frozenset({"Transformer", "LogitScore"})
@@ -39,6 +56,16 @@ class Module(NamedTuple):
     """The name of its class, without the package."""
     path: str
     """Its folder in the model's; empty for the model's own."""
+
+
+def looks_both_ways(config: Mapping[str, Any]) -> bool:
+    """Return whether a model of mlx-lm's asks for attention in both directions, which mlx-lm does not have."""
+    return config.get("is_causal") is False or bool(config.get("use_bidirectional_attention"))
+
+
+def is_gemma(config: Mapping[str, Any]) -> bool:
+    """Return whether a model is Gemma 3 with attention in both directions: EmbeddingGemma."""
+    return config.get("model_type") == "gemma3_text" and looks_both_ways(config)
 
 
 def modules(path: str) -> tuple[Module, ...]:
@@ -96,8 +123,10 @@ def _problem(
     known = _RANKING if task == "reranker" else _EMBEDDING
     if other := sorted({each.type for each in listed or ()} - known):
         return f"{MODULES} asks for {other[0][:80]}, which mlx-omni-server does not have"
-    if config.get("is_causal") is False or config.get("use_bidirectional_attention"):
+    if looks_both_ways(config) and not (task == "embedding" and is_gemma(config)):
         return "config.json asks for attention in both directions, which mlx-lm does not have"
+    if is_gemma(config) and _is_converted(listed, names):
+        return _problem_of_converted(path, listed, names)
     if task == "reranker" and _has_head(config) and (labels := _labels(config)) != 1:
         return f"sorts texts into {labels} classes; a model that ranks has one"
     if config.get("model_type") in ENCODERS and (problem := _problem_of_encoder(config, listed)) is not None:
@@ -110,10 +139,29 @@ def _problem(
     return None
 
 
+def _is_converted(listed: Collection[Module] | None, names: Collection[str]) -> bool:
+    """Return whether a folder lacks those of the modules, as after a conversion by mlx-embeddings."""
+    return not any(f"{each.path}/config.json" in names for each in listed or () if each.path)
+
+
+def _problem_of_converted(path: str, listed: Collection[Module] | None, names: Collection[str]) -> str | None:
+    """Return what is wrong with a Gemma whose weights hold the projections that follow the pooling."""
+    needed = 2 if listed is None else sum(each.type == "Dense" for each in listed)
+    weights = read_json(f"{path}/{_INDEX}").get("weight_map") if _INDEX in names else None
+    if all(f"dense.{number}.weight" in (weights or ()) for number in range(needed)):
+        return None
+    return "has no projections, which follow the pooling: neither 2_Dense/model.safetensors nor dense.0 in its weights"
+
+
 def _problem_of_encoder(config: Mapping[str, Any], listed: Collection[Module] | None) -> str | None:
     architecture = _architecture(config)
     if listed is None and not architecture.endswith(("Model", _HEAD)):
         return f"is a {architecture[:80] or 'model without architectures'} without {MODULES}: it embeds nothing"
+    if config["model_type"] == "nomic_bert":  # what was code of its own is part of transformers now
+        if _has_head(config):
+            return "is a nomic-bert that ranks, which mlx-omni-server does not have"
+        other = [key for key, value in _OF_NOMIC_BERT.items() if config.get(key, value) not in (value, None)]
+        return f"config.json asks for {other[0]} {str(config[other[0]])[:80]!r}" if other else None
     if "auto_map" in config:
         return "config.json asks to run its own code (auto_map)"
     if config.get("position_embedding_type", "absolute") != "absolute":

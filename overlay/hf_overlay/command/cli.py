@@ -130,19 +130,19 @@ def _ls(options: argparse.Namespace) -> int:
         else kinds.kind_of(resolution.winner, types)
         for model_id, resolution in resolutions.items()
     }
-    rows = [
-        {
-            "id": model_id,
-            "kind": kind[model_id],
-            "source": resolution.winner.source,
-            "path": resolution.winner.path,
-            "model_type": resolution.winner.model_type,
-            "size_bytes": resolution.winner.size_bytes,
-            "shadows": [model.path for model in resolution.shadows],
-        }
-        for model_id, resolution in resolutions.items()
-    ]
     if options.json:
+        rows = [
+            {
+                "id": model_id,
+                "kind": kind[model_id],
+                "source": resolution.winner.source,
+                "path": resolution.winner.path,
+                "model_type": resolution.winner.model_type,
+                "size_bytes": resolution.winner.size_bytes,
+                "shadows": [model.path for model in resolution.shadows],
+            }
+            for model_id, resolution in resolutions.items()
+        ]
         return print_json(rows)
     models = [resolution.winner for resolution in resolutions.values()]
     if not models and not options.quiet:

@@ -31,7 +31,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
 
 
 def _bold(text: str) -> str:
-    is_plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    is_plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return text if is_plain else f"\033[1m{text}\033[0m"
 
 

@@ -215,12 +215,11 @@ def _take(path: str, session: str, name: str) -> None:
 
 def _led_to(session: str) -> Iterator[tuple[str, str]]:
     """The shared repos that a session's hub folders lead to: the folder of each, and the entry that leads there."""
+    leads_there = re.compile(re.escape(_LEADS_THERE) + _FOLDER).fullmatch
     for hub in files.entries(f"{session}/hubs"):
         for entry in files.entries(hub.path) if not hub.is_symlink() else ():
-            if entry.is_symlink() and (text := _text(entry.path)).startswith(_LEADS_THERE):
-                folder = text.removeprefix(_LEADS_THERE)
-                if re.fullmatch(_FOLDER, folder) and hfcache.is_repo(entry.name):
-                    yield folder, entry.name
+            if entry.is_symlink() and leads_there(text := _text(entry.path)) and hfcache.is_repo(entry.name):
+                yield text.removeprefix(_LEADS_THERE), entry.name
 
 
 def _text(link: str) -> str:

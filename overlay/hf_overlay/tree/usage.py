@@ -64,7 +64,8 @@ def in_use(
     if not asked:
         return used
     try:
-        for pid, text in chain(_caches(sessions), (processes or partial(_processes, asker))()):
+        look = processes or partial(_processes, asker, [*asked.values()])
+        for pid, text in chain(_caches(sessions), look()):
             alive()
             used |= {path for path, mark in asked.items() if mark in text and not _is_done(pid, path, asker)}
     except OSError:
@@ -148,12 +149,14 @@ def _open(lock: str) -> int:
 # Processes -----------------------------------------------------------------------------------------------------------
 
 
-def _processes(asker: int) -> Processes:
-    return by_ps_and_lsof() if sys.platform == "darwin" else by_proc(asker=asker)
+def _processes(asker: int, marks: Collection[bytes]) -> Processes:
+    return by_ps_and_lsof() if sys.platform == "darwin" else by_proc(asker=asker, marks=marks)
 
 
-def by_proc(proc: str = "/proc", asker: int | None = None) -> Processes:
-    """The processes as /proc tells of them (Linux). Raises OSError when it is not there, or never comes to rest.
+def by_proc(proc: str = "/proc", asker: int | None = None, marks: Collection[bytes] = (b"",)) -> Processes:
+    """The processes that name one of the `marks`, as /proc tells of them (Linux).
+
+    Raises OSError when it is not there, or never comes to rest.
 
     Meanwhile processes start others and end. So the list is read again until each one in it has been looked at: a
     process that ended before its turn left its environment to one that comes later in the list.
@@ -169,6 +172,8 @@ def by_proc(proc: str = "/proc", asker: int | None = None) -> Processes:
             # Of this process only the environment counts: other threads of it may be clearing the same sessions.
             is_ours = int(pid) in (os.getpid(), asker)
             named = _environment(f"{proc}/{pid}") if is_ours else _named_by(f"{proc}/{pid}")
+            if not any(mark in named for mark in marks):
+                continue
             if _USES_NOTHING not in _read(f"{proc}/{pid}/cmdline"):  # last: a program that is being started has none
                 yield int(pid), named
         done |= new
@@ -178,9 +183,10 @@ def by_proc(proc: str = "/proc", asker: int | None = None) -> Processes:
 def _named_by(process: str) -> bytes:
     """The environment, working folder and open files of a process; nothing where it is over, or not ours to see."""
     named = [_environment(process)]
-    for link in ("cwd", *(f"fd/{number}" for number in _listed(f"{process}/fd"))):
+    folder = os.fsencode(process)
+    for link in (b"cwd", *(b"fd/" + number for number in _listed(folder + b"/fd"))):
         try:
-            named.append(os.fsencode(os.readlink(f"{process}/{link}")))
+            named.append(os.readlink(folder + b"/" + link))
         except OSError:
             continue
     # Whoever asks whether a session is dead has its owner's file open. Those that own it are told by the lock.
@@ -204,14 +210,21 @@ def _is_program(process: str) -> bool:
 
 
 def _read(path: str) -> bytes:
+    """The content of a file of /proc; empty where it cannot be read. There are hundreds, so by few system calls."""
+    content = b""
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while piece := os.read(fd, 2**17):
+                content += piece
+        finally:
+            os.close(fd)
     except OSError:
         return b""
+    return content
 
 
-def _listed(folder: str) -> list[str]:
+def _listed(folder: bytes) -> list[bytes]:
     try:
         return os.listdir(folder)
     except OSError:

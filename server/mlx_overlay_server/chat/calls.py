@@ -14,29 +14,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mlx_overlay_server.chat.events import ToolCall
+from mlx_overlay_server.chat.opening import NAMES, PREFIX, SEPARATOR, WRAPPER
 from mlx_overlay_server.chat.requests import Tool, described
 
 LONGEST = 1 << 17
 """Characters of a text that other forms than the model's own are looked for in."""
 
-_NAMES = ("name", "function", "tool", "tool_name", "function_name")
 _ARGUMENTS = ("arguments", "parameters", "args", "input", "tool_input")
 _LITERALS = {"true": True, "false": False, "null": None}
 _CLOSERS = "}])>`,; \t\r\n"
 """What may follow a call: brackets too many, and what stands between calls."""
-_WRAPPERS = ("tool_call", "tool_calls", "tools", "function_call", "function_calls", "|tool_call|", "|python_tag|")
-"""Marks of other models' forms, which models write that have seen them."""
-_WRAPPER = "|".join((*(rf"</?{re.escape(each)}>" for each in _WRAPPERS), r"\[/?TOOL_CALLS\]", r"```\w*"))
-_FIRST = re.compile(_WRAPPER)
-_LAST = re.compile(rf"(?:{_WRAPPER})\Z")
+_FIRST = re.compile(WRAPPER)
+_LAST = re.compile(rf"(?:{WRAPPER})\Z")
 _TAGGED = re.compile(
     r"<(?:function|invoke)(?:=|\s+name=)\s*[\"']?([^\s\"'<>]+)[\"']?\s*>(.*?)(?=</?(?:function|invoke)\b|\Z)", re.S
 )
 _TAG = re.compile(
     r"<(?:parameter|param)(?:=|\s+name=)\s*[\"']?([^\"'<>]+?)[\"']?\s*>(.*?)(?=</?(?:parameter|param)\b|\Z)", re.S
 )
-_HEADED = re.compile(r"([\w.:-]+)\s*(?:(?:\[ARGS\]|:)\s*)?(?=\{)")
-_PREFIXED = re.compile(r"(?:functions|tools|default_api)\.(.+?)(?::\d+)?")
+_CLOSED = re.compile(r"</(?:function|invoke)>")
+_KEYED = re.compile(r"<arg_key>\s*([^<>]+?)\s*(?:</\w+>\s*)?<arg_value>(.*?)(?=</?arg_|\Z)", re.S)
+_HEADED = re.compile(rf"(?:function<｜tool▁sep｜>)?([\w.:-]+)\s*(?:{SEPARATOR}\s*)?(?=\{{)")
+_QUOTED = re.compile(r"<\|\"\|>(.*?)<\|\"\|>|<escape>(.*?)<escape>", re.S)
+"""Texts as Gemma quotes them."""
+_PREFIXED = re.compile(rf"{PREFIX}(.+?)(?::\d+)?")
 
 Parser = Callable[[str, list[dict[str, Any]]], Any]
 """A parser of mlx-lm's: (text of a block, tools in OpenAI's form) -> one call or a list of them. It raises anything."""
@@ -60,12 +61,24 @@ def read(text: str, tools: Sequence[Tool], parse: Parser, *, opening: str | None
     except Exception:  # noqa: BLE001 - parsers meet whatever a model says
         calls = []
     if calls:
-        return calls
+        return _fuller(calls, unmarked(text, tools), declared)
     parts = [part for part in text.split(opening) if part.strip()] if opening else [text]
     if len(parts) > 1:
         found = [read(part, tools, parse) for part in parts]
         return [call for each in found for call in each] if all(found) else []
     return unmarked(text, tools)
+
+
+def _fuller(calls: list[ToolCall], others: list[ToolCall], declared: Mapping[str, Tool]) -> list[ToolCall]:
+    """Return what a model's own parser has read, or another reading of the same calls that lost less of them.
+
+    Parsers leave out what they do not understand: a parameter without a closing mark, or the second of two calls.
+    """
+    if [call.name for call in calls] != [call.name for call in others[: len(calls)]]:
+        return calls
+    kept, found = (sum(len(json.loads(call.arguments)) for call in each) for each in (calls, others))
+    fits = all(_fits(call, declared) for call in calls)
+    return others if not fits or (len(others), found) > (len(calls), kept) else calls
 
 
 def enforced(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
@@ -83,7 +96,7 @@ def unmarked(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
     text = _bare(text)
     if not declared or len(text) > LONGEST:
         return []
-    for form in (_json, _tagged, _headed, _python):
+    for form in (_json, _tagged, _keyed, _headed, _python):
         try:
             calls = [_fitting(call, declared) for call in form(text, declared)]
         except (ValueError, TypeError, LookupError, AttributeError, SyntaxError, RecursionError, MemoryError):
@@ -94,53 +107,18 @@ def unmarked(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
 
 
 def before_text(text: str, tools: Sequence[Tool]) -> tuple[list[ToolCall], str]:
-    """Return the call in JSON that a text begins with, and the text on the lines after it; ([], text) without one."""
+    """Return the calls in JSON or tags that a text begins with, and the text after them; ([], text) without one."""
     start = _bare(text)
+    ends = [found.end() for found in _CLOSED.finditer(start)] if start.startswith("<") else []
+    if ends:
+        calls = unmarked(start[: ends[-1]], tools)
+        return (calls, start[ends[-1] :]) if calls else ([], text)
     try:
         _, end = json.JSONDecoder(strict=False).raw_decode(start)
     except (ValueError, RecursionError):
         return [], text
     calls = unmarked(start[:end], tools) if start[end : end + 1] in ("\n", "\r") else []
     return (calls, start[end:]) if calls else ([], text)
-
-
-class Opening:
-    """Recognizes a text that begins as a call without marks does, and one that may still become such a text."""
-
-    LONGEST_NAMES = 1 << 14
-    """Characters that the names of all tools may have together: with more of them, the pattern gets too large."""
-
-    LONGEST_HEAD = 1 << 12
-    """Characters in which a call's name must be found."""
-
-    def __init__(self, tools: Sequence[Tool]) -> None:
-        """Raises ValueError where the tools have no names, or too long ones, to look for."""
-        import regex  # type: ignore[import-untyped] # unlike re, it knows that a text may still match
-
-        if not 0 < sum(len(tool.name) for tool in tools) <= self.LONGEST_NAMES:
-            raise ValueError("no names to look for")
-        names = "|".join(regex.escape(tool.name) for tool in tools)
-        name = rf"(?:(?:functions|tools|default_api)\.)?(?:{names})"
-        keys = "|".join(_NAMES)
-        quoted = rf"[\"']{name}[\"']"
-        envelope = r"(?:[\"']type[\"']\s*:\s*[\"']function[\"']\s*,\s*)?(?:[\"']?function[\"']?\s*:\s*\{\s*)?"
-        heads = (
-            rf"(?:\[\s*)?\{{\s*{envelope}[\"']?(?:{keys})[\"']?\s*:\s*{quoted}",
-            rf"(?:\[\s*)?\{{\s*{quoted}\s*:\s*\{{",
-            rf"(?:\[\s*)?{name}\s*\(",
-            rf"{name}(?::\d+)?\s*(?:(?:\[ARGS\]|:)\s*)?\{{",
-            rf"<(?:function|invoke)(?:=|\s+name=)\s*[\"']?{name}[\"']?\s*>",
-        )
-        self._pattern = regex.compile(rf"(?:\s|{_WRAPPER})*(?:{'|'.join(heads)})")
-
-    def may_follow(self, text: str) -> bool:
-        """Return whether a text, with what may come after it, can be a call."""
-        found = self._pattern.match(text, partial=True)
-        return found is not None and (not found.partial or len(text) < self.LONGEST_HEAD)
-
-    def is_whole(self, text: str) -> bool:
-        """Return whether a text begins as a call of a declared tool, with nothing left to guess."""
-        return self._pattern.match(text) is not None
 
 
 def _bare(text: str) -> str:
@@ -207,7 +185,7 @@ def _shaped(value: Any, declared: Mapping[str, Tool]) -> Iterator[tuple[str, Any
     inner = value.get("function")
     if isinstance(inner, dict):
         value = inner
-    name = next((value[key] for key in _NAMES if isinstance(value.get(key), str)), None)
+    name = next((value[key] for key in NAMES if isinstance(value.get(key), str)), None)
     if name is not None:
         (key,) = (key for key in _ARGUMENTS if key in value)
         yield name, value[key]
@@ -220,10 +198,23 @@ def _tagged(text: str, declared: Mapping[str, Tool]) -> Iterator[tuple[str, Any]
     """Yield (name, arguments) of calls whose parameters are tags, as Qwen3-Coder's and MiniMax's are."""
     if not text.startswith("<"):
         raise _NoCall
+    if _bare(_CLOSED.sub("", _TAGGED.sub("", text))):
+        raise _NoCall
     for name, inside in _TAGGED.findall(text):
         tool = declared[_name(name, declared)]
         properties = (tool.parameters or {}).get("properties") or {}
         yield name, {key: _converted(value, properties.get(key)) for key, value in _TAG.findall(inside)}
+
+
+def _keyed(text: str, declared: Mapping[str, Tool]) -> Iterator[tuple[str, Any]]:
+    """Yield (name, arguments) of a call whose keys and values are tags, as GLM's are."""
+    name, mark, inside = text.partition("<arg_key>")
+    tool = declared[_name(name.strip(), declared)]
+    properties = (tool.parameters or {}).get("properties") or {}
+    pairs = _KEYED.findall(mark + inside)
+    if not pairs or len(pairs) != inside.count("<arg_value>"):
+        raise _NoCall
+    yield name.strip(), {key: _converted(value, properties.get(key)) for key, value in pairs}
 
 
 def _converted(text: str, schema: Any) -> Any:
@@ -240,6 +231,7 @@ def _converted(text: str, schema: Any) -> Any:
 
 def _headed(text: str, _: Mapping[str, Tool]) -> Iterator[tuple[str, Any]]:
     """Yield (name, arguments) of calls that are a name and then an object."""
+    text = _QUOTED.sub(lambda found: json.dumps(found[1] if found[1] is not None else found[2]), text)
     decoder = json.JSONDecoder(strict=False)
     while text := text.lstrip(_CLOSERS):
         head = _HEADED.match(text)
@@ -273,7 +265,8 @@ def _python_call(node: ast.Call, declared: Mapping[str, Tool]) -> tuple[str, Any
         raise _NoCall
     if node.args:  # only where there is one thing that it can be
         (value,) = node.args
-        (key,) = (declared[_name(name, declared)].parameters or {})["properties"]
+        schema = declared[_name(name, declared)].parameters or {}
+        (key,) = schema.get("required") or schema["properties"]
         arguments = {key: _value(value), **arguments}
     return name, arguments
 
@@ -313,15 +306,20 @@ def _value(node: ast.expr | None) -> Any:
 def _fitting(given: tuple[str, Any], declared: Mapping[str, Tool]) -> ToolCall:
     """Return a call in another form than the model's own. Raises _NoCall where its arguments do not fit its tool."""
     call = _call(*given, declared)
+    if not _fits(call, declared):
+        raise _NoCall
+    return call
+
+
+def _fits(call: ToolCall, declared: Mapping[str, Tool]) -> bool:
+    """Return whether a call has the arguments that its tool requires, and no others than it has."""
     schema = declared[call.name].parameters or {}
     properties, required = schema.get("properties"), schema.get("required")
     keys = json.loads(call.arguments).keys()
     if isinstance(required, list) and not set(required) <= keys:
-        raise _NoCall
+        return False
     is_open = schema.get("additionalProperties") or schema.get("patternProperties")
-    if isinstance(properties, dict) and properties and not is_open and keys - properties.keys():
-        raise _NoCall
-    return call
+    return is_open or not (isinstance(properties, dict) and properties and keys - properties.keys())
 
 
 def _call(name: Any, arguments: Any, declared: Mapping[str, Tool]) -> ToolCall:

@@ -74,10 +74,13 @@ class ImageProcessor(Protocol):
         """
 
 
+_LENGTHS = ("max_trained_positions", "max_position_embeddings", "max_sequence_length", "seq_length", "n_positions")
+
+
 def context_length(config: Mapping[str, Any]) -> int | None:
     """Return how many tokens prompt and answer may have together; None when a config.json does not say."""
     for part in (config, config.get("text_config")):
-        for name in ("max_position_embeddings", "max_sequence_length", "seq_length", "n_positions"):
+        for name in _LENGTHS:
             if isinstance(part, Mapping) and isinstance(part.get(name), int):
                 return int(part[name])
     return None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from mlx_overlay_server.chat import calls
 from mlx_overlay_server.chat.events import Event, FinishReason, Logprobs, Reasoning, Text, TokenLogprob, ToolCall
 from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.chat.opening import Opening
 from mlx_overlay_server.chat.requests import Tool
 
 
@@ -101,9 +102,11 @@ class Reader:
         self._call = ""
         self._is_call_in_reasoning = False
         self._opening = _opening(self._tools) if not (is_call or is_formatted or continues_text) else None
-        """Recognizes a call without marks at the start of the answer; None once the answer has begun otherwise."""
+        """Recognizes a call without the model's marks; None where there can be none."""
         self._unmarked = ""
-        """The start of the answer while it may be such a call."""
+        """Text that is held back while it may be such a call."""
+        self._has_begun = False
+        """Whether the answer has begun as text: then only a call with marks of some kind is one."""
         self._stray = StrayMarks(model.tokenizer.tool_call_end or "" if self._tools else "")
         self._calls = 0
         self._is_after_mark = is_reasoning
@@ -240,22 +243,30 @@ class Reader:
     def _say(self, text: str) -> None:
         if self._opening is not None:
             self._unmarked += text
-            if self._opening.may_follow(self._unmarked):
+            if self._has_begun or not self._opening.may_follow(self._unmarked):
+                at = self._opening.start(self._unmarked)
+                text, self._unmarked = self._unmarked[:at], self._unmarked[at:]
+                self._has_begun = self._has_begun or bool(text.strip())
+            else:
                 return
-            text, self._unmarked, self._opening = self._unmarked, "", None
         self._emit_text(self._stray.feed(text))
 
     def _end_unmarked(self, *, is_cut: bool) -> None:
-        """Emit what was held back at the start of the answer: calls, or text. Part of a call is left out."""
-        opening, text = self._opening, self._unmarked
-        self._opening, self._unmarked = None, ""
-        if opening is None or not text or (is_cut and opening.is_whole(text)):
+        """Emit what was held back since a call may begin there: calls, or text. Part of a call is left out."""
+        text, self._unmarked = self._unmarked, ""
+        if not text:
             return
-        found = [] if is_cut else calls.unmarked(text, self._tools)
+        assert self._opening is not None  # noqa: S101 - nothing else holds text back
+        if is_cut and self._opening.is_part(text):
+            return
+        found, rest = ([], text) if is_cut else (calls.unmarked(text, self._tools), "")
+        if not found and not is_cut:
+            found, rest = calls.before_text(text, self._tools)
         if found:
             self._emit_calls(found)
-        else:
-            self._emit_text(self._stray.feed(text))
+            self._is_after_mark = True
+        if self.reason is None:
+            self._emit_text(self._stray.feed(rest))
 
     def _emit_text(self, text: str) -> None:
         if self._is_after_mark:  # white space between a mark and the answer is the template's
@@ -324,8 +335,8 @@ class StrayMarks:
         return held if len(held) == 1 else ""
 
 
-def _opening(tools: Sequence[Tool]) -> calls.Opening | None:
+def _opening(tools: Sequence[Tool]) -> Opening | None:
     try:
-        return calls.Opening(tools)
+        return Opening(tools)
     except ValueError:
         return None

@@ -21,6 +21,8 @@ from mlx_overlay_server.settings import Settings
 
 DEFAULT_URL = f"http://{Settings().host}:{Settings().port}"
 _SECONDS = 30.0
+_NO_KEY = 401
+"""The status of an answer to a request whose key is missing or wrong."""
 
 
 class Refused(OverlayError):
@@ -57,7 +59,12 @@ class Client:
             with self._opener.open(request, timeout=_SECONDS) as answer:
                 return json.loads(answer.read() or b"null")
         except HTTPError as error:
-            raise Refused(_message(error.read(), error.code), error.code) from None
+            if error.code == _NO_KEY:
+                how = "did not take this API key; set another" if self.api_key else "needs an API key; set it"
+                message = f"the server at {self.url} {how} in {API_KEY_VARIABLE}, or give it with --api-key"
+            else:
+                message = _message(error.read(), error.code)
+            raise Refused(message, error.code) from None
         except (URLError, OSError, HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise OverlayError(

@@ -72,6 +72,9 @@ def _ls(options: argparse.Namespace, file: ConfigFile, keys: tuple[Key, ...]) ->
         return print_json(
             [{"name": each.name, "models": each.models, "rate": each.rate, "where": where[each.name]} for each in keys]
         )
+    if not keys:
+        say("there are no keys with names; make one: mlx-omni-server key add NAME")
+        return 0
     return print_table(
         ("NAME", "MODELS", "REQUESTS A MINUTE", "WHERE"),
         [(each.name, ", ".join(each.models) or "all", str(each.rate or "any"), where[each.name]) for each in keys],

@@ -7,6 +7,9 @@ import argparse
 from mlx_overlay_server.command import models
 from mlx_overlay_server.command.output import print_json, print_table, say, size
 
+EXAMPLE = "mlx-community/Qwen3-4B-4bit"
+"""A small model that answers well."""
+
 
 def ls(options: argparse.Namespace) -> int:
     """List the models, one for each id."""
@@ -29,7 +32,11 @@ def ls(options: argparse.Namespace) -> int:
         )
     if not found:
         looked = ", ".join([*catalog.settings.roots, catalog.settings.hub_cache, *catalog.settings.below])
-        say(f"no models in {looked}; `mlx-omni-server doctor` says what was left out there, and why")
+        say(
+            f"no models in {looked}; name a folder with --model-path, or get one: mlx-omni-server pull {EXAMPLE} "
+            "(`mlx-omni-server doctor` says what was left out there, and why)"
+        )
+        return 0
     return print_table(
         ("ID", "SOURCE", "SIZE", "TYPE", "PATH"),
         [(each.id, each.source, size(each.size_bytes), each.model_type or "-", each.path) for each in found],

@@ -45,10 +45,11 @@ examples:
 """
 
 
-def make_parser(only: str = "") -> argparse.ArgumentParser:
+def make_parser(only: str = "", *, with_options: bool = True) -> argparse.ArgumentParser:
     """Return the parser of the whole command line, for `main` and for shell completion.
 
-    `only` names the one command whose options to make; empty: serving, and all of them.
+    `only` names the one command whose options to make; empty: serving, and all of them. Without `with_options`, the
+    commands are just named, as in the help for serving: their options take longer to make than all else.
     """
     parser = argparse.ArgumentParser(prog=options.PROGRAM) if only else options.make_parser()
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands beside serving")
@@ -57,7 +58,8 @@ def make_parser(only: str = "") -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        _OPTIONS[name](command)
+        if with_options:
+            _OPTIONS[name](command)
     return parser
 
 

@@ -17,7 +17,8 @@ def ps(options: argparse.Namespace) -> int:
     if options.json:
         return print_json(models)
     if not models:
-        say(f"no model is in the memory of {server.url}")
+        say(f"no model is in the memory of {server.url}; requests load what they name")
+        return 0
     return print_table(("ID", "STATE", "SIZE", "REQUESTS", "IDLE"), [_row(each) for each in models])
 
 

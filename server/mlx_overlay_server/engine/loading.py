@@ -26,6 +26,7 @@ from mlx_overlay_server.engine.commands import Load, ReadTokenizer
 from mlx_overlay_server.engine.disk.identity import identity
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.runner import Runner
+from mlx_overlay_server.engine.seen import KEPT_BYTES
 from mlx_overlay_server.errors import Unavailable
 from mlx_overlay_server.memory import LEAST_TOKENS, Cost, Shares, advice
 from mlx_overlay_server.settings import EngineOptions
@@ -86,6 +87,7 @@ def load(
             model.eval()
         if command.draft_path is not None:
             draft, _ = load_model(Path(command.draft_path), lazy=True, trust_remote_code=options.trust_remote_code)
+        _check_quantised((model, draft), options)
         nbytes, kv_bytes = _sizes((model, draft), options)
         if shares is not None and not shares.has_room(nbytes, kv_bytes, context_length(config)):
             raise _no_room(nbytes, kv_bytes, shares)
@@ -199,15 +201,33 @@ def parameters(model: Any) -> list[mx.array]:
 def _sizes(models: Iterable[Any], options: EngineOptions) -> tuple[int, int]:
     """Return the bytes of models' weights, and those that each token takes in their KV caches. Computes nothing.
 
+    What a model that sees keeps of images counts as weights, whether it is there or not.
     While a batch grows, MLX copies the KV cache of one layer after the other: room for one copy is part of the latter.
     """
     nbytes = kv_bytes = 0
     for each in models:
         if each is not None:
             nbytes += sum(part.nbytes for part in parameters(each))
+            nbytes += KEPT_BYTES if isinstance(each, vision.SeeingModel) else 0
             kept = mlx.kv_bytes(each, bits=options.kv_bits, group_size=options.kv_group_size)
             kv_bytes += kept + kept // max(1, len(make_prompt_cache(each)))
     return nbytes, kv_bytes
+
+
+def _check_quantised(models: Iterable[Any], options: EngineOptions) -> None:
+    """Make sure that the KV caches are of a kind that can be quantised, where they are to be. Raises Unavailable."""
+    if options.kv_bits is None:
+        return
+    for each in models:
+        if each is None:
+            continue
+        why = mlx.why_not_quantised(each, bits=options.kv_bits, group_size=options.kv_group_size)
+        if why is not None:
+            raise Unavailable(
+                f"the model's KV caches cannot be quantised: {why} Set another kv_group_size than "
+                f"{options.kv_group_size}, or kv_bits = 0 in a profile for this model",
+                code="kv_not_quantisable",
+            )
 
 
 def _no_room(nbytes: int, kv_bytes: int, shares: Shares) -> Unavailable:

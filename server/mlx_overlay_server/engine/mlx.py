@@ -46,7 +46,6 @@ def _file_limit_kept() -> Iterator[None]:
 
 
 with _file_limit_kept():
-    from mlx_lm.generate import BatchGenerator
     from mlx_lm.models.cache import (
         ArraysCache,
         CacheList,
@@ -166,49 +165,6 @@ def is_quantised(cache: Sequence[Any]) -> bool:
     return any(isinstance(leaf, QuantizedKVCache) for leaf in leaves(cache))
 
 
-def make_batch(model: Any, **options: Any) -> BatchGenerator:
-    """Return a BatchGenerator that leaves the wired limit alone.
-
-    By itself it sets the limit, and when it goes it restores the one that it found: in the middle of what another
-    model computes, which MLX forbids, and to nothing at all where it was the first of several.
-    """
-    generate: Any = importlib.import_module("mlx_lm.generate")  # the package has a function of that name
-    original = generate.maybe_set_recommended_wired_limit
-    generate.maybe_set_recommended_wired_limit = lambda: None  # "no limit was set": then it restores none, either
-    try:
-        return BatchGenerator(model, **options)
-    finally:
-        generate.maybe_set_recommended_wired_limit = original
-
-
-def set_prefill_step(batch: BatchGenerator, tokens: int) -> None:
-    """Set how many tokens of each unread prompt the next step of a batch reads."""
-    batch.prefill_step_size = tokens
-
-
-class CurrentTokens:
-    """The tokens that the running step of a batch reads, for the logits processors that it calls."""
-
-    def __init__(self, batch: BatchGenerator) -> None:
-        self._batch = batch
-        self._tokens: dict[int, int] = {}
-
-    def of(self, uid: int) -> int:
-        """Return the token that a sequence drew in the step before.
-
-        The first call in a step fetches the tokens of all sequences from the device, which waits for them.
-        """
-        if not self._tokens:
-            rows = self._batch._generation_batch  # noqa: SLF001 - asking the arrays that processors get: a wait for each
-            tokens: Any = rows._current_tokens.tolist()  # noqa: SLF001
-            self._tokens = dict(zip(rows.uids, tokens, strict=True))
-        return self._tokens[uid]
-
-    def forget(self) -> None:
-        """Forget the tokens: the step has ended."""
-        self._tokens = {}
-
-
 def kv_bytes(model: Any, *, bits: int | None, group_size: int) -> int:
     """Return how many bytes each further token of a long sequence takes in a model's KV cache; 0: unknown.
 
@@ -222,6 +178,19 @@ def kv_bytes(model: Any, *, bits: int | None, group_size: int) -> int:
         return 0
     per_token = (sizes[-1] - sizes[-2]) // _GROWTH_TOKENS
     return per_token if bits is None else int(per_token * (bits + 32 / group_size) / 16)
+
+
+def why_not_quantised(model: Any, *, bits: int, group_size: int) -> str | None:
+    """Return why mlx-lm cannot quantise a model's KV cache; None when it can. Nothing is computed."""
+    cache = make_prompt_cache(model)
+    model(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
+    for layer in cache:
+        if hasattr(layer, "to_quantized"):
+            try:
+                layer.to_quantized(group_size=group_size, bits=bits)
+            except (NotImplementedError, ValueError) as error:
+                return str(error).partition(" However")[0] or "its kind is not supported"
+    return None
 
 
 _FUSED_HEADS = (64, 80, 128)

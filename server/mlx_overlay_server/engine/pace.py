@@ -25,42 +25,45 @@ class Pace:
         self._most = most
         self._wanted = _MARGIN * stall
         self._decode = 0.0
-        """Seconds of a step that reads nothing, lately."""
+        """Seconds in which each sequence gets a token, lately."""
         self._rates: dict[int, float] = {}
         """Band of contexts -> tokens read per second, lately."""
 
     def room(self, context: int, *, is_decoding: bool) -> int:
         """Return how many tokens a pass may read after so many others; `is_decoding`: whether sequences wait for it.
 
-        When none does, a pass may take twice as long: only requests that come meanwhile wait for it.
+        When none does, a pass may take four times as long: only requests that come meanwhile wait for it.
         """
         most = max(1, self._most * _HALF_CONTEXT // (_HALF_CONTEXT + context))
         rate = self._rate(_band(context))
         wanted = _FIRST if rate is None else int(rate * self._seconds(is_decoding=is_decoding))
         return min(most, max(_LEAST, wanted))
 
-    def note(self, size: int, context: int, seconds: float, *, is_decoding: bool) -> None:
-        """Learn from a step that read `size` tokens, padding included, after `context` others."""
-        if size == 0 and not is_decoding:
-            return
-        if size == 0:
-            self._decode = (self._decode + seconds) / 2 if self._decode else seconds
-            return
+    def note_decode(self, seconds: float) -> None:
+        """Learn from a step that drew a token for each sequence."""
+        self._decode = (self._decode + seconds) / 2 if self._decode else seconds
+
+    def note_read(self, size: int, context: int, seconds: float) -> None:
+        """Learn from a pass that read `size` tokens, padding included, after `context` others."""
         if size < _LEAST:  # its seconds are not those of its tokens, and the very first pass compiles
             return
-        own = max(seconds - self._decode, seconds / 4, 1e-6) if is_decoding else max(seconds, 1e-6)
-        band, rate = _band(context), size / own
+        band, rate = _band(context), size / max(seconds, 1e-6)
         known = self._rates.get(band, rate)
         if rate >= known:
             self._rates[band] = (known + rate) / 2
-        elif size >= self.room(context, is_decoding=is_decoding) // 2:  # a small pass is slow for its size
+        elif size >= self.room(context, is_decoding=True) // 2:  # a small pass is slow for its size
             self._rates[band] = rate
             if rate < known / 2:  # it is the machine that has become slower
                 self._rates = {each: min(other, other * rate / known) for each, other in self._rates.items()}
                 self._rates[band] = rate
 
     def _seconds(self, *, is_decoding: bool) -> float:
-        return max(self._wanted - self._decode, self._wanted / 4) if is_decoding else 2 * self._wanted
+        """Return how long a pass may take.
+
+        Where decoding takes more than half of the time that is wanted, as many sequences do on a slow machine, reading
+        takes as long as decoding: else each prompt would be read in many small passes, with a decoding step for each.
+        """
+        return max(self._wanted - self._decode, self._decode) if is_decoding else 4 * self._wanted
 
     def _rate(self, band: int) -> float | None:
         """Return the rate of a band of contexts: its own, or half of the next shorter one's."""

@@ -90,6 +90,8 @@ class PrefixCache:
         for entry in self._entries:
             if entry.key != key:
                 continue
+            if not agree(entry.tokens, tokens, at=length):  # it does not share more
+                continue
             shared = min(common(entry.tokens, tokens), len(tokens) - 1)
             is_usable = shared == len(entry.tokens) or can_trim_prompt_cache(entry.cache)
             if is_usable and shared > length:
@@ -103,6 +105,10 @@ class PrefixCache:
         tokens = np.asarray(prompt, dtype=np.int64)
         can_trim = can_trim_prompt_cache(cache)
         for entry in [each for each in self._entries if each.key == key]:
+            if not agree(
+                entry.tokens, tokens, at=min(len(entry.tokens), len(tokens)) - 1
+            ):  # none begins with the other
+                continue
             shared = common(entry.tokens, tokens)
             if shared == len(tokens) and (can_trim or shared == len(entry.tokens)):
                 entry.used = next(self._clock)  # known already
@@ -202,3 +208,8 @@ def common(a: Tokens, b: Tokens) -> int:
     size = min(len(a), len(b))
     differs = a[:size] != b[:size]
     return int(differs.argmax()) if differs.any() else size
+
+
+def agree(a: Tokens, b: Tokens, *, at: int) -> bool:
+    """Return whether two sequences have the same token in one place: a quick look before all of them are compared."""
+    return at < len(a) and at < len(b) and a.item(at) == b.item(at)

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import BatchGenerator, StopSequences
+from mlx_lm.generate import StopSequences
 
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.engine import mlx
@@ -20,11 +20,13 @@ from mlx_overlay_server.engine.commands import Encode, Item, Prefilled, Submit
 from mlx_overlay_server.engine.generation import Generation, matcher_of
 from mlx_overlay_server.engine.likely import Likely, Row, likeliest
 from mlx_overlay_server.engine.mlx import Cache
+from mlx_overlay_server.engine.mlx_batch import Batch
 from mlx_overlay_server.engine.pace import Pace
 from mlx_overlay_server.engine.prefill import LEAST_SHARED, NOTHING, Pass, Prompt, plan, rank
-from mlx_overlay_server.engine.prefix_cache import PrefixCache, common
+from mlx_overlay_server.engine.prefix_cache import PrefixCache, agree, common
 from mlx_overlay_server.engine.ranks import slowest
 from mlx_overlay_server.engine.sampling import Sampler, Sampling, effective, sampler
+from mlx_overlay_server.engine.vision import SeeingModel
 from mlx_overlay_server.errors import Failed
 from mlx_overlay_server.settings import EngineOptions
 
@@ -44,7 +46,7 @@ class _Sequence:
     """What is read before anything is drawn: the prompt, and after a pause the answer so far."""
     prompt: Prompt
     uid: int | None = None
-    """BatchGenerator's number for it; None while it is not in the batch."""
+    """The batch's number for it; None while it is not in the batch."""
     base: int = 0
     """Tokens in its KV cache when it was last put into the batch."""
     cache: Cache | None = None
@@ -92,11 +94,13 @@ class Runner:
 
     def reset(self) -> None:
         """Drop every sequence; the model stays."""
-        self._generator: BatchGenerator | None = None
+        if isinstance(self._model, SeeingModel):
+            self._model.seen.forget()  # some of it may be among what was not computed
+        self._made: Batch | None = None
         self._sequences: dict[int, _Sequence] = {}
         """By id, those that are in the batch or wait for it."""
         self._ids: dict[int, int] = {}
-        """BatchGenerator's uid -> id, of those in the batch."""
+        """The batch's number -> id, of those in the batch."""
         self._unread: dict[int, Prompt] = {}
         """By id, the prompts that are not read to the end, or that are and whose sequence is not in the batch yet."""
         self._paused: dict[int, _Sequence] = {}
@@ -192,6 +196,8 @@ class Runner:
         """Note what a new prompt has in common with others, and keep the KV cache of what is read of it already."""
         best: tuple[int, _Sequence | None] = (0, None)
         for other in self._sequences.values():
+            if not agree(tokens, other.tokens, at=LEAST_SHARED - 1):
+                continue
             shared = min(common(tokens, other.tokens), prompt.size - 1, other.prompt.size - 1)
             if shared < LEAST_SHARED:
                 continue
@@ -223,7 +229,7 @@ class Runner:
             return
         cache, count = sequence.cache, sequence.prompt.done
         if sequence.uid is not None:
-            ((cache, tokens),) = self._batch.extract_cache([sequence.uid]).values()
+            cache, tokens = self._batch.extract(sequence.uid)
             count = len(tokens)
         if cache is not None and (part := mlx.head(cache, dropping=count - size)) is not None:
             self._keep(sequence, part, sequence.tokens[:size].tolist())
@@ -233,18 +239,14 @@ class Runner:
         return self._prefixes.known(self.loaded.key, tokens)
 
     @property
-    def _batch(self) -> BatchGenerator:
+    def _batch(self) -> Batch:
         """The batch, made when it is needed."""
-        if self._generator is None:
-            self._generator = mlx.make_batch(
-                self._model,
-                completion_batch_size=self._options.batch_size,
-                prefill_batch_size=self._options.batch_size,
-                prefill_step_size=self._options.prefill_step,
-                stream=self._stream,
+        if self._made is None:
+            options = self._options
+            self._made = Batch(
+                self._model, size=options.batch_size, prefill_step=options.prefill_step, stream=self._stream
             )
-            self._current = mlx.CurrentTokens(self._generator)
-        return self._generator
+        return self._made
 
     def cancel(self, id_: int) -> None:
         """Drop a sequence, keeping the KV cache it has got so far; nothing for one that has ended."""
@@ -269,22 +271,19 @@ class Runner:
         return made + self._alone.step(may_read=self._is_alone_next)
 
     def _step_batch(self, *, may_read: bool) -> list[tuple[int, Item]]:
+        """Read of the prompts, if that may be, and then draw a token for each sequence that generates."""
+        chosen = self._arrange() if may_read else NOTHING
+        made = self._read_prompts(chosen) if chosen.ids else []
+        if len(self._sequences) == len(self._unread):
+            return made
         started = self._clock()
-        is_decoding = len(self._sequences) > len(self._unread)
-        chosen = self._arrange(may_read=may_read)
-        read, drawn = self._batch.next()
-        self._current.forget()
-        seconds = slowest(self._clock() - started, self._group)
-        self._pace.note(chosen.size, chosen.context, seconds, is_decoding=is_decoding)
-        made = [item for part in read for item in self._note_read(part)]
+        drawn = self._batch.draw()
+        self._pace.note_decode(slowest(self._clock() - started, self._group))
         told = likeliest([self._row(row) for row in drawn])
         return made + [self._note_drawn(row, likely) for row, likely in zip(drawn, told, strict=True)]
 
-    def _arrange(self, *, may_read: bool) -> Pass:
-        """Have the batch read in its next step what is planned, and nothing else: it reads of all prompts in it."""
-        if not may_read:
-            mlx.set_prefill_step(self._batch, 0)
-            return NOTHING
+    def _arrange(self) -> Pass:
+        """Plan what is read next, and have the batch hold these prompts and no others: it reads of all in it."""
         decoding = len(self._sequences) - len(self._unread)
         chosen = plan(
             self._unread.values(),
@@ -299,8 +298,16 @@ class Runner:
                 self._put_in(self._sequences[id_])
             if self._sequences[id_].prompt.left == 0:
                 del self._unread[id_]
-        mlx.set_prefill_step(self._batch, chosen.tokens)
         return chosen
+
+    def _read_prompts(self, chosen: Pass) -> list[tuple[int, Item]]:
+        """Read what was planned. A prompt that is read to its end generates from now on."""
+        started = self._clock()
+        made = [item for part in self._batch.read(chosen.tokens) for item in self._note_read(part)]
+        if any(id_ not in self._unread for id_ in chosen.ids):
+            made += [item for part in self._batch.begin() for item in self._note_read(part)]
+        self._pace.note_read(chosen.size, chosen.context, slowest(self._clock() - started, self._group))
+        return made
 
     def _room(self, context: int, *, is_decoding: bool) -> int:
         """Return how many tokens a pass may read after so many others."""
@@ -317,25 +324,25 @@ class Runner:
             sequence.prompt.done = done
             if not sequence.is_told:
                 generation.cached = done
-        (uid,) = self._batch.insert_segments(
-            segments=[sequence.prompt.segments(tokens)],
-            max_tokens=[submit.max_tokens - sequence.drawn],
-            caches=[cache],
-            all_tokens=[tokens[:done]],
-            samplers=[sequence.sampler],
-            logits_processors=[generation.processors],
-            stop_sequences=[self._eos],
+        uid = self._batch.insert(
+            sequence.prompt.segments(tokens),
+            submit.max_tokens - sequence.drawn,
+            cache=cache,
+            read=tokens[:done],
+            sampler=sequence.sampler,
+            processors=generation.processors,
+            stops=self._eos,
         )
-        generation.guarded.read_last = lambda _: self._current.of(uid)
+        generation.guarded.read_last = lambda _: self._batch.current(uid)
         sequence.uid, sequence.base, sequence.cache = uid, done, None
         self._ids[uid] = submit.id
 
     def _take_out(self, sequence: _Sequence, uid: int) -> list[int]:
         """Take a sequence out of the batch, with its KV cache. Returns the tokens in that."""
-        ((cache, tokens),) = self._batch.remove([uid], return_prompt_caches=True).values()
+        cache, tokens = self._batch.take_out(uid)
         del self._ids[uid]
         sequence.uid, sequence.cache = None, cache
-        return list(tokens)
+        return tokens
 
     def _note_read(self, part: Any) -> list[tuple[int, Item]]:
         """Note a piece of a prompt that the batch has read: BatchGenerator's response for it."""
@@ -346,8 +353,7 @@ class Runner:
         self._read += done - before
         if done in prompt.stops:
             prompt.stops.remove(done)
-            for cache, tokens in self._batch.extract_cache([part.uid]).values():
-                self._keep(sequence, cache, tokens)
+            self._keep(sequence, *self._batch.extract(part.uid))
         if done >= prompt.size - 1:
             self._unread.pop(prompt.id, None)
         self._hand_on(sequence, before)
@@ -378,7 +384,7 @@ class Runner:
         if row.finish_reason is not None:
             self._keep(sequence, row.prompt_cache, row.all_tokens)
         elif isinstance(item, Failed):
-            self._batch.remove([row.uid])
+            self._batch.remove(row.uid)
         else:
             return id_, item
         del self._sequences[id_], self._ids[row.uid]

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_overlay_server.chat.loaded import Shown
+from mlx_overlay_server.engine.seen import Seen
 
 Cache = list[Any]
 _MARKS = ("image_token_id", "image_token_index")
@@ -55,6 +56,8 @@ class SeeingModel:
     def __init__(self, inner: Any) -> None:
         """`inner` is mlx-vlm's model."""
         self._inner = inner
+        self.seen = Seen()
+        self.seen.attach(inner)
 
     @property
     def layers(self) -> Sequence[Any]:
@@ -81,6 +84,8 @@ class SeeingModel:
         ids = mx.array([list(tokens)])
         given = {name: mx.array(value) for name, value in shown.arrays.items()} if shown is not None else {}
         pixels, mask = given.pop("pixel_values", None), given.pop("attention_mask", None)
+        if shown is not None:
+            self.seen.look_at({name: value for name, value in shown.arrays.items() if name != "attention_mask"})
         features = self._inner.get_input_embeddings(ids, pixels, mask=mask, **given).to_dict()
         embeddings = features.pop("inputs_embeds")
         known = {name: value for name, value in features.items() if value is not None}

@@ -41,6 +41,8 @@ _MAX_ENDED = 20
 State = Literal["waiting", "downloading", "done", "cancelled", "failed"]
 """`waiting`: for the Hub's answer, or for a place among the downloads."""
 _NOT_FOUND = frozenset({"RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError"})
+_NO_ANSWER = frozenset({"TransportError", "ConnectionError", "Timeout"})
+"""What exceptions of httpx and requests are instances of when a host cannot be reached."""
 
 
 class Progress(NamedTuple):
@@ -254,6 +256,8 @@ def failure(model_id: str, report: Mapping[str, Any], status: int) -> ServerErro
     if kind in _NOT_FOUND:
         return _no_model(model_id, kind)
     message = report["message"] if kind else f"it ended with status {status}"
+    if _NO_ANSWER & {*report.get("kinds", ())}:
+        message = f"the Hub does not answer ({message}); look at the network, proxies and HF_ENDPOINT"
     return Unavailable(f"{model_id} cannot be downloaded: {message}", code="download_failed")
 
 
@@ -310,7 +314,8 @@ def main() -> int:
         snapshot_download(sys.argv[1], allow_patterns=[*patterns(), MODULES], tqdm_class=Progress)
     except Exception as error:  # noqa: BLE001 - the boundary: the server reports any error to its client
         lines = str(error).strip().splitlines()
-        report(error=type(error).__name__, message=lines[0] if lines else type(error).__name__)
+        kinds = [each.__name__ for each in type(error).__mro__]
+        report(error=kinds[0], kinds=kinds, message=lines[0] if lines else kinds[0])
         return 1
     return 0
 

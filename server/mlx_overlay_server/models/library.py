@@ -88,8 +88,8 @@ class Library:
         self._session = session
         self._source = source
         self._download = download
-        self._sizes: dict[str, _Sizes] = {}
-        """What config.json says of each listed model, by its folder; read anew when the file has changed."""
+        self._rows: dict[str, tuple[hf_overlay.Model, Listed]] = {}
+        """Each listed model, by its id, as it was found, and its row; worked out anew when any of its files changes."""
         self.progress: dict[str, str] = {}
         """The progress of each model that is being downloaded, as text."""
         self._looking: asyncio.Task[list[Listed]] | None = None
@@ -121,16 +121,12 @@ class Library:
             models = self._session.models
         except hf_overlay.OverlayError as error:
             raise Unavailable(str(error)) from None
-        self._sizes = {each.path: self._sizes_of(each) for each in models}
-        return [_listed(each, self._sizes[each.path]) for each in models]
-
-    def _sizes_of(self, model: hf_overlay.Model) -> _Sizes:
-        file = next((each for each in model.files if each.name == "config.json"), None)
-        known = self._sizes.get(model.path)
-        if known is not None and known.file == file:
-            return known
-        config = _config(model.path) if file is not None else {}
-        return _Sizes(file, context_length(config), _kv_bytes(config), sees="vision_config" in config)
+        before = self._rows
+        self._rows = {
+            model.id: known if (known := before.get(model.id)) and known[0] == model else (model, _listed(model))
+            for model in models
+        }
+        return [row for _, row in self._rows.values()]
 
     async def locate(self, name: str) -> Located:
         """Return where to load a model from, after downloading it if it is not found locally. Raises ServerError."""
@@ -193,34 +189,24 @@ class Library:
         return Located(model.path, _weights(model), model.id, model.task)
 
 
-class _Sizes(NamedTuple):
-    """The sizes that a config.json gives."""
-
-    file: hf_overlay.File | None
-    """The file as it was when it was read; None: there is none."""
-    context: int | None
-    kv_bytes: int
-    sees: bool
-    """Whether it has a part for images."""
-
-
 def _weights(model: hf_overlay.Model) -> int:
     """Return the bytes of a model's weights."""
     return sum(file.size for file in model.files if file.name.endswith(".safetensors") and "/" not in file.name)
 
 
-def _listed(model: hf_overlay.Model, sizes: _Sizes) -> Listed:
-    created = max((file.mtime_ns for file in model.files), default=0) // 10**9
+def _listed(model: hf_overlay.Model) -> Listed:
+    config = _config(model.path)
+    context = context_length(config)
     return Listed(
         model.id,
-        created,
-        sizes.context,
-        sizes.context,
+        max((file.mtime_ns for file in model.files), default=0) // 10**9,
+        context,
+        context,
         _weights(model),
-        sizes.kv_bytes,
+        _kv_bytes(config),
         kind=model.task,
         architecture=model.model_type,
-        sees=sizes.sees,
+        sees="vision_config" in config,
         size=model.size_bytes,
         layer=model.source,
         root=model.root,

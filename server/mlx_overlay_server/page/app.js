@@ -172,7 +172,10 @@ function askForKey(problem) {
       <h2 id="key-title">This server needs a key</h2>
       ${problem ? html`<p role="alert">${problem}</p>` : nothing}
       <label>API key <input name="key" type="password" required autocomplete="off" autofocus></label>
-      <p class="hint">It is the server's MLX_OMNI_API_KEY. This tab keeps it until you close it.</p>
+      <p class="hint">
+        It is what the server has in MLX_OMNI_API_KEY, or a key that <code>mlx-omni-server key add</code> made for all
+        models. This tab keeps it until you close it.
+      </p>
       <button>Go on</button>
     </form>`,
     dialog,

@@ -16,7 +16,11 @@ const USES = {
 /** Kinds of models that no chat can be had with. */
 export const NO_CHAT = new Set(["embedding", "reranker"]);
 
+/** Models that the table shows at once, unless all are asked for: those on their way to memory, or in it, come first. */
+const MOST = 100;
+
 let filter = "";
+let showsAll = false;
 
 export function modelsView(state, actions) {
   return html`
@@ -64,6 +68,14 @@ function modelsPart(state, actions) {
   if (!state.models.length) return noModels(state);
   const live = new Map(state.status.models.map((each) => [each.id, each]));
   const wanted = state.models.filter((each) => each.id.toLowerCase().includes(filter.toLowerCase()));
+  const isCut = wanted.length > MOST && !showsAll;
+  const shown = isCut
+    ? [...wanted.filter((each) => live.has(each.id)), ...wanted.filter((each) => !live.has(each.id))].slice(0, MOST)
+    : wanted;
+  const showAll = () => {
+    showsAll = true;
+    actions.draw();
+  };
   const filtered = (event) => {
     filter = event.target.value;
     actions.draw();
@@ -73,7 +85,7 @@ function modelsPart(state, actions) {
       <h2 id="models-title">Models</h2>
       <label class="search"><span>Find</span> <input type="search" .value=${filter} @input=${filtered}></label>
     </div>
-    <table>
+    <table class="cards">
       <thead>
         <tr>
           <th scope="col">Model</th>
@@ -85,10 +97,16 @@ function modelsPart(state, actions) {
         </tr>
       </thead>
       <tbody>
-        ${repeat(wanted, (each) => each.id, (each) => modelRow(each, live.get(each.id), state, actions))}
+        ${repeat(shown, (each) => each.id, (each) => modelRow(each, live.get(each.id), state, actions))}
       </tbody>
     </table>
     ${wanted.length ? nothing : html`<p class="hint">No model has that in its name.</p>`}
+    ${isCut
+      ? html`<p class="hint">
+          ${shown.length} of ${wanted.length} models; find one by a part of its name, or
+          <button type="button" @click=${showAll}>show all</button>
+        </p>`
+      : nothing}
   </section>`;
 }
 
@@ -124,7 +142,9 @@ function context({ context_length: whole, usable_context: usable }) {
 }
 
 function stateOf(now, live, isPinned) {
-  const pin = isPinned ? html` <span class="mark">pinned</span>` : nothing;
+  const pin = isPinned
+    ? html` <span class="mark" title="Until the server ends; for good with pin in a profile">pinned</span>`
+    : nothing;
   if (now === "resident") {
     const users = live?.users ?? 0;
     const use = users ? `in use by ${users}` : live?.idle_seconds != null ? `idle for ${seconds(live.idle_seconds)}` : "";

@@ -20,7 +20,7 @@ export function requestsView({ requests, busy }, actions) {
       <p class="hint">None yet. They are listed here with their times and tokens; their text is not kept.</p>`;
   }
   return html`<h2 id="requests-title">Requests</h2>
-    <table aria-labelledby="requests-title" class="requests">
+    <table aria-labelledby="requests-title" class="cards requests">
       <thead>
         <tr>
           <th scope="col">Time</th>

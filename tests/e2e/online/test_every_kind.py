@@ -168,8 +168,8 @@ def test_mlx_vlm(client: Client) -> None:
     ],
 )
 def test_vllm(client: Client, model_id: str, loaded: str, index: str) -> None:
-    """DefaultModelLoader of 2026 (model_executor/model_loader/default_loader.py, weight_utils.py)."""
-    names = client.get("list_repo_files", model_id)
+    """DefaultModelLoader of 2026 (model_executor/model_loader/default_loader.py, weight_utils.py), replayed."""
+    names = [name.rpartition("/")[2] for name in client.get("list_repo_files", model_id)]
     is_mistral = bool(fnmatch.filter(names, "consolidated*.safetensors"))
     patterns = ["consolidated*.safetensors"] if is_mistral else ["*.safetensors", "*.bin", "*.pt"]
     listed = client.get("huggingface_hub.hffs.ls", model_id, detail=False, revision=None)
@@ -181,6 +181,10 @@ def test_vllm(client: Client, model_id: str, loaded: str, index: str) -> None:
         assert Path(client.get("hf_hub_download", model_id, index)).read_bytes() == LAID[model_id][index]
     else:
         assert client.failure("hf_hub_download", model_id, index).error == "RemoteEntryNotFoundError"
+    settings = client.get("snapshot_download", model_id, allow_patterns="*.json")
+    assert chosen(model_id, "*.json").items() <= contents(settings).items()
+    offline = {"allow_patterns": ["*.safetensors", "*.bin", "*.pt"], "local_files_only": True}
+    assert Path(client.get("snapshot_download", model_id, **offline)) == folder
 
 
 def test_a_dataset_in_a_tier(person: Person, client: Client) -> None:

@@ -48,6 +48,8 @@ def test_an_encoder_embeds_or_ranks(model_type: str, models: Path) -> None:
     found = _found(models, "m", {"model_type": model_type, "architectures": ["XModel"]})
     assert isinstance(found, Model)
     assert found.task == "embedding"
+    if model_type == "nomic_bert":
+        return
     ranks = _found(models, "r", {"model_type": model_type, **HEAD, **ONE})
     assert isinstance(ranks, Model)
     assert ranks.task == "reranker"
@@ -112,11 +114,55 @@ def test_why_an_encoder_is_left_out(config: dict[str, Any], files: dict[str, Any
 
 def test_a_model_of_mlx_lm_that_looks_both_ways_is_left_out(models: Path) -> None:
     """mlx-lm would load it, and its vectors would be wrong."""
-    config = {"model_type": "gemma3_text", "use_bidirectional_attention": True}
-    listed = _modules(TRANSFORMER, POOLING, NORMALIZE)
-    found = _found(models, "m", config, **{"modules.json": listed, "1_Pooling/config.json": {}})
-    assert isinstance(found, Reject)
-    assert "both directions" in found.reason.text
+    files = {"modules.json": _modules(TRANSFORMER, POOLING, NORMALIZE), "1_Pooling/config.json": {}}
+    for config in ({"model_type": "qwen3", "is_causal": False}, {**GEMMA, "model_type": "gemma2"}):
+        found = _found(models, "m", config, **files)
+        assert isinstance(found, Reject)
+        assert "both directions" in found.reason.text
+    ranks = _found(models, "r", {**GEMMA, "architectures": ["Gemma3TextForSequenceClassification"], **ONE})
+    assert isinstance(ranks, Reject)
+
+
+GEMMA = {"model_type": "gemma3_text", "use_bidirectional_attention": True}
+DENSE = {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        ({"1_Pooling/config.json": {}, "2_Dense/config.json": {}, "2_Dense/model.safetensors": "x"}, ""),
+        ({"model.safetensors.index.json": {"weight_map": {"dense.0.weight": "model.safetensors"}}}, ""),
+        ({"model.safetensors.index.json": {"weight_map": {"w": "model.safetensors"}}}, "has no projections"),
+        ({}, "has no projections"),
+        ({"1_Pooling/config.json": {}, "2_Dense/config.json": {}}, "2_Dense/model.safetensors"),
+    ],
+)
+def test_embedding_gemma_has_its_projections_in_folders_or_among_its_weights(
+    files: dict[str, Any], why: str, models: Path
+) -> None:
+    listed = _modules(TRANSFORMER, POOLING, DENSE, NORMALIZE)
+    found = _found(models, "m", GEMMA, **{"modules.json": listed, **files})
+    if why:
+        assert isinstance(found, Reject)
+        assert why in found.reason.text
+    else:
+        assert isinstance(found, Model)
+        assert found.task == "embedding"
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"auto_map": {"AutoModel": "x.Y"}, "activation_function": "swiglu", "num_experts": None}, None),
+        ({"num_experts": 8}, "num_experts '8'"),
+        ({"prenorm": True}, "prenorm 'True'"),
+        ({**HEAD, **ONE}, "nomic-bert that ranks"),
+    ],
+)
+def test_which_nomic_bert_is_taken(config: dict[str, Any], why: str | None, models: Path) -> None:
+    found = _found(models, "m", {"model_type": "nomic_bert", "architectures": ["NomicBertModel"], **config})
+    assert isinstance(found, Model) == (why is None)
+    assert why is None or (isinstance(found, Reject) and why in found.reason.text)
 
 
 def test_only_who_asks_for_encoders_gets_them(models: Path) -> None:

@@ -515,7 +515,9 @@ def test_why_tells_of_datasets_that_are_mapped_and_in_tiers(
     ]
     mapped = hf_overlay("why", "datasets/org/data", "--below", tier, "--map", f"datasets/org/data={rows}")
     assert mapped.out.splitlines()[:2] == [f"{rows} (map): wins", f"{hub / name} (cache): stands behind {rows}"]
-    assert hf_overlay("why", "datasets/org/none", "--below", tier).status == 1
+    nowhere = hf_overlay("why", "datasets/org/none", "--below", tier)
+    assert nowhere.status == 1
+    assert f"{tier} (tier): holds no datasets/org/none\n" in nowhere.out
 
 
 def test_plan_and_doctor_tell_of_tiers(

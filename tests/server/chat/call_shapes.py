@@ -113,6 +113,12 @@ SHAPES = [
     ),
     Shape("tags without marks", "<function=weather><parameter=city>Oslo</parameter></function>", [OSLO]),
     Shape("tags not closed", _block("<function=weather>\n<parameter=city>Oslo\n<parameter=days>3\n"), [THREE]),
+    Shape("tags, and text", "<function=weather><parameter=city>Oslo</parameter></function>\nI wait.", [OSLO], "I wait."),
+    Shape("tags after text", "I look.\n\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>", [OSLO], "I look."),
+    Shape("another model's marks after text", f"I look.\n<TOOLCALL>[{_OSLO}]</TOOLCALL>", [OSLO], "I look."),
+    Shape("DeepSeek's marks", '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Oslo"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>', [OSLO]),
+    Shape("DeepSeek's older form", 'Hm.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{"city": "Oslo"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>', [OSLO], "Hm."),
+    Shape("a tag of another tool after text", "See <function=rm> and <function=weather.", [], "See <function=rm> and <function=weather."),
     Shape(
         "MiniMax's tags", _block('<invoke name="weather"><parameter name="city">Oslo</parameter></invoke>'), [OSLO]
     ),
@@ -139,3 +145,59 @@ SHAPES = [
     Shape("numbers that JSON does not have", _block('{"name": "clock", "arguments": {"at": NaN}}'), [], '{"name": "clock", "arguments": {"at": NaN}}'),
     Shape("code", "```python\nprint(1)\n```", [], "```python\nprint(1)\n```"),
 ]  # fmt: skip
+
+_QUOTE = '<|"|>'
+_KIMI = '<|tool_call_begin|>{}<|tool_call_argument_begin|>{{"city": "Oslo"}}<|tool_call_end|>'
+
+
+def _kimi(*names: str, end: str = "<|tool_calls_section_end|>") -> str:
+    return f"<|tool_calls_section_begin|>{''.join(map(_KIMI.format, names))}{end}"
+
+
+OF_PARSERS = {
+    "qwen3_coder": [
+        Shape("no closing mark of the only parameter", _block("<function=weather>\n<parameter=city>\nOslo\n</function>"), [OSLO]),
+        Shape("no closing mark of the last parameter", _block("<function=weather>\n<parameter=city>\nOslo\n</parameter>\n<parameter=days>\n3\n</function>"), [THREE]),
+        Shape("a parameter without a name", _block("<function=weather>\n<parameter=city>Oslo</parameter>\n<parameter=\n7</parameter>\n</function>"), [OSLO]),
+        Shape("two in a block", _block("<function=weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\n<function=clock>\n</function>"), [OSLO, NOW]),
+        Shape("no opening mark", "<function=weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>", [OSLO]),
+    ],
+    "glm47": [
+        Shape("as it should be", "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call>", [OSLO]),
+        Shape("no closing mark of the value", "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n<arg_key>days</arg_key>\n<arg_value>3\n</tool_call>", [THREE]),
+        Shape("a key closed as a value", "<tool_call>weather\n<arg_key>city</arg_value>\n<arg_value>Oslo</arg_value>\n</tool_call>", [OSLO]),
+        Shape("no opening mark", "weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call>", [OSLO]),
+        Shape("JSON", _block(_OSLO), [OSLO]),
+    ],
+    "kimi_k2": [
+        Shape("as it should be", _kimi("functions.weather:0", "functions.weather:1"), [OSLO, OSLO]),
+        Shape("a name without a prefix", _kimi("weather"), [OSLO]),
+        Shape("a name without a number", _kimi("functions.weather"), [OSLO]),
+        Shape("a section that is not closed", _kimi("functions.weather:0", end=""), [OSLO]),
+        Shape("no section, after text", f"Hm.{_KIMI.format('functions.weather:0')}<|tool_calls_section_end|>", [OSLO], "Hm."),
+    ],
+    "minimax_m2": [
+        Shape("no closing mark of a parameter", '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Oslo\n</invoke>\n</minimax:tool_call>', [OSLO]),
+        Shape("another model's marks after text", f"Hm.\n{_block(_OSLO)}", [OSLO], "Hm."),
+    ],
+    "mistral": [
+        Shape("two calls", '[TOOL_CALLS]weather[ARGS]{"city": "Oslo"}[TOOL_CALLS]clock[ARGS]{}', [OSLO, NOW]),
+        Shape("an id", '[TOOL_CALLS]weather[CALL_ID]abc123def[ARGS]{"city": "Oslo"}', [OSLO]),
+        Shape("a comma too many", '[TOOL_CALLS]weather[ARGS]{"city": "Oslo",}', [OSLO]),
+    ],
+    "pythonic": [
+        Shape("no opening mark", '[weather(city="Oslo")]<|tool_call_end|>', [OSLO]),
+        Shape("no name of the argument", '<|tool_call_start|>[weather("Oslo")]<|tool_call_end|>', [OSLO]),
+    ],
+    "gemma4": [
+        Shape("as it should be", f"<|tool_call>call:weather{{city:{_QUOTE}Oslo{_QUOTE},days:3}}<tool_call|>", [THREE]),
+        Shape("spaces", f"<|tool_call>call:weather{{city: {_QUOTE}Oslo{_QUOTE}, days: 3}}<tool_call|>", [THREE]),
+        Shape("a prefix", f"<|tool_call>call:google:mcp:weather{{city:{_QUOTE}Oslo{_QUOTE}}}<tool_call|>", [OSLO]),
+        Shape("no opening mark", f"call:weather{{city:{_QUOTE}Oslo{_QUOTE}}}<tool_call|>", [OSLO]),
+        Shape("text without quotes", "<|tool_call>call:weather{city:Oslo}<tool_call|>", [], "call:weather{city:Oslo}"),
+    ],
+    "function_gemma": [
+        Shape("a bracket in text", "<start_function_call>call:weather{city:<escape>a}b<escape>}<end_function_call>", [("weather", {"city": "a}b"})]),
+    ],
+}  # fmt: skip
+"""Answers of models whose calls mlx-lm reads by other parsers, by their names."""

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from importlib import import_module
 
 import pytest
-from mlx_overlay_server.chat.calls import Opening, unmarked
-from mlx_overlay_server.chat.events import Event, Reasoning, Text, ToolCall
+from mlx_lm.generate import make_text_state_machine
+from mlx_overlay_server.chat.calls import unmarked
+from mlx_overlay_server.chat.events import Event, FinishReason, Reasoning, Text, ToolCall
 from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.chat.opening import Opening
 from mlx_overlay_server.chat.reader import Reader, Token
 from mlx_overlay_server.chat.requests import Tool
 
-from tests.server.chat.call_shapes import OSLO, SHAPES, TOOLS, Shape
+from tests.server.chat.call_shapes import OF_PARSERS, OSLO, SHAPES, TOOLS, Shape
 
 MARKS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
 _all = pytest.mark.parametrize("shape", SHAPES, ids=[shape.name for shape in SHAPES])
+_others = [(parser, shape) for parser, shapes in OF_PARSERS.items() for shape in shapes]
 
 
 def _joined(events: Sequence[Event], kind: type[Text | Reasoning]) -> str:
@@ -37,21 +43,41 @@ def test_a_call_is_read_as_models_write_it(shape: Shape, is_streamed: bool, mode
     assert reader.reason == ("tool_calls" if shape.calls else "stop")
 
 
+@pytest.mark.parametrize(("parser", "shape"), _others, ids=[f"{parser}: {shape.name}" for parser, shape in _others])
+def test_a_call_is_read_where_mlx_lm_s_own_parser_loses_some_of_it(parser: str, shape: Shape, model: Loaded) -> None:
+    module = import_module(f"mlx_lm.tool_parsers.{parser}")
+    tokenizer = copy.copy(model.tokenizer)
+    tokenizer._tool_parser = module.parse_tool_call  # type: ignore[attr-defined]
+    tokenizer._tool_call_start = module.tool_call_start  # type: ignore[attr-defined]
+    tokenizer._tool_call_end = module.tool_call_end  # type: ignore[attr-defined]
+    own = replace(model, tokenizer=tokenizer, marks=make_text_state_machine(tokenizer))
+    reader = Reader(own, tools=TOOLS)
+    events = [event for byte in shape.says.encode() for event in reader.feed([Token(byte)])] + reader.feed([], "stop")
+    assert (_calls(events), _joined(events, Text).strip()) == (shape.calls, shape.text)
+    marks = [mark for mark in (module.tool_call_start, module.tool_call_end) if mark]
+    _cut_anywhere(shape, own, marks, "length")
+
+
 @_all
 def test_an_answer_cut_anywhere_shows_no_mark_and_calls_no_other_tool(shape: Shape, model: Loaded) -> None:
+    finishes: Sequence[FinishReason] = ("length", "stop", "stop_sequence")
+    for finish in finishes:
+        _cut_anywhere(shape, model, MARKS, finish)
+
+
+def _cut_anywhere(shape: Shape, model: Loaded, marks: Sequence[str], finish: FinishReason) -> None:
     declared = {tool.name for tool in TOOLS}
-    marks = [mark for mark in MARKS if mark not in json.dumps(shape.calls)]  # there, it is an argument
+    marks = [mark for mark in marks if mark not in json.dumps(shape.calls)]  # there, it is an argument
     for size in range(len(shape.says) + 1):
-        for finish in ("length", "stop", "stop_sequence"):
-            reader = Reader(model, tools=TOOLS)
-            events = [event for byte in shape.says[:size].encode() for event in reader.feed([Token(byte)])]
-            events += reader.feed([], finish)
-            said = _joined(events, Text) + _joined(events, Reasoning)
-            where = f"{shape.says[:size]!r}, {finish}"
-            assert not [mark for mark in marks if mark in said], where
-            assert {name for name, _ in _calls(events)} <= declared, where
-            names = [name for name, _ in _calls(events)]
-            assert not shape.calls or names == [name for name, _ in shape.calls][: len(names)], where
+        reader = Reader(model, tools=TOOLS)
+        events = [event for byte in shape.says[:size].encode() for event in reader.feed([Token(byte)])]
+        events += reader.feed([], finish)
+        said = _joined(events, Text) + _joined(events, Reasoning)
+        where = f"{shape.says[:size]!r}, {finish}"
+        assert not [mark for mark in marks if mark in said], where
+        assert {name for name, _ in _calls(events)} <= declared, where
+        names = [name for name, _ in _calls(events)]
+        assert not shape.calls or names == [name for name, _ in shape.calls][: len(names)], where
 
 
 @_all

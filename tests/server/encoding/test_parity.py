@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ import numpy as np
 import pytest
 from mlx_overlay_server.encoding import texts
 from mlx_overlay_server.encoding.requests import EmbedRequest
+from safetensors.numpy import load_file, save_file
 
 from tests.server.encoding.encoding import LIMITS, embedded, encode, load, ranked
-from tests.support.encoders import TYPES, make_encoder
+from tests.support.encoders import TYPES, make_encoder, make_pairs_template
 
 TEXTS = ("cats purr and the rain falls", "why?")
 QUERY, DOCUMENT = "why do cats purr?", "cats purr and dogs bark"
@@ -20,8 +23,10 @@ MODES = {
     "bert": ("cls",),
     "camembert": ("mean",),
     "distilbert": ("max",),
+    "gemma3_text": ("mean",),
     "modernbert": ("mean",),
     "mpnet": ("mean_sqrt_len_tokens",),
+    "nomic_bert": ("mean",),
     "qwen3": ("lasttoken",),
     "roberta": ("weightedmean",),
     "xlm-roberta": ("cls", "mean"),
@@ -30,8 +35,10 @@ VECTORS = {
     "bert": [[0.1085, 0.06608, 0.1713, -0.19654], [0.10704, 0.02615, 0.13452, -0.20075]],
     "camembert": [[-0.10353, -0.1523, 0.04634, 0.15166], [-0.12121, -0.17368, 0.01575, 0.0298]],
     "distilbert": [[-0.08997, 0.31551, 0.19987, 0.32852], [-0.05811, 0.10156, 0.30992, 0.07018]],
+    "gemma3_text": [[-0.0749, 0.10312, 0.0783, 0.54259], [0.21467, 0.10335, -0.28661, -0.10045]],
     "modernbert": [[0.10018, 0.02541, -0.10702, -0.37724], [-0.31679, -0.02731, 0.06951, 0.15195]],
     "mpnet": [[0.01196, 0.21551, -0.21494, 0.34067], [-0.02396, 0.15937, 0.02453, 0.30594]],
+    "nomic_bert": [[0.06674, -0.15244, 0.37141, -0.42024], [0.06634, -0.15562, 0.38582, -0.4258]],
     "qwen3": [[0.18408, 0.36634, -0.18116, 0.00675], [-0.00979, -0.04349, -0.1758, 0.05093]],
     "roberta": [[0.03501, 0.22571, -0.06001, 0.01465], [-0.19906, 0.26424, 0.02251, 0.14693]],
     "xlm-roberta": [[0.45945, 0.09042, -0.02092, 0.18228], [0.30651, 0.12629, -0.03096, 0.07783]],
@@ -59,7 +66,7 @@ def test_vectors(model_type: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(rows[:, :4], VECTORS[model_type], atol=2e-5)
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", SCORES)
 def test_scores_of_heads(model_type: str, tmp_path: Path) -> None:
     (row,) = ranked(make_encoder(tmp_path / "m", model_type, head="ForSequenceClassification"), QUERY, DOCUMENT)
     assert _sigmoid(row) == pytest.approx(SCORES[model_type], abs=2e-5)
@@ -72,12 +79,40 @@ def test_a_chat_model_ranks_by_yes_and_no(tmp_path: Path) -> None:
     assert _sigmoid(ranked(folder, QUERY, DOCUMENT)[0]) == pytest.approx(0.015577, abs=2e-5)
 
 
+def test_a_chat_model_with_a_template_for_pairs_ranks_by_what_that_makes_of_them(tmp_path: Path) -> None:
+    """As newer conversions of Qwen3-Reranker are, for sentence-transformers' CrossEncoder."""
+    folder = make_encoder(tmp_path / "m", "qwen3", head="ForCausalLM", modes=None, prompts={})
+    make_pairs_template(folder, '{{ m.role }}: {{ m["content"] }} |')
+    assert _sigmoid(ranked(folder, QUERY, DOCUMENT)[0]) == pytest.approx(TEMPLATED, abs=2e-5)
+
+
+TEMPLATED = 0.187626
+
+
 def test_a_projection_after_the_pooling(tmp_path: Path) -> None:
     folder = make_encoder(tmp_path / "m", modes=("mean", "max"), dense=5, normalizes=False)
     np.testing.assert_allclose(embedded(folder, TEXTS[0])[0], DENSE, atol=2e-5)
 
 
 DENSE = [0.2337, -0.12074, 0.07028, 0.19601, 0.10911]
+
+
+def test_a_conversion_of_embedding_gemma_has_its_projections_among_its_weights(tmp_path: Path) -> None:
+    """As mlx-embeddings writes it: the folders of the modules are gone, the modules are still listed."""
+    pooled = embedded(make_encoder(tmp_path / "one", "gemma3_text", modes=("mean",), normalizes=False), *TEXTS)
+    random = np.random.default_rng(0)
+    matrices = [random.standard_normal(shape).astype(np.float32) for shape in ((64, 32), (32, 64))]
+    folder = make_encoder(tmp_path / "two", "gemma3_text", modes=("mean",), normalizes=False)
+    shutil.rmtree(folder / "1_Pooling")
+    kinds = ("Transformer", "Pooling", "Dense", "Dense", "Normalize")
+    listed = [{"path": f"{at}_{kind}" if at else "", "type": f"x.{kind}"} for at, kind in enumerate(kinds)]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    weights = load_file(folder / "model.safetensors")
+    own = {f"dense.{number}.weight": matrix for number, matrix in enumerate(matrices)}
+    save_file({**{f"model.{name}": each for name, each in weights.items()}, **own}, folder / "model.safetensors")
+    expected = pooled @ matrices[0].T @ matrices[1].T
+    expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
+    np.testing.assert_allclose(embedded(folder, *TEXTS), expected, atol=2e-5)
 
 
 def test_without_modules_texts_are_pooled_by_the_mean_and_normalised(tmp_path: Path) -> None:
@@ -91,7 +126,7 @@ def test_a_converted_model_of_mlx_lm_embeds_by_its_last_token(tmp_path: Path) ->
     np.testing.assert_array_equal(embedded(converted, *TEXTS), as_trained)
 
 
-@pytest.mark.parametrize("model_type", ["modernbert", "mpnet", "qwen3", "roberta"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "modernbert", "mpnet", "qwen3", "roberta"])
 def test_texts_of_all_lengths_in_one_batch_get_what_each_gets_alone(model_type: str, tmp_path: Path) -> None:
     runner = load(make_encoder(tmp_path / "m", model_type), "embedding")
     many = [" ".join(["cats", "purr", "rain", "why"][at % 4] for at in range(size)) for size in (1, 30, 7, 2, 19)]

@@ -83,7 +83,7 @@ def test_where_caches_cannot_be_cut_one_is_kept_of_what_conversations_share(uncu
 
 
 def _progress(running: Running, **more: Any) -> list[int]:
-    """Where the engine stopped in reading a prompt; the last token is always read by itself."""
+    """How much of a prompt was read after each step."""
     running.add(**more)
     read: list[int] = []
     while running.runner.is_busy:
@@ -92,7 +92,7 @@ def _progress(running: Running, **more: Any) -> list[int]:
     return read
 
 
-@pytest.mark.parametrize(("system", "stops"), [(0, [19, 20]), (8, [8, 19, 20]), (20, [19, 20])])
+@pytest.mark.parametrize(("system", "stops"), [(0, [20]), (8, [8, 20]), (20, [20])])
 def test_where_caches_cannot_be_cut_reading_stops_where_what_is_shared_ends(
     system: int, stops: list[int], uncuttable: Running
 ) -> None:
@@ -102,7 +102,7 @@ def test_where_caches_cannot_be_cut_reading_stops_where_what_is_shared_ends(
 
 def test_what_is_shared_and_cached_already_is_no_stop(uncuttable: Running) -> None:
     uncuttable.read(system=8)
-    assert _progress(uncuttable, prompt=(*PROMPT[:8], *range(65, 75)), system=8) == [17, 18]
+    assert _progress(uncuttable, prompt=(*PROMPT[:8], *range(65, 75)), system=8) == [18]
 
 
 def test_a_conversation_that_goes_on_is_read_from_where_it_stopped(uncuttable: Running) -> None:
@@ -119,5 +119,5 @@ def test_a_conversation_that_goes_on_is_read_from_where_it_stopped(uncuttable: R
 
 
 def test_where_caches_can_be_cut_reading_does_not_stop(running: Running) -> None:
-    assert _progress(running, system=8) == [19, 20]
+    assert _progress(running, system=8) == [20]
     assert running.read((*PROMPT[:8], *range(65, 75)), system=8).cached == 8

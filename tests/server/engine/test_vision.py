@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_overlay_server.chat.loaded import Shown
 from mlx_overlay_server.engine import vision
+from mlx_overlay_server.engine.seen import Seen
 from mlx_overlay_server.engine.vision import SeeingModel, _identity
 from PIL import Image
 
@@ -85,6 +87,55 @@ def test_a_folder_that_cannot_be_read_is_left_to_mlx_lm(tmp_path: Path) -> None:
     assert not vision.is_for(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     assert not vision.is_for(str(tmp_path))
+
+
+# What they keep of images -----------------------------------------------------------------------------------------
+
+
+class _Tower(nn.Module):  # type: ignore[misc]
+    """Counts how often it looks at something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = mx.zeros(1)
+        self.looks = 0
+
+    def __call__(self, pixels: mx.array) -> tuple[mx.array, None]:
+        self.looks += 1
+        return pixels + self.weight, None
+
+
+class _Seeing(nn.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision_tower = _Tower()
+
+
+def _look(seen: Seen, model: _Seeing, number: int) -> None:
+    pixels = np.full(10, number, dtype=np.float32)
+    seen.look_at({"pixel_values": pixels})
+    assert model.vision_tower(mx.array(pixels))[0].tolist() == pixels.tolist()
+
+
+def test_an_image_that_was_seen_is_not_looked_at_again_until_others_take_its_place() -> None:
+    model, seen = _Seeing(), Seen(max_bytes=80)
+    seen.attach(model)
+    assert [name for name, _ in tree_flatten(model.parameters())] == ["vision_tower.weight"]
+    for number, looks in ((1, 1), (1, 1), (2, 2), (1, 2), (3, 3), (1, 3), (2, 4)):
+        _look(seen, model, number)
+        assert model.vision_tower.looks == looks
+    seen.forget()
+    _look(seen, model, 2)
+    assert model.vision_tower.looks == 5
+
+
+def test_what_takes_more_than_may_be_kept_is_not_kept() -> None:
+    model, seen = _Seeing(), Seen(max_bytes=39)
+    seen.attach(model)
+    for looks in (1, 2):
+        _look(seen, model, 1)
+        assert model.vision_tower.looks == looks
+    assert not len(seen)
 
 
 # What they say ----------------------------------------------------------------------------------------------------
@@ -181,7 +232,10 @@ def test_prompts_read_in_pieces_are_answered_as_by_mlx_vlm(
     model = SeeingModel(inner)
     cache = model.make_cache()
     shown = Shown({**arrays, "attention_mask": np.array(mask)}, tuple(prompt))
+    first = model.sequence(prompt, shown, cache)
     sequence = model.sequence(prompt, shown, cache)
+    assert len(model.seen) == 1
+    assert mx.array_equal(first.embeddings, sequence.embeddings)
     assert sequence.in_pieces
     for start in range(0, len(prompt) - 1, piece):
         end = min(start + piece, len(prompt) - 1)

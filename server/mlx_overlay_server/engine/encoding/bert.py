@@ -200,8 +200,7 @@ class Model(nn.Module):
     def hidden(self, batch: Batch) -> mx.array:
         """Return the last hidden state of each token."""
         types = (mx.arange(batch.longest) >= batch.first[:, None]).astype(mx.int32)
-        mask = batch.real[:, None, None, :] if batch.is_padded else None
-        return self.encoder(self.embeddings(batch.tokens, types), mask)
+        return self.encoder(self.embeddings(batch.tokens, types), batch.mask)
 
     def scores(self, hidden: mx.array, batch: Batch) -> mx.array:  # noqa: ARG002 - as those of other models
         """Return the logit of each pair."""

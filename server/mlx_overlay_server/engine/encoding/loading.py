@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from hf_overlay.catalog.tasks import ENCODERS
+from hf_overlay.catalog import tasks
 from mlx_lm.utils import load_model
 
 from mlx_overlay_server.chat.loaded import context_length
-from mlx_overlay_server.encoding.loaded import LoadedEncoder
+from mlx_overlay_server.encoding.loaded import LoadedEncoder, Way
 from mlx_overlay_server.engine import mlx
 from mlx_overlay_server.engine.commands import Load
-from mlx_overlay_server.engine.encoding import bert, facts, modernbert
+from mlx_overlay_server.engine.encoding import bert, facts, gemma, modernbert, nomic
 from mlx_overlay_server.engine.encoding.causal import Causal
 from mlx_overlay_server.engine.encoding.facts import Facts
 from mlx_overlay_server.engine.encoding.pooling import Pooling
@@ -45,7 +45,7 @@ def load(
     yield from turns(checking, math.inf)
     checking.result()
     model, config = load_model(path, lazy=True, get_model_classes=_classes, trust_remote_code=options.trust_remote_code)
-    is_encoder = config["model_type"] in ENCODERS
+    is_encoder = _is_encoder(config)
     reading = apart(partial(facts.read, path, default="mean" if is_encoder else "lasttoken"))
     for part in slices([model]):
         mx.eval(part)
@@ -57,11 +57,11 @@ def load(
     fits = shares.tokens(nbytes, kv_bytes) if shares is not None else None
     context = fitting(_context(config, known), fits, path)
     whole: Any = model if is_encoder else Causal(model, _answers(command, model, known))
-    pooling = Pooling(known) if command.task == "embedding" else None
+    pooling = Pooling(known, getattr(model, "dense", ())) if command.task == "embedding" else None
     loaded = LoadedEncoder(
         key=command.key,
         path=command.path,
-        way="embedding" if pooling is not None else "pair" if is_encoder else "dialogue",
+        way=_way(command, known, is_encoder=is_encoder),
         nbytes=nbytes,
         vocab_size=int(config.get("vocab_size") or config["text_config"]["vocab_size"]),
         context=context,
@@ -74,12 +74,23 @@ def load(
     yield EncodingRunner(loaded, whole, pooling, options)
 
 
+def _is_encoder(config: Mapping[str, Any]) -> bool:
+    return config["model_type"] in tasks.ENCODERS or tasks.is_gemma(config)
+
+
 def _classes(config: dict[str, Any]) -> tuple[Any, Any]:
-    kind = config["model_type"]
-    if kind not in ENCODERS:
+    if tasks.is_gemma(config):
+        return gemma.classes(config)
+    if not _is_encoder(config):
         return mlx.headless_classes(config)
-    module: Any = modernbert if kind == "modernbert" else bert
+    module: Any = {"modernbert": modernbert, "nomic_bert": nomic}.get(config["model_type"], bert)
     return module.Model, module.ModelArgs
+
+
+def _way(command: Load, known: Facts, *, is_encoder: bool) -> Way:
+    if command.task == "embedding":
+        return "embedding"
+    return "pair" if is_encoder else "template" if known.has_template else "dialogue"
 
 
 def _answers(command: Load, model: Any, known: Facts) -> tuple[int, ...]:

@@ -161,12 +161,7 @@ class Model(nn.Module):
 
     def hidden(self, batch: Batch) -> mx.array:
         """Return the last hidden state of each token."""
-        everywhere = batch.real[:, None, None, :] if batch.is_padded else None
-        nearby = everywhere
-        if batch.longest > self.args.window:
-            at = mx.arange(batch.longest)
-            near = mx.abs(at[:, None] - at[None, :]) <= self.args.window
-            nearby = near if everywhere is None else near & everywhere
+        everywhere, nearby = batch.mask, batch.mask_near(self.args.window)
         x = self.embeddings(batch.tokens)
         for layer, is_local in zip(self.layers, self.args.is_local, strict=True):
             x = layer(x, nearby if is_local else everywhere)

@@ -33,6 +33,19 @@ class Batch(NamedTuple):
         """For each row and position, whether a token of the text is there."""
         return mx.arange(self.longest) < self.lengths[:, None]
 
+    @property
+    def mask(self) -> mx.array | None:
+        """What tokens attend to: those of their text; None: all that there are."""
+        return self.real[:, None, None, :] if self.is_padded else None
+
+    def mask_near(self, window: int) -> mx.array | None:
+        """Return the same for tokens that attend to those which are at most `window` away, on either side."""
+        if self.longest <= window:
+            return self.mask
+        at = mx.arange(self.longest)
+        near = mx.abs(at[:, None] - at[None, :]) <= window
+        return near if self.mask is None else near & self.mask
+
 
 def batch_of(texts: Sequence[Passage]) -> Batch:
     """Return a batch of at least one text."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -16,10 +16,12 @@ Step = Callable[[mx.array], mx.array]
 class Pooling:
     """How a model makes one vector of a text."""
 
-    def __init__(self, known: Facts) -> None:
-        """Load what the model's modules need."""
+    def __init__(self, known: Facts, projections: Sequence[Step] = ()) -> None:
+        """Load what the model's modules need. `projections`: those that are among its weights, if no file has them."""
         self._modes = known.modes
         self._steps: list[Step] = [_normalised if step is None else _dense(step) for step in known.steps]
+        if all(step is None for step in known.steps):
+            self._steps = [*projections, *self._steps]
 
     def __call__(self, hidden: mx.array, batch: Batch) -> mx.array:
         """Return a row for each text, in single precision."""

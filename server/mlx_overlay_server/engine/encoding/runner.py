@@ -144,7 +144,7 @@ class EncodingRunner:
         started = self._clock()
         batch = batch_of(texts)
         rows = self._rows(self._model.hidden(batch), batch)
-        self._pace.note(len(texts) * batch.longest, 0, self._clock() - started, is_decoding=False)
+        self._pace.note_read(len(texts) * batch.longest, 0, self._clock() - started)
         return self._note(chosen, rows)
 
     def _read_part(self, long: _Long) -> list[tuple[int, Item]]:
@@ -157,7 +157,7 @@ class EncodingRunner:
         hidden = self._model.hidden(batch_of([part]), long.cache)
         mx.eval(hidden, [layer.state for layer in long.cache])
         long.parts.append(hidden)
-        self._pace.note(len(part.tokens), long.done, self._clock() - started, is_decoding=False)
+        self._pace.note_read(len(part.tokens), long.done, self._clock() - started)
         long.done += len(part.tokens)
         if long.done < len(long.text.tokens):
             return []

@@ -1,0 +1,129 @@
+"""nomic-bert: BERT with rotary positions, gated units and no biases."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_overlay_server.engine.encoding.parts import Batch
+
+_UNUSED = re.compile(r"^(cls|lm_head|pooler)\.")
+
+
+@dataclass
+class ModelArgs:
+    """What a config.json says."""
+
+    vocab_size: int
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    token_types: int
+    theta: float
+    eps: float
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> ModelArgs:
+        """Read a config.json, as on the Hub or with the names of transformers 5."""
+        hidden = config.get("n_embd") or config["hidden_size"]
+        rope = config.get("rope_parameters") or {}
+        return cls(
+            config["vocab_size"],
+            hidden,
+            config.get("n_layer") or config["num_hidden_layers"],
+            config.get("n_head") or config["num_attention_heads"],
+            config.get("n_inner") or config.get("intermediate_size") or 4 * hidden,
+            config.get("type_vocab_size", 2),
+            float(config.get("rotary_emb_base") or rope.get("rope_theta", 1000.0)),
+            config.get("layer_norm_epsilon") or config.get("layer_norm_eps", 1e-12),
+        )
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(args.vocab_size, args.hidden)
+        self.token_type_embeddings = nn.Embedding(args.token_types, args.hidden)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        out: mx.array = self.word_embeddings(tokens) + self.token_type_embeddings(mx.zeros_like(tokens))
+        return out
+
+
+class _Attention(nn.Module):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.heads = args.heads
+        self.scale = (args.hidden // args.heads) ** -0.5
+        self.Wqkv = nn.Linear(args.hidden, 3 * args.hidden, bias=False)
+        self.out_proj = nn.Linear(args.hidden, args.hidden, bias=False)
+        self.rope = nn.RoPE(args.hidden // args.heads, base=args.theta)
+
+    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
+        rows, length, size = x.shape
+        made = self.Wqkv(x).reshape(rows, length, 3, self.heads, -1).transpose(2, 0, 3, 1, 4)
+        queries, keys = self.rope(made[0]), self.rope(made[1])
+        out = mx.fast.scaled_dot_product_attention(queries, keys, made[2], scale=self.scale, mask=mask)
+        projected: mx.array = self.out_proj(out.transpose(0, 2, 1, 3).reshape(rows, length, size))
+        return projected
+
+
+class _Mlp(nn.Module):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.fc11 = nn.Linear(args.hidden, args.intermediate, bias=False)
+        self.fc12 = nn.Linear(args.hidden, args.intermediate, bias=False)
+        self.fc2 = nn.Linear(args.intermediate, args.hidden, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        out: mx.array = self.fc2(self.fc11(x) * nn.silu(self.fc12(x)))
+        return out
+
+
+class _Layer(nn.Module):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.attn = _Attention(args)
+        self.mlp = _Mlp(args)
+        self.norm1 = nn.LayerNorm(args.hidden, eps=args.eps)
+        self.norm2 = nn.LayerNorm(args.hidden, eps=args.eps)
+
+    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
+        x = self.norm1(x + self.attn(x, mask))
+        out: mx.array = self.norm2(x + self.mlp(x))
+        return out
+
+
+class _Layers(nn.Module):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.layers = [_Layer(args) for _ in range(args.layers)]
+
+
+class Model(nn.Module):
+    """nomic-bert, which embeds."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        """Make the modules; their weights are loaded afterwards."""
+        super().__init__()
+        self.embeddings = _Embeddings(args)
+        self.emb_ln = nn.LayerNorm(args.hidden, eps=args.eps)
+        self.encoder = _Layers(args)
+
+    def hidden(self, batch: Batch) -> mx.array:
+        """Return the last hidden state of each token."""
+        x: mx.array = self.emb_ln(self.embeddings(batch.tokens))
+        for layer in self.encoder.layers:
+            x = layer(x, batch.mask)
+        return x
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Give all weights the names that they have here, and leave out those that nothing here uses."""
+        named = {name.removeprefix("bert."): value for name, value in weights.items()}
+        return {name: value for name, value in named.items() if _UNUSED.match(name) is None}

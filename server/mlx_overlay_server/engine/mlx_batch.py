@@ -1,0 +1,131 @@
+"""mlx-lm's continuous batch with the parts of its step as calls of their own: a part of `mlx`.
+
+`BatchGenerator.next` draws a token for each sequence, then reads a piece of each prompt, and returns when both are
+done. So what was drawn is handed on only after the reading, and a prompt that was read to its end gets its first token
+when two more pieces of other prompts were read. Here it begins to generate at once, and nobody's token waits.
+
+What the docstring of `mlx` says holds here, too.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from mlx_lm.generate import BatchGenerator, GenerationBatch
+
+from mlx_overlay_server.engine.mlx import Cache
+
+
+class Batch:
+    """The sequences of one model that share their steps."""
+
+    def __init__(self, model: Any, *, size: int, prefill_step: int, stream: Any) -> None:
+        """`size`: sequences that it has room for; `prefill_step`: tokens of a prompt that are computed at once."""
+        self._generator = _generator(
+            model,
+            completion_batch_size=size,
+            prefill_batch_size=size,
+            prefill_step_size=prefill_step,
+            stream=stream,
+        )
+        self._tokens: dict[int, int] = {}
+        """By number of its sequence, the tokens that the running step reads; empty until one is asked for."""
+
+    def insert(
+        self,
+        segments: list[list[int]],
+        max_tokens: int,
+        *,
+        cache: Cache | None = None,
+        read: list[int] | None = None,
+        sampler: Any = None,
+        processors: Any = None,
+        stops: Any = None,
+    ) -> int:
+        """Take a sequence in, and return a number for it. Reading pauses after each of its segments.
+
+        `cache` is the KV cache of what was `read` of it already. The sequence must be among those of the next `read`.
+        """
+        (uid,) = self._generator.insert_segments(
+            segments=[segments],
+            max_tokens=[max_tokens],
+            caches=[cache],
+            all_tokens=[read or []],
+            samplers=None if sampler is None else [sampler],
+            logits_processors=None if processors is None else [processors],
+            stop_sequences=None if stops is None else [stops],
+        )
+        return int(uid)
+
+    def remove(self, uid: int) -> None:
+        """Drop a sequence."""
+        self._generator.remove([uid])
+
+    def take_out(self, uid: int) -> tuple[Cache, list[int]]:
+        """Drop a sequence, and return its KV cache and the tokens in that."""
+        ((cache, tokens),) = self._generator.remove([uid], return_prompt_caches=True).values()
+        return cache, list(tokens)
+
+    def extract(self, uid: int) -> tuple[Cache, list[int]]:
+        """Return the KV cache of a sequence, which stays, and the tokens in that. A later step changes it."""
+        ((cache, tokens),) = self._generator.extract_cache([uid]).values()
+        return cache, tokens
+
+    def read(self, tokens: int) -> list[Any]:
+        """Read up to so many tokens of each prompt, but for its last token. Returns BatchGenerator's responses."""
+        return self._advance(tokens)
+
+    def begin(self) -> list[Any]:
+        """Let the prompts that are read but for their last tokens generate. Returns BatchGenerator's responses."""
+        return [part for part in self._advance(0) if part.end_of_prompt]
+
+    def draw(self) -> list[Any]:
+        """Draw a token for each sequence that generates. Returns BatchGenerator's responses for them.
+
+        Call `begin` before, where a prompt has ended.
+        """
+        self._generator.prefill_step_size = 0
+        drawn: list[Any] = self._generator.next()[1]
+        self._tokens = {}
+        return drawn
+
+    def current(self, uid: int) -> int:
+        """Return the token that a sequence drew in the step before, for the logits processors that a step calls.
+
+        The first call in a step fetches the tokens of all sequences from the device, which waits for them.
+        """
+        if uid not in self._tokens:
+            rows = self._generator._generation_batch  # noqa: SLF001 - asking the arrays that processors get: a wait for each
+            tokens: Any = rows._current_tokens.tolist()  # noqa: SLF001
+            self._tokens = dict(zip(rows.uids, tokens, strict=True))
+        return self._tokens[uid]
+
+    def _advance(self, tokens: int) -> list[Any]:
+        """Do what `BatchGenerator.next` does beside drawing: it finds no sequence that generates."""
+        generator = self._generator
+        rows = generator._generation_batch  # noqa: SLF001 - the two halves have no names of their own
+        begun = generator._generation_batch = GenerationBatch.empty(generator.model, generator.sampler)  # noqa: SLF001
+        generator.prefill_step_size = tokens
+        try:
+            told: list[Any] = generator.next()[0]
+        finally:
+            generator._generation_batch = rows  # noqa: SLF001
+        if len(begun):
+            rows.extend(begun)
+        return told
+
+
+def _generator(model: Any, **options: Any) -> Any:
+    """Return a BatchGenerator that leaves the wired limit alone.
+
+    By itself it sets the limit, and when it goes it restores the one that it found: in the middle of what another
+    model computes, which MLX forbids, and to nothing at all where it was the first of several.
+    """
+    generate: Any = importlib.import_module("mlx_lm.generate")  # the package has a function of that name
+    original = generate.maybe_set_recommended_wired_limit
+    generate.maybe_set_recommended_wired_limit = lambda: None  # "no limit was set": then it restores none, either
+    try:
+        return BatchGenerator(model, **options)
+    finally:
+        generate.maybe_set_recommended_wired_limit = original
