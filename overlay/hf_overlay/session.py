@@ -3,8 +3,6 @@
 settings -> catalog (what is on the disk) -> plan (what the tree must hold) -> tree (made, switched, removed)
 """
 
-from __future__ import annotations
-
 import errno
 import logging
 import os
@@ -76,17 +74,17 @@ class Session:
         self._published = _answering(catalog, plan)
 
     @property
-    def path(self) -> Path:
+    def path(self) -> "Path":
         """The session's own folder (0700)."""
         return _path(self._owner.path)
 
     @property
-    def hub_cache(self) -> Path:
+    def hub_cache(self) -> "Path":
         """The overlay as a Hugging Face cache: the value of HF_HUB_CACHE for programs."""
         return _path(self._tree.hub)
 
     @property
-    def home(self) -> Path:
+    def home(self) -> "Path":
         """The overlay as an HF_HOME, for programs that know no other variable."""
         return _path(self._tree.home)
 
@@ -155,13 +153,13 @@ class Session:
         """The ids of models that the last refresh knew to be away, each with the folder that held it."""
         return self._catalog.models_away
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> "list[Finding]":
         """What `hf-overlay doctor` finds, each with what to do about it. The disks are looked at now."""
         from hf_overlay import doctor
 
         return doctor.examine(self._catalog, self._environ)
 
-    def resolve(self, model_id: str) -> Path:
+    def resolve(self, model_id: str) -> "Path":
         """The folder to load for an id: the user's own, else the real cache's snapshot, else a tier's.
 
         Raises InvalidModelId, ModelNotFound, SourceAway when the drive that held the model is gone, or IncompleteModel
@@ -412,7 +410,7 @@ class Session:
         return "nothing is downloaded meanwhile (to download all the same, and hold it here: --hold-downloads)"
 
 
-def _path(path: str) -> Path:
+def _path(path: str) -> "Path":
     from pathlib import Path  # takes a while to import, and the command needs none
 
     return Path(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -13,28 +13,21 @@ from hf_overlay import Task
 
 from mlx_overlay_server import access, profiles
 from mlx_overlay_server.chat import prompt as chat
-from mlx_overlay_server.chat.events import (
-    Done,
-    Event,
-    FinishReason,
-    TokenLogprob,
-    Usage,
-)
+from mlx_overlay_server.chat.events import Done, Event, FinishReason, Usage
 from mlx_overlay_server.chat.loaded import Loaded
-from mlx_overlay_server.chat.reader import Token
 from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, TextRequest
 from mlx_overlay_server.encoding.loaded import AnyLoaded, LoadedEncoder
 from mlx_overlay_server.encoding.requests import EmbedRequest, EncodeRequest
-from mlx_overlay_server.engine.commands import Item, Prefilled, PromptScores, Sampled, Scored
 from mlx_overlay_server.engine.handle import Engine
-from mlx_overlay_server.errors import InvalidRequest, Overloaded, ServerError, Stopped, Unavailable, UnknownModel
+from mlx_overlay_server.errors import InvalidRequest, Overloaded, Stopped, Unavailable, UnknownModel
 from mlx_overlay_server.live import Live, Target
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.library import Library, Listed
 from mlx_overlay_server.models.pool import Pool
+from mlx_overlay_server.news import received
 from mlx_overlay_server.preparation import Answer, Preparation
 from mlx_overlay_server.recent import Recent, RequestRecord
-from mlx_overlay_server.scores import add_scored, beginning, named
+from mlx_overlay_server.scores import add_scored, beginning
 from mlx_overlay_server.settings import Limits, Settings
 from mlx_overlay_server.turns import Turns
 
@@ -292,11 +285,15 @@ class Service:
         mailbox = self.engine.submit(answer.submit for answer in answers)
         ticket.on_stop = lambda: mailbox.put(answers[0].submit.id, _stopped())
         has_tokens = False
+
+        def note(said: Callable[[], str]) -> None:
+            ticket.note = said
+
         try:
             while open_:
                 if ticket.is_stopped:
                     raise _stopped()
-                came = _sorted(model, await mailbox.take(), ticket)
+                came = received(model, await mailbox.take(), note)
                 for id_, news in came.items():
                     if id_ not in open_:  # sampled before it was cancelled
                         continue
@@ -370,41 +367,6 @@ async def gathered(batches: AsyncIterator[Batch], answers: int) -> list[list[Eve
     return events
 
 
-@dataclass(slots=True)
-class _News:
-    """The items that the engine has sent for one sequence since the last take."""
-
-    cached: int | None = None
-    """Set once the prompt is in the KV cache: how many of its tokens were before."""
-    scores: list[Scored] = field(default_factory=list)
-    """Of the prompt's tokens."""
-    has_sampled: bool = False
-    tokens: list[Token] = field(default_factory=list)
-    end: FinishReason | None = None
-
-
-def _sorted(model: Loaded, items: Iterable[tuple[int, Item]], ticket: Ticket) -> dict[int, _News]:
-    """Sort what came by the ids of sequences. Raises the error that one of them ended in."""
-    came: dict[int, _News] = {}
-    for id_, item in items:
-        if isinstance(item, Sampled):
-            news = came.setdefault(id_, _News())
-            news.has_sampled = True
-            if item.finish != "stop":  # the end mark is no part of the answer
-                news.tokens.append(_token(model, item))
-            if item.finish is not None:
-                news.end = "stop" if item.finish == "stop" else "length"
-        elif isinstance(item, Prefilled):
-            ticket.note = _reading(item)
-            if item.done == item.total:
-                came.setdefault(id_, _News()).cached = item.cached
-        elif isinstance(item, PromptScores):
-            came.setdefault(id_, _News()).scores += item.tokens
-        elif isinstance(item, ServerError):
-            raise item
-    return came
-
-
 def _least(*numbers: int | None) -> int | None:
     """Return the least of the numbers that are known; None where none is."""
     return min((each for each in numbers if each is not None), default=None)
@@ -412,14 +374,3 @@ def _least(*numbers: int | None) -> int | None:
 
 def _stopped() -> Stopped:
     return Stopped("this request was stopped by whoever looks after the server")
-
-
-def _reading(item: Prefilled) -> Callable[[], str]:
-    return lambda: f"reading the prompt: {item.done} of {item.total} tokens"
-
-
-def _token(model: Loaded, item: Sampled) -> Token:
-    if item.logprob is None:
-        return Token(item.token)
-    top = tuple((*named(model, token), logprob) for token, logprob in item.top)
-    return Token(item.token, TokenLogprob(*named(model, item.token), item.logprob, top))

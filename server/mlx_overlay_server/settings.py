@@ -43,7 +43,10 @@ class EngineOptions:
     prefill_step: int = 2048
     """Tokens of prompts that one pass of a model reads at most."""
     max_stall_ms: int = 250
-    """Milliseconds that a decoding sequence waits at most for others' prompts, between two of its tokens."""
+    """Milliseconds that a decoding sequence waits at most for others' prompts, between two of its tokens.
+
+    Where decoding itself takes more than half of them, reading takes as long as that.
+    """
     cache_bytes: int | None = None
     """Bytes of KV caches that are kept for later prompts; None: a part of the machine's memory (`memory`)."""
     kv_disk: int = 20 * 10**9

@@ -201,7 +201,7 @@ def test_what_the_schema_forbids_is_refused(method: str, path: str, schema: Any,
 
 def _try_out(server: Server, operation: Any, mode: GenerationMode) -> None:
     @settings(
-        max_examples=25,
+        max_examples=15,
         derandomize=True,
         database=None,
         phases=[Phase.generate, Phase.shrink],

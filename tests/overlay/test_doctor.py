@@ -100,7 +100,7 @@ def test_apple_double_files(models: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("a--b", "`--`"), ("org/sub/name", "more than one `/`"), ("é", "characters")]
+    ("name", "why"), [("a--b", "`--`"), ("org/sub/name", "more than one `/`"), ("é", "letters, digits")]
 )
 def test_ids_that_no_hub_client_accepts(models: Path, name: str, why: str) -> None:
     lay_model(models / name)

@@ -68,7 +68,10 @@ for word; do case "$word" in *=*) ;; *) grep -q "^$word:" {ROOT}/Makefile || exi
 _STAND_INS = {
     "make": _MAKE,
     "mlx.launch": _LAUNCHER,
-    **dict.fromkeys(("pip", "uv", "claude", "codex", "launchctl", "python", "CMD", "source"), "#!/bin/sh\nexit 0\n"),
+    **dict.fromkeys(
+        ("pip", "uv", "claude", "codex", "docker", "hf", "launchctl", "pytest", "python", "CMD", "source"),
+        "#!/bin/sh\nexit 0\n",
+    ),
 }
 
 
@@ -133,6 +136,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
                 "/Volumes/NAS/lmstudio": str(top / "nowhere"),
                 "/shared/huggingface/hub": str(top / "hub"),
                 "/data/experiment-3": str(models / "org" / "name"),
+                "$RUNNER_TEMP": str(top / "runner"),
                 "http://127.0.0.1:10240": server.url,
                 "…": "x",
                 "| source": "| cat",

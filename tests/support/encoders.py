@@ -76,6 +76,30 @@ def make_encoder(
     return folder
 
 
+def make_pairs_template(folder: Path, each: str, *, default_prompt: str | None = None) -> None:
+    """Make a chat model one that ranks by its chat template, which writes `each` for each message `m`."""
+    listed = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+        {
+            "idx": 1,
+            "name": "1",
+            "path": "1_LogitScore",
+            "type": "sentence_transformers.cross_encoder.modules.LogitScore",
+        },
+    ]
+    _write(folder / "modules.json", listed)
+    (folder / "1_LogitScore").mkdir()
+    yes, no = (VOCABULARY.index(word) for word in ("yes", "no"))
+    _write(folder / "1_LogitScore/config.json", {"true_token_id": yes, "false_token_id": no})
+    template = f"{{% for m in messages %}}{each}{{% endfor %}}"
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    known = json.loads((folder / "config_sentence_transformers.json").read_text())
+    _write(
+        folder / "config_sentence_transformers.json",
+        {**known, "default_prompt_name": default_prompt, "model_type": "CrossEncoder"},
+    )
+
+
 def _config(model_type: str, head: str, labels: int) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architectures": [_NAMES[model_type] + head],

@@ -23,7 +23,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 MODULES = {
+    "overlay/hf_overlay/catalog/index.py": ["tests/overlay/catalog/test_index.py"],
     "overlay/hf_overlay/catalog/plan.py": ["tests/overlay/catalog/test_plan.py"],
+    "overlay/hf_overlay/catalog/walk.py": [
+        "tests/overlay/catalog/test_discovery.py",
+        "tests/overlay/catalog/test_index.py",
+        "tests/overlay/test_abreast.py",
+    ],
+    "overlay/hf_overlay/gateway/connection.py": ["tests/overlay/gateway/test_connections.py"],
+    "overlay/hf_overlay/gateway/upstream.py": [
+        "tests/overlay/gateway/test_connections.py",
+        "tests/overlay/gateway/test_headers.py",
+        "tests/overlay/gateway/test_upstream.py",
+    ],
     "overlay/hf_overlay/hfcache.py": ["tests/overlay/test_hfcache*.py", "tests/overlay/catalog/test_discovery.py"],
     "overlay/hf_overlay/tree/lease.py": [
         "tests/overlay/tree/test_dead_or_alive.py",
@@ -34,15 +46,26 @@ MODULES = {
         "tests/overlay/tree/test_payloads_outlive_refreshes.py",
         "tests/overlay/tree/test_writeback*.py",
     ],
+    "overlay/hf_overlay/tree/shared.py": ["tests/overlay/tree/test_shared.py"],
+    "server/mlx_overlay_server/access.py": ["tests/server/test_access.py"],
     "server/mlx_overlay_server/api/guard.py": ["tests/server/api/test_guard*.py"],
     "server/mlx_overlay_server/chat/prompt.py": ["tests/server/chat/test_prompt*.py"],
     "server/mlx_overlay_server/chat/reader.py": ["tests/server/chat/test_reader*.py"],
+    "server/mlx_overlay_server/configuration.py": [
+        "tests/server/test_configuration.py",
+        "tests/server/test_server_table.py",
+    ],
+    "server/mlx_overlay_server/engine/disk/blocks.py": ["tests/server/engine/disk/test_blocks.py"],
+    "server/mlx_overlay_server/engine/disk/store.py": ["tests/server/engine/disk/test_store.py"],
     "server/mlx_overlay_server/engine/prefix_cache.py": ["tests/server/engine/test_prefix*.py"],
     "server/mlx_overlay_server/engine/sampling.py": [
         "tests/server/engine/test_sampling*.py",
         "tests/server/engine/test_reasoning_budget.py",
     ],
+    "server/mlx_overlay_server/live.py": ["tests/server/test_live.py", "tests/server/test_profiles.py"],
     "server/mlx_overlay_server/models/pool.py": ["tests/server/models/test_pool*.py"],
+    "server/mlx_overlay_server/profiles.py": ["tests/server/test_profiles.py", "tests/server/test_server_table.py"],
+    "server/mlx_overlay_server/recent.py": ["tests/server/test_recent.py"],
 }
 """Module -> patterns of the fast tests that guard it. A module that moves is renamed here and nowhere else."""
 

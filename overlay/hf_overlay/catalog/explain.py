@@ -51,7 +51,7 @@ def other_repo(
     repo_id: str,
     layers: Sequence[Source],
     cached: str,
-    in_tiers: Iterable[str],
+    in_tiers: Sequence[str],
     *,
     is_cached: bool,
 ) -> list[Candidate]:
@@ -76,8 +76,12 @@ def other_repo(
         candidates.append(Candidate(path, layer, reason))
     if not is_cached:
         candidates.append(Candidate(cached, "cache", Reason(Code.MISSING, "does not exist")))
-    problems = ((source, source.problem) for source in layers if source.layer != "custom")
-    return candidates + [Candidate(each.root, each.layer, why) for each, why in problems if why is not None]
+    for source in layers:
+        if source.layer != "custom" and source.problem is not None:
+            candidates.append(Candidate(source.root, source.layer, source.problem))
+        elif source.layer == "tier" and not any(path.startswith(f"{source.root}/") for path in in_tiers):
+            candidates.append(Candidate(source.root, "tier", Reason(Code.MISSING, f"holds no {kind}/{repo_id}")))
+    return candidates
 
 
 def _not_found_in(

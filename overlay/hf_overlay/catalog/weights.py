@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from hf_overlay.catalog import links
 from hf_overlay.catalog.files import Unfit, read_json
@@ -56,7 +56,18 @@ def check(path: str, files: Collection[File], broken: Collection[str], *, requir
     if required and not any(name.startswith("model") for name in found):
         if dangling := [name for name in broken if name.endswith(".safetensors")]:
             raise Unfit(Code.BROKEN_LINK, f"{dangling[0]} is a broken link")
-        raise Unfit(Code.NO_WEIGHTS, "has no weights (model*.safetensors)")
+        raise Unfit(Code.NO_WEIGHTS, _why_none(sizes))
+
+
+def _why_none(names: Iterable[str]) -> str:
+    """Return why a folder has no weights that mlx-lm reads, as the end of a sentence."""
+    pickle = next((name for name in sorted(names) if name.startswith("pytorch_model") and name.endswith(".bin")), None)
+    if pickle is None:
+        return "has no weights (model*.safetensors)"
+    return (
+        f"has weights in {pickle} alone, a pickle, which may hold code and is never opened: have transformers write "
+        "model.safetensors (from_pretrained, then save_pretrained)"
+    )
 
 
 def _named_in_index(path: str) -> set[str]:

@@ -51,7 +51,10 @@ class Opening:
         if not 0 < sum(len(tool.name) for tool in tools) <= self.LONGEST_NAMES:
             raise ValueError("no names to look for")
         names = "|".join(regex.escape(tool.name) for tool in tools)
-        name = rf"(?:function<｜tool▁sep｜>)?{PREFIX}(?:{names})"
+        known = (
+            rf"(?(DEFINE)(?P<name>(?:function<｜tool▁sep｜>)?{PREFIX}(?:{names})))"  # once: it takes long to compile
+        )
+        name = "(?&name)"
         keys = "|".join(NAMES)
         quoted = rf"[\"']{name}[\"']"
         envelope = r"(?:[\"']type[\"']\s*:\s*[\"']function[\"']\s*,\s*)?(?:[\"']?function[\"']?\s*:\s*\{\s*)?"
@@ -65,8 +68,8 @@ class Opening:
             tag,
         )
         head = "|".join(heads)
-        self._pattern = regex.compile(rf"(?:\s|{WRAPPER})*(?:{head})")
-        self._marked = regex.compile(rf"{tag}|(?:{_MARK})(?:\s|{WRAPPER})*(?:{head})")
+        self._pattern = regex.compile(rf"{known}(?:\s|{WRAPPER})*(?:{head})")
+        self._marked = regex.compile(rf"{known}(?:{tag}|(?:{_MARK})(?:\s|{WRAPPER})*(?:{head}))")
 
     def may_follow(self, text: str) -> bool:
         """Return whether an answer that begins with a text, and what may come after it, can be a call."""

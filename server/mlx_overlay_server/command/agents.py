@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-PATIENCE_MS = 3_600_000
+PATIENCE_MS = 3 * 3_600_000
 """Milliseconds that an agent waits: a long prompt on a slow machine is read for many minutes."""
 _COMPACT = 0.75
 """The part of the context at which an agent sums up its conversation, which leaves room for the answer."""

@@ -12,8 +12,9 @@ from hf_overlay import Task
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.errors import Failed
 
-Way = Literal["embedding", "pair", "dialogue"]
-"""What a model reads: a text of its own; a query and a document as a pair; or both in a question to a chat model."""
+Way = Literal["embedding", "pair", "dialogue", "template"]
+"""What a model reads: a text of its own; a query and a document as a pair; or both in a question to a chat model, which
+is Qwen3-Reranker's dialogue, or what the model's own chat template makes of them."""
 
 
 class Passage(NamedTuple):

@@ -18,6 +18,8 @@ _BEFORE = (
 )
 _AFTER = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 """The dialogue that Qwen3-Reranker was trained with, around the query and the document."""
+_QUERY, _DOCUMENT = "\ue000query\ue000", "\ue000document\ue000"
+"""Stand for the two in what a template makes, in characters that no template has."""
 
 
 def read(model: LoadedEncoder, request: EncodeRequest, limits: Limits) -> list[Passage]:
@@ -30,7 +32,10 @@ def read(model: LoadedEncoder, request: EncodeRequest, limits: Limits) -> list[P
         check_unicode(text, "query")
     for text in request.documents:
         check_unicode(text, "documents")
-    return _dialogues(model, request, limit) if model.way == "dialogue" else _pairs(model, request, limit)
+    if model.way == "pair":
+        return _pairs(model, request, limit)
+    head, asked, after = _framed(model, request) if model.way == "template" else _asked(request)
+    return _dialogues(model, request, limit, head, asked, after)
 
 
 def _embedded(model: LoadedEncoder, request: EmbedRequest, limit: int | None) -> list[Passage]:
@@ -88,9 +93,37 @@ def _pairs(model: LoadedEncoder, request: RankRequest, limit: int | None) -> lis
     ]
 
 
-def _dialogues(model: LoadedEncoder, request: RankRequest, limit: int | None) -> list[Passage]:
-    asked = f"<Instruct>: {request.instruction or INSTRUCTION}\n<Query>: {request.query}\n<Document>: "
-    head, before, after = _tokens(model, [_BEFORE, asked, _AFTER], marks=False)
+def _asked(request: RankRequest) -> tuple[str, str, str]:
+    """Return Qwen3-Reranker's dialogue around a document: its start, the query, and what follows the document."""
+    return _BEFORE, f"<Instruct>: {request.instruction or INSTRUCTION}\n<Query>: {request.query}\n<Document>: ", _AFTER
+
+
+def _framed(model: LoadedEncoder, request: RankRequest) -> tuple[str, str, str]:
+    """Return the same of what the model's own chat template makes of messages of the roles `query` and `document`.
+
+    As sentence-transformers does it; a model whose template drops them gets Qwen3-Reranker's dialogue.
+    """
+    instruction = request.instruction or model.prompts.get(model.default_prompt or "")
+    for has_parts in (False, True):
+        turns = [("query", _QUERY), ("document", _DOCUMENT)]
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": text}] if has_parts else text}
+            for role, text in ([("system", instruction), *turns] if instruction else turns)
+        ]
+        try:
+            whole = model.tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception:  # noqa: BLE001, S112 - templates raise what they like
+            continue
+        if whole.count(_QUERY) == 1 and whole.count(_DOCUMENT) == 1:
+            before, _, after = whole.partition(_DOCUMENT)
+            return "", before.replace(_QUERY, request.query), after.replace(_QUERY, request.query)
+    return _asked(request)
+
+
+def _dialogues(
+    model: LoadedEncoder, request: RankRequest, limit: int | None, start: str, asked: str, end: str
+) -> list[Passage]:
+    head, before, after = (_tokens(model, [text], marks=False)[0] if text else [] for text in (start, asked, end))
     fixed = len(head) + len(before) + len(after)
     _check_query(fixed, limit)
     room = limit - fixed if limit is not None and request.truncates else None

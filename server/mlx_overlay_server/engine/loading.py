@@ -87,6 +87,7 @@ def load(
             model.eval()
         if command.draft_path is not None:
             draft, _ = load_model(Path(command.draft_path), lazy=True, trust_remote_code=options.trust_remote_code)
+        _check_quantised((model, draft), options)
         nbytes, kv_bytes = _sizes((model, draft), options)
         if shares is not None and not shares.has_room(nbytes, kv_bytes, context_length(config)):
             raise _no_room(nbytes, kv_bytes, shares)
@@ -211,6 +212,22 @@ def _sizes(models: Iterable[Any], options: EngineOptions) -> tuple[int, int]:
             kept = mlx.kv_bytes(each, bits=options.kv_bits, group_size=options.kv_group_size)
             kv_bytes += kept + kept // max(1, len(make_prompt_cache(each)))
     return nbytes, kv_bytes
+
+
+def _check_quantised(models: Iterable[Any], options: EngineOptions) -> None:
+    """Make sure that the KV caches are of a kind that can be quantised, where they are to be. Raises Unavailable."""
+    if options.kv_bits is None:
+        return
+    for each in models:
+        if each is None:
+            continue
+        why = mlx.why_not_quantised(each, bits=options.kv_bits, group_size=options.kv_group_size)
+        if why is not None:
+            raise Unavailable(
+                f"the model's KV caches cannot be quantised: {why} Set another kv_group_size than "
+                f"{options.kv_group_size}, or kv_bits = 0 in a profile for this model",
+                code="kv_not_quantisable",
+            )
 
 
 def _no_room(nbytes: int, kv_bytes: int, shares: Shares) -> Unavailable:

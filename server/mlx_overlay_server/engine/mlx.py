@@ -194,6 +194,19 @@ def kv_bytes(model: Any, *, bits: int | None, group_size: int) -> int:
     return per_token if bits is None else int(per_token * (bits + 32 / group_size) / 16)
 
 
+def why_not_quantised(model: Any, *, bits: int, group_size: int) -> str | None:
+    """Return why mlx-lm cannot quantise a model's KV cache; None when it can. Nothing is computed."""
+    cache = make_prompt_cache(model)
+    model(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
+    for layer in cache:
+        if hasattr(layer, "to_quantized"):
+            try:
+                layer.to_quantized(group_size=group_size, bits=bits)
+            except (NotImplementedError, ValueError) as error:
+                return str(error).partition(" However")[0] or "its kind is not supported"
+    return None
+
+
 _FUSED_HEADS = (64, 80, 128)
 """Sizes of heads for which MLX's attention on a GPU keeps no score for each pair of tokens."""
 _NUMBER = 4

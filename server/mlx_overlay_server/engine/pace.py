@@ -32,7 +32,7 @@ class Pace:
     def room(self, context: int, *, is_decoding: bool) -> int:
         """Return how many tokens a pass may read after so many others; `is_decoding`: whether sequences wait for it.
 
-        When none does, a pass may take twice as long: only requests that come meanwhile wait for it.
+        When none does, a pass may take four times as long: only requests that come meanwhile wait for it.
         """
         most = max(1, self._most * _HALF_CONTEXT // (_HALF_CONTEXT + context))
         rate = self._rate(_band(context))
@@ -58,7 +58,12 @@ class Pace:
                 self._rates[band] = rate
 
     def _seconds(self, *, is_decoding: bool) -> float:
-        return max(self._wanted - self._decode, self._wanted / 4) if is_decoding else 2 * self._wanted
+        """Return how long a pass may take.
+
+        Where decoding takes more than half of the time that is wanted, as many sequences do on a slow machine, reading
+        takes as long as decoding: else each prompt would be read in many small passes, with a decoding step for each.
+        """
+        return max(self._wanted - self._decode, self._decode) if is_decoding else 4 * self._wanted
 
     def _rate(self, band: int) -> float | None:
         """Return the rate of a band of contexts: its own, or half of the next shorter one's."""

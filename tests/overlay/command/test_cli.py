@@ -457,12 +457,24 @@ def test_finding_models_imports_none_of_the_heavy_libraries(models: Path) -> Non
     script = (
         "import sys; from hf_overlay.command.cli import main; main(sys.argv[1:])\n"
         "heavy = {'mlx', 'mlx_lm', 'transformers', 'huggingface_hub', 'numpy', 'logging', 'shtab', 'platformdirs'}\n"
+        "heavy |= {'hashlib', 'queue', 'socket'}\n"
         "print(heavy & set(sys.modules), file=sys.stderr)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, "ls", "--model-path", models], capture_output=True, text=True, check=True
     )
     assert done.stderr == "set()\n"
+
+
+def test_no_module_with_named_tuples_has_annotations_that_are_texts() -> None:
+    """Typing compiles the text of each field when the module is imported, which took a start milliseconds."""
+    package = Path(cli.__file__).parents[1]
+    sources = {path: path.read_text() for path in package.rglob("*.py")}
+    assert [
+        path.name
+        for path, source in sources.items()
+        if "(NamedTuple" in source and "from __future__ import annotations" in source
+    ] == []
 
 
 # Layers ------------------------------------------------------------------------------------------------------------
@@ -515,7 +527,9 @@ def test_why_tells_of_datasets_that_are_mapped_and_in_tiers(
     ]
     mapped = hf_overlay("why", "datasets/org/data", "--below", tier, "--map", f"datasets/org/data={rows}")
     assert mapped.out.splitlines()[:2] == [f"{rows} (map): wins", f"{hub / name} (cache): stands behind {rows}"]
-    assert hf_overlay("why", "datasets/org/none", "--below", tier).status == 1
+    nowhere = hf_overlay("why", "datasets/org/none", "--below", tier)
+    assert nowhere.status == 1
+    assert f"{tier} (tier): holds no datasets/org/none\n" in nowhere.out
 
 
 def test_plan_and_doctor_tell_of_tiers(

@@ -91,6 +91,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "device": (link("config.json", "/dev/zero"), "no config.json"),
     "dangling config": (link("config.json", "nowhere.json"), "no config.json"),
     "looping config": (link("config.json", "config.json"), "no config.json"),
+    "weights in a pickle": (lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"), "pickle"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "no weights"),
     "weights still under another name": (copy_under_other_name, "no weights"),
     "empty weights": (put(WEIGHTS, b""), "is empty: still being copied"),
@@ -124,8 +125,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 BY_MLX_LM = frozenset(
-    {"no type", "type is no text", "unknown type", "lone surrogate", "no weights", "dangling weights"}
-    | {"weights still under another name", "weights are a device"}
+    {"no type", "type is no text", "unknown type", "lone surrogate", "no weights", "weights in a pickle"}
+    | {"weights still under another name", "weights are a device", "dangling weights"}
 )
 """What is broken only for mlx-lm: other programs may know the type, or load other files."""
 

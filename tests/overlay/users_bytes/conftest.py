@@ -8,11 +8,21 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hf_overlay.patience import Patience
+from hf_overlay.tree import clear
 
 from tests.overlay.users_bytes.world import World
 from tests.support import hubs
 from tests.support.folders import temporary_folder
 from tests.support.hubs import HubProcess
+from tests.support.processes import SECONDS
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No disk hangs here, however long a busy machine leaves a thread without a processor."""
+    monkeypatch.setattr(Patience.__init__, "__defaults__", (SECONDS,))
+    monkeypatch.setattr(clear, "STALL_SECONDS", SECONDS)
 
 
 @pytest.fixture

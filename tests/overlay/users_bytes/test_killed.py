@@ -13,6 +13,7 @@ from tests.support.hubs import HubProcess
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # half a minute where nothing else has work
 @pytest.mark.parametrize("is_recovered", [True, False], ids=["then recovered", "then killed again"])
 def test_an_owner_killed_at_any_step_loses_nothing_and_leaves_nothing(
     world: World, hub_processes: Callable[[str], HubProcess], is_recovered: bool

@@ -15,7 +15,7 @@ from mlx_overlay_server.encoding.requests import EmbedRequest
 from safetensors.numpy import load_file, save_file
 
 from tests.server.encoding.encoding import LIMITS, embedded, encode, load, ranked
-from tests.support.encoders import TYPES, make_encoder
+from tests.support.encoders import TYPES, make_encoder, make_pairs_template
 
 TEXTS = ("cats purr and the rain falls", "why?")
 QUERY, DOCUMENT = "why do cats purr?", "cats purr and dogs bark"
@@ -77,6 +77,16 @@ def test_a_chat_model_ranks_by_yes_and_no(tmp_path: Path) -> None:
         tmp_path / "Qwen3-Reranker", "qwen3", head="ForCausalLM", modes=None, tie_word_embeddings=True
     )
     assert _sigmoid(ranked(folder, QUERY, DOCUMENT)[0]) == pytest.approx(0.015577, abs=2e-5)
+
+
+def test_a_chat_model_with_a_template_for_pairs_ranks_by_what_that_makes_of_them(tmp_path: Path) -> None:
+    """As newer conversions of Qwen3-Reranker are, for sentence-transformers' CrossEncoder."""
+    folder = make_encoder(tmp_path / "m", "qwen3", head="ForCausalLM", modes=None, prompts={})
+    make_pairs_template(folder, '{{ m.role }}: {{ m["content"] }} |')
+    assert _sigmoid(ranked(folder, QUERY, DOCUMENT)[0]) == pytest.approx(TEMPLATED, abs=2e-5)
+
+
+TEMPLATED = 0.187626
 
 
 def test_a_projection_after_the_pooling(tmp_path: Path) -> None:

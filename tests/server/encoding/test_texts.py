@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from mlx_overlay_server.errors import InvalidRequest, PromptTooLong
 from mlx_overlay_server.settings import Limits
 
 from tests.server.encoding.encoding import LIMITS, load
-from tests.support.encoders import CONTEXT, VOCABULARY, make_encoder
+from tests.support.encoders import CONTEXT, VOCABULARY, make_encoder, make_pairs_template
 
 PROMPTS = {"query": "why do ", "none": ""}
 
@@ -99,3 +100,23 @@ def test_a_dialogue_holds_all_of_its_end_when_the_document_is_cut(asks: LoadedEn
     assert len(long.tokens) == asks.context == 2048
     assert "a rain" in _words(asks, short.tokens)
     assert short.tokens[-20:] == long.tokens[-20:]
+
+
+@pytest.mark.parametrize("content", ['m["content"]', 'm["content"][0]["text"]'])
+def test_a_template_for_pairs_gets_the_instruction_or_the_model_s_own_prompt(content: str, tmp_path: Path) -> None:
+    prompts = {"web": "a rain"}
+    folder = make_encoder(tmp_path / "m", "qwen3", head="ForCausalLM", modes=None, prompts=prompts)
+    make_pairs_template(folder, f"{{{{ m.role[0] }}}} {{{{ {content} }}}} |", default_prompt="web")
+    model = load(folder, "reranker").loaded
+    for instruction, said in ((None, "a rain"), ("do falls", "do falls")):
+        read = texts.read(model, RankRequest("m", "why", ("dogs", "cats " * 3000), instruction), LIMITS)
+        assert _words(model, read[0].tokens) == f"s {said} | q why | d dogs |"
+        assert len(read[1].tokens) == model.context
+        assert _words(model, read[1].tokens).endswith("cats |")
+
+
+def test_a_template_that_drops_pairs_is_not_used(tmp_path: Path) -> None:
+    folder = make_encoder(tmp_path / "m", "qwen3", head="ForCausalLM", modes=None, prompts={})
+    make_pairs_template(folder, "{{ m.role }}")
+    model = load(folder, "reranker").loaded
+    assert "why" in _words(model, texts.read(model, RankRequest("m", "why", ("dogs",)), LIMITS)[0].tokens)

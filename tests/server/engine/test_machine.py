@@ -17,7 +17,7 @@ from mlx_overlay_server.engine.ranks import Ranks
 from mlx_overlay_server.engine.worker import POOL_SECONDS, Worker
 from mlx_overlay_server.errors import Failed, Unavailable
 from mlx_overlay_server.memory import Machine, shares
-from mlx_overlay_server.settings import EngineOptions
+from mlx_overlay_server.settings import EngineOptions, Tuning
 
 from tests.support.models import make_random_model
 from tests.support.stage import Script, Stage, sequence, until
@@ -83,7 +83,7 @@ def _two_models(model: Path, mac: Mac) -> Any:
     return script
 
 
-@pytest.mark.parametrize("options", [EngineOptions(), EngineOptions(kv_bits=8)])
+@pytest.mark.parametrize("options", [EngineOptions(), EngineOptions(kv_bits=8, kv_group_size=32)])
 def test_the_wired_limit_is_set_once_at_the_start_whatever_models_come_and_go(
     options: EngineOptions, model: Path, mac: Mac
 ) -> None:
@@ -183,7 +183,9 @@ def test_who_waits_for_an_engine_that_cannot_start_is_told(monkeypatch: pytest.M
 
 
 # Each way that sequences run in: the batch, and beside it.
-@pytest.mark.parametrize("options", [EngineOptions(), EngineOptions(kv_bits=8)], ids=["in the batch", "alone"])
+@pytest.mark.parametrize(
+    "options", [EngineOptions(), EngineOptions(kv_bits=8, kv_group_size=32)], ids=["in the batch", "alone"]
+)
 def test_warming_up_takes_one_token_and_keeps_nothing(options: EngineOptions, model: Path) -> None:
     async def use(engine: Engine) -> None:
         loaded = await engine.load(str(model))
@@ -195,6 +197,15 @@ def test_warming_up_takes_one_token_and_keeps_nothing(options: EngineOptions, mo
             await engine.warm_up(loaded)
 
     _used(use, options)
+
+
+def test_kv_caches_that_cannot_be_quantised_are_a_reason_not_to_load_a_model(model: Path) -> None:
+    async def use(engine: Engine) -> None:
+        with pytest.raises(Unavailable, match="divisible by the quantization group size 128"):
+            await engine.load(str(model), tuning=Tuning(kv_group_size=128))
+        await engine.load(str(model), tuning=Tuning(kv_bits=0, kv_group_size=128))
+
+    _used(use, EngineOptions(kv_bits=8))
 
 
 # Ranks ------------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def test_passes_take_the_time_that_is_wanted(rate: float, decode: float, fixed: 
         pace, lambda size, context: decode + fixed + size * (1 + context / half) / rate, count=20, decode=decode
     )
     for size, seconds in steps[1:]:  # the first is a guess
-        assert seconds <= 1.1 * _STALL or size == 16
+        assert seconds <= 1.1 * max(_STALL, 2 * decode) or size == 16
     size, seconds = steps[-1]
     most = 2048 * 8192 // (8192 + sum(each for each, _ in steps[:-1]))
     assert seconds >= 0.4 * _STALL or size == most, "it reads needlessly little"
@@ -88,15 +88,15 @@ def test_however_quick_the_machine_is_memory_bounds_a_pass(context: int, size: i
     assert pace.room(context, is_decoding=False) == size
 
 
-def test_when_decoding_takes_all_the_time_some_is_left_for_reading() -> None:
+def test_when_decoding_takes_all_the_time_reading_takes_as_much_again() -> None:
     pace = Pace(10**6, _STALL)
     pace.note_decode(10 * _STALL)
     pace.note_read(1000, 0, 1.0)
-    assert pace.room(0, is_decoding=True) == pytest.approx(900 * _STALL / 4, abs=1)
+    assert pace.room(0, is_decoding=True) == pytest.approx(1000 * 10 * _STALL, abs=1)
 
 
-def test_without_anybody_who_decodes_a_pass_takes_twice_as_long() -> None:
+def test_without_anybody_who_decodes_a_pass_takes_four_times_as_long() -> None:
     pace = Pace(10**6, _STALL)
     pace.note_read(1000, 0, 1.0)
-    assert pace.room(0, is_decoding=False) == 450
+    assert pace.room(0, is_decoding=False) == 900
     assert pace.room(0, is_decoding=True) == 225

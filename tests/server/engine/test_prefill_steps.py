@@ -110,12 +110,12 @@ def test_the_silence_of_those_that_decode_is_bounded_by_time(read: float, folder
     assert len(machine.silences) <= 5 + 1.5 * size * read / 0.2, "it is read in needlessly small pieces"
 
 
-def test_when_nobody_decodes_a_pass_takes_twice_as_long_at_most(folder: Path) -> None:
+def test_when_nobody_decodes_a_pass_takes_four_times_as_long_at_most(folder: Path) -> None:
     running = Running(folder, EngineOptions(max_stall_ms=100))
     machine = _Machine(running, read=0.001, decode=0.02)
     running.add(_text(5, 1500))
     running.finish()
-    assert 150 <= max(machine.reads) <= 200
+    assert 300 <= max(machine.reads) <= 400
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(running: Running) -> None:
@@ -252,7 +252,7 @@ def test_a_seed_repeats_a_long_prompt_s_answer_to_the_last_bit_whatever_else_run
 
 def test_pieces_of_a_prompt_that_runs_alone_mean_the_same_as_all_of_it(running: Running, folder: Path) -> None:
     prompt = _text(0, 3 * PIECE + 17)
-    quantised = Running(folder, EngineOptions(kv_bits=8, quantized_kv_start=10**6))
+    quantised = Running(folder, EngineOptions(kv_bits=8, kv_group_size=32, quantized_kv_start=10**6))
     id_ = quantised.add(prompt, max_tokens=10, repetition_penalty=1.3)
     quantised.finish()
     other = running.add(prompt, max_tokens=10, repetition_penalty=1.3)

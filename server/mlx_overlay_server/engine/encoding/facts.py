@@ -35,6 +35,8 @@ class Facts:
     """What is done with the vector afterwards; None: it is normalised."""
     answers: tuple[int, ...] = ()
     """The tokens for yes and no of a model that ranks by what it would say; (): it has none."""
+    has_template: bool = False
+    """Whether such a model reads what its chat template makes of a query and a document."""
     longest: int | None = None
     """Tokens that a text may have; None: the files do not say."""
     lowers: bool = False
@@ -53,11 +55,11 @@ def read(path: Path, *, default: str) -> Facts:
     texts = _json(path / "sentence_bert_config.json")
     modes: tuple[str, ...] = (default,)
     steps: tuple[Dense | None, ...] = (None,)
-    answers = _yes_and_no(path)
+    answers, has_template = _yes_and_no(path), False
     try:
         if (path / tasks.MODULES).is_file():
             modes, steps, named = _modules(path)
-            answers = named or answers
+            has_template, answers = bool(named), named or answers
     except Unfit as error:
         raise ValueError(error.reason.text) from None
     tokenizer = _json(path / "tokenizer_config.json")
@@ -67,6 +69,7 @@ def read(path: Path, *, default: str) -> Facts:
         modes,
         steps,
         answers,
+        has_template,
         min((each for each in said if 0 < each < _LARGEST), default=None),
         texts.get("do_lower_case") is True,
         {name: text for name, text in _mapping(prompts.get("prompts")).items() if isinstance(text, str)},

@@ -13,7 +13,7 @@ from hf_overlay.catalog import tasks
 from mlx_lm.utils import load_model
 
 from mlx_overlay_server.chat.loaded import context_length
-from mlx_overlay_server.encoding.loaded import LoadedEncoder
+from mlx_overlay_server.encoding.loaded import LoadedEncoder, Way
 from mlx_overlay_server.engine import mlx
 from mlx_overlay_server.engine.commands import Load
 from mlx_overlay_server.engine.encoding import bert, facts, gemma, modernbert, nomic
@@ -61,7 +61,7 @@ def load(
     loaded = LoadedEncoder(
         key=command.key,
         path=command.path,
-        way="embedding" if pooling is not None else "pair" if is_encoder else "dialogue",
+        way=_way(command, known, is_encoder=is_encoder),
         nbytes=nbytes,
         vocab_size=int(config.get("vocab_size") or config["text_config"]["vocab_size"]),
         context=context,
@@ -85,6 +85,12 @@ def _classes(config: dict[str, Any]) -> tuple[Any, Any]:
         return mlx.headless_classes(config)
     module: Any = {"modernbert": modernbert, "nomic_bert": nomic}.get(config["model_type"], bert)
     return module.Model, module.ModelArgs
+
+
+def _way(command: Load, known: Facts, *, is_encoder: bool) -> Way:
+    if command.task == "embedding":
+        return "embedding"
+    return "pair" if is_encoder else "template" if known.has_template else "dialogue"
 
 
 def _answers(command: Load, model: Any, known: Facts) -> tuple[int, ...]:
