@@ -237,38 +237,31 @@ def a_batch_reads_without_drawing_and_draws_without_reading(folder: Path) -> Non
     assert list(said.values()) == expected
 
 
-def a_batch_takes_no_more_than_its_tokens_need_when_the_longest_sequence_has_left(folder: Path) -> None:
-    """BatchGenerator's does: if no longer, there is nothing to settle."""
+def a_batch_is_copied_array_by_array_where_memory_is_short_and_says_the_same(folder: Path) -> None:
     import mlx.core as mx
 
     model = _model(folder)
-    short, long = [1, 2, 3], list(range(1, 60)) * 20
-    before = mx.get_active_memory()
-    plain = _batch(model)
-    plain.insert_segments(segments=[[short], [long]], max_tokens=[25, 5])
-    expected = [row.token for _ in range(40) for row in plain.next()[1] if row.uid == 0]
-    plain.insert_segments(segments=[[short], [long]], max_tokens=[90, 5])
-    for _ in range(50):
-        plain.next()
-    mx.synchronize()
-    most = mx.get_active_memory() - before
-    del plain
-    limit = mx.set_memory_limit(1)
-    try:
-        before = mx.get_active_memory()
+    prompts = [[1, 2, 3], list(range(1, 60)) * 20, list(range(1, 40))]
+
+    def said(limit: int) -> dict[int, list[int]]:
+        """What sequences say that join and leave."""
+        before = mx.set_memory_limit(limit)
         batch = _parted(model)
-        uids = [batch.insert([short], 60), batch.insert([long], 5)]
-        batch.read(2000)
-        batch.begin()
-        said = []
-        for _ in range(25):
-            said += [row.token for row in batch.draw() if row.uid == uids[0]]
+        said: dict[int, list[int]] = {}
+        for step in range(30):
+            if step in (0, 4, 9):
+                batch.insert([prompts[step // 4]], 20 if step == 0 else 6)
+                batch.read(2000)
+            batch.begin()
+            for row in batch.draw():
+                said.setdefault(row.uid, []).append(row.token)
             batch.settle()
-        mx.synchronize()
-        assert mx.get_active_memory() - before < most / 4
-    finally:
-        mx.set_memory_limit(limit)
-    assert said == expected
+        mx.set_memory_limit(before)
+        return said
+
+    expected = said(1 << 40)
+    assert [len(tokens) for tokens in expected.values()] == [20, 6, 6]
+    assert said(1) == expected
 
 
 def a_batch_tells_of_prompts_segments_and_tokens(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -126,6 +126,7 @@ class Alone:
         running = self._running.pop(id_, None)
         if running is not None:
             running.close()
+            running.items.close()
         return running is not None
 
     @property
@@ -153,7 +154,7 @@ class Alone:
                 item = failure(error)  # alone, it harms no other
             made.append((id_, item))
             if isinstance(item, ServerError) or (isinstance(item, Sampled) and item.finish is not None):
-                del self._running[id_]
+                self._running.pop(id_).items.close()  # or it and its KV cache would stay until Python looks for cycles
         return made
 
 
@@ -218,7 +219,7 @@ class _Running:
         """Whether the next item is about a piece of the prompt."""
         self.items = self._run()
 
-    def _run(self) -> Iterator[Item]:
+    def _run(self) -> Generator[Item]:
         submit, cached = self._generation.submit, self._generation.cached
         done, size = cached, len(submit.prompt)
         yield Prefilled(done, size, cached)

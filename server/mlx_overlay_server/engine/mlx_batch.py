@@ -148,20 +148,19 @@ class _PromptBatch(PromptProcessingBatch):  # type: ignore[misc]
 
 
 def _settle(cache: Cache) -> None:
-    """Let KV caches that sequences have joined or left take what their tokens need, and nothing more.
+    """Compute KV caches that sequences have joined or left, where memory has no room for a second copy of them.
 
-    mlx-lm makes new arrays for all sequences then, and computes those of all layers together, with the next step. Where
-    memory is short, it is done here, array by array: each frees what it is made from. When the longest sequence has
-    left, the others have views on arrays of its length.
+    mlx-lm makes new arrays for all sequences then, and computes those of all layers together, with the next step. Here
+    it is done array by array: each frees what it is made from.
     """
-    is_short = mx.get_active_memory() + 2 * sum(layer.nbytes for layer in cache) > mx.get_memory_limit()
+    if mx.get_active_memory() + 2 * sum(layer.nbytes for layer in cache) <= mx.get_memory_limit():
+        return
     for leaf in leaves(cache):
         for name in ("keys", "values"):
             if isinstance(array := getattr(leaf, name, None), mx.array):
-                setattr(leaf, name, mx.contiguous(array))
+                setattr(leaf, name, mx.contiguous(array))  # the tokens without those that were longer
                 del array
-                if is_short:
-                    mx.eval(getattr(leaf, name))
+                mx.eval(getattr(leaf, name))
 
 
 def _generator(model: Any, **options: Any) -> Any:

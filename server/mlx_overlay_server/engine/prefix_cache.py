@@ -137,9 +137,10 @@ class PrefixCache:
 
     def expect(self, nbytes: int) -> bool:
         """Make room for a KV cache that will be read from disk. Returns whether there is any."""
-        if nbytes > min(self._max_bytes, self._room - (self.nbytes - self.kept)):
+        room = min(self._max_bytes, self._room - (self.nbytes - self.kept))
+        if nbytes > room:
             return False
-        self.trim(self._max_bytes - nbytes)
+        self.trim(room - nbytes)
         self.coming = nbytes
         return True
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -244,6 +245,29 @@ def test_what_is_larger_than_the_budget_is_not_kept() -> None:
     prefixes = PrefixCache(2 * _BYTES)
     _insert(prefixes, 1, 2, 3)
     assert (len(prefixes), prefixes.nbytes) == (0, 0)
+
+
+class _Disk:
+    """A disk that has not written yet what it was given."""
+
+    def __init__(self, held: int) -> None:
+        self.held = held
+
+    def stage(self, *_: Any) -> None:
+        pass
+
+
+def test_what_waits_for_the_disk_or_comes_from_it_takes_the_room_of_what_is_kept() -> None:
+    prefixes = PrefixCache(10 * _BYTES, disk=cast("Any", _Disk(4 * _BYTES)))
+    prefixes.bound(8 * _BYTES)
+    _insert(prefixes, 1, 2, 3)
+    _insert(prefixes, 7, 8, 9)
+    assert (len(prefixes), prefixes.kept, prefixes.nbytes) == (1, 3 * _BYTES, 7 * _BYTES)
+    assert not prefixes.expect(5 * _BYTES)
+    assert prefixes.expect(4 * _BYTES)
+    assert (prefixes.kept, prefixes.nbytes) == (0, 8 * _BYTES)
+    prefixes.restore("m", np.asarray([4, 5, 6, 7]), _cache((4, 5, 6, 7)), system=0)
+    assert (prefixes.kept, prefixes.nbytes) == (4 * _BYTES, 8 * _BYTES)
 
 
 def test_a_budget_of_nothing_keeps_nothing() -> None:

@@ -6,12 +6,14 @@ The worker runs in the test's own thread, on commands that a script hands it, so
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from mlx_overlay_server.chat.grammar import Constraint
 from mlx_overlay_server.chat.loaded import Loaded
@@ -37,6 +39,8 @@ from mlx_overlay_server.errors import Failed, ServerError, Unavailable
 from mlx_overlay_server.settings import EngineOptions
 
 from tests.support.models import make_model, make_random_model
+from tests.support.stage import Script as StageScript
+from tests.support.stage import Stage, sequence, until
 
 KEY = "0:model"
 ID = 7_000_001
@@ -314,3 +318,28 @@ def test_an_aborted_engine_takes_nothing_more_and_frees_what_ran(endless: Path) 
             await asyncio.sleep(0.001)
 
     _loop_test(endless, use)
+
+
+def test_a_sequence_that_ran_alone_leaves_no_kv_cache_behind(tmp_path: Path) -> None:
+    """Not even until Python looks for objects that hold each other: that may take minutes."""
+    folder = make_random_model(tmp_path / "random")
+    held: list[int] = []
+
+    def script(stage: Stage) -> StageScript:
+        yield [Load("a", str(folder))]
+        yield from until(lambda: stage.loaded("a"))
+        gc.collect()
+        gc.disable()
+        held.append(mx.get_active_memory())
+        seeded = sequence(1, "a", max_tokens=3, params=Params(temperature=1, seed=7))
+        yield [seeded, replace(seeded, id=2, max_tokens=10**6)]
+        yield from until(lambda: stage.is_over(1) and stage.has_begun(2))
+        yield [Cancel(2)]
+        yield []
+        held.append(mx.get_active_memory())
+
+    try:
+        Stage(EngineOptions(kv_disk=0, cache_bytes=0)).play(script)
+    finally:
+        gc.enable()
+    assert held[1] - held[0] < 100_000, "a KV cache takes 262,144 bytes or more"

@@ -101,6 +101,7 @@ class Writer:
         _step_behind()
         while (work := self._queue.get()) is not None:
             self._try(work)
+            del work  # it holds what was written
             self._notify()
 
     def _try(self, work: Callable[[], None]) -> None:
