@@ -31,6 +31,7 @@ class Batch:
             stream=stream,
         )
         self._generator._prompt_batch = _PromptBatch.empty(model, self._generator.sampler)  # noqa: SLF001
+        self._stream = stream
         self._is_smaller = False
         """Whether sequences have left those that generate since the batch was settled."""
         self._tokens: dict[int, int] = {}
@@ -85,6 +86,10 @@ class Batch:
     def begin(self) -> list[Any]:
         """Let the prompts that are read but for their last tokens generate. Returns BatchGenerator's responses."""
         return [part for part in self._advance(0) if part.end_of_prompt]
+
+    def wait(self) -> None:
+        """Wait for what `draw` has begun: it computes the tokens that the next `draw` returns."""
+        mx.synchronize(self._stream)
 
     def draw(self) -> list[Any]:
         """Draw a token for each sequence that generates. Returns BatchGenerator's responses for them.

@@ -25,7 +25,9 @@ class Pace:
         self._most = most
         self._wanted = _MARGIN * stall
         self._decode = 0.0
-        """Seconds in which each sequence gets a token, lately."""
+        """Seconds of a step beside reading, lately: each sequence gets a token, and what was read joins the batch."""
+        self._least = 0.0
+        """Seconds that the model takes for a single token of a prompt, lately."""
         self._rates: dict[int, float] = {}
         """Band of contexts -> tokens read per second, lately."""
 
@@ -40,19 +42,23 @@ class Pace:
         return min(most, max(_LEAST, wanted))
 
     def note_decode(self, seconds: float) -> None:
-        """Learn from a step that drew a token for each sequence."""
+        """Learn from a step that drew a token for each sequence, and took so long beside what it read."""
         self._decode = (self._decode + seconds) / 2 if self._decode else seconds
+
+    def note_least(self, seconds: float) -> None:
+        """Learn from a pass over the last tokens of prompts, which takes what every pass takes at the least."""
+        self._least = (self._least + seconds) / 2 if self._least else seconds
 
     def note_read(self, size: int, context: int, seconds: float) -> None:
         """Learn from a pass that read `size` tokens, padding included, after `context` others."""
-        if size < _LEAST:  # its seconds are not those of its tokens, and the very first pass compiles
+        if size < _LEAST // 2:  # its seconds are not those of its tokens, and the very first pass compiles
             return
         band, rate = _band(context), size / max(seconds, 1e-6)
         known = self._rates.get(band, rate)
         if rate >= known:
             self._rates[band] = (known + rate) / 2
-        elif size >= self.room(context, is_decoding=True) // 2:  # a small pass is slow for its size
-            self._rates[band] = rate
+        elif size >= 0.9 * self.room(context, is_decoding=True) or seconds > self._seconds(is_decoding=True):
+            self._rates[band] = rate  # and not after a smaller pass, which is slow for its size
             if rate < known / 2:  # it is the machine that has become slower
                 self._rates = {each: min(other, other * rate / known) for each, other in self._rates.items()}
                 self._rates[band] = rate
@@ -62,8 +68,12 @@ class Pace:
 
         Where decoding takes more than half of the time that is wanted, as many sequences do on a slow machine, reading
         takes as long as decoding: else each prompt would be read in many small passes, with a decoding step for each.
+        Likewise a pass takes three times as long as the smallest would, however long that is: a third is not for its
+        tokens, but for going through the model's weights.
         """
-        return max(self._wanted - self._decode, self._decode) if is_decoding else 4 * self._wanted
+        if not is_decoding:
+            return 4 * self._wanted
+        return max(self._wanted - self._decode, self._decode, 3 * self._least)
 
     def _rate(self, band: int) -> float | None:
         """Return the rate of a band of contexts: its own, or half of the next shorter one's."""

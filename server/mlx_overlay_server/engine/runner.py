@@ -282,12 +282,13 @@ class Runner:
     def _step_batch(self, *, may_read: bool) -> list[tuple[int, Item]]:
         """Read of the prompts, if that may be, and then draw a token for each sequence that generates."""
         chosen = self._arrange() if may_read else NOTHING
-        made = self._read_prompts(chosen) if chosen.ids else []
+        started = self._clock()
+        made, reading = self._read_prompts(chosen) if chosen.ids else ([], 0.0)
         if len(self._sequences) == len(self._unread):
             return made
-        started = self._clock()
         drawn = self._batch.draw()
-        self._pace.note_decode(slowest(self._clock() - started, self._group))
+        # What it takes to join the batch counts, too: where that is much, more prompts are read, and join, at once.
+        self._pace.note_decode(slowest(self._clock() - started - reading, self._group))
         told = likeliest([self._row(row) for row in drawn])
         return made + [self._note_drawn(row, likely) for row, likely in zip(drawn, told, strict=True)]
 
@@ -309,14 +310,21 @@ class Runner:
                 del self._unread[id_]
         return chosen
 
-    def _read_prompts(self, chosen: Pass) -> list[tuple[int, Item]]:
-        """Read what was planned. A prompt that is read to its end generates from now on."""
+    def _read_prompts(self, chosen: Pass) -> tuple[list[tuple[int, Item]], float]:
+        """Read what was planned. A prompt that is read to its end generates from now on.
+
+        Returns what came of it, and the seconds that reading alone took.
+        """
+        self._batch.wait()  # or reading would seem to take as long as what is drawn meanwhile does, too
         started = self._clock()
         made = [item for part in self._batch.read(chosen.tokens) for item in self._note_read(part)]
+        seconds = self._clock() - started
+        self._pace.note_read(chosen.size, chosen.context, slowest(seconds, self._group))
         if any(id_ not in self._unread for id_ in chosen.ids):
+            started = self._clock()
             made += [item for part in self._batch.begin() for item in self._note_read(part)]
-        self._pace.note_read(chosen.size, chosen.context, slowest(self._clock() - started, self._group))
-        return made
+            self._pace.note_least(slowest(self._clock() - started, self._group))
+        return made, seconds
 
     def _room(self, context: int, *, is_decoding: bool) -> int:
         """Return how many tokens a pass may read after so many others."""

@@ -100,3 +100,20 @@ def test_without_anybody_who_decodes_a_pass_takes_four_times_as_long() -> None:
     pace.note_read(1000, 0, 1.0)
     assert pace.room(0, is_decoding=False) == 900
     assert pace.room(0, is_decoding=True) == 225
+
+
+def test_a_pass_is_no_smaller_than_pays_on_a_machine_that_is_slow_for_a_single_token() -> None:
+    """Else most of the time goes to reading the weights, and every prompt takes many passes."""
+    pace = Pace(10**6, _STALL)
+    pace.note_least(_STALL)
+    pace.note_read(1000, 0, 1.0)
+    assert pace.room(0, is_decoding=True) == pytest.approx(1000 * 3 * _STALL, abs=1)
+
+
+def test_a_piece_that_is_smaller_than_there_is_room_for_does_not_slow_the_next() -> None:
+    """Pieces of a prompt are of equal length, and each pass has costs of its own."""
+    pace = Pace(10**6, _STALL)
+    pace.note_read(100, 0, 0.1)
+    room = pace.room(0, is_decoding=True)
+    pace.note_read(room * 2 // 3, 0, 0.2)
+    assert pace.room(0, is_decoding=True) == room
