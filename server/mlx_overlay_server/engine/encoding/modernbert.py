@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_overlay_server.engine.encoding.parts import Batch, activation
+from mlx_overlay_server.engine.encoding.parts import Batch, activation, rotary_attention
 
 _OF_OTHER_HEADS = re.compile(r"^(head|classifier|decoder)\.")
 
@@ -92,17 +92,12 @@ class _Attention(nn.Module):
     def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
         self.heads = args.heads
-        self.scale = (args.hidden // args.heads) ** -0.5
         self.Wqkv = nn.Linear(args.hidden, 3 * args.hidden, bias=args.has_attention_bias)
         self.Wo = nn.Linear(args.hidden, args.hidden, bias=args.has_attention_bias)
         self.rope = nn.RoPE(args.hidden // args.heads, base=args.thetas[layer])
 
     def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
-        rows, length, size = x.shape
-        made = self.Wqkv(x).reshape(rows, length, 3, self.heads, -1).transpose(2, 0, 3, 1, 4)
-        queries, keys = self.rope(made[0]), self.rope(made[1])
-        out = mx.fast.scaled_dot_product_attention(queries, keys, made[2], scale=self.scale, mask=mask)
-        projected: mx.array = self.Wo(out.transpose(0, 2, 1, 3).reshape(rows, length, size))
+        projected: mx.array = self.Wo(rotary_attention(self.Wqkv(x), self.heads, self.rope, mask))
         return projected
 
 

@@ -57,6 +57,17 @@ def batch_of(texts: Sequence[Passage]) -> Batch:
     return Batch(mx.array(tokens), mx.array(lengths), first, min(lengths) < max(lengths))
 
 
+def rotary_attention(
+    made: mx.array, heads: int, rope: Callable[[mx.array], mx.array], mask: mx.array | None
+) -> mx.array:
+    """Return what tokens attend to; `made` holds the queries, keys and values of all heads for each token."""
+    rows, length, size = made.shape
+    queries, keys, values = made.reshape(rows, length, 3, heads, -1).transpose(2, 0, 3, 1, 4)
+    scale = queries.shape[-1] ** -0.5
+    out = mx.fast.scaled_dot_product_attention(rope(queries), rope(keys), values, scale=scale, mask=mask)
+    return out.transpose(0, 2, 1, 3).reshape(rows, length, size // 3)
+
+
 def activation(name: str) -> Callable[[mx.array], mx.array]:
     """Return an activation function; the names are those in `hf_overlay.catalog.tasks`, and `tanh`."""
     if name == "gelu" and mx.default_device() == mx.Device(mx.cpu):
