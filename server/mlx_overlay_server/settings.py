@@ -45,7 +45,8 @@ class EngineOptions:
     max_stall_ms: int = 250
     """Milliseconds that a decoding sequence waits at most for others' prompts, between two of its tokens.
 
-    Where decoding itself takes more than half of them, reading takes as long as that.
+    Where decoding itself takes more than half of them, reading takes as long as that; and it takes three times as long
+    as one over a single token, however long that is.
     """
     cache_bytes: int | None = None
     """Bytes of KV caches that are kept for later prompts; None: a part of the machine's memory (`memory`)."""

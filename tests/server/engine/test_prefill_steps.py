@@ -58,15 +58,18 @@ def test_all_prompts_together_read_no_more_than_a_step_at_once(count: int, runni
 
 
 class _Machine:
-    """Gives a runner a clock of its own, by which each token that is read, and each decoding step, takes some time."""
+    """Gives a runner a clock of its own, by which each token that is read, and each decoding step, takes some time.
 
-    def __init__(self, running: Running, *, read: float, decode: float) -> None:
+    `weights`: seconds that every pass over a prompt takes on top, its last token's included.
+    """
+
+    def __init__(self, running: Running, *, read: float, decode: float, weights: float = 0.0) -> None:
         self.now = 0.0
         self.reads: list[int] = []
         self.silences: list[float] = []
         """Seconds between two tokens of those that decode."""
         batch: Any = running.runner._batch
-        original = (batch.read, batch.draw)
+        original = (batch.read, batch.draw, batch.begin)
         before: dict[int, int] = {}
         drawn_at = 0.0
 
@@ -75,8 +78,12 @@ class _Machine:
             done = {part.uid: part.progress[0] for part in parts if not part.end_of_prompt}
             self.reads.append(sum(size - before.get(uid, 0) for uid, size in done.items()))
             before.update(done)
-            self.now += read * self.reads[-1]
+            self.now += read * self.reads[-1] + weights
             return parts
+
+        def begins() -> Any:
+            self.now += weights
+            return original[2]()
 
         def draws() -> Any:
             nonlocal drawn_at
@@ -86,7 +93,7 @@ class _Machine:
             drawn_at = self.now
             return rows
 
-        batch.read, batch.draw = reads, draws
+        batch.read, batch.draw, batch.begin = reads, draws, begins
         running.runner._clock = lambda: self.now
 
 
@@ -108,6 +115,17 @@ def test_the_silence_of_those_that_decode_is_bounded_by_time(read: float, folder
     assert machine.now - started <= 1.3 * (size * read + 0.02 * len(machine.silences))
     assert len(running.tokens(speaking[0])) - before == len(machine.silences)
     assert len(machine.silences) <= 5 + 1.5 * size * read / 0.2, "it is read in needlessly small pieces"
+
+
+def test_a_machine_that_is_slow_for_a_single_token_reads_in_passes_that_pay(folder: Path) -> None:
+    """Each pass goes through all weights: many small ones would take most of the time for that."""
+    running = Running(folder, EngineOptions(max_stall_ms=250))
+    machine = _Machine(running, read=0.001, decode=0.08, weights=0.08)
+    for number in range(24):
+        running.add(_text(number, 81), max_tokens=200)
+    while running.runner._unread:
+        running.step()
+    assert len(machine.reads) <= 24 * 1.3, "prompts of 80 tokens were read in pieces"
 
 
 def test_when_nobody_decodes_a_pass_takes_four_times_as_long_at_most(folder: Path) -> None:
