@@ -143,6 +143,8 @@ class Runner:
         if (paused := self._paused.pop(submit.id, None)) is not None:
             self._enter(paused)
             return
+        if self._alone.resume(submit.id):
+            return
         if isinstance(submit, Encode):
             raise ValueError("the model neither embeds nor ranks")
         sampling = self._sampling(submit)
@@ -183,9 +185,8 @@ class Runner:
 
     def pause(self, id_: int) -> bool:
         """Free the memory of a sequence, whose tokens are read again after `add`; False where its kind cannot wait."""
-        sequence = self._sequences.get(id_)
-        if sequence is None or sequence.generation.submit.budget is not None:  # it counts what is drawn and dropped
-            return False
+        if (sequence := self._sequences.get(id_)) is None:
+            return self._alone.pause(id_)
         tokens: list[int] = []
         if sequence.uid is not None:
             tokens = self._take_out(sequence, sequence.uid)
