@@ -74,7 +74,7 @@ def _said(running: Running, pauses: dict[int, tuple[int, int]], kind: str) -> li
     return [running.sampled(id_) if kind == "a seed" else running.tokens(id_) for id_ in ids]
 
 
-@settings(max_examples=40)
+@settings(max_examples=12)
 @given(
     pauses=st.dictionaries(st.integers(0, 30), st.tuples(st.integers(0, 2), st.integers(1, 9)), max_size=4),
     kind=st.sampled_from(sorted(_KINDS)),
