@@ -346,11 +346,11 @@ def test_no_more_memory_is_in_use_than_there_is(tmp_path: Path) -> None:
     """P14, as `make soak` tries it at random: by MLX's own count."""
     folders = soak.models(tmp_path)
     budget = 8 * soak.weights(folders[0])
-    stage, peak = soak.played(folders, budget, Random(4), sequences=6, disk=tmp_path / "kv")
-    assert peak <= soak.MOST * budget
-    assert stage.items
-    for items in stage.items.values():
-        assert isinstance(items[-1], Sampled | PromptTooLong | Unavailable)
+    played = soak.played(folders, budget, Random(4), sequences=6, disk=tmp_path / "kv")
+    assert played.peak <= soak.MOST * budget
+    assert played.on_disk == 0
+    assert len(played.items) == 6
+    assert all(isinstance(items[-1], Sampled | PromptTooLong | Unavailable) for items in played.items)
 
 
 def test_a_model_without_room_for_one_sequence_is_not_loaded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
