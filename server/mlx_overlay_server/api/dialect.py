@@ -15,7 +15,8 @@ from mlx_overlay_server.api.transport import EventStream, answer, unless_gone
 from mlx_overlay_server.chat.events import Event
 from mlx_overlay_server.chat.requests import AnyRequest
 from mlx_overlay_server.errors import Field, ServerError
-from mlx_overlay_server.service import Batch, Service, Ticket, gathered
+from mlx_overlay_server.service import Batch, Service, gathered
+from mlx_overlay_server.ticket import Ticket
 from mlx_overlay_server.turns import turn
 
 Body = TypeVar("Body", bound=ModelBody, contravariant=True)

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from mlx_overlay_server.errors import Failed, Field, ServerError
-from mlx_overlay_server.service import Ticket
+from mlx_overlay_server.ticket import Ticket
 
 T = TypeVar("T")
 logger = logging.getLogger("mlx_overlay_server")

@@ -281,6 +281,7 @@ def models_of(service: Service, listed: Iterable[Listed]) -> ModelEntries:
 
 
 def _entry(listed: Listed, service: Service, state: Place) -> ModelEntry:
+    model = service.pool.model(listed.id)
     return {
         "id": listed.id,
         "kind": listed.kind,
@@ -289,7 +290,7 @@ def _entry(listed: Listed, service: Service, state: Place) -> ModelEntry:
         "bytes": listed.size,
         "context_length": listed.context,
         "usable_context": listed.usable,
-        "images": listed.sees if (sees := service.pool.sees(listed.id)) is None else sees,
+        "images": model.sees if model is not None else listed.sees,
         "aliases": service.live.names(listed.id),
         "default": service.is_default(listed.id),
         "state": state,

@@ -31,7 +31,8 @@ from mlx_overlay_server.api.openai.stream import data_event
 from mlx_overlay_server.api.transport import EventStream, answer, comment, unless_gone
 from mlx_overlay_server.errors import Conflict, NotFound, Unavailable
 from mlx_overlay_server.models.download import Downloader
-from mlx_overlay_server.service import Service, Ticket
+from mlx_overlay_server.service import Service
+from mlx_overlay_server.ticket import Ticket
 
 EVENT_SECONDS = 0.25
 """Seconds between two looks at a download that somebody watches."""
