@@ -255,7 +255,8 @@ def test_kept_prefixes_hold_no_more_memory_than_is_counted(tmp_path: Path) -> No
     run(use)
 
 
-def test_a_budget_of_the_prefix_cache_bounds_what_it_holds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [None, 8], ids=["in a batch", "alone, in KV caches with room for tokens to come"])
+def test_a_budget_of_the_prefix_cache_bounds_what_it_holds(bits: int | None, tmp_path: Path) -> None:
     budget = 4 * 10**6
 
     async def use(engine: Engine) -> None:
@@ -270,7 +271,7 @@ def test_a_budget_of_the_prefix_cache_bounds_what_it_holds(tmp_path: Path) -> No
         gc.collect()
         assert mx.get_active_memory() - before <= 1.1 * budget
 
-    run(use, EngineOptions(cache_bytes=budget))
+    run(use, EngineOptions(cache_bytes=budget, kv_bits=bits))
 
 
 _STARTED = """
