@@ -122,6 +122,7 @@ def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
         "--alias",
         "another name for a model, for clients that insist on one; may be repeated",
         many=True,
+        action=_Pairs,
         type=_alias,
         metavar="NAME=ID",
     )
@@ -291,6 +292,7 @@ def add_folders(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
         "--map",
         "this folder answers to this id, before all else; may be repeated",
         many=True,
+        action=_Pairs,
         type=_map,
         metavar="ID=DIR",
     )
@@ -324,15 +326,27 @@ class _Adder:
         if default is False:
             options["action"] = "store_true"
         elif many:
-            options["action"] = "append"
+            options.setdefault("action", "append")
         elif default not in (MISSING, None, ()) and "default:" not in text:
             shown = f"{default // 10**6}M" if options.get("type") is _size else default
             text = f"{text}; default: {shown}"
-        is_list = options.get("action") in ("append", "extend")
+        is_list = options.get("action") in ("append", "extend", _Pairs)
         # None: not given. Repeated flags need a list to add to.
         self._declared[name] = self._parser.add_argument(
             flag, dest=name, default=[] if is_list else None, help=text, **options
         )
+
+
+class _Pairs(argparse.Action):
+    """Collects pairs of a name and a value. A name that is given two values is a mistake."""
+
+    def __call__(self, _parser: object, namespace: argparse.Namespace, values: Any, _flag: object = None) -> None:
+        """Add a pair to those before it."""
+        name, value = values
+        before = getattr(namespace, self.dest)
+        if (other := dict(before).get(name, value)) != value:
+            raise argparse.ArgumentError(self, f"{name} is {other} and {value}; leave one of them out")
+        setattr(namespace, self.dest, [*before, values])
 
 
 def _alias(text: str) -> tuple[str, str]:
@@ -361,13 +375,13 @@ def _size(text: str) -> int:
 
 
 def _port(text: str) -> int:
-    if not text.isdigit() or int(text) > 65535:
+    if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
     return int(text)
 
 
 def _count(text: str) -> int:
-    if not text.isdigit():
+    if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
 
