@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
+from argparse import Action, ArgumentError, ArgumentTypeError, Namespace
+from typing import Any
 
 from mlx_overlay_server import settings
+
+
+class Pairs(Action):
+    """Collects pairs of a name and a value from a repeated option. To give one name two values is a mistake."""
+
+    def __call__(self, _parser: object, namespace: Namespace, values: Any, _flag: object = None) -> None:
+        """Add a pair to those before it."""
+        name, value = values
+        before = getattr(namespace, self.dest)
+        if (other := dict(before).get(name, value)) != value:
+            raise ArgumentError(self, f"{name} is {other} and {value}; leave one of them out")
+        setattr(namespace, self.dest, [*before, values])
 
 
 def alias(text: str) -> tuple[str, str]:
@@ -39,14 +52,14 @@ def size(text: str) -> int:
 
 def port(text: str) -> int:
     """Return the number of a TCP port; 0 stands for any free one."""
-    if not text.isdigit() or int(text) > 65535:
+    if not text.isdecimal() or int(text) > 65535:
         raise ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
     return int(text)
 
 
 def count(text: str) -> int:
     """Return a whole number, 0 or more."""
-    if not text.isdigit():
+    if not text.isdecimal():
         raise ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
 

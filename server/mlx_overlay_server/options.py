@@ -110,6 +110,7 @@ def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
         "--alias",
         "another name for a model, for clients that insist on one; may be repeated",
         many=True,
+        action=arguments.Pairs,
         type=arguments.alias,
         metavar="NAME=ID",
     )
@@ -279,6 +280,7 @@ def add_folders(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
         "--map",
         "this folder answers to this id, before all else; may be repeated",
         many=True,
+        action=arguments.Pairs,
         type=arguments.map_,
         metavar="ID=DIR",
     )
@@ -312,11 +314,11 @@ class _Adder:
         if default is False:
             options["action"] = "store_true"
         elif many:
-            options["action"] = "append"
+            options.setdefault("action", "append")
         elif default not in (MISSING, None, ()) and "default:" not in text:
             shown = f"{default // 10**6}M" if options.get("type") is arguments.size else default
             text = f"{text}; default: {shown}"
-        is_list = options.get("action") in ("append", "extend")
+        is_list = options.get("action") in ("append", "extend", arguments.Pairs)
         # None: not given. Repeated flags need a list to add to.
         self._declared[name] = self._parser.add_argument(
             flag, dest=name, default=[] if is_list else None, help=text, **options

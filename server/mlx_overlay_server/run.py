@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -90,7 +91,8 @@ def _serve_http(live: Live, session: hf_overlay.Session) -> int:
         sockets = listen(settings.host, settings.port)
     except OSError as error:
         reason = error.strerror or error
-        print(f"error: cannot listen on {settings.host}:{settings.port}: {reason}; try --port 0", file=sys.stderr)
+        advice = "try --port 0" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "correct --host"
+        print(f"error: cannot listen on {settings.host}:{settings.port}: {reason}; {advice}", file=sys.stderr)
         return 1
     from mlx_overlay_server.preparer import Process
 
