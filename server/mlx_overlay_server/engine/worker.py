@@ -105,6 +105,8 @@ class Worker:
         self._owner: dict[int, str] = {}
         """Each sequence's id -> the key of its model."""
         self._steps = self._failures = 0
+        self._looked_at = 0
+        """The step at which the memory of running sequences was looked at last."""
         self._last_failure: str | None = None
         self._outbox = Outbox()
         self._worked_at: float | None = None
@@ -265,10 +267,11 @@ class Worker:
         """Let sequences begin for which there is memory. Kept KV caches go before anybody waits or runs out of it."""
         for restored in self._restoring.step() if self._restoring else ():
             self._wait(restored)
-        is_due = self._steps % GROWTH_STEPS == 0 and self._admission.has_begun
+        is_due = self._steps - self._looked_at >= GROWTH_STEPS and self._admission.has_begun
         if is_due or self._admission.waiting:
             self._admission.limit = self._reach()
         if is_due:
+            self._looked_at = self._steps
             self._pause()
         while self._admission.waiting:
             missing = self._admission.missing(self._taken())
