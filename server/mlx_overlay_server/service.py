@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from hf_overlay import Task
@@ -19,7 +17,7 @@ from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, TextReques
 from mlx_overlay_server.encoding.loaded import AnyLoaded, LoadedEncoder
 from mlx_overlay_server.encoding.requests import EmbedRequest, EncodeRequest
 from mlx_overlay_server.engine.handle import Engine
-from mlx_overlay_server.errors import InvalidRequest, Overloaded, Stopped, Unavailable, UnknownModel
+from mlx_overlay_server.errors import InvalidRequest, Overloaded, Unavailable, UnknownModel
 from mlx_overlay_server.live import Live, Target
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.library import Library, Listed
@@ -29,48 +27,12 @@ from mlx_overlay_server.preparation import Answer, Preparation
 from mlx_overlay_server.recent import Recent, RequestRecord
 from mlx_overlay_server.scores import add_scored, beginning
 from mlx_overlay_server.settings import Limits, Settings
+from mlx_overlay_server.ticket import Ticket, stopped
 from mlx_overlay_server.turns import Turns
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-
-@dataclass(slots=True)
-class Ticket:
-    """The progress of one request, for whoever keeps its client patient."""
-
-    started: float = field(default_factory=time.monotonic)
-    """`time.monotonic()` when the request came."""
-    note: Callable[[], str] = lambda: "waiting"
-    """Returns what the request is waiting for now, in a few words."""
-    client: str = "unknown"
-    """A name for whoever asked."""
-    is_stopped: bool = False
-    """Whether whoever looks after the server has stopped the request."""
-    on_stop: Callable[[], None] = lambda: None
-    """Ends what the request waits for at the moment."""
-
-    def stop(self) -> None:
-        """End the request with `Stopped`."""
-        self.is_stopped = True
-        self.on_stop()
-
-    @asynccontextmanager
-    async def stoppable(self) -> AsyncIterator[None]:
-        """Let `stop` end what is awaited in this context, in which nothing may be yielded. Raises Stopped."""
-        if self.is_stopped:
-            raise _stopped()
-        try:
-            async with asyncio.timeout(None) as scope:
-                self.on_stop = lambda: scope.reschedule(0)
-                yield
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            raise _stopped() from None
-        finally:
-            self.on_stop = lambda: None
 
 
 R = TypeVar("R", bound=ChatRequest | TextRequest)
@@ -168,7 +130,8 @@ class Service:
         """Return a model with the number of tokens that are usable: what fits in memory, and what the server takes."""
         shares = self.engine.stats.memory
         fits = shares.tokens(listed.nbytes, listed.kv_bytes) if shares is not None else None
-        known = (self.pool.context_of(listed.id), listed.context, fits, self.limits.prompt_tokens)
+        model = self.pool.model(listed.id)
+        known = (model.context if model is not None else None, listed.context, fits, self.limits.prompt_tokens)
         return listed._replace(usable=_least(*known))
 
     @property
@@ -264,7 +227,8 @@ class Service:
         """
         chat.check_unicode(name, "model")
         target = self.live.target(name)
-        does = self.pool.task_of(target.id)
+        model = self.pool.model(target.id)
+        does = model.task if model is not None else None
         if does is None:
             id_ = self.live.source(target.id)
             known = await self.library.known(id_)
@@ -283,7 +247,7 @@ class Service:
     ) -> AsyncGenerator[Batch]:
         open_ = {answer.submit.id: (index, answer) for index, answer in enumerate(answers)}
         mailbox = self.engine.submit(answer.submit for answer in answers)
-        ticket.on_stop = lambda: mailbox.put(answers[0].submit.id, _stopped())
+        ticket.on_stop = lambda: mailbox.put(answers[0].submit.id, stopped())
         has_tokens = False
 
         def note(said: Callable[[], str]) -> None:
@@ -292,7 +256,7 @@ class Service:
         try:
             while open_:
                 if ticket.is_stopped:
-                    raise _stopped()
+                    raise stopped()
                 came = received(model, await mailbox.take(), note)
                 for id_, news in came.items():
                     if id_ not in open_:  # sampled before it was cancelled
@@ -370,7 +334,3 @@ async def gathered(batches: AsyncIterator[Batch], answers: int) -> list[list[Eve
 def _least(*numbers: int | None) -> int | None:
     """Return the least of the numbers that are known; None where none is."""
     return min((each for each in numbers if each is not None), default=None)
-
-
-def _stopped() -> Stopped:
-    return Stopped("this request was stopped by whoever looks after the server")

@@ -1,4 +1,4 @@
-"""Addresses of OpenAI's that this server has nothing behind, and what it says there instead of a bare 404."""
+"""Addresses of OpenAI's API that this server does not serve; its answers say so, instead of a bare 404."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _ABSENT = {
     "batches": "this server has no batches; send the requests, which share a batch by themselves",
     "realtime": "this server has no realtime sessions; send requests with stream",
 }
-"""What is asked for, below `/v1/` -> why not. The status is 404: OpenAI's clients try again after a 501."""
+"""The path below `/v1/` -> why it is not served. The status is 404, because OpenAI's clients try again after a 501."""
 
 
 def router(service: Service) -> APIRouter:  # noqa: ARG001 - as all routers
-    """Return a route for each of these addresses, with and without `/v1`, which reads no body."""
+    """Return a route for each of these addresses, with and without `/v1`. Bodies are not read."""
     routes = APIRouter(include_in_schema=False)
     for path, reason in _ABSENT.items():
         for prefix in ("/v1/", "/"):

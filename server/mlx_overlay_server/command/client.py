@@ -16,8 +16,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 from hf_overlay import OverlayError, UsageError
 
 from mlx_overlay_server import address
-from mlx_overlay_server.options import API_KEY_VARIABLE
-from mlx_overlay_server.settings import Settings
+from mlx_overlay_server.settings import API_KEY_VARIABLE, Settings
 
 DEFAULT_URL = f"http://{Settings().host}:{Settings().port}"
 _SECONDS = 30.0

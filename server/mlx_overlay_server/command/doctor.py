@@ -15,7 +15,7 @@ from hf_overlay.doctor import Finding
 from mlx_overlay_server.command import models
 from mlx_overlay_server.command.client import Client, Refused, running
 from mlx_overlay_server.command.output import print_findings, say, size
-from mlx_overlay_server.options import API_KEY_VARIABLE
+from mlx_overlay_server.settings import API_KEY_VARIABLE
 
 _SECONDS = 120
 """Seconds that MLX may take to be imported."""

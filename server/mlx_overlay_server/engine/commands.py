@@ -29,15 +29,19 @@ ReadTokenizer = Callable[[str, str, Mapping[str, Any], Any], bytes]
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Make a model resident."""
+    """Load a model into memory."""
 
     key: str
+    """From `Engine.new_key`; the loaded model has it, too."""
     path: str
+    """The model's folder."""
     adapter_path: str | None = None
+    """A folder of LoRA weights."""
     draft_path: str | None = None
+    """The folder of a draft model for speculative decoding."""
     task: Task = "text"
     nbytes: int = 0
-    """Bytes of its weights; 0: unknown."""
+    """Bytes of the weights, for which running sequences leave room; 0: unknown."""
     tuning: Tuning = UNTUNED
 
 

@@ -15,16 +15,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from contextlib import asynccontextmanager
 from typing import Protocol
 
-from hf_overlay import Task
-
 from mlx_overlay_server import memory
-from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.encoding.loaded import AnyLoaded
+from mlx_overlay_server.engine.commands import Load
 from mlx_overlay_server.errors import Conflict, ServerError, Unavailable
 from mlx_overlay_server.models import room
 from mlx_overlay_server.models.library import Located
-from mlx_overlay_server.models.load import PLAIN, Extras, Load, Occupant, Resident
-from mlx_overlay_server.settings import Tuning
+from mlx_overlay_server.models.load import PLAIN, Extras, Loading, Occupant, Resident
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -38,18 +35,10 @@ class Source(Protocol):
 class Loader(Protocol):
     """The part of the engine that the pool uses."""
 
-    async def load(
-        self,
-        path: str,
-        *,
-        adapter_path: str | None = None,
-        draft_path: str | None = None,
-        task: Task = "text",
-        nbytes: int = 0,
-        tuning: Tuning = ...,
-    ) -> AnyLoaded: ...
+    def new_key(self, path: str) -> str: ...
+    async def load(self, command: Load) -> AnyLoaded: ...
     def unload(self, model: AnyLoaded) -> None: ...
-    def bytes_read(self, path: str) -> int: ...
+    def bytes_read(self, key: str) -> int: ...
 
 
 class Pool:
@@ -84,9 +73,9 @@ class Pool:
         self._resident: dict[str, Resident] = {}
         self._users: Counter[str] = Counter()
         """How many requests use a model or wait for it: while there are any, it is not unloaded."""
-        self._loads: dict[str, Load] = {}
+        self._loads: dict[str, Loading] = {}
         """The loads that requests can join, by the model's id."""
-        self._tasks: dict[asyncio.Task[Resident | str], Load] = {}
+        self._tasks: dict[asyncio.Task[Resident | str], Loading] = {}
         """All loads that have not ended, those that were cancelled included."""
         self._numbers = itertools.count()
 
@@ -132,7 +121,7 @@ class Pool:
                 users=self._users[load.id],
                 idle_seconds=None,
                 is_waiting=load.is_waiting,
-                read=self._loader.bytes_read(load.path) if load.has_room else 0,
+                read=self._loader.bytes_read(load.key) if load.key is not None else 0,
             )
             for load in self._loads.values()
         ]
@@ -143,24 +132,10 @@ class Pool:
         """Bytes that the weights of the resident models take."""
         return sum(each.model.nbytes for each in self._resident.values())
 
-    def is_resident(self, model_id: str) -> bool:
-        """Return whether a model is in memory, so that a request for it can start at once."""
-        return model_id in self._resident
-
-    def task_of(self, model_id: str) -> Task | None:
-        """Return what a model in memory does; None: it is not in memory."""
+    def model(self, model_id: str) -> AnyLoaded | None:
+        """Return a model that is in memory; None: it is not."""
         resident = self._resident.get(model_id)
-        return resident.model.task if resident is not None else None
-
-    def context_of(self, model_id: str) -> int | None:
-        """Return how many tokens a model in memory may have at once; None: it is not in memory, or nobody knows."""
-        resident = self._resident.get(model_id)
-        return resident.model.context if resident is not None else None
-
-    def sees(self, model_id: str) -> bool | None:
-        """Return whether a model in memory takes images; None: it is not in memory."""
-        resident = self._resident.get(model_id)
-        return None if resident is None else isinstance(resident.model, Loaded) and resident.model.sees
+        return resident.model if resident is not None else None
 
     @asynccontextmanager
     async def use(self, model_id: str) -> AsyncIterator[AnyLoaded]:
@@ -253,7 +228,7 @@ class Pool:
         """Load a model once, however many requests wait for it; or return the id under which to load it."""
         load = self._loads.get(model_id)
         if load is None:
-            load = self._loads[model_id] = Load(model_id)
+            load = self._loads[model_id] = Loading(model_id)
             load.task = asyncio.create_task(self._run(load))
             self._tasks[load.task] = load
             load.task.add_done_callback(self._ended)
@@ -277,7 +252,7 @@ class Pool:
             self._cancel(load)
         self._admit()
 
-    def _cancel(self, load: Load) -> None:
+    def _cancel(self, load: Loading) -> None:
         """End a load. A request for its model that comes from now on begins another one."""
         if self._loads.get(load.id) is load:
             del self._loads[load.id]
@@ -292,14 +267,14 @@ class Pool:
             task.exception()  # whoever waited has got it; asyncio warns of errors that nobody has read
         self._admit()
 
-    async def _run(self, load: Load) -> Resident | str:
+    async def _run(self, load: Loading) -> Resident | str:
         extras = self._extras.get(load.id, PLAIN)
         located = await self._source.locate(load.id)
         if located.id != load.id:  # one model, which must not be in memory twice
             self._is_given_for(load.id, located.id)
             return located.id
         draft = await self._source.locate(extras.draft) if extras.draft is not None else None
-        load.path = located.path
+        load.key = self._loader.new_key(located.path)
         load.nbytes = located.nbytes + (draft.nbytes if draft is not None else 0)
         if self._find_budget is not None:
             self._budget = await self._find_budget()
@@ -307,12 +282,15 @@ class Pool:
         self._admit()
         await has_room
         model = await self._loader.load(
-            located.path,
-            adapter_path=extras.adapter_path,
-            draft_path=draft.path if draft is not None else None,
-            task=located.task,
-            nbytes=load.nbytes,
-            tuning=extras.tuning,
+            Load(
+                load.key,
+                located.path,
+                extras.adapter_path,
+                draft.path if draft is not None else None,
+                located.task,
+                load.nbytes,
+                extras.tuning,
+            )
         )
         load.has_room = False  # from here on the resident model counts
         resident = Resident(load.id, model, load.number, time.monotonic(), extras)
