@@ -256,6 +256,20 @@ def test_a_forced_download_is_kept_when_the_users_file_is(
     check_stands_alone(dead.hub)
 
 
+def test_what_programs_write_into_a_users_model_comes_home_and_leaves_no_session(dead: Dead) -> None:
+    """As vLLM does, which keeps weights there in a format of its own. Once more, and the cache has it already."""
+    lay_model(dead.models / "org/m", settled=True)
+    for _ in range(2):
+        with dead.written() as hub:
+            (snapshot,) = (hub / "models--org--m/snapshots").iterdir()
+            (snapshot / "np").mkdir()
+            (snapshot / "np/weights.npy").write_bytes(b"a copy")
+        assert [cleared.kept for cleared in dead.clear()] == [()]
+        assert dead.held()[b"a copy"] == 1, "P3 is broken: what a program wrote was deleted"
+    assert (dead.repo("org/m") / f"snapshots/{snapshot.name}/np/weights.npy").read_bytes() == b"a copy"
+    check_stands_alone(dead.hub)
+
+
 def _no_answer(_patience: Patience, root: str, _function: object) -> None:
     raise NoAnswer(root)
 
