@@ -9,6 +9,7 @@ at the next start.
 from __future__ import annotations
 
 import errno
+import filecmp
 import fcntl
 import os
 from collections.abc import Collection, Iterator
@@ -217,7 +218,7 @@ def _move_written(view: str, snapshot: str, aside: str) -> None:
             continue
         if not os.path.lexists(wanted):
             _move(path, wanted, aside)
-        elif os.path.isfile(wanted) and os.path.getsize(wanted) == os.path.getsize(path):
+        elif os.path.isfile(wanted) and filecmp.cmp(path, wanted, shallow=False):
             os.unlink(path)
 
 
