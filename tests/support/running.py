@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_overlay_server.chat.requests import Params
+from mlx_overlay_server.engine import loading
 from mlx_overlay_server.engine.commands import Item, Load, Prefilled, Sampled, Submit
-from mlx_overlay_server.engine.loading import load
+from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.runner import Runner
 from mlx_overlay_server.errors import ServerError
@@ -17,6 +18,11 @@ from mlx_overlay_server.settings import EngineOptions
 
 PROMPT = tuple(range(97, 117))
 _STEPS = 2000
+
+
+async def resident(engine: Engine, folder: Path, **how: Any) -> Any:
+    """Have an engine load the model of a folder: a Loaded, or a LoadedEncoder. `how`: other fields of `Load`."""
+    return await engine.load(Load(engine.new_key(str(folder)), str(folder), **how))
 
 
 class Running:
@@ -31,7 +37,7 @@ class Running:
     ) -> None:
         self.prefixes = PrefixCache(1 << 30)
         command = Load("0:m", str(folder), draft_path=None if draft is None else str(draft))
-        runners = list(load(command, options, None, self.prefixes))
+        runners = list(loading.load(command, options, None, self.prefixes))
         assert isinstance(runners[-1], Runner)
         self.runner: Runner = runners[-1]
         self.runner._clock = lambda: 0.0

@@ -32,6 +32,7 @@ from mlx_overlay_server.engine.commands import (
     is_last,
 )
 from mlx_overlay_server.engine.failures import failure, first_line, is_late, load_failure, no_memory
+from mlx_overlay_server.engine.loads import path_of
 from mlx_overlay_server.engine.outbox import Outbox
 from mlx_overlay_server.errors import PromptTooLong, ServerError, Unavailable
 from mlx_overlay_server.imports import UNUSED, left_out
@@ -410,7 +411,7 @@ class Worker:
     def _end_load(self, key: str, error: BaseException) -> None:
         """Give up a load because of an error."""
         self._forget_load(key)
-        path = key.partition(":")[2]
+        path = path_of(key)
         logger.warning("cannot load %s: %s", path, str(error).strip() or type(error).__name__)
         self._engine.settle(key, load_failure(error, path))
 
