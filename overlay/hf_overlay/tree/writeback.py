@@ -9,7 +9,6 @@ at the next start.
 from __future__ import annotations
 
 import errno
-import filecmp
 import fcntl
 import os
 from collections.abc import Collection, Iterator
@@ -218,7 +217,7 @@ def _move_written(view: str, snapshot: str, aside: str) -> None:
             continue
         if not os.path.lexists(wanted):
             _move(path, wanted, aside)
-        elif os.path.isfile(wanted) and filecmp.cmp(path, wanted, shallow=False):
+        elif os.path.isfile(wanted) and _has_same_bytes(path, wanted):
             os.unlink(path)
 
 
@@ -364,6 +363,17 @@ def _copy_pieces(path: str, target: str) -> None:
     import shutil  # with all compressors, which starts need not wait for
 
     shutil.copystat(path, target)
+
+
+def _has_same_bytes(path: str, other: str) -> bool:
+    with open(path, "rb") as file, open(other, "rb") as other_file:
+        while True:
+            piece = file.read(_PIECE_BYTES)
+            if piece != other_file.read(_PIECE_BYTES):
+                return False
+            if not piece:
+                return True
+            alive()
 
 
 def _write(path: str, content: bytes, aside: str) -> None:
