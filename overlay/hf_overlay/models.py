@@ -89,6 +89,8 @@ class Model(NamedTuple):
     kind: str = "models"
     """`models`, or for a folder that is mapped to another kind of repo: `datasets`, `spaces` or `kernels`."""
     task: Task = "text"
+    fingerprint: str = ""
+    """As `hfcache.fingerprint` works it out; empty until something needs it."""
 
 
 class Reject(NamedTuple):

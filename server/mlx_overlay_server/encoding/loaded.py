@@ -63,6 +63,11 @@ class LoadedEncoder:
         return made
 
     @property
+    def sees(self) -> bool:
+        """Whether requests to it may have images."""
+        return False
+
+    @property
     def task(self) -> Task:
         """What it does with text."""
         return "embedding" if self.way == "embedding" else "reranker"

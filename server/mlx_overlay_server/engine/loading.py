@@ -36,7 +36,7 @@ logger = logging.getLogger("mlx_overlay_server")
 T = TypeVar("T")
 
 SLICE_BYTES = 1 << 28
-"""Bytes of weights that are read between two steps of other models."""
+"""Bytes of weights that are read before other models make a step."""
 
 
 def load(
@@ -47,19 +47,20 @@ def load(
     shares: Shares | None = None,
     read_tokenizer: ReadTokenizer | None = None,
 ) -> Generator[Runner | int | None, None, None]:
-    """Load a model: yield its bytes after each slice, and the runner at the end; in between None, to let others go on.
+    """Load a model in steps: yield the bytes of each slice of weights, and at the end the runner.
 
-    `shares`: how the memory is divided.
+    It yields None while it waits for something, so that other models can make steps. `shares` says how the memory is
+    divided. `read_tokenizer` reads the model's tokenizer in another process; None: it is read in this one.
 
-    `read_tokenizer` reads the model's tokenizer in another process; None: it is read in this one.
-    Raises what mlx-lm raises, Unsuitable for a folder that must not be loaded, TimeoutError when a part does not end.
+    Raises what mlx-lm raises, Unsuitable for a folder that must not be loaded, and TimeoutError for a part that takes
+    too long.
     """
     path = Path(command.path)
     identities: list[str] = []
     config_extra = {"trust_remote_code": options.trust_remote_code}
     draft = None
     checking = apart(partial(check, command, options))
-    if group is not None:  # all ranks take as many turns: none
+    if group is not None:  # the ranks must make equally many steps, so this does not yield while it waits
         wait([checking])
         checking.result()
         model, tokenizer, config = sharded_load(
@@ -135,11 +136,10 @@ def load(
 
 
 def check(command: Load, options: EngineOptions) -> list[str]:
-    """Look at all files that a load opens, and read weights ahead where their disk may stop answering.
+    """Check all files that a load opens, and read weights ahead from disks that may stop answering.
 
-    Returns what tells them from those of other models, adapters and draft models.
-    What hangs here, hangs apart from the engine's thread, and is given up on after a time without progress: then it
-    raises TimeoutError.
+    Returns the identities of the model, the adapter and the draft model, which name their KV caches on disk. A disk
+    that hangs holds up only the thread that this runs in. Raises TimeoutError after `load_seconds` without progress.
     """
     patience = Patience(options.load_seconds)
     paths = (command.path, command.adapter_path, command.draft_path)
@@ -162,7 +162,7 @@ def _read_tokenizer(
 
 
 def apart(work: Callable[[], T]) -> Future[T]:
-    """Run something that may never end in a thread that nothing waits for, not even the end of the process."""
+    """Run a function that may never return, in a daemon thread that nothing waits for."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -176,14 +176,14 @@ def apart(work: Callable[[], T]) -> Future[T]:
 
 
 def turns(future: Future[Any], seconds: float) -> Iterator[None]:
-    """Let others take turns until something that runs apart has ended, or for some seconds."""
+    """Yield None until a future is done, or for some seconds."""
     deadline = time.monotonic() + seconds
     while not wait([future], timeout=0.005).done and time.monotonic() < deadline:
         yield None
 
 
 def result(future: Future[T], options: EngineOptions) -> T:
-    """Return what something that ran apart has returned. Raises what it raised, TimeoutError if it has not ended."""
+    """Return a future's result. Raises what the function raised, and TimeoutError if it has not returned yet."""
     if not future.done():
         raise _no_progress(options)
     return future.result()
@@ -199,10 +199,10 @@ def parameters(model: Any) -> list[mx.array]:
 
 
 def _sizes(models: Iterable[Any], options: EngineOptions) -> tuple[int, int]:
-    """Return the bytes of models' weights, and those that each token takes in their KV caches. Computes nothing.
+    """Return the bytes of models' weights, and those of a token in their KV caches. Reads no weights.
 
-    What a model that sees keeps of images counts as weights, whether it is there or not.
-    While a batch grows, MLX copies the KV cache of one layer after the other: room for one copy is part of the latter.
+    A vision model keeps what it made of the last images; that counts as weights from the start. A growing batch copies
+    the KV cache of one layer after the other, so the second number includes the copy of one layer.
     """
     nbytes = kv_bytes = 0
     for each in models:
@@ -215,7 +215,7 @@ def _sizes(models: Iterable[Any], options: EngineOptions) -> tuple[int, int]:
 
 
 def _check_quantised(models: Iterable[Any], options: EngineOptions) -> None:
-    """Make sure that the KV caches are of a kind that can be quantised, where they are to be. Raises Unavailable."""
+    """Raise Unavailable if KV caches are to be quantised, and those of a model cannot be."""
     if options.kv_bits is None:
         return
     for each in models:
@@ -259,7 +259,10 @@ def _vocab_size(config: dict[str, Any], tokenizer: Any) -> int:
 
 
 def fitting(context: int | None, fits: int | None, path: Path) -> int | None:
-    """Return a model's context, or how many tokens fit in memory where that is less; None: nobody knows."""
+    """Return the number of tokens that fit in memory if that is less than a model's context, else the context.
+
+    None: neither is known.
+    """
     if context is None or fits is None or fits >= context:
         return context if context is not None else fits
     logger.warning("%s: there is memory for %d tokens, of the %d that the model's context has", path, fits, context)

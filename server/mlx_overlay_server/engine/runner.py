@@ -143,6 +143,8 @@ class Runner:
         if (paused := self._paused.pop(submit.id, None)) is not None:
             self._enter(paused)
             return
+        if self._alone.resume(submit.id):
+            return
         if isinstance(submit, Encode):
             raise ValueError("the model neither embeds nor ranks")
         sampling = self._sampling(submit)
@@ -183,13 +185,12 @@ class Runner:
 
     def pause(self, id_: int) -> bool:
         """Free the memory of a sequence, whose tokens are read again after `add`; False where its kind cannot wait."""
-        sequence = self._sequences.get(id_)
-        if sequence is None or sequence.generation.submit.budget is not None:  # it counts what is drawn and dropped
-            return False
-        tokens: list[int] = []
-        if sequence.uid is not None:
+        if (sequence := self._sequences.get(id_)) is None:
+            return self._alone.pause(id_)
+        if sequence.uid is not None and id_ in self._unread:
+            self._drop(sequence, sequence.uid)
+        elif sequence.uid is not None:
             tokens = self._take_out(sequence, sequence.uid)
-        if len(tokens) > len(sequence.tokens):
             sequence.drawn += len(tokens) - len(sequence.tokens)
             sequence.tokens = np.asarray(tokens, dtype=np.int64)
         sequence.generation.guarded.draw_again()
@@ -261,9 +262,11 @@ class Runner:
             return
         if self._alone.cancel(id_) or (sequence := self._sequences.pop(id_, None)) is None:
             return
-        self._unread.pop(id_, None)
+        is_unread = self._unread.pop(id_, None) is not None
         tokens: list[int] = sequence.tokens[: sequence.prompt.done].tolist()
-        if sequence.uid is not None:
+        if sequence.uid is not None and is_unread and not self._prefixes.would_keep(self.loaded.kv_bytes * len(tokens)):
+            self._drop(sequence, sequence.uid)  # taking it out copies it
+        elif sequence.uid is not None:
             tokens = self._take_out(sequence, sequence.uid)
         if sequence.cache is not None and len(tokens) > sequence.generation.cached:
             self._keep(sequence, sequence.cache, tokens)
@@ -353,6 +356,12 @@ class Runner:
         generation.guarded.read_last = lambda _: self._batch.current(uid)
         sequence.uid, sequence.base, sequence.cache = uid, done, None
         self._ids[uid] = submit.id
+
+    def _drop(self, sequence: _Sequence, uid: int) -> None:
+        """Drop a sequence from the batch, with its KV cache."""
+        self._batch.remove(uid)
+        del self._ids[uid]
+        sequence.uid = None
 
     def _take_out(self, sequence: _Sequence, uid: int) -> list[int]:
         """Take a sequence out of the batch, with its KV cache. Returns the tokens in that."""
