@@ -19,6 +19,7 @@ from mlx_overlay_server.encoding.requests import EmbedRequest, EncodeRequest
 from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.errors import InvalidRequest, Overloaded, Unavailable, UnknownModel
 from mlx_overlay_server.live import Live, Target
+from mlx_overlay_server.memory import KvSize
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.library import Library, Listed
 from mlx_overlay_server.models.pool import Pool
@@ -129,7 +130,7 @@ class Service:
     def _sized(self, listed: Listed) -> Listed:
         """Return a row of the list with its usable tokens: those that fit in memory and in the server's limits."""
         shares = self.engine.stats.memory
-        fits = shares.tokens(listed.nbytes, listed.kv_bytes) if shares is not None else None
+        fits = shares.tokens(listed.nbytes, KvSize(listed.kv_bytes)) if shares is not None else None
         model = self.pool.model(listed.id)
         known = (model.context if model is not None else None, listed.context, fits, self.limits.prompt_tokens)
         return listed._replace(usable=_least(*known))
