@@ -139,7 +139,9 @@ def load(
         options,
         prefixes,
         fits=lambda context: cost.tokens(context, limit),
-        look=looking.look(config, mlx.cost(looking.vision_shape(config))),
+        look=looking.look(
+            config, mlx.cost(looking.vision_shape(config)), whole=mlx.cost(config) if is_seeing else Cost()
+        ),
         group=group,
     )
 
