@@ -1,4 +1,7 @@
-"""A preparation process as the event loop sees it: started without fork, asked one thing at a time, and killed."""
+"""A preparation process as the event loop sees it.
+
+It is started without a fork, does one thing at a time, and can be killed.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,9 @@ class Process:
 
     def __init__(self) -> None:
         self.models: set[str] = set()
-        """Keys of the models that it has got."""
+        """The keys of the models that it knows."""
         self.has_read: str | None = None
-        """Key of the model whose tokenizer it has read last, and keeps until it gets the model."""
+        """The key of the model whose tokenizer it read last, and keeps until it gets that model."""
         self.is_killed = False
         self._socket, theirs = socket.socketpair()
         self._reader: asyncio.StreamReader | None = None
@@ -38,9 +41,9 @@ class Process:
                 "mlx_overlay_server.preparation.program",
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
-                # What a tokenizer in trouble writes may hold the prompt.
+                # A tokenizer's error messages may quote the prompt.
                 stderr=None if logger.isEnabledFor(logging.DEBUG) else subprocess.DEVNULL,
-                # Ctrl-C reaches all processes of a terminal. These end when the server closes the socket, not before.
+                # Ctrl-C signals all processes of a terminal. These end when the server closes the socket, not before.
                 blocked=(signal.SIGINT, signal.SIGTERM),
             )
 
@@ -50,25 +53,31 @@ class Process:
         return self._popen.pid
 
     async def ready(self) -> None:
-        """Wait until it has imported all that it needs. Raises Ended."""
+        """Wait until the process has imported all that it needs. Raises Ended."""
         self._reader, self._writer = await asyncio.open_connection(sock=self._socket)
         await self._answer()
 
     async def read_tokenizer(self, key: str, arguments: bytes) -> Result:
-        """Have it read a model's tokenizer; `arguments`: those of `tokenizers.sent`, a pickled tuple. Raises Ended."""
+        """Let the process read a model's tokenizer; `arguments`: those of `tokenizers.sent`, as a pickled tuple.
+
+        Raises Ended.
+        """
         result = await self._ask(("tokenizer", key, arguments))
         self.has_read = key
         return result
 
     async def teach(self, key: str, model: bytes, tokenizer: bytes) -> Result:
-        """Give it a model and its whole tokenizer, both pickled; b"" where the model holds that. Raises Ended."""
+        """Give the process a model and its whole tokenizer, both pickled; b"" where the model contains it.
+
+        Raises Ended.
+        """
         result = await self._ask(("model", key, model, b"" if self.has_read == key else tokenizer, sys.path))
         if result.unexpected is None:
             self.models.add(key)
         return result
 
     def forget(self, key: str) -> None:
-        """Let it drop a model."""
+        """Let the process drop a model."""
         if key in self.models and self._writer is not None:
             self.models.discard(key)
             self._writer.write(packed(("forget", key)))
@@ -78,17 +87,17 @@ class Process:
         return await self._ask(("work", name, key, arguments))
 
     def kill(self) -> None:
-        """End it now, whatever it does."""
+        """Kill the process, whatever it is doing."""
         self.is_killed = True
         self._popen.kill()
 
     def end(self) -> None:
-        """End it, wait until it has ended, and block meanwhile: for where no event loop runs."""
+        """Kill the process and wait for its end, where no event loop runs."""
         self.kill()
         self._popen.wait()
 
     async def close(self) -> int:
-        """End it, wait until it has ended and return its exit status."""
+        """Kill the process, wait for its end, and return its exit status."""
         self.kill()
         if self._writer is not None:
             self._writer.close()

@@ -1,4 +1,4 @@
-"""Addresses of OpenAI's and Anthropic's APIs that have nothing behind them here, and what is said there."""
+"""Addresses of OpenAI's and Anthropic's APIs that this server does not serve; its answers say so, and why."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _ABSENT = {
     "containers": "this server runs no code",
     "skills": "this server keeps no skills; send them in the prompt",
 }
-"""What is asked for, below `/v1/` -> why not. The status is 404: OpenAI's clients try again after a 501."""
+"""The path below `/v1/` -> why it is not served. The status is 404, because OpenAI's clients try again after a 501."""
 
 _METHODS = ["GET", "POST", "DELETE"]
 
 
 def router(service: Service) -> APIRouter:  # noqa: ARG001 - as all routers
-    """Return routes for each of these addresses and those below it, with and without `/v1`, which read no body."""
+    """Return routes for these addresses and all below them, with and without `/v1`. Bodies are not read."""
     routes = APIRouter(include_in_schema=False)
     for path, reason in _ABSENT.items():
         for prefix in ("/v1/", "/"):
