@@ -262,7 +262,9 @@ class Reader:
         if not text:
             return
         assert self._opening is not None  # noqa: S101 - nothing else holds text back
-        if is_cut and self._opening.is_part(text):
+        if (is_cut and self._opening.is_part(text)) or (
+            calls.is_marks(text) and (self._calls or self._name == "tool")  # marks around those of a call
+        ):
             return
         found, rest = ([], text) if is_cut else (calls.unmarked(text, self._tools), "")
         if not found and not is_cut:
