@@ -74,9 +74,8 @@ class Helper:
         process = subprocess.Popen(
             # -P: the working folder may be on a disk that hangs, too
             [sys.executable, "-P", "-m", "hf_overlay.helper"],
-            env={
-                name: value for name, value in os.environ.items() if name not in CHANGED_VARIABLES
-            },  # the process uses no tree
+            # The process uses no tree.
+            env={name: value for name, value in os.environ.items() if name not in CHANGED_VARIABLES},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -359,7 +359,7 @@ class LinkedRepo(NamedTuple):
 
 def fingerprint(model: Model) -> str:
     """40 hex digits that change with any name, size or time in the folder, and that differ between any two folders."""
-    return sha1(json.dumps([model.id, model.path, model.commit, model.files]))
+    return model.fingerprint or sha1(json.dumps([model.id, model.path, model.commit, model.files]))
 
 
 def etag(model: Model, file: File) -> str:

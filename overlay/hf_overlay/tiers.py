@@ -254,7 +254,7 @@ class _Parts(NamedTuple):
 
 
 def _first(parts: Iterable[tuple[str, Value]]) -> dict[str, Value]:
-    """Return the first value for each path. A path is left out if it needs a folder where there is a file."""
+    """Return the first value for each path. Of a file and a folder at one path, the first counts, too."""
     found: dict[str, Value] = {}
     folders: set[str] = set()
     for path, value in parts:
@@ -266,6 +266,6 @@ def _first(parts: Iterable[tuple[str, Value]]) -> dict[str, Value]:
 
 
 def _parents(path: str) -> list[str]:
-    """Yield the folders above a relative path, the topmost first."""
+    """Return the folders above a relative path, the topmost first."""
     parts = path.split("/")[:-1]
     return ["/".join(parts[: depth + 1]) for depth in range(len(parts))]

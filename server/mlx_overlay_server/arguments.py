@@ -9,15 +9,15 @@ from mlx_overlay_server import settings
 
 
 class Pairs(Action):
-    """Collects pairs of a name and a value. To give a name two values is a mistake."""
+    """Collects pairs of a name and a value from a repeated option. To give one name two values is a mistake."""
 
     def __call__(self, _parser: object, namespace: Namespace, values: Any, _flag: object = None) -> None:
         """Add a pair to those before it."""
         name, value = values
-        pairs = getattr(namespace, self.dest)
-        if (other := dict(pairs).get(name, value)) != value:
+        before = getattr(namespace, self.dest)
+        if (other := dict(before).get(name, value)) != value:
             raise ArgumentError(self, f"{name} is {other} and {value}; leave one of them out")
-        setattr(namespace, self.dest, [*pairs, values])
+        setattr(namespace, self.dest, [*before, values])
 
 
 def alias(text: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The options of the server: the command line for serving, and how it becomes settings."""
+"""The options for serving: their command line, and the settings that it makes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mlx_overlay_server.settings import (
 
 PROGRAM = "mlx-omni-server"
 SHELLS = ("bash", "zsh", "fish", "tcsh")
-"""Shells that completion scripts can be printed for."""
+"""Shells for which completion scripts can be printed."""
 
 EXAMPLES = """\
 examples:
@@ -75,12 +75,12 @@ def read(parsed: argparse.Namespace, environ: Mapping[str, str], file: Mapping[s
 
 
 def _fields_of(owner: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that are given for a dataclass's fields; None stands for a field's default."""
+    """Return the given values of a dataclass's fields. None stands for a field's default, and is left out."""
     return {each.name: given[each.name] for each in fields(owner) if given.get(each.name) is not None}
 
 
 def make_parser(declared: dict[str, argparse.Action] | None = None) -> argparse.ArgumentParser:
-    """Return the parser of the options for serving, which are also put into `declared`, by their field."""
+    """Return the parser of the options for serving. Also put them into `declared`, by the names of their fields."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         usage=f"{PROGRAM} [options]\n       {PROGRAM} COMMAND [options]",
@@ -94,7 +94,7 @@ def make_parser(declared: dict[str, argparse.Action] | None = None) -> argparse.
 
 
 def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Action] | None = None) -> None:
-    """Add the options for serving, which are also put into `declared`, by their field."""
+    """Add the options for serving. Also put them into `declared`, by the names of their fields."""
     declared = {} if declared is None else declared
     add_folders(parser, declared)
     add = _Adder(parser, Settings, declared)
@@ -265,7 +265,7 @@ def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
 
 
 def add_folders(parser: argparse.ArgumentParser, declared: dict[str, argparse.Action] | None = None) -> None:
-    """Add the options that say where the models are, which most commands take."""
+    """Add the options for where the models are, which most commands have."""
     add = _Adder(parser, Settings, {} if declared is None else declared)
     add("model_paths", "--model-path", "a folder of models; may be repeated", many=True, metavar="DIR")
     add(
@@ -294,7 +294,7 @@ def add_folders(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
 
 
 class _Adder:
-    """Adds flags to a parser, or a group of one; each flag's default is its field's in a dataclass of settings."""
+    """Adds options to a parser, or to a group of one. Each stands for a field of a dataclass, and has its default."""
 
     def __init__(
         self, parser: argparse._ActionsContainer, owner: type[Any], declared: dict[str, argparse.Action]
@@ -309,7 +309,7 @@ class _Adder:
         return _Adder(self._parser, owner, self._declared)
 
     def __call__(self, name: str, flag: str, text: str, *, many: bool = False, **options: Any) -> None:
-        """Add a flag for the field `name`, with `text` and the default as its help. `many`: it may be repeated."""
+        """Add an option for the field `name`; its help is `text` and the default. `many`: it may be repeated."""
         default = self._fields[name].default
         if default is False:
             options["action"] = "store_true"
@@ -319,7 +319,7 @@ class _Adder:
             shown = f"{default // 10**6}M" if options.get("type") is arguments.size else default
             text = f"{text}; default: {shown}"
         is_list = options.get("action") in ("append", "extend", arguments.Pairs)
-        # None: not given. Repeated flags need a list to add to.
+        # The default None means that the option was not given. Options that may be repeated need a list to add to.
         self._declared[name] = self._parser.add_argument(
             flag, dest=name, default=[] if is_list else None, help=text, **options
         )

@@ -28,9 +28,16 @@ async def resident(engine: Engine, folder: Path, **how: Any) -> Any:
 class Running:
     """A model's runner, with the sequences that a test gives it. For it, all that it does takes no time at all."""
 
-    def __init__(self, folder: Path, options: EngineOptions = EngineOptions()) -> None:  # noqa: B008 - frozen
+    def __init__(
+        self,
+        folder: Path,
+        options: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
+        *,
+        draft: Path | None = None,
+    ) -> None:
         self.prefixes = PrefixCache(1 << 30)
-        runners = list(loading.load(Load("0:m", str(folder)), options, None, self.prefixes))
+        command = Load("0:m", str(folder), draft_path=None if draft is None else str(draft))
+        runners = list(loading.load(command, options, None, self.prefixes))
         assert isinstance(runners[-1], Runner)
         self.runner: Runner = runners[-1]
         self.runner._clock = lambda: 0.0

@@ -217,7 +217,7 @@ def _move_written(view: str, snapshot: str, aside: str) -> None:
             continue
         if not os.path.lexists(wanted):
             _move(path, wanted, aside)
-        elif os.path.isfile(wanted) and os.path.getsize(wanted) == os.path.getsize(path):
+        elif os.path.isfile(wanted) and _has_same_bytes(path, wanted):
             os.unlink(path)
 
 
@@ -363,6 +363,17 @@ def _copy_pieces(path: str, target: str) -> None:
     import shutil  # with all compressors, which starts need not wait for
 
     shutil.copystat(path, target)
+
+
+def _has_same_bytes(path: str, other: str) -> bool:
+    with open(path, "rb") as file, open(other, "rb") as other_file:
+        while True:
+            piece = file.read(_PIECE_BYTES)
+            if piece != other_file.read(_PIECE_BYTES):
+                return False
+            if not piece:
+                return True
+            alive()
 
 
 def _write(path: str, content: bytes, aside: str) -> None:

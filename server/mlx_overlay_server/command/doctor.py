@@ -60,7 +60,7 @@ def _engine(found: Sequence[Model]) -> Iterator[Finding]:
                 "memory",
                 model.path,
                 f"{model.id} has {size(weights)} of weights, and there is memory for {size(int(room))}",
-                "Take a smaller quantisation of it; docs/server.md says how a Mac's GPU may use more memory.",
+                "Take a smaller quantisation of it; docs/memory.md says how a Mac's GPU may use more memory.",
             )
 
 

@@ -1,4 +1,4 @@
-"""The event loop's handle on the engine's thread: commands go in, and their results arrive in mailboxes."""
+"""The event loop's handle on the engine's thread. Commands go in, and their results arrive in mailboxes."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ WARM_UP_TOKENS = 32
 """Tokens of the prompt that warms a model up. More than one, because MLX reads a single token with other kernels."""
 
 _WATCH_SECONDS = 1
-"""Seconds between two looks at whether a disk holds up the thread."""
+"""Seconds between two checks whether a disk holds up the thread."""
 
 Reply = TypeVar("Reply", Sampled, Encoded)
 
 
 class Engine:
-    """The handle on the engine's thread. The event loop calls its methods, none of which blocks."""
+    """The handle on the engine's thread. Call its methods on the event loop; none of them blocks."""
 
     def __init__(self, options: EngineOptions) -> None:
         self.options = options
@@ -76,7 +76,7 @@ class Engine:
         self._is_aborted = False
         self._failure: str | None = None
         self._is_prepared = asyncio.Event()
-        """Set when the thread has begun its work, or never will."""
+        """Set when the thread has begun to work, or has failed before."""
 
     def start(self) -> None:
         """Start the thread, and return while it imports mlx-lm, which takes a second or two."""
@@ -86,9 +86,9 @@ class Engine:
         self._watch()
 
     async def stop(self) -> None:
-        """End the thread once it has finished its step. Whoever still waits gets Unavailable.
+        """Let the thread end after its current step. Whoever still waits gets Unavailable.
 
-        A rank that lost the others may wait for them for ever: then `is_stuck` is true.
+        A rank that has lost the others may wait for them for ever. Then `is_stuck` is true.
         """
         self._fail_all(Unavailable("the server is shutting down"))
         self._send(Stop())
@@ -162,7 +162,7 @@ class Engine:
         return new_key(self.new_id(), path)
 
     def submit(self, submits: Iterable[Submit | Encode]) -> Mailbox:
-        """Generate some sequences, or read texts; the mailbox holds their items under their ids.
+        """Hand over sequences to generate, or texts to encode. Their items arrive in the mailbox, under their ids.
 
         Raises Failed when the engine has failed, and Unavailable when it is being stopped.
         """
@@ -175,7 +175,7 @@ class Engine:
 
     @staticmethod
     def matchers(constraint: Constraint, model: Loaded, compiled: Any, count: int) -> list[Any]:
-        """Return what holds each of some answers to a constraint; `compiled` is from `chat.grammar.compiled`.
+        """Return `count` matchers of a constraint's grammar, which `chat.grammar.compiled` has compiled.
 
         Any thread may call this once a model is loaded.
         """
@@ -184,7 +184,7 @@ class Engine:
         return [Matcher(constraint, compiled.deep_copy(), model.grammar_tokenizer.vocab_size) for _ in range(count)]
 
     def abort(self) -> None:
-        """End every sequence and load, and take no more; whoever waits gets Unavailable."""
+        """End every sequence and load, and accept no more. Whoever waits gets Unavailable."""
         self._is_aborted = True
         ids = list(self._mailboxes)
         self._fail_all(Unavailable("the server is shutting down"))
@@ -192,21 +192,21 @@ class Engine:
             self._send(Cancel(id_))
 
     def cancel(self, ids: Iterable[int]) -> None:
-        """Free what sequences hold; nothing for those that have ended."""
+        """Free what sequences hold. Those that have ended are ignored."""
         for id_ in ids:
             if self._mailboxes.pop(id_, None) is not None:
                 self._send(Cancel(id_))
 
     @property
     def pending(self) -> int:
-        """Sequences that somebody waits for."""
+        """The number of sequences that a request waits for."""
         return len(self._mailboxes)
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the thread has begun its work and still runs; after `stop` this means that it will not end.
+        """Whether the thread has begun to work and still runs. After `stop` this means that it will not end.
 
-        One that still imports mlx-lm has begun nothing, and may be left, as may one that writes KV caches at its end.
+        A thread that still imports mlx-lm has not begun to work, and one that only writes KV caches has finished.
         """
         is_alive = self._thread is not None and self._thread.is_alive()
         return self._is_prepared.is_set() and not self._is_finished and is_alive
@@ -266,7 +266,7 @@ class Engine:
     # Called by the thread.
 
     def take(self, seconds: float) -> list[Command]:
-        """Return the commands that have arrived, after waiting for one for up to some seconds."""
+        """Return the commands that have arrived, after waiting for the first one for some seconds at most."""
         if not self._inbox and seconds:
             self._wake.wait(seconds)
         self._wake.clear()
@@ -280,11 +280,11 @@ class Engine:
         self._wake.set()
 
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None:
-        """Hand over the items of a step, all at once."""
+        """Hand over all items of a step at once."""
         self._call(self._deliver, items, stats)
 
     def finish(self) -> None:
-        """Note that the thread has no more work, but for KV caches that are not on disk yet."""
+        """Note that the thread has finished its work, except for writing KV caches to disk."""
         self._is_finished = True
 
     def end(self, reason: str) -> None:
@@ -308,7 +308,7 @@ class Engine:
             return
         try:
             self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the loop is closed: nobody waits any more
+        except RuntimeError:  # the event loop is closed, so nobody waits
             pass
 
     def _deliver(self, items: list[tuple[int, Item]], stats: Stats) -> None:
@@ -316,7 +316,7 @@ class Engine:
         self._is_prepared.set()
         for id_, item in items:
             mailbox = self._mailboxes.get(id_)
-            if mailbox is None:  # cancelled meanwhile
+            if mailbox is None:  # the sequence was cancelled meanwhile
                 continue
             mailbox.put(id_, item)
             if is_last(item):

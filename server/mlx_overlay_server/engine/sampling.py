@@ -205,15 +205,14 @@ class ReasoningBudget:
         self._left: int | None = budget.tokens if budget.is_open else None
         """Tokens that the open reasoning block may still take; None: no block is open."""
         self._last: tuple[int, ...] = ()
-        self._forced = 0
 
     def __call__(self, last: int | None, logits: mx.array) -> mx.array:
         if last is not None:
             self._accept(last)
         if self._left is None or self._left > 0:
             return logits
-        forced = mx.arange(logits.shape[-1]) == self._budget.ends[self._forced]
-        self._forced = (self._forced + 1) % len(self._budget.ends)
+        ends = self._budget.ends
+        forced = mx.arange(logits.shape[-1]) == ends[_begun(self._last, ends)]
         return mx.where(forced, logits, -float("inf"))
 
     def _accept(self, token: int) -> None:
@@ -222,9 +221,14 @@ class ReasoningBudget:
         if self._left is None and self._last[-len(opens) :] == opens:
             self._left = self._budget.tokens
         elif self._left is not None and self._last[-len(ends) :] == ends:
-            self._left, self._forced = None, 0
+            self._left = None
         elif self._left is not None:
             self._left = max(0, self._left - 1)
+
+
+def _begun(tokens: tuple[int, ...], mark: tuple[int, ...]) -> int:
+    """Return how many tokens of a mark are there already: with how many of its first ones the tokens end."""
+    return next(size for size in range(len(mark) - 1, -1, -1) if not size or tokens[-size:] == mark[:size])
 
 
 class Matcher:
@@ -274,12 +278,10 @@ class Matcher:
         """
         if not self._stops:
             return logits
-        sizes = range(len(self._ends) - 1, -1, -1)
-        closed = next(size for size in sizes if not size or self._last[-size:] == self._ends[:size])
         stops = mx.array(self._stops)
         weight = mx.max(logits[:, stops], axis=-1)
         logits = logits.at[:, stops].add(-float("inf"))
-        return logits.at[:, self._ends[closed]].maximum(weight)
+        return logits.at[:, self._ends[_begun(self._last, self._ends)]].maximum(weight)
 
     def _accept(self, token: int) -> None:
         self._accepted += 1

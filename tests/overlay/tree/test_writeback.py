@@ -271,6 +271,19 @@ def test_what_programs_write_into_a_users_model_comes_home_and_leaves_no_session
     check_stands_alone(dead.hub)
 
 
+def test_what_programs_write_into_a_users_model_is_kept_where_the_cache_has_something_else_of_that_size(
+    dead: Dead,
+) -> None:
+    lay_model(dead.models / "org/m", settled=True)
+    for content in (b"a copy", b"a.copy"):
+        with dead.written() as hub:
+            (snapshot,) = (hub / "models--org--m/snapshots").iterdir()
+            (snapshot / "weights.npy").write_bytes(content)
+        kept = [cleared.kept for cleared in dead.clear()]
+    assert kept != [()], "P3 is broken: a session with a file that is nowhere else counts as brought home"
+    assert dead.held()[b"a.copy"] == 1, "P3 is broken: what a program wrote was deleted"
+
+
 def _no_answer(_patience: Patience, root: str, _function: object) -> None:
     raise NoAnswer(root)
 
