@@ -38,6 +38,7 @@ from mlx_overlay_server.engine.worker import Worker
 from mlx_overlay_server.errors import Failed, ServerError, Unavailable
 from mlx_overlay_server.memory import Shares
 from mlx_overlay_server.settings import UNTUNED, EngineOptions, Tuning
+from mlx_overlay_server.speech.values import LoadedSpeech
 
 if TYPE_CHECKING:
     import numpy as np
@@ -195,6 +196,8 @@ class Engine:
 
         That compiles what its first request would wait for.
         """
+        if isinstance(model, LoadedSpeech):
+            return
         size = min(WARM_UP_TOKENS, model.vocab_size, model.context or WARM_UP_TOKENS)
         if not isinstance(model, Loaded):
             await self.encode(model, (Passage(tuple(range(size)), size),))

@@ -33,8 +33,13 @@ DOWNLOADS = 4
 """Models that are downloaded at once; further ones wait."""
 UNKNOWN_SECONDS = 30.0
 """Seconds for which the Hub is not asked again for a model that it does not have."""
-MODULES = "*_Dense/model.safetensors"
-"""The weights of a module of sentence-transformers, which mlx-lm does not download; all JSON files it does."""
+BESIDE = (
+    "*_Dense/model.safetensors",  # of modules of sentence-transformers
+    "kokoro*.safetensors",
+    "voices/*.safetensors",
+    "speech_tokenizer/*.safetensors",
+)
+"""Weights that mlx-lm does not download, and that other models need than its own; all JSON files it does."""
 _MAX_UNKNOWN = 10_000
 _MAX_ENDED = 20
 """Downloads that have ended, which lists show."""
@@ -311,7 +316,7 @@ def main() -> int:
         report(found=True)
         if not sys.stdin.readline():  # waits for a place in the cache; '' means that the server has ended
             return 1
-        snapshot_download(sys.argv[1], allow_patterns=[*patterns(), MODULES], tqdm_class=Progress)
+        snapshot_download(sys.argv[1], allow_patterns=[*patterns(), *BESIDE], tqdm_class=Progress)
     except Exception as error:  # noqa: BLE001 - the boundary: the server reports any error to its client
         lines = str(error).strip().splitlines()
         kinds = [each.__name__ for each in type(error).__mro__]

@@ -21,7 +21,7 @@ from mlx_overlay_server.chat.events import PromptToken
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.reader import Reader
 from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, Params
-from mlx_overlay_server.encoding.loaded import AnyLoaded, LoadedEncoder, Passage
+from mlx_overlay_server.encoding.loaded import LoadedEncoder, Passage
 from mlx_overlay_server.encoding.requests import EmbedRequest, EncodeRequest
 from mlx_overlay_server.engine.commands import Submit
 from mlx_overlay_server.engine.handle import Engine
@@ -72,7 +72,7 @@ class Preparation:
         self._limits = limits
         self._lanes = Lanes(limits.preparation_seconds, first)
         self._grammars = Grammars()
-        self._known: dict[str, weakref.finalize[..., AnyLoaded]] = {}
+        self._known: dict[str, weakref.finalize[..., Loaded | LoadedEncoder]] = {}
         """By the key of each model that the lanes know: what lets them forget it once it was unloaded."""
 
     def start(self) -> None:
@@ -150,7 +150,7 @@ class Preparation:
         )
         return await asyncio.to_thread(self._engine.matchers, constraint, model, grammar_, count)
 
-    async def _run(self, name: str, model: AnyLoaded, subject: Any, field: Field) -> Any:
+    async def _run(self, name: str, model: Loaded | LoadedEncoder, subject: Any, field: Field) -> Any:
         """Run one of the functions of `work.WORK` in a process."""
         await self._teach(model)
         await turn()
@@ -169,7 +169,7 @@ class Preparation:
             )
         return result.value
 
-    async def _teach(self, model: AnyLoaded) -> None:
+    async def _teach(self, model: Loaded | LoadedEncoder) -> None:
         """Let the processes get to know a model; they forget it after it was unloaded."""
         if model.key in self._known:
             return
@@ -198,7 +198,7 @@ class Preparation:
         )
 
 
-def _without_tokenizer(model: AnyLoaded) -> AnyLoaded:
+def _without_tokenizer(model: Loaded | LoadedEncoder) -> Loaded | LoadedEncoder:
     """Return a model without the part of its tokenizer that a process replaces by the whole."""
     if isinstance(model, LoadedEncoder) or not model.whole:
         return model

@@ -122,7 +122,7 @@ class ModelEntry(TypedDict):
 
     id: str
     kind: str
-    """What it makes: `text`, …"""
+    """What it does: `text`, `embedding`, `reranker`, `transcription` or `speech`."""
     architecture: str | None
     """The `model_type` of its config.json."""
     source: ModelSource
