@@ -1,4 +1,4 @@
-"""The composition root: what the server is made of, and how its parts are joined."""
+"""Builds all parts of the server, and joins them."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ logger = logging.getLogger("mlx_overlay_server")
 _COUNTERS = frozenset(
     {"engine_steps", "engine_failures", "kv_disk_written_bytes", "kv_disk_read_tokens", "kv_disk_failures"}
 )
-"""The numbers among the metrics that only grow."""
+"""Metrics that only grow."""
 
 
 def build(live: Live, session: hf_overlay.Session, process: Process | None = None) -> tuple[ASGIApp, Service]:
-    """The application, and the service in it; `process` is a preparation process that was started already."""
+    """Return the application and the service in it. `process`: a preparation process that has been started already."""
     settings = live.settings
     downloader = None if session.is_offline else Downloader(session)
     service = _service(live, session, downloader, process)
@@ -84,7 +84,7 @@ def build(live: Live, session: hf_overlay.Session, process: Process | None = Non
         title="MLX Omni Server",
         summary="OpenAI- and Anthropic-compatible chat server on mlx-lm.",
         lifespan=lifespan,
-        docs_url=None,  # a page of ours, as FastAPI's load their scripts from another host
+        docs_url=None,  # pages of our own, because FastAPI's load scripts from another host
         redoc_url=None,
     )
     for routes in (openai, responses, anthropic, embeddings, rerank, models_route, status, absent):
@@ -123,11 +123,11 @@ def build(live: Live, session: hf_overlay.Session, process: Process | None = Non
 
 
 async def _log_memory(engine: Engine, budget: int | None) -> None:
-    """Log how the memory is divided, and warn of a budget that leaves too little for everything but weights."""
+    """Log how the memory is divided, and warn of a budget that leaves too little for other uses than weights."""
     try:
         shares = await engine.memory()
     except ServerError:
-        return  # the engine has failed, and has logged why
+        return  # the engine has failed, and logged why
     logger.info(
         "memory: %.1f GB for weights, %.1f GB for kept KV caches, of %.1f GB that MLX may use",
         (shares.weights if budget is None else budget) / 1e9,
@@ -142,7 +142,7 @@ async def _log_memory(engine: Engine, budget: int | None) -> None:
 
 
 def _arrange(pool: Pool, live: Live) -> None:
-    """Let the pool treat single models as the settings say."""
+    """Tell the pool what the settings say of single models."""
     settings = live.settings
     profiles = {live.target(name).id: profile for name, profile in settings.profiles.items()}
     extras = {name: Extras(each.adapter_path, each.draft_model, each.tuning) for name, each in profiles.items()}
@@ -163,7 +163,7 @@ def _service(
     settings = live.settings
     engine = Engine(settings.engine)
     preparation = Preparation(engine, settings.limits, process)
-    if rank(os.environ) is None:  # under mlx.launch each rank reads what it needs itself
+    if rank(os.environ) is None:  # under mlx.launch, each rank reads the tokenizer itself
         engine.read_tokenizer = preparation.read_tokenizer
     speech = Speech(settings.engine.load_seconds)
     library = Library(session, downloader.fetch if downloader is not None else None, live.source)

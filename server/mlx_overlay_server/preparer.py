@@ -1,4 +1,4 @@
-"""A preparation process as the event loop sees it: asked one thing at a time, and killed."""
+"""A preparation process as the event loop sees it: it does one thing at a time, and can be killed."""
 
 from __future__ import annotations
 
@@ -16,25 +16,31 @@ class Process(Peer):
     def __init__(self) -> None:
         super().__init__("mlx_overlay_server.preparation.program")
         self.models: set[str] = set()
-        """Keys of the models that it has got."""
+        """The keys of the models that it knows."""
         self.has_read: str | None = None
-        """Key of the model whose tokenizer it has read last, and keeps until it gets the model."""
+        """The key of the model whose tokenizer it read last, and keeps until it gets that model."""
 
     async def read_tokenizer(self, key: str, arguments: bytes) -> Result:
-        """Have it read a model's tokenizer; `arguments`: those of `tokenizers.sent`, a pickled tuple. Raises Ended."""
+        """Let the process read a model's tokenizer; `arguments`: those of `tokenizers.sent`, as a pickled tuple.
+
+        Raises Ended.
+        """
         result = await self.ask(("tokenizer", key, arguments))
         self.has_read = key
         return result
 
     async def teach(self, key: str, model: bytes, tokenizer: bytes) -> Result:
-        """Give it a model and its whole tokenizer, both pickled; b"" where the model holds that. Raises Ended."""
+        """Give the process a model and its whole tokenizer, both pickled; b"" where the model contains it.
+
+        Raises Ended.
+        """
         result = await self.ask(("model", key, model, b"" if self.has_read == key else tokenizer, sys.path))
         if result.unexpected is None:
             self.models.add(key)
         return result
 
     def forget(self, key: str) -> None:
-        """Let it drop a model."""
+        """Let the process drop a model."""
         if key in self.models:
             self.models.discard(key)
             self.post(("forget", key))

@@ -263,3 +263,16 @@ def test_what_this_server_does_not_do_at_all_is_said_in_a_sentence(server: Serve
     error = told.json()["error"]
     assert (told.status_code, error["code"], error["type"]) == (404, "not_supported", "invalid_request_error")
     assert error["message"].startswith("this server")
+
+
+@pytest.mark.parametrize("path", ["files/file-1/content", "vector_stores/vs_1/files", "threads/t/runs"])
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+def test_so_it_is_of_addresses_below_and_by_every_method(server: Server, method: str, path: str) -> None:
+    told = server.http.request(method, f"/v1/{path}")
+    assert (told.status_code, told.json()["error"]["code"]) == (404, "not_supported")
+
+
+def test_batches_of_messages_are_refused_as_anthropic_refuses(server: Server) -> None:
+    told = server.http.post("/v1/messages/batches", json={"requests": []})
+    assert (told.status_code, told.json()["type"]) == (404, "error")
+    assert "batches" in told.json()["error"]["message"]

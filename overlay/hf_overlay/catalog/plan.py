@@ -159,7 +159,7 @@ def _linked_repo(model: Model, commits: set[str], earlier: LinkedRepo | MergedRe
     is taken gets its fingerprint for a commit.
     """
     if model.commit in commits:
-        model = model._replace(commit=None)
+        model = model._replace(commit=None, fingerprint="")
     repo = earlier if isinstance(earlier, LinkedRepo) and earlier.model == model else hfcache.linked_repo(model)
     commits.add(repo.commit)
     return repo

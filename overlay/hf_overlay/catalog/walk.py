@@ -77,8 +77,10 @@ class Collected:
         """Add a model that was read at `path`."""
         if found.model.source != self._layer:
             found = found._replace(model=found.model._replace(source=self._layer))
-        if found.watched is not None:
-            self._memo.remember(path, found, stamps(found.watched))
+        if (watched := found.watched) is not None:
+            # Worked out once, for later processes, too: what works out hashes takes long to import.
+            found = found._replace(model=found.model._replace(fingerprint=hfcache.fingerprint(found.model)))
+            self._memo.remember(path, found, stamps(watched))
         self._add(found)
 
     def read(

@@ -23,35 +23,25 @@ from hf_overlay.text import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Without `argv` it is this process's own, which ends with it."""
+    if argv is not None:
+        return _run_command(argv)
+    gc.disable()  # looks for garbage in what a start makes take milliseconds; what goes on after it enables them
+    status = _run_command(sys.argv[1:])
+    os._exit(status)  # without taking apart all that was imported, which takes milliseconds
+
+
+def _run_command(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; errors become exit codes here and nowhere else."""
-    if argv is None:  # looks for garbage in what a start makes take milliseconds; what goes on after it enables them
-        gc.disable()
-    arguments = list(sys.argv[1:] if argv is None else argv)
     # What follows `--` is the program's own, even where it looks like ours.
     split = arguments.index("--") if "--" in arguments else len(arguments)
     first = arguments[0] if arguments else ""
     parser = make_parser(only=first if first in (*_COMMANDS, "run") else "")
     options = parser.parse_args(arguments[:split])
-    command = arguments[split + 1 :]
     try:
-        if options.version:
-            from importlib.metadata import version
-
-            print(f"hf-overlay {version('hf-overlay')}")
-            return 0
-        if options.command is None:
-            if command:
-                raise UsageError("put a command before --, as in: hf-overlay run -- python my_script.py")
-            parser.print_help()
-            return 0
-        if options.command == "run":
-            return _run(options, command)
-        if options.command == "service" and options.action == "install":
-            return _service_install(options, command)
-        if command:
-            raise UsageError(f"hf-overlay {options.command} runs no program; leave out -- and the rest")
-        status = _COMMANDS[options.command](options)
-        sys.stdout.flush()
+        status = _status(parser, options, arguments[split + 1 :])
+        if sys.stdout is not None:  # it may be closed
+            sys.stdout.flush()
         return status
     except OverlayError as error:
         say(f"error: {error}")
@@ -61,9 +51,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    finally:
-        if argv is None:  # the process ends now; a last look for garbage in all that was imported takes milliseconds
-            gc.freeze()
+
+
+def _status(parser: argparse.ArgumentParser, options: argparse.Namespace, command: Sequence[str]) -> int:
+    """Run the command that was parsed, and `command` where it is to run a program. Raises OverlayError."""
+    if options.version:
+        from importlib.metadata import version
+
+        print(f"hf-overlay {version('hf-overlay')}")
+        return 0
+    if options.command is None:
+        if command:
+            raise UsageError("put a command before --, as in: hf-overlay run -- python my_script.py")
+        parser.print_help()
+        return 0
+    if options.command == "run":
+        return _run(options, command)
+    if options.command == "service" and options.action == "install":
+        return _service_install(options, command)
+    if command:
+        raise UsageError(f"hf-overlay {options.command} runs no program; leave out -- and the rest")
+    return _COMMANDS[options.command](options)
 
 
 # Commands ------------------------------------------------------------------------------------------------------
@@ -158,6 +166,8 @@ def _ls(options: argparse.Namespace) -> int:
 
 
 def _path(options: argparse.Namespace) -> int:
+    if config.kind_and_id(options.id)[0] != "models":
+        raise UsageError(f"path finds models alone; hf-overlay why {options.id} says where that repo is")
     model = _catalog(options).find(options.id)
     if options.json:
         return print_json({"id": model.id, "source": model.source, "path": model.path})

@@ -224,8 +224,11 @@ def _is_litter(name: str) -> bool:
 def _remove_unless_downloaded(folder: str, unfinished: Collection[str]) -> list[str]:
     kept = []
     for entry in files.entries(folder):
-        if entry.is_symlink() or entry.name in (hfcache.LOCKS, hfcache.CACHEDIR_TAG) or _is_litter(entry.name):
-            is_payload = False  # of ours, or put by clients beside what they download
+        if entry.is_symlink() and entry.path not in unfinished:  # of ours
+            os.unlink(entry.path)
+            continue
+        if entry.name in (hfcache.LOCKS, hfcache.CACHEDIR_TAG) or _is_litter(entry.name):
+            is_payload = False  # put by clients beside what they download
         else:
             is_repo = hfcache.is_repo(entry.name)
             is_payload = files.has_payload(entry.path) if is_repo else files.has_bytes(entry.path)

@@ -6,7 +6,8 @@ removes as many, where repos of its own would take thirty thousand.
     <folder of all sessions>/shared/            0700
       lock                                      held by all who look for a repo, and alone by who takes one away
       cleaned                                   its time: when unused repos were removed last
-      <mark><number>/                           a linked repo, made as a session's own (see store), every folder sealed
+      <cache><fingerprint><number>/             a linked repo, made as a session's own (see store), every folder sealed;
+                                                32 digits, so that the text of a link to it needs no block of the disk
 
 They are never written to: neither by us, nor by clients, whom the modes of the folders keep from it. Before a client
 that asks the gateway for a model can write, its session gets a repo of its own in place of the shared one
@@ -23,8 +24,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import time
+from binascii import crc32
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -44,8 +45,6 @@ _FORMAT = 1
 """To be raised by each change of what a linked repo is made of, so that versions use none of each other's."""
 _CACHE, _NAME = "cache", "name"
 """In the ORIGIN of a shared repo: the real cache that downloads into it belong to, and the repo's name there."""
-_FOLDER = "[0-9a-f]{24}"
-"""Names of shared repos. They are short, so that the text of links to them needs no block of the disk."""
 _TRIES = 100
 """Damaged repos of one model, beside which another is made. Where there are more, something is wrong with the disk."""
 _NEW, _GONE = ".new-", ".gone-"
@@ -58,6 +57,8 @@ class Shared:
     def __init__(self, sessions: str, hub_cache: str) -> None:
         self.folder = f"{sessions}/{FOLDER}"
         self._hub_cache = hub_cache
+        self._mark = f"{crc32(os.fsencode(f'{_FORMAT} {hub_cache}')):08x}"
+        """Beginning of the names of repos that are made now, for this cache."""
 
     @property
     def is_there(self) -> bool:
@@ -80,11 +81,10 @@ class Shared:
 
         Raises OSError.
         """
-        mark = hfcache.sha1(f"{_FORMAT}\0{self._hub_cache}\0{repo.fingerprint}")[:20]
         for number in range(_TRIES):
-            folder = f"{mark}{number:04x}"
+            folder = f"{self._mark}{repo.fingerprint[:20]}{number:04x}"
             path = f"{self.folder}/{folder}"
-            placed = Placed(repo, f"{_LEADS_THERE}{folder}", tuple(f"{path}/{inner}" for inner in repo.watched))
+            placed = Placed(repo, f"{_LEADS_THERE}{folder}", tuple([f"{path}/{inner}" for inner in repo.watched]))
             if store.is_untouched(placed) and _is_fresh(path):
                 return placed
             parts = self._parts(name, repo)
@@ -178,14 +178,15 @@ def written(session: str) -> dict[str, str]:
     Raises OSError.
     """
     found: dict[str, str] = {}
+    shared = f"{os.path.dirname(session)}/{FOLDER}"
     is_root = False
     for folder, name in _led_to(session):
-        path = f"{os.path.dirname(session)}/{FOLDER}/{folder}"
+        path = f"{shared}/{folder}"
         if not is_root and os.path.isdir(path):
             if not os.access(path, os.W_OK):
                 return {}  # nor can this user have written into any other
             is_root = True
-        if store.has_other_blobs(path) and files.has_payload(path):
+        if store.has_other_blobs(path) and files.has_payload(path) and hfcache.is_repo(name):
             found[path] = name
     return found
 
@@ -215,18 +216,15 @@ def _take(path: str, session: str, name: str) -> None:
 
 def _led_to(session: str) -> Iterator[tuple[str, str]]:
     """The shared repos that a session's hub folders lead to: the folder of each, and the entry that leads there."""
-    leads_there = re.compile(re.escape(_LEADS_THERE) + _FOLDER).fullmatch
     for hub in files.entries(f"{session}/hubs"):
         for entry in files.entries(hub.path) if not hub.is_symlink() else ():
-            if entry.is_symlink() and leads_there(text := _text(entry.path)) and hfcache.is_repo(entry.name):
-                yield text.removeprefix(_LEADS_THERE), entry.name
-
-
-def _text(link: str) -> str:
-    try:
-        return os.readlink(link)
-    except OSError:  # gone since
-        return ""
+            try:
+                text = os.readlink(entry.path) if entry.is_symlink() else ""
+            except OSError:  # gone since
+                continue
+            folder = text.removeprefix(_LEADS_THERE)
+            if folder != text and folder.isalnum():
+                yield folder, entry.name
 
 
 # No longer used -------------------------------------------------------------------------------------------------------

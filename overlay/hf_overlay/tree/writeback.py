@@ -180,6 +180,8 @@ def _merge(repo: str, place: _Place, *, link: str | None = None) -> None:
             _move(path, f"{target}/blobs/{name}", aside)
         elif os.path.getsize(f"{target}/blobs/{name}") == os.path.getsize(path):
             os.unlink(path)  # named by its content: the cache has it already
+    if own is not None:
+        _move_written(f"{repo}/{hfcache.VIEWS}/{own}", f"{target}/snapshots/{own}", aside)
     complete: set[str] = set()
     is_merged, made = store.is_merged(repo), store.made_with(repo)
     for commit in _names(f"{repo}/snapshots"):
@@ -204,6 +206,19 @@ def _merge(repo: str, place: _Place, *, link: str | None = None) -> None:
             is_part = folder == "trees" and is_merged and os.path.isdir(f"{target}/snapshots/{commit}")
             if (commit in complete or is_part) and not _is_newer(wanted, path):
                 _write(wanted, content, aside)
+
+
+def _move_written(view: str, snapshot: str, aside: str) -> None:
+    """Move the files that programs wrote into the revision of a user's model to where a cache alone would have them."""
+    for relative in files.below(view):
+        alive()
+        path, wanted = f"{view}/{relative}", f"{snapshot}/{relative}"
+        if os.path.islink(path) or not os.path.getsize(path):
+            continue
+        if not os.path.lexists(wanted):
+            _move(path, wanted, aside)
+        elif os.path.isfile(wanted) and _has_same_bytes(path, wanted):
+            os.unlink(path)
 
 
 def _revision(repo: str, commit: str) -> str:
@@ -348,6 +363,17 @@ def _copy_pieces(path: str, target: str) -> None:
     import shutil  # with all compressors, which starts need not wait for
 
     shutil.copystat(path, target)
+
+
+def _has_same_bytes(path: str, other: str) -> bool:
+    with open(path, "rb") as file, open(other, "rb") as other_file:
+        while True:
+            piece = file.read(_PIECE_BYTES)
+            if piece != other_file.read(_PIECE_BYTES):
+                return False
+            if not piece:
+                return True
+            alive()
 
 
 def _write(path: str, content: bytes, aside: str) -> None:

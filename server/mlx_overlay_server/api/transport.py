@@ -1,4 +1,4 @@
-"""The transport that all dialects share: JSON answers, refusals, event streams, and clients that go away."""
+"""The transport that all dialects share: JSON answers, refusals, event streams, and clients that hang up."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from mlx_overlay_server.errors import Failed, Field, ServerError
-from mlx_overlay_server.service import Ticket
+from mlx_overlay_server.ticket import Ticket
 
 T = TypeVar("T")
 logger = logging.getLogger("mlx_overlay_server")
 
 PATIENCE_SECONDS = 1.0
-"""Longest wait for a stream's first event before it begins; until then an error gets an HTTP status of its own."""
+"""Seconds to wait for a stream's first event before the response begins. Until then, an error gets an HTTP status of
+its own.
+"""
 PING_SECONDS = 5.0
-"""Clients and proxies time out on silent streams, at 15 seconds or more."""
+"""Seconds of silence after which a ping is sent. Clients and proxies give up silent streams after 15 seconds or more.
+"""
 
 
 def dumps(content: object) -> bytes:
-    """Encode as compact JSON in UTF-8."""
+    """Encode a value as compact JSON in UTF-8."""
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
@@ -37,12 +40,12 @@ def answer(content: object, status: int = 200, headers: dict[str, str] | None = 
 
 
 def refusal(error: ServerError, content: object) -> Response:
-    """Return the JSON response that refuses a request; `content` is the error in the dialect's shape."""
+    """Return the JSON response that refuses a request; `content` is the error in the dialect's form."""
     return answer(content, error.status, {"Retry-After": "1"} if error.status in (429, 503) else None)
 
 
 def param_of(error: ServerError, names: Mapping[Field, str | None]) -> str | None:
-    """Return the field that an error blames as its client knows it, by the dialect's names for shared fields."""
+    """Return the client's name for the field that an error blames; `names` are the dialect's for shared fields."""
     if error.param is not None or error.field is None:
         return error.param
     name = names[error.field]
@@ -50,7 +53,7 @@ def param_of(error: ServerError, names: Mapping[Field, str | None]) -> str | Non
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """Return the result of some work; None, and the work cancelled, when the client goes away first."""
+    """Return the result of some work. If the client hangs up first, cancel the work and return None."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request.receive))
     try:
@@ -105,7 +108,7 @@ class ByteStream(Response):
         except Exception as error:  # noqa: BLE001 - the boundary: a stream ends with an error its client understands
             known = as_server_error(error)
             if not self._has_begun:
-                self._has_begun, self._last_sent = True, time.monotonic()  # no ping may come before the refusal
+                self._has_begun, self._last_sent = True, time.monotonic()  # no ping before the refusal
                 await self._refuse(known)(scope, receive, send)
                 return
             await self._fail(known, send)
@@ -163,15 +166,18 @@ class EventStream(ByteStream):
 
 
 def comment(note: str) -> bytes:
-    """Return an event that every client ignores (HTML standard, server-sent events, 9.2.6)."""
+    """Return a comment of an event stream, which every client ignores (HTML standard, server-sent events, 9.2.6)."""
     return f": {note}\n\n".encode()
 
 
 def as_server_error(error: Exception) -> ServerError:
-    """Return an error that a client may read: of an unexpected one only its type. The log names its place."""
+    """Return an error that may be shown to a client.
+
+    Of an unexpected error that is only its type; the log names its place.
+    """
     if isinstance(error, ServerError):
         return error
     place = traceback.extract_tb(error.__traceback__)[-1:]
     where = f" at {place[0].filename}:{place[0].lineno}" if place else ""
-    logger.error("unexpected %s%s", type(error).__name__, where)  # not its text, which may hold a prompt
+    logger.error("unexpected %s%s", type(error).__name__, where)  # without its text, which may quote the prompt
     return Failed(f"unexpected {type(error).__name__}; the server's log says where", code="internal_error")

@@ -16,8 +16,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 from hf_overlay import OverlayError, UsageError
 
 from mlx_overlay_server import address
-from mlx_overlay_server.options import API_KEY_VARIABLE
-from mlx_overlay_server.settings import Settings
+from mlx_overlay_server.settings import API_KEY_VARIABLE, Settings
 
 DEFAULT_URL = f"http://{Settings().host}:{Settings().port}"
 _SECONDS = 30.0
@@ -76,8 +75,12 @@ def client(options: argparse.Namespace) -> Client:
     """Return the server that a command is about. Raises OverlayError where none runs, or several do."""
     api_key = options.api_key or os.environ.get(API_KEY_VARIABLE) or None
     if options.url is not None:
-        parts = urlsplit(options.url if "//" in options.url else f"http://{options.url}")
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        try:
+            parts = urlsplit(options.url if "//" in options.url else f"http://{options.url}")
+            is_address = parts.scheme in ("http", "https") and bool(parts.netloc) and parts.port != 0
+        except ValueError:
+            is_address = False
+        if not is_address:
             raise UsageError(f"{options.url!r} is not the address of a server; give it as {DEFAULT_URL}")
         return Client(f"{parts.scheme}://{parts.netloc}", api_key)
     urls = running()

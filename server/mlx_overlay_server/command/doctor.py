@@ -15,7 +15,7 @@ from hf_overlay.doctor import Finding
 from mlx_overlay_server.command import models
 from mlx_overlay_server.command.client import Client, Refused, running
 from mlx_overlay_server.command.output import print_findings, say, size
-from mlx_overlay_server.options import API_KEY_VARIABLE
+from mlx_overlay_server.settings import API_KEY_VARIABLE
 
 _SECONDS = 120
 """Seconds that MLX may take to be imported."""
@@ -60,7 +60,7 @@ def _engine(found: Sequence[Model]) -> Iterator[Finding]:
                 "memory",
                 model.path,
                 f"{model.id} has {size(weights)} of weights, and there is memory for {size(int(room))}",
-                "Take a smaller quantisation of it; docs/server.md says how a Mac's GPU may use more memory.",
+                "Take a smaller quantisation of it; docs/memory.md says how a Mac's GPU may use more memory.",
             )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from mlx_overlay_server import options
+from mlx_overlay_server import arguments, options
 from mlx_overlay_server.command import NAMES
+from mlx_overlay_server.settings import API_KEY_VARIABLE
 
 _TEXTS = {
     "ls": "list the models that requests can name",
@@ -93,13 +94,13 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prompt-tokens",
-        type=options.positive,
+        type=arguments.positive,
         default=512,
         metavar="TOKENS",
         help="about how long each prompt is; default: 512",
     )
     parser.add_argument(
-        "--tokens", type=options.positive, default=128, metavar="TOKENS", help="tokens of each answer; default: 128"
+        "--tokens", type=arguments.positive, default=128, metavar="TOKENS", help="tokens of each answer; default: 128"
     )
     options.add_folders(parser)
     _add_server(parser)
@@ -129,7 +130,7 @@ def _key(parser: argparse.ArgumentParser) -> None:
         metavar="ID",
         help="a model that it is for; may be repeated; default: all",
     )
-    parser.add_argument("--rate", type=options.positive, metavar="N", help="requests that it may send in a minute")
+    parser.add_argument("--rate", type=arguments.positive, metavar="N", help="requests that it may send in a minute")
     _add_json(parser)
 
 
@@ -157,7 +158,7 @@ def _completion(parser: argparse.ArgumentParser) -> None:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(options.positive(part) for part in text.split(","))
+    return tuple(arguments.positive(part) for part in text.split(","))
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -168,7 +169,7 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--url", metavar="URL", help="the running server; default: the one that runs here, as http://127.0.0.1:10240"
     )
-    parser.add_argument("--api-key", metavar="KEY", help=f"its key, if it has one; safer in {options.API_KEY_VARIABLE}")
+    parser.add_argument("--api-key", metavar="KEY", help=f"its key, if it has one; safer in {API_KEY_VARIABLE}")
 
 
 _OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {

@@ -11,6 +11,7 @@ from hf_overlay import Task
 
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.errors import Failed
+from mlx_overlay_server.memory import NO_KV, KvSize
 from mlx_overlay_server.speech.values import LoadedSpeech
 
 Way = Literal["embedding", "pair", "dialogue", "template"]
@@ -46,8 +47,8 @@ class LoadedEncoder:
     """The name of the prompt of requests that name none."""
     lowers: bool = False
     """Whether texts are in lower case."""
-    kv_bytes: int = 0
-    """Bytes that each token of a text which is read in parts takes in KV caches."""
+    kv: KvSize = NO_KV
+    """What the KV cache of a sequence takes."""
     trusts_code: bool = False
     """Whether to run Python files that come with the model."""
 
@@ -62,6 +63,11 @@ class LoadedEncoder:
             raise Failed(f"the model's tokenizer cannot be read: {type(error).__name__}") from error
         made.model_max_length = 1 << 60  # it would log a warning for long texts, which are refused or cut anyway
         return made
+
+    @property
+    def sees(self) -> bool:
+        """Whether requests to it may have images."""
+        return False
 
     @property
     def task(self) -> Task:

@@ -13,7 +13,7 @@ import importlib
 import inspect
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +21,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from mlx_overlay_server.chat import harmony
 from mlx_overlay_server.engine import system
-from mlx_overlay_server.memory import CONTAINER, Cost, Machine
+from mlx_overlay_server.memory import CONTAINER, Cost, KvSize, Machine
 
 
 @contextmanager
@@ -49,6 +50,7 @@ with _file_limit_kept():
     from mlx_lm.models.cache import (
         ArraysCache,
         CacheList,
+        KVCache,
         QuantizedKVCache,
         RotatingKVCache,
         can_trim_prompt_cache,
@@ -179,19 +181,25 @@ def is_quantised(cache: Sequence[Any]) -> bool:
     return any(isinstance(leaf, QuantizedKVCache) for leaf in leaves(cache))
 
 
-def kv_bytes(model: Any, *, bits: int | None, group_size: int) -> int:
-    """Return how many bytes each further token of a long sequence takes in a model's KV cache; 0: unknown.
+def kv_size(model: Any, *, bits: int | None, group_size: int, start: int) -> KvSize:
+    """Return what the KV cache of a model's sequences takes. Nothing is computed: MLX knows shapes before it computes.
 
-    Sliding windows and recurrent states no longer grow then. Nothing is computed: MLX knows shapes before it computes.
-    `bits` and `group_size` are those of a quantised KV cache.
+    `bits` and `group_size` are those of a cache that is quantised from `start` tokens on; None: it is not.
     """
     try:
         cache = make_prompt_cache(model)
         sizes = [_grown(model, cache) for _ in range(_GROWTHS)]
-    except Exception:  # noqa: BLE001 - a model may do anything while it is traced; without the number it still runs
-        return 0
-    per_token = (sizes[-1] - sizes[-2]) // _GROWTH_TOKENS
-    return per_token if bits is None else int(per_token * (bits + 32 / group_size) / 16)
+        grown = leaves(cache)
+        width = next((8 * leaf.keys.dtype.size for leaf in grown if isinstance(leaf, KVCache)), 16)
+    except Exception:  # noqa: BLE001 - a model may do anything while it is traced; without the size it still runs
+        return KvSize()
+    fixed = sum(leaf.nbytes for leaf in grown if isinstance(leaf, ArraysCache))
+    token = (sizes[-1] - sizes[-2]) // _GROWTH_TOKENS
+    early = (sizes[0] - fixed) // _GROWTH_TOKENS
+    if bits is not None:
+        return KvSize(int(token * (bits + 2 * width / group_size) / width), early, start, fixed, is_quantised=True)
+    windows = sizes[-1] - fixed - token * _GROWTH_TOKENS * _GROWTHS
+    return KvSize(token, early, windows // (early - token) if early > token else 0, fixed)
 
 
 def why_not_quantised(model: Any, *, bits: int, group_size: int) -> str | None:
@@ -298,14 +306,29 @@ def evaluate(cache: Cache) -> None:
 # Tokenizers ------------------------------------------------------------------------------------------------------
 
 
-def prepare_tokenizer(tokenizer: Any) -> None:
-    """Make a tokenizer that mlx-lm has loaded ready for calls from several threads, and for tool calls."""
+def prepare_tokenizer(tokenizer: Any) -> bool:
+    """Make a tokenizer that mlx-lm has loaded ready for calls from several threads, and for tool calls.
+
+    Return whether the model's own form of tool calls is known.
+    """
     tokenizer.model_max_length = 1 << 60  # transformers would log a warning for long prompts; the server refuses them
     tokenizer.encode("")  # the first call may change the tokenizer's settings
-    if not tokenizer.has_tool_calling:  # the server writes tools into the prompt itself then, and asks for this form
-        tokenizer._tool_parser = json_tools.parse_tool_call  # noqa: SLF001 - the wrapper takes them in __init__ alone
-        tokenizer._tool_call_start = json_tools.tool_call_start  # noqa: SLF001
-        tokenizer._tool_call_end = json_tools.tool_call_end  # noqa: SLF001
+    vocabulary = tokenizer.get_vocab()
+    if vocabulary.keys() >= harmony.TOKENS and not tokenizer.response_transitions:
+        tokenizer._response_format = harmony.RESPONSE_FORMAT  # noqa: SLF001 - the wrapper takes them in __init__ alone
+        tokenizer.eos_token_ids |= {vocabulary[end] for end in harmony.ENDS}
+        _read_calls(tokenizer, harmony.parse_tool_call, harmony.CALL_START, harmony.CALL_END)
+    if tokenizer.has_tool_calling:
+        return True
+    # The server writes tools into the prompt itself then, and asks for this form.
+    _read_calls(tokenizer, json_tools.parse_tool_call, json_tools.tool_call_start, json_tools.tool_call_end)
+    return False
+
+
+def _read_calls(tokenizer: Any, parser: Callable[..., Any], start: str, end: str) -> None:
+    tokenizer._tool_parser = parser  # noqa: SLF001 - as above
+    tokenizer._tool_call_start = start  # noqa: SLF001
+    tokenizer._tool_call_end = end  # noqa: SLF001
 
 
 def backend(tokenizer: Any) -> Any:

@@ -32,6 +32,7 @@ from mlx_overlay_server.engine.commands import (
     is_last,
 )
 from mlx_overlay_server.engine.failures import failure, first_line, is_late, load_failure, no_memory
+from mlx_overlay_server.engine.loads import path_of
 from mlx_overlay_server.engine.outbox import Outbox
 from mlx_overlay_server.errors import PromptTooLong, ServerError, Unavailable
 from mlx_overlay_server.imports import UNUSED, left_out
@@ -104,6 +105,8 @@ class Worker:
         self._owner: dict[int, str] = {}
         """Each sequence's id -> the key of its model."""
         self._steps = self._failures = 0
+        self._looked_at = 0
+        """The step at which the memory of running sequences was looked at last."""
         self._last_failure: str | None = None
         self._outbox = Outbox()
         self._worked_at: float | None = None
@@ -264,10 +267,11 @@ class Worker:
         """Let sequences begin for which there is memory. Kept KV caches go before anybody waits or runs out of it."""
         for restored in self._restoring.step() if self._restoring else ():
             self._wait(restored)
-        is_due = self._steps % GROWTH_STEPS == 0 and self._admission.has_begun
+        is_due = self._steps - self._looked_at >= GROWTH_STEPS and self._admission.has_begun
         if is_due or self._admission.waiting:
             self._admission.limit = self._reach()
         if is_due:
+            self._looked_at = self._steps
             self._pause()
         while self._admission.waiting:
             missing = self._admission.missing(self._taken())
@@ -299,12 +303,13 @@ class Worker:
 
     def _submit(self, command: Submit | Encode, runner: AnyRunner) -> None:
         """Let a sequence wait for memory; refuse one whose prompt never fits beside the weights that are there."""
-        kv_bytes = runner.loaded.kv_bytes
         if isinstance(command, Encode):
             self._owner[command.id] = command.key
             self._wait(command)
             return
-        room = (self._held - self._weights) // kv_bytes - GROWTH if kv_bytes else 1 << 62
+        images = runner.images(command)
+        fits = runner.loaded.kv.tokens(self._held - self._weights - sum(images))
+        room = 1 << 62 if fits is None else fits - GROWTH
         size = len(command.prompt)
         if size >= room:
             most = max(0, room - 1)
@@ -319,7 +324,9 @@ class Worker:
     def _wait(self, command: Submit | Encode) -> None:
         """Let a sequence wait for memory."""
         runner = self._runners[command.key]
-        self._admission.add(command, runner.loaded.kv_bytes, is_alone=runner.runs_alone(command))
+        self._admission.add(
+            command, runner.loaded.kv, images=runner.images(command), is_alone=runner.runs_alone(command)
+        )
 
     def _refuse_first(self) -> bool:
         """Refuse the first sequence that waits where other programs leave no memory for it, and none of ours will."""
@@ -407,7 +414,7 @@ class Worker:
     def _end_load(self, key: str, error: BaseException) -> None:
         """Give up a load because of an error."""
         self._forget_load(key)
-        path = key.partition(":")[2]
+        path = path_of(key)
         logger.warning("cannot load %s: %s", path, str(error).strip() or type(error).__name__)
         self._engine.settle(key, load_failure(error, path))
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from hf_overlay import Task
-
 from mlx_overlay_server.encoding.loaded import AnyLoaded
+from mlx_overlay_server.engine.commands import Load
 from mlx_overlay_server.errors import Unavailable
 from mlx_overlay_server.models.pool import Loader
-from mlx_overlay_server.settings import UNTUNED, Tuning
 from mlx_overlay_server.speech.processes import Speech
 from mlx_overlay_server.speech.values import OF_SPEECH, LoadedSpeech
 
@@ -19,24 +17,17 @@ class Loaders:
         self._engine = engine
         self._speech = speech
 
-    async def load(
-        self,
-        path: str,
-        *,
-        adapter_path: str | None = None,
-        draft_path: str | None = None,
-        task: Task = "text",
-        nbytes: int = 0,
-        tuning: Tuning = UNTUNED,
-    ) -> AnyLoaded:
-        """Make the model in a folder resident. Raises ServerError."""
-        if task not in OF_SPEECH:
-            return await self._engine.load(
-                path, adapter_path=adapter_path, draft_path=draft_path, task=task, nbytes=nbytes, tuning=tuning
-            )
-        if adapter_path is not None or draft_path is not None:
+    def new_key(self, path: str) -> str:
+        """Return a key for a `Load` of a folder that no other load has."""
+        return self._engine.new_key(path)
+
+    async def load(self, command: Load) -> AnyLoaded:
+        """Load a model into memory. Raises ServerError."""
+        if command.task not in OF_SPEECH:
+            return await self._engine.load(command)
+        if command.adapter_path is not None or command.draft_path is not None:
             raise Unavailable("adapters and draft models are for models that generate text", code="model_load_failed")
-        return await self._speech.load(path, task, nbytes)
+        return await self._speech.load(LoadedSpeech(command.key, command.path, command.task, command.nbytes))
 
     def unload(self, model: AnyLoaded) -> None:
         """Drop a model. Its requests end with an error."""
@@ -45,6 +36,6 @@ class Loaders:
         else:
             self._engine.unload(model)
 
-    def bytes_read(self, path: str) -> int:
-        """Return how many bytes of weights were read of a model that is being loaded; 0 where nobody knows."""
-        return self._engine.bytes_read(path)
+    def bytes_read(self, key: str) -> int:
+        """Return how many bytes of weights a load that is under way has read; 0 where nobody knows."""
+        return self._engine.bytes_read(key)

@@ -1,4 +1,4 @@
-"""The program of a preparation process: it reads work, does one piece after the other, and writes the results."""
+"""The program of a preparation process: it reads work from a socket, does it piece by piece, and sends results."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def main() -> None:
     from mlx_overlay_server.imports import import_transformers
 
     import_transformers()
-    from mlx_overlay_server.engine import tokenizers  # imports all that models need: before the first one comes
+    from mlx_overlay_server.engine import tokenizers  # imports everything that models need, before the first one comes
     from mlx_overlay_server.preparation.work import WORK
 
     server.sendall(packed(None))
     models: dict[str, Any] = {}
     whole: dict[str, Any] = {}
-    """By its model's key, the tokenizer that was read last."""
+    """The tokenizer that was read last, by its model's key."""
     while True:
         kind, *rest = frames.get()
         if kind == "forget":
@@ -34,7 +34,7 @@ def main() -> None:
             server.sendall(packed(Result(data)))
         elif kind == "model":
             key, data, tokenizer, path = rest
-            # A tokenizer may be code that came with its model: it is where the server has found it.
+            # A tokenizer may be code that came with its model, which the server has put on this path.
             sys.path += [folder for folder in path if folder not in sys.path]
             known = whole.pop(key, None)
             server.sendall(packed(result_of(lambda: models.__setitem__(key, _model(data, tokenizer, known)))))  # noqa: B023
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def _model(data: bytes, tokenizer: bytes, known: Any) -> Any:
-    """Return a model with its whole tokenizer: the one that is known, else the pickled one, else its own."""
+    """Return a model with its whole tokenizer: `known`, else the pickled one, else the model's own."""
     from mlx_overlay_server.engine import tokenizers
 
     model = pickle.loads(data)  # noqa: S301

@@ -7,13 +7,10 @@ before it is done, such as its client leaving, ends its process; the next reques
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from importlib.util import find_spec
-
-from hf_overlay import Task
 
 from mlx_overlay_server.errors import Failed, NotFound, ServerError, Unavailable
 from mlx_overlay_server.frames import Result
@@ -62,17 +59,16 @@ class Speech:
         """`load_seconds`: how long a process may take until its model is loaded."""
         self._load_seconds = load_seconds
         self._held: dict[str, _Held] = {}
-        self._keys = itertools.count()
         self._closing: set[asyncio.Task[int]] = set()
         self._is_stopped = False
 
-    async def load(self, path: str, task: Task, nbytes: int) -> LoadedSpeech:
-        """Start a process that holds the model in a folder. Raises ServerError."""
+    async def load(self, model: LoadedSpeech) -> LoadedSpeech:
+        """Start a process that holds a model. Raises ServerError."""
         check_installed()
-        held = _Held(LoadedSpeech(f"{next(self._keys)}:{path}", path, task, nbytes))
+        held = _Held(model)
         held.process = await self._started(held)
-        self._held[held.model.key] = held
-        return held.model
+        self._held[model.key] = held
+        return model
 
     def unload(self, model: LoadedSpeech) -> None:
         """End a model's process. A request that it works for ends with an error."""

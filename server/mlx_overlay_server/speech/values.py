@@ -95,11 +95,12 @@ class LoadedSpeech:
     """A resident model that transcribes or speaks: it is in the memory of a process of its own."""
 
     key: str
-    """Names it; another load of the same folder has another key."""
+    """From `Loader.new_key`."""
     path: str
     """Its folder."""
     task: Task
     nbytes: int
     """Bytes that its process may take."""
+    sees: ClassVar[bool] = False
     context: ClassVar[None] = None
     """Tokens that it takes at once, which nobody counts."""

@@ -20,6 +20,7 @@ from mlx_overlay_server.memory import Machine, shares
 from mlx_overlay_server.settings import EngineOptions, Tuning
 
 from tests.support.models import make_random_model
+from tests.support.running import resident
 from tests.support.stage import Script, Stage, sequence, until
 
 RECOMMENDED = 17_179_869_184
@@ -188,7 +189,7 @@ def test_who_waits_for_an_engine_that_cannot_start_is_told(monkeypatch: pytest.M
 )
 def test_warming_up_takes_one_token_and_keeps_nothing(options: EngineOptions, model: Path) -> None:
     async def use(engine: Engine) -> None:
-        loaded = await engine.load(str(model))
+        loaded = await resident(engine, model)
         await engine.warm_up(loaded)
         assert engine.stats.steps > 0
         assert (engine.pending, engine.stats.cache_entries) == (0, 0)
@@ -202,8 +203,8 @@ def test_warming_up_takes_one_token_and_keeps_nothing(options: EngineOptions, mo
 def test_kv_caches_that_cannot_be_quantised_are_a_reason_not_to_load_a_model(model: Path) -> None:
     async def use(engine: Engine) -> None:
         with pytest.raises(Unavailable, match="divisible by the quantization group size 128"):
-            await engine.load(str(model), tuning=Tuning(kv_group_size=128))
-        await engine.load(str(model), tuning=Tuning(kv_bits=0, kv_group_size=128))
+            await resident(engine, model, tuning=Tuning(kv_group_size=128))
+        await resident(engine, model, tuning=Tuning(kv_bits=0, kv_group_size=128))
 
     _used(use, EngineOptions(kv_bits=8))
 

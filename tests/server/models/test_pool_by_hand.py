@@ -92,16 +92,3 @@ def test_an_idle_model_says_for_how_long() -> None:
         assert idle.idle_seconds >= 0
 
     run(scenario())
-
-
-def test_a_model_in_memory_says_whether_it_takes_images() -> None:
-    async def scenario() -> None:
-        shelf = Shelf()
-        pool = Pool(shelf, shelf, budget=BUDGET)
-        assert pool.sees("a") is None
-        await pool.load("a")
-        assert pool.sees("a") is False
-        vars(pool._resident["a"].model)["processor"] = object()
-        assert pool.sees("a") is True
-
-    run(scenario())

@@ -14,8 +14,9 @@ from mlx_overlay_server.api.fields import ModelBody
 from mlx_overlay_server.api.openai.errors import refuse
 from mlx_overlay_server.api.transport import ByteStream
 from mlx_overlay_server.errors import InvalidRequest
-from mlx_overlay_server.service import Service, Ticket
+from mlx_overlay_server.service import Service
 from mlx_overlay_server.speech.values import SoundFormat, SpeakRequest, Transcript
+from mlx_overlay_server.ticket import Ticket
 
 MAX_CHARACTERS = 1 << 15
 """Characters of a text, which take about half an hour to say."""

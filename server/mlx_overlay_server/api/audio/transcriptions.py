@@ -17,8 +17,9 @@ from mlx_overlay_server.api.fields import ModelBody, wrong_field
 from mlx_overlay_server.api.guard import FORM
 from mlx_overlay_server.api.transport import unless_gone
 from mlx_overlay_server.errors import InvalidRequest
-from mlx_overlay_server.service import Service, Ticket
+from mlx_overlay_server.service import Service
 from mlx_overlay_server.speech.values import TranscribeRequest, Transcript
+from mlx_overlay_server.ticket import Ticket
 
 _LISTS = frozenset({"include", "timestamp_granularities"})
 """Fields of which there may be several, with or without brackets behind the name."""
