@@ -21,8 +21,7 @@ def loaded(folder: Path, *, template: str | None = None, defaults: Mapping[str, 
     if template is not None:
         tokenizer.chat_template = template
         tokenizer.has_chat_template = True
-    has_own_calls = tokenizer.has_tool_calling
-    mlx_tokenizers.prepare_tokenizer(tokenizer)
+    has_own_calls = mlx_tokenizers.prepare_tokenizer(tokenizer)
     return Loaded(
         key=f"0:{folder}",
         path=str(folder),

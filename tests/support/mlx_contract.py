@@ -340,6 +340,27 @@ def a_sequence_taken_out_of_a_batch_leaves_its_cache(folder: Path) -> None:
     assert {row.uid for row in batch.next()[1]} == {uids[0]}
 
 
+def a_generator_goes_on_with_the_caches_that_are_put_into_the_list_it_was_given(folder: Path) -> None:
+    """So a sequence that runs alone can give up its KV cache and read it again."""
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model = _model(folder)
+    prompt = list(range(1, 9))
+    said: list[list[int]] = []
+    for is_paused in (False, True):
+        cache = make_prompt_cache(model)
+        drawn = generate_step(mx.array(prompt), model, max_tokens=9, prompt_cache=cache)
+        tokens = [int(next(drawn)[0]) for _ in range(4)]
+        if is_paused:
+            assert {layer.offset for layer in cache} == {len(prompt) + 4}, "what was told of is read"
+            cache[:] = make_prompt_cache(model)
+            model(mx.array([[*prompt, *tokens]]), cache=cache)
+        said.append([*tokens, *(int(token) for token, _ in drawn)])
+    assert said[0] == said[1]
+
+
 def closing_speculative_decoding_takes_rejected_tokens_out_of_the_caches(folder: Path) -> None:
     import mlx.core as mx
     from mlx_lm.generate import speculative_generate_step
@@ -428,7 +449,7 @@ def a_model_without_its_head_gives_hidden_states_whole_and_in_parts(folder: Path
         cache = mlx.new_cache(model)
         parts = mx.concatenate([model(tokens[:, :4], cache), model(tokens[:, 4:], cache)], axis=1)
         assert mx.allclose(whole, parts, atol=1e-4).item()
-        assert mlx.kv_bytes(model, bits=None, group_size=64) > 0
+        assert mlx.kv_size(model, bits=None, group_size=64, start=0).token > 0
         assert ("score" in model) is (head == "ForSequenceClassification")
         assert mlx.logits_of(model)(whole).shape[:2] == (1, 6)
 

@@ -21,14 +21,14 @@ from mlx_lm.processors import load_processor
 from mlx_lm.utils import load_adapters, load_model, sharded_load
 
 from mlx_overlay_server.chat.loaded import Loaded, context_length
-from mlx_overlay_server.engine import folder, mlx, mlx_tokenizers, tokenizers, vision
+from mlx_overlay_server.engine import folder, looking, mlx, mlx_tokenizers, tokenizers, vision
 from mlx_overlay_server.engine.commands import Load, ReadTokenizer
 from mlx_overlay_server.engine.disk.identity import identity
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.runner import Runner
 from mlx_overlay_server.engine.seen import KEPT_BYTES
 from mlx_overlay_server.errors import Unavailable
-from mlx_overlay_server.memory import GROWTH, LEAST_TOKENS, Cost, Shares, advice
+from mlx_overlay_server.memory import GROWTH, LEAST_TOKENS, Cost, KvSize, Shares, advice
 from mlx_overlay_server.settings import EngineOptions
 
 logger = logging.getLogger("mlx_overlay_server")
@@ -80,7 +80,7 @@ def load(
         yield from turns(seeing, options.load_seconds)
         if result(seeing, options):
             model, config = vision.load(command.path)
-            logger.info("%s: runs by mlx-vlm, which its images need: one request after the other, not in a batch", path)
+            logger.info("%s runs with mlx-vlm, for images: it answers one request after the other, not a batch", path)
         else:
             model, config = load_model(path, lazy=True, trust_remote_code=options.trust_remote_code)
         if command.adapter_path is not None:
@@ -89,9 +89,9 @@ def load(
         if command.draft_path is not None:
             draft, _ = load_model(Path(command.draft_path), lazy=True, trust_remote_code=options.trust_remote_code)
         _check_quantised((model, draft), options)
-        nbytes, kv_bytes = _sizes((model, draft), options)
-        if shares is not None and not shares.has_room(nbytes, kv_bytes, context_length(config)):
-            raise _no_room(nbytes, kv_bytes, shares)
+        nbytes, kv = _sizes((model, draft), options)
+        if shares is not None and not shares.has_room(nbytes, kv, context_length(config)):
+            raise _no_room(nbytes, kv, shares)
         end_tokens = folder.end_tokens(config.get("eos_token_id"), path)
         reading = apart(partial(_read_tokenizer, read_tokenizer, command, config_extra, end_tokens))
         for part in slices([model, *([draft] if draft is not None else [])]):
@@ -100,7 +100,7 @@ def load(
         yield from turns(reading, options.load_seconds)
         read = result(reading, options)
     vocab_size = _vocab_size(config, read.tokenizer)
-    nbytes, kv_bytes = _sizes((model, draft), options)
+    nbytes, kv = _sizes((model, draft), options)
     cost, limit = (mlx.cost(config), shares.computing) if shares is not None else (Cost(), 0)
     is_seeing = isinstance(model, vision.SeeingModel)
     loaded = Loaded(
@@ -115,8 +115,8 @@ def load(
         longest_token=read.longest_token,
         nbytes=nbytes,
         vocab_size=vocab_size,
-        context=fitting(context_length(config), shares.tokens(nbytes, kv_bytes) if shares is not None else None, path),
-        kv_bytes=kv_bytes,
+        context=fitting(context_length(config), shares.tokens(nbytes, kv) if shares is not None else None, path),
+        kv=kv,
         defaults=folder.sampling_defaults(path),
         has_own_calls=read.has_own_calls,
         processor=None if group is not None or is_seeing else load_processor(model, config),
@@ -132,7 +132,18 @@ def load(
             group_size=options.kv_group_size,
             start=options.quantized_kv_start,
         )
-    yield Runner(loaded, model, draft, options, prefixes, fits=lambda context: cost.tokens(context, limit), group=group)
+    yield Runner(
+        loaded,
+        model,
+        draft,
+        options,
+        prefixes,
+        fits=lambda context: cost.tokens(context, limit),
+        look=looking.look(
+            config, mlx.cost(looking.vision_shape(config)), whole=mlx.cost(config) if is_seeing else Cost()
+        ),
+        group=group,
+    )
 
 
 def check(command: Load, options: EngineOptions) -> list[str]:
@@ -198,20 +209,22 @@ def parameters(model: Any) -> list[mx.array]:
     return [value for _, value in tree_flatten(model.parameters())]
 
 
-def _sizes(models: Iterable[Any], options: EngineOptions) -> tuple[int, int]:
-    """Return the bytes of models' weights, and those of a token in their KV caches. Reads no weights.
+def _sizes(models: Iterable[Any], options: EngineOptions) -> tuple[int, KvSize]:
+    """Return the bytes of models' weights, and what a sequence takes in their KV caches. Computes nothing.
 
-    A vision model keeps what it made of the last images; that counts as weights from the start. A growing batch copies
-    the KV cache of one layer after the other, so the second number includes the copy of one layer.
+    What a model that sees keeps of images counts as weights, whether it is there or not.
+    While a batch grows, MLX copies the KV cache of one layer after the other: room for one copy is part of the latter.
     """
-    nbytes = kv_bytes = 0
+    nbytes, kv = 0, KvSize()
     for each in models:
         if each is not None:
             nbytes += sum(part.nbytes for part in parameters(each))
             nbytes += KEPT_BYTES if isinstance(each, vision.SeeingModel) else 0
-            kept = mlx.kv_bytes(each, bits=options.kv_bits, group_size=options.kv_group_size)
-            kv_bytes += kept + kept // max(1, len(make_prompt_cache(each)))
-    return nbytes, kv_bytes
+            size = mlx.kv_size(
+                each, bits=options.kv_bits, group_size=options.kv_group_size, start=options.quantized_kv_start
+            )
+            kv = kv.beside(size.with_copy(len(make_prompt_cache(each))))
+    return nbytes, kv
 
 
 def _check_quantised(models: Iterable[Any], options: EngineOptions) -> None:
@@ -230,11 +243,11 @@ def _check_quantised(models: Iterable[Any], options: EngineOptions) -> None:
             )
 
 
-def _no_room(nbytes: int, kv_bytes: int, shares: Shares) -> Unavailable:
-    needed = (nbytes + kv_bytes * (LEAST_TOKENS + GROWTH)) / 1e9
+def _no_room(nbytes: int, kv: KvSize, shares: Shares) -> Unavailable:
+    needed = (nbytes + kv.nbytes(LEAST_TOKENS + GROWTH)) / 1e9
     return Unavailable(
-        f"the model needs {needed:.2f} GB, for its weights and one sequence of {LEAST_TOKENS} tokens; there are "
-        f"{shares.held / 1e9:.2f} GB; {advice()}",
+        f"the model needs {needed:.2f} GB, for its weights and one sequence of {LEAST_TOKENS} tokens, and "
+        f"may have {shares.held / 1e9:.2f} GB; {advice()}",
         code="model_too_large",
     )
 

@@ -22,7 +22,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mlx_overlay_server.engine import system
-from mlx_overlay_server.memory import CONTAINER, Cost, Machine
+from mlx_overlay_server.memory import CONTAINER, Cost, KvSize, Machine
 
 
 @contextmanager
@@ -49,6 +49,7 @@ with _file_limit_kept():
     from mlx_lm.models.cache import (
         ArraysCache,
         CacheList,
+        KVCache,
         QuantizedKVCache,
         RotatingKVCache,
         can_trim_prompt_cache,
@@ -62,10 +63,14 @@ Cache = list[Any]
 # Memory ----------------------------------------------------------------------------------------------------------
 
 
+_RECOMMENDED = "max_recommended_working_set_size"
+"""A fact about a device that Metal alone has."""
+
+
 def machine() -> Machine:
     """Return what MLX says about the memory it takes from."""
     facts = mx.device_info()
-    recommended = facts.get("max_recommended_working_set_size")  # Metal alone has it
+    recommended = facts.get(_RECOMMENDED)
     if recommended is None:
         most = mx.get_memory_limit()
         container = system.limit() if mx.default_device() == mx.Device(mx.cpu) else None  # a GPU's is its own
@@ -76,9 +81,10 @@ def machine() -> Machine:
 def reach() -> int | None:
     """Return how many bytes MLX can have by now: what it has, and what is free in the machine; None: nobody knows.
 
-    It is known on Linux, for MLX on the CPU.
+    It is known where MLX takes from the memory that all programs share: on the CPU, and on Apple's GPUs.
     """
-    free = system.free() if mx.default_device() == mx.Device(mx.cpu) else None
+    is_shared = mx.default_device() == mx.Device(mx.cpu) or _RECOMMENDED in mx.device_info()
+    free = system.free() if is_shared else None
     return None if free is None else mx.get_active_memory() + mx.get_cache_memory() + free
 
 
@@ -177,19 +183,25 @@ def is_quantised(cache: Sequence[Any]) -> bool:
     return any(isinstance(leaf, QuantizedKVCache) for leaf in leaves(cache))
 
 
-def kv_bytes(model: Any, *, bits: int | None, group_size: int) -> int:
-    """Return how many bytes each further token of a long sequence takes in a model's KV cache; 0: unknown.
+def kv_size(model: Any, *, bits: int | None, group_size: int, start: int) -> KvSize:
+    """Return what the KV cache of a model's sequences takes. Nothing is computed: MLX knows shapes before it computes.
 
-    Sliding windows and recurrent states no longer grow then. Nothing is computed: MLX knows shapes before it computes.
-    `bits` and `group_size` are those of a quantised KV cache.
+    `bits` and `group_size` are those of a cache that is quantised from `start` tokens on; None: it is not.
     """
     try:
         cache = make_prompt_cache(model)
         sizes = [_grown(model, cache) for _ in range(_GROWTHS)]
-    except Exception:  # noqa: BLE001 - a model may do anything while it is traced; without the number it still runs
-        return 0
-    per_token = (sizes[-1] - sizes[-2]) // _GROWTH_TOKENS
-    return per_token if bits is None else int(per_token * (bits + 32 / group_size) / 16)
+        grown = leaves(cache)
+        width = next((8 * leaf.keys.dtype.size for leaf in grown if isinstance(leaf, KVCache)), 16)
+    except Exception:  # noqa: BLE001 - a model may do anything while it is traced; without the size it still runs
+        return KvSize()
+    fixed = sum(leaf.nbytes for leaf in grown if isinstance(leaf, ArraysCache))
+    token = (sizes[-1] - sizes[-2]) // _GROWTH_TOKENS
+    early = (sizes[0] - fixed) // _GROWTH_TOKENS
+    if bits is not None:
+        return KvSize(int(token * (bits + 2 * width / group_size) / width), early, start, fixed, is_quantised=True)
+    windows = sizes[-1] - fixed - token * _GROWTH_TOKENS * _GROWTHS
+    return KvSize(token, early, windows // (early - token) if early > token else 0, fixed)
 
 
 def why_not_quantised(model: Any, *, bits: int, group_size: int) -> str | None:

@@ -6,8 +6,10 @@ What the docstring of `mlx` says holds here, too.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
+from mlx_overlay_server.chat import harmony
 from mlx_overlay_server.engine import mlx  # noqa: F401 - before anything else imports mlx-lm
 
 # isort: split
@@ -15,14 +17,29 @@ from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer
 from mlx_lm.tool_parsers import json_tools
 
 
-def prepare_tokenizer(tokenizer: Any) -> None:
-    """Make a tokenizer that mlx-lm has loaded ready for calls from several threads, and for tool calls."""
+def prepare_tokenizer(tokenizer: Any) -> bool:
+    """Make a tokenizer that mlx-lm has loaded ready for calls from several threads, and for tool calls.
+
+    Return whether the model's own form of tool calls is known.
+    """
     tokenizer.model_max_length = 1 << 60  # transformers would log a warning for long prompts; the server refuses them
     tokenizer.encode("")  # the first call may change the tokenizer's settings
-    if not tokenizer.has_tool_calling:  # the server writes tools into the prompt itself then, and asks for this form
-        tokenizer._tool_parser = json_tools.parse_tool_call  # noqa: SLF001 - the wrapper takes them in __init__ alone
-        tokenizer._tool_call_start = json_tools.tool_call_start  # noqa: SLF001
-        tokenizer._tool_call_end = json_tools.tool_call_end  # noqa: SLF001
+    vocabulary = tokenizer.get_vocab()
+    if vocabulary.keys() >= harmony.TOKENS and not tokenizer.response_transitions:
+        tokenizer._response_format = harmony.RESPONSE_FORMAT  # noqa: SLF001 - the wrapper takes them in __init__ alone
+        tokenizer.eos_token_ids |= {vocabulary[end] for end in harmony.ENDS}
+        _read_calls(tokenizer, harmony.parse_tool_call, harmony.CALL_START, harmony.CALL_END)
+    if tokenizer.has_tool_calling:
+        return True
+    # The server writes tools into the prompt itself then, and asks for this form.
+    _read_calls(tokenizer, json_tools.parse_tool_call, json_tools.tool_call_start, json_tools.tool_call_end)
+    return False
+
+
+def _read_calls(tokenizer: Any, parser: Callable[..., Any], start: str, end: str) -> None:
+    tokenizer._tool_parser = parser  # noqa: SLF001 - as above
+    tokenizer._tool_call_start = start  # noqa: SLF001
+    tokenizer._tool_call_end = end  # noqa: SLF001
 
 
 def backend(tokenizer: Any) -> Any:

@@ -85,8 +85,7 @@ def read_here(path: str, options: Mapping[str, Any], end_tokens: Any) -> Read:
 
 def described(tokenizer: Any) -> Read:
     """Describe a tokenizer that mlx-lm has read; `tokenizer` of the result is the whole one."""
-    has_own_calls = tokenizer.has_tool_calling
-    mlx_tokenizers.prepare_tokenizer(tokenizer)
+    has_own_calls = mlx_tokenizers.prepare_tokenizer(tokenizer)
     return Read(
         b"",
         tokenizer,

@@ -291,12 +291,12 @@ class Worker:
 
     def _submit(self, command: Submit | Encode, runner: AnyRunner) -> None:
         """Let a sequence wait for memory; refuse one whose prompt never fits beside the weights that are there."""
-        kv_bytes = runner.loaded.kv_bytes
         if isinstance(command, Encode):
             self._owner[command.id] = command.key
             self._wait(command)
             return
-        room = (self._held - self._weights) // kv_bytes - GROWTH if kv_bytes else 1 << 62
+        fits = runner.loaded.kv.tokens(self._held - self._weights - runner.images(command).kept)
+        room = 1 << 62 if fits is None else fits - GROWTH
         size = len(command.prompt)
         if size >= room:
             most = max(0, room - 1)
@@ -311,7 +311,9 @@ class Worker:
     def _wait(self, command: Submit | Encode) -> None:
         """Let a sequence wait for memory."""
         runner = self._runners[command.key]
-        self._admission.add(command, runner.loaded.kv_bytes, is_alone=runner.runs_alone(command))
+        self._admission.add(
+            command, runner.loaded.kv, images=runner.images(command), is_alone=runner.runs_alone(command)
+        )
 
     def _refuse_first(self) -> bool:
         """Refuse the first sequence that waits where other programs leave no memory for it, and none of ours will."""

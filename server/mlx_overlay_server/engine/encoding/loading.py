@@ -22,7 +22,7 @@ from mlx_overlay_server.engine.encoding.facts import Facts
 from mlx_overlay_server.engine.encoding.pooling import Pooling
 from mlx_overlay_server.engine.encoding.runner import EncodingRunner
 from mlx_overlay_server.engine.loading import apart, check, fitting, parameters, result, slices, turns
-from mlx_overlay_server.memory import Shares
+from mlx_overlay_server.memory import KvSize, Shares
 from mlx_overlay_server.settings import EngineOptions
 
 
@@ -53,8 +53,8 @@ def load(
     yield from turns(reading, options.load_seconds)
     known = result(reading, options)
     nbytes = sum(part.nbytes for part in parameters(model))
-    kv_bytes = 0 if is_encoder else mlx.kv_bytes(model, bits=None, group_size=64)
-    fits = shares.tokens(nbytes, kv_bytes) if shares is not None else None
+    kv = KvSize() if is_encoder else mlx.kv_size(model, bits=None, group_size=64, start=0)
+    fits = shares.tokens(nbytes, kv) if shares is not None else None
     context = fitting(_context(config, known), fits, path)
     whole: Any = model if is_encoder else Causal(model, _answers(command, model, known))
     pooling = Pooling(known, getattr(model, "dense", ())) if command.task == "embedding" else None
@@ -68,7 +68,7 @@ def load(
         prompts=known.prompts,
         default_prompt=known.default_prompt,
         lowers=known.lowers,
-        kv_bytes=kv_bytes,
+        kv=kv,
         trusts_code=options.trust_remote_code,
     )
     yield EncodingRunner(loaded, whole, pooling, options)
