@@ -21,6 +21,9 @@ POOL = 1 / 32
 MAX_POOL = 2 * 10**9
 PREFILL = 1 / 4
 """The part of what running sequences have that is left for computing, and not for their KV caches."""
+SPEECH = 10**9
+"""What the process of a model that transcribes or speaks takes beside the weights: its libraries, and what it computes
+with."""
 
 LEAST_TOKENS = 2048
 """Tokens that one sequence must have room for beside its model's weights, or the model is not loaded."""
@@ -149,6 +152,10 @@ class Cost(NamedTuple):
     """For each token that it reads."""
     pair: int = 0
     """For each token that it reads and each that this one attends to; 0: attention needs no memory for them."""
+
+    def nbytes(self, tokens: int) -> int:
+        """Return what a pass over so many tokens computes with, when nothing comes before them."""
+        return self.token * tokens + self.pair * tokens**2
 
     def tokens(self, context: int, limit: int) -> int:
         """Return how many tokens a pass may read after so many others, when it may compute with `limit` bytes."""

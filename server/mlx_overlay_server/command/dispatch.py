@@ -30,7 +30,7 @@ def run(arguments: Sequence[str]) -> int:
     signals.raise_stopped()  # a command that is ended tidies up
     try:
         if options.more and name not in _TAKE_MORE:
-            raise UsageError(f"{name} hands nothing on; leave out -- and the rest")
+            raise UsageError(f"{name} starts no other program; leave out -- and what follows it")
         module = import_module(f"mlx_overlay_server.command.{_MODULES.get(name, name)}")
         command: Callable[[argparse.Namespace], int] = getattr(module, name)
         status = command(options)

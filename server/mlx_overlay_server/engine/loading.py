@@ -80,7 +80,7 @@ def load(
         yield from turns(seeing, options.load_seconds)
         if result(seeing, options):
             model, config = vision.load(command.path)
-            logger.info("%s: runs by mlx-vlm, which its images need: one request after the other, not in a batch", path)
+            logger.info("%s runs with mlx-vlm, for images: it answers one request after the other, not a batch", path)
         else:
             model, config = load_model(path, lazy=True, trust_remote_code=options.trust_remote_code)
         if command.adapter_path is not None:
@@ -139,7 +139,9 @@ def load(
         options,
         prefixes,
         fits=lambda context: cost.tokens(context, limit),
-        look=looking.look(config, mlx.cost(looking.vision_shape(config))),
+        look=looking.look(
+            config, mlx.cost(looking.vision_shape(config)), whole=mlx.cost(config) if is_seeing else Cost()
+        ),
         group=group,
     )
 
@@ -244,8 +246,8 @@ def _check_quantised(models: Iterable[Any], options: EngineOptions) -> None:
 def _no_room(nbytes: int, kv: KvSize, shares: Shares) -> Unavailable:
     needed = (nbytes + kv.nbytes(LEAST_TOKENS + GROWTH)) / 1e9
     return Unavailable(
-        f"the model needs {needed:.2f} GB, for its weights and one sequence of {LEAST_TOKENS} tokens; there are "
-        f"{shares.held / 1e9:.2f} GB; {advice()}",
+        f"the model needs {needed:.2f} GB, for its weights and one sequence of {LEAST_TOKENS} tokens, and "
+        f"may have {shares.held / 1e9:.2f} GB; {advice()}",
         code="model_too_large",
     )
 

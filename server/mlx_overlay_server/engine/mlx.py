@@ -66,10 +66,14 @@ Cache = list[Any]
 # Memory ----------------------------------------------------------------------------------------------------------
 
 
+_RECOMMENDED = "max_recommended_working_set_size"
+"""A fact about a device that Metal alone has."""
+
+
 def machine() -> Machine:
     """Return what MLX says about the memory it takes from."""
     facts = mx.device_info()
-    recommended = facts.get("max_recommended_working_set_size")  # Metal alone has it
+    recommended = facts.get(_RECOMMENDED)
     if recommended is None:
         most = mx.get_memory_limit()
         container = system.limit() if mx.default_device() == mx.Device(mx.cpu) else None  # a GPU's is its own
@@ -80,9 +84,10 @@ def machine() -> Machine:
 def reach() -> int | None:
     """Return how many bytes MLX can have by now: what it has, and what is free in the machine; None: nobody knows.
 
-    It is known on Linux, for MLX on the CPU.
+    It is known where MLX takes from the memory that all programs share: on the CPU, and on Apple's GPUs.
     """
-    free = system.free() if mx.default_device() == mx.Device(mx.cpu) else None
+    is_shared = mx.default_device() == mx.Device(mx.cpu) or _RECOMMENDED in mx.device_info()
+    free = system.free() if is_shared else None
     return None if free is None else mx.get_active_memory() + mx.get_cache_memory() + free
 
 

@@ -307,8 +307,7 @@ class Worker:
             self._owner[command.id] = command.key
             self._wait(command)
             return
-        images = runner.images(command)
-        fits = runner.loaded.kv.tokens(self._held - self._weights - sum(images))
+        fits = runner.loaded.kv.tokens(self._held - self._weights - runner.images(command).kept)
         room = 1 << 62 if fits is None else fits - GROWTH
         size = len(command.prompt)
         if size >= room:
