@@ -42,6 +42,10 @@ class Code(StrEnum):
     """An id that cannot stand in a cache; the model can be loaded by path."""
 
 
+HELD_BACK = frozenset({Code.INCOMPLETE, Code.NO_PERMISSION, Code.UNREADABLE, Code.BAD_CONFIG, Code.BROKEN_LINK})
+"""Why a folder that is there for an id cannot be loaded for now: nothing is downloaded in its place."""
+
+
 class Reason(NamedTuple):
     """A code for programs, with a text for people."""
 
@@ -54,8 +58,9 @@ Layer = Literal["map", "custom", "cache", "tier"]
 """Where something was found, most important first: a map, a model path, the real cache, a tier below it."""
 
 
-Task = Literal["text", "embedding", "reranker"]
-"""What a model does with text: it generates more of it, embeds it as a vector, or ranks it by a query."""
+Task = Literal["text", "embedding", "reranker", "transcription", "speech"]
+"""What a model does: it generates text, embeds it as a vector, or ranks it by a query; it transcribes recordings, or
+speaks texts."""
 
 
 class File(NamedTuple):
