@@ -82,6 +82,10 @@ def test_json_that_a_grammar_enforces_has_no_header(tools: Sequence[Tool], speak
     assert reader.feed(map(Token, says.encode()), "stop") == [Text(says)]
 
 
+def test_text_that_goes_on_has_its_header_already(speaking: Loaded) -> None:
+    assert Reader(speaking, continues_text=True).feed(map(Token, b" and so on")) == [Text(" and so on")]
+
+
 def test_a_call_ends_the_turn(speaking: Loaded) -> None:
     ends = {speaking.tokenizer.convert_ids_to_tokens([each])[0] for each in speaking.tokenizer.eos_token_ids}
     assert set(harmony.ENDS) <= ends
