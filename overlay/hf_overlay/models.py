@@ -58,8 +58,9 @@ Layer = Literal["map", "custom", "cache", "tier"]
 """Where something was found, most important first: a map, a model path, the real cache, a tier below it."""
 
 
-Task = Literal["text", "embedding", "reranker"]
-"""What a model does with text: it generates more of it, embeds it as a vector, or ranks it by a query."""
+Task = Literal["text", "embedding", "reranker", "transcription", "speech"]
+"""What a model does: it generates text, embeds it as a vector, or ranks it by a query; it transcribes recordings, or
+speaks texts."""
 
 
 class File(NamedTuple):

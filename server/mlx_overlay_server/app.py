@@ -33,12 +33,14 @@ from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.download import Downloader
 from mlx_overlay_server.models.library import Library
 from mlx_overlay_server.models.load import PLAIN, Extras
+from mlx_overlay_server.models.loaders import Loaders
 from mlx_overlay_server.models.pool import Pool, preload
 from mlx_overlay_server.preparation import Preparation
 from mlx_overlay_server.preparer import Process
 from mlx_overlay_server.recent import Recent
 from mlx_overlay_server.service import Service
 from mlx_overlay_server.settings import rank
+from mlx_overlay_server.speech.processes import Speech
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -95,8 +97,15 @@ def build(live: Live, session: hf_overlay.Session, process: Process | None = Non
 
         app.include_router(manage.router(service, downloader))
 
+    def add_audio() -> None:
+        from mlx_overlay_server.api.audio import routes as audio
+
+        app.include_router(audio.router(service))
+
     guarded: Any = Guard(
-        Late(app, ("/manage/", "/openapi.json"), add_manage),
+        Late(
+            Late(app, ("/manage/", "/openapi.json"), add_manage), ("/v1/audio/", "/audio/", "/openapi.json"), add_audio
+        ),
         access=Access(lambda: live.settings),
         host=settings.host,
         origins=settings.origins,
@@ -156,6 +165,7 @@ def _service(
     preparation = Preparation(engine, settings.limits, process)
     if rank(os.environ) is None:  # under mlx.launch, each rank reads the tokenizer itself
         engine.read_tokenizer = preparation.read_tokenizer
+    speech = Speech(settings.engine.load_seconds)
     library = Library(session, downloader.fetch if downloader is not None else None, live.source)
 
     async def weights() -> int:
@@ -163,7 +173,7 @@ def _service(
 
     pool = Pool(
         library,
-        engine,
+        Loaders(engine, speech),
         budget=weights if settings.memory_budget is None else settings.memory_budget,
         idle_ttl=settings.idle_ttl,
         pinned=tuple(live.target(name).id for name in settings.models),
@@ -198,6 +208,7 @@ def _service(
         Metrics(numbers, _COUNTERS),
         settings.limits,
         preparation,
+        speech=speech,
         live=live,
         recent=Recent(logs.request_ended),
     )

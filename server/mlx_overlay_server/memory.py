@@ -21,6 +21,9 @@ POOL = 1 / 32
 MAX_POOL = 2 * 10**9
 PREFILL = 1 / 4
 """The part of what running sequences have that is left for computing, and not for their KV caches."""
+SPEECH = 10**9
+"""What the process of a model that transcribes or speaks takes beside the weights: its libraries, and what it computes
+with."""
 
 LEAST_TOKENS = 2048
 """Tokens that one sequence must have room for beside its model's weights, or the model is not loaded."""

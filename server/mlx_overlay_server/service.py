@@ -28,6 +28,8 @@ from mlx_overlay_server.preparation import Answer, Preparation
 from mlx_overlay_server.recent import Recent, RequestRecord
 from mlx_overlay_server.scores import add_scored, beginning
 from mlx_overlay_server.settings import Limits, Settings
+from mlx_overlay_server.speech.processes import Speech
+from mlx_overlay_server.speech.values import LoadedSpeech, SpeechRequest, Transcript
 from mlx_overlay_server.ticket import Ticket, stopped
 from mlx_overlay_server.turns import Turns
 
@@ -62,12 +64,14 @@ class Service:
         limits: Limits,
         preparation: Preparation,
         *,
+        speech: Speech | None = None,
         live: Live | None = None,
         recent: Recent | None = None,
     ) -> None:
         """`live` holds the settings in force.
 
-        `recent` keeps records of requests; None: this service gets one of its own.
+        `speech` runs the models that transcribe or speak; `recent` keeps records of requests. None: this service gets
+        one of its own.
         """
         self.library = library
         self.pool = pool
@@ -78,6 +82,7 @@ class Service:
         self.recent = recent or Recent()
         self.turns = Turns()
         self._preparation = preparation
+        self._speech = speech or Speech(engine.options.load_seconds)
         self._open = 0
         self._is_closing = False
 
@@ -171,6 +176,26 @@ class Service:
             self.metrics.text_tokens.inc(record.tokens_in)
             return Encodings(rows, record.tokens_in)
 
+    async def sound(
+        self, request: SpeechRequest, ticket: Ticket, recording: AsyncIterator[bytes] | None = None
+    ) -> AsyncGenerator[Transcript | bytes]:
+        """Yield the transcript of a recording, or a text as pieces of sound. Raises ServerError."""
+        with self.recent.following(request.model, ticket) as record, self._admitted(request):
+            async with AsyncExitStack() as held:
+                async with ticket.stoppable():
+                    record.model = (await self._target(request.model, ticket, request.task)).id
+                    model = await held.enter_async_context(self.pool.use(record.model))
+                    if not isinstance(model, LoadedSpeech) or model.task != request.task:
+                        raise _wrong_task(request.model, model.task, request.task)
+                ticket.note = lambda: "transcribing" if request.task == "transcription" else "speaking"
+                made = await held.enter_async_context(aclosing(self._speech.run(model, request, recording)))
+                while True:
+                    async with ticket.stoppable():
+                        piece = await anext(made, None)
+                    if piece is None:
+                        return
+                    yield piece
+
     async def count_tokens(self, request: ChatRequest, ticket: Ticket) -> int:
         """Count the tokens of a conversation's prompt. Raises ServerError."""
         with self._admitted(request):
@@ -191,15 +216,17 @@ class Service:
     def abort(self) -> None:
         """End every request that runs or waits. Its client gets an error."""
         self._preparation.abort()
+        self._speech.abort()
         self.pool.abort()
         self.engine.abort()
 
     async def stop(self) -> None:
-        """End the preparation's processes."""
+        """End the processes of the preparation, and of models that transcribe or speak."""
         await self._preparation.stop()
+        await self._speech.stop()
 
     @contextmanager
-    def _admitted(self, request: AnyRequest | EncodeRequest) -> Iterator[None]:
+    def _admitted(self, request: AnyRequest | EncodeRequest | SpeechRequest) -> Iterator[None]:
         """Take a place among the open requests. Raises InvalidRequest, Unavailable or Overloaded."""
         if isinstance(request, ChatRequest) and (count := len(request.messages)) > self.limits.messages:
             raise InvalidRequest(
@@ -306,7 +333,7 @@ class Service:
 
 def _generating(name: str, model: AnyLoaded) -> Loaded:
     """Return a model if it generates text. Raises InvalidRequest if not."""
-    if isinstance(model, LoadedEncoder):
+    if not isinstance(model, Loaded):
         raise _wrong_task(name, model.task, "text")
     return model
 
@@ -315,6 +342,8 @@ _DOES: dict[Task, tuple[str, str]] = {
     "text": ("generates text", "/v1/chat/completions"),
     "embedding": ("embeds texts", "/v1/embeddings"),
     "reranker": ("ranks documents", "/v1/rerank"),
+    "transcription": ("transcribes recordings", "/v1/audio/transcriptions"),
+    "speech": ("speaks texts", "/v1/audio/speech"),
 }
 """For each task: what such a model does, in words, and the route for it."""
 

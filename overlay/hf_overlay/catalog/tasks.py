@@ -1,14 +1,15 @@
-"""What a model does with text: it generates more of it, embeds it as a vector, or ranks it by a query.
+"""What a model does: it generates text, embeds it as a vector, ranks it by a query, transcribes, or speaks.
 
 Models of mlx-lm generate text, unless the files of sentence-transformers in their folder, the head that config.json
 names, or, where both were lost in a conversion, their name says that they embed or rank. Encoders, which mlx-lm does
 not load, do nothing else: mlx-omni-server has code of its own for the types in `ENCODERS`, and for Gemma 3 with
-attention in both directions, EmbeddingGemma.
+attention in both directions, EmbeddingGemma. `speech` knows the models that transcribe or speak.
 """
 
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from hf_overlay.catalog import speech
 from hf_overlay.catalog.files import Unfit, read_json, read_list
 from hf_overlay.models import Code, Task
 
@@ -88,8 +89,13 @@ def pooling_modes(config: Mapping[str, Any]) -> tuple[str, ...]:
 def read(path: str, model_id: str, config: Mapping[str, Any], names: Collection[str], *, is_strict: bool) -> Task:
     """Return what the model in a folder does; `names` are its files.
 
-    If `is_strict`, raises Unfit for a model that embeds or ranks in a way that mlx-omni-server cannot; OSError.
+    If `is_strict`, raises Unfit for a model that does something else than generate text in a way that mlx-omni-server
+    cannot, or without a file for it; OSError.
     """
+    if (spoken := speech.task(config)) is not None:
+        if is_strict and (problem := speech.problem(config, names)) is not None:
+            raise Unfit(Code.INCOMPLETE, problem)
+        return spoken
     try:
         listed = modules(path) if MODULES in names else None
         task = _task(model_id, config, listed)

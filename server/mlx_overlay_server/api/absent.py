@@ -10,9 +10,6 @@ from mlx_overlay_server.errors import NotFound
 from mlx_overlay_server.service import Service
 
 _ABSENT = {
-    "audio/transcriptions": "this server transcribes no speech",
-    "audio/translations": "this server translates no speech",
-    "audio/speech": "this server speaks no text",
     "images/generations": "this server paints no images",
     "images/edits": "this server edits no images",
     "images/variations": "this server edits no images",

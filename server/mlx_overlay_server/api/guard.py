@@ -19,6 +19,8 @@ from mlx_overlay_server.api.values import MAX_VALUES, ValueCount
 from mlx_overlay_server.errors import Forbidden, InvalidRequest, ServerError, TooLarge
 from mlx_overlay_server.turns import LARGE_BYTES, Turns, becomes_large
 
+FORM = "multipart/form-data"
+"""The type of bodies in which files come. They hold no JSON, and are read in small steps."""
 _OPEN = frozenset({"/health", "/v1/health"})
 """Paths that need no key, because load balancers ask for them."""
 _PAGES = frozenset({"/", "/docs"})
@@ -66,8 +68,10 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
         size = 0
         values = ValueCount()
+        is_json = not headers.get("content-type", "").startswith(FORM)
         has_begun = is_refusing = False
 
         async def bounded() -> Message:
@@ -75,10 +79,16 @@ class Guard:
             message = await receive()
             body = message.get("body", b"")
             size += len(body)
-            values.feed(body)
+            if is_json:
+                values.feed(body)
             if is_too_much():
                 raise self._too_large()
-            if size > LARGE_BYTES and message["type"] == "http.request" and not message.get("more_body", False):
+            if (
+                is_json
+                and size > LARGE_BYTES
+                and message["type"] == "http.request"
+                and not message.get("more_body", False)
+            ):
                 await becomes_large(self._turns)  # the application first decodes the whole body
             return message
 
@@ -98,7 +108,7 @@ class Guard:
         refused: ServerError | None = None
         try:
             await self._refresh()
-            self._check(scope, Headers(scope=scope))
+            self._check(scope, headers)
             await self._app(scope, bounded, sent)
         except ServerError as error:
             refused = error

@@ -71,32 +71,20 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-class EventStream(Response):
-    """A `text/event-stream` of encoded events, which ends its source as soon as the client is gone."""
+class ByteStream(Response):
+    """An answer that is sent as it comes, in pieces. Ends its source as soon as the client is gone.
 
-    media_type = "text/event-stream"
+    An error that comes after the first piece cuts the connection, so that the client notices.
+    """
 
     def __init__(
-        self,
-        events: AsyncGenerator[bytes],
-        ticket: Ticket,
-        *,
-        refuse: Callable[[ServerError], Response],
-        fail: Callable[[ServerError], bytes],
-        ping: Callable[[str], bytes],
+        self, pieces: AsyncGenerator[bytes], media_type: str, *, refuse: Callable[[ServerError], Response]
     ) -> None:
-        """Stream some events; `ticket` says what the request waits for.
-
-        `refuse` encodes an error before the stream has begun, `fail` one after that; `ping` encodes an event that keeps
-        a waiting client from giving up.
-        """
-        super().__init__(None, 200, {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        """Stream some pieces; `refuse` encodes an error that comes before the first."""
+        super().__init__(None, 200, {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type)
         del self.headers["content-length"]
-        self._events = events
-        self._ticket = ticket
+        self._pieces = pieces
         self._refuse = refuse
-        self._fail = fail
-        self._ping = ping
         self._has_begun = False
         self._last_sent = time.monotonic()
 
@@ -115,7 +103,7 @@ class EventStream(Response):
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async for data in self._events:
+            async for data in self._pieces:
                 await self._write(send, data)
         except Exception as error:  # noqa: BLE001 - the boundary: a stream ends with an error its client understands
             known = as_server_error(error)
@@ -123,10 +111,14 @@ class EventStream(Response):
                 self._has_begun, self._last_sent = True, time.monotonic()  # no ping before the refusal
                 await self._refuse(known)(scope, receive, send)
                 return
-            await self._write(send, self._fail(known))
+            await self._fail(known, send)
         finally:
-            await self._events.aclose()
+            await self._pieces.aclose()
         await self._write(send, b"", more=False)
+
+    async def _fail(self, error: ServerError, send: Send) -> None:  # noqa: ARG002 - for events, which can tell it
+        """Tell the client of an error after the first piece."""
+        raise error
 
     async def _write(self, send: Send, data: bytes, *, more: bool = True) -> None:
         self._last_sent = time.monotonic()
@@ -134,6 +126,34 @@ class EventStream(Response):
             self._has_begun = True
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def _keep_alive(self, send: Send) -> None:
+        """Keep a waiting client patient, for as long as the answer is being sent."""
+
+
+class EventStream(ByteStream):
+    """A `text/event-stream` of already encoded events, with others between them that keep the client patient."""
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes],
+        ticket: Ticket,
+        *,
+        refuse: Callable[[ServerError], Response],
+        fail: Callable[[ServerError], bytes],
+        ping: Callable[[str], bytes],
+    ) -> None:
+        """Stream some events, which come as the request in `ticket` makes progress.
+
+        `refuse` encodes an error before the stream has begun, `fail` after; `ping` keeps a waiting client patient.
+        """
+        super().__init__(events, "text/event-stream", refuse=refuse)
+        self._ticket = ticket
+        self._failed = fail
+        self._ping = ping
+
+    async def _fail(self, error: ServerError, send: Send) -> None:
+        await self._write(send, self._failed(error))
 
     async def _keep_alive(self, send: Send) -> None:
         await asyncio.sleep(PATIENCE_SECONDS)

@@ -12,6 +12,7 @@ from hf_overlay import Task
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.errors import Failed
 from mlx_overlay_server.memory import NO_KV, KvSize
+from mlx_overlay_server.speech.values import LoadedSpeech
 
 Way = Literal["embedding", "pair", "dialogue", "template"]
 """What a model reads: a text of its own; a query and a document as a pair; or both in a question to a chat model, which
@@ -74,5 +75,5 @@ class LoadedEncoder:
         return "embedding" if self.way == "embedding" else "reranker"
 
 
-AnyLoaded = Loaded | LoadedEncoder
+AnyLoaded = Loaded | LoadedEncoder | LoadedSpeech
 """A resident model, whatever it does."""

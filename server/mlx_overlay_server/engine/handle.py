@@ -36,6 +36,7 @@ from mlx_overlay_server.engine.worker import Worker
 from mlx_overlay_server.errors import Failed, ServerError, Unavailable
 from mlx_overlay_server.memory import Shares
 from mlx_overlay_server.settings import EngineOptions
+from mlx_overlay_server.speech.values import LoadedSpeech
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,6 +123,8 @@ class Engine:
 
         MLX compiles its kernels meanwhile, so that the first request does not wait for that.
         """
+        if isinstance(model, LoadedSpeech):
+            return
         size = min(WARM_UP_TOKENS, model.vocab_size, model.context or WARM_UP_TOKENS)
         prompt = tuple(range(size))
         if isinstance(model, Loaded):

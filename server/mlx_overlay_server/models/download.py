@@ -33,9 +33,13 @@ DOWNLOADS = 4
 """How many models are downloaded at once; further ones wait."""
 UNKNOWN_SECONDS = 30.0
 """Seconds for which the Hub is not asked again for a model that it does not have."""
-MODULES = "*_Dense/model.safetensors"
-"""The weights of sentence-transformers' modules. mlx-lm does not download them, though it downloads their JSON files.
-"""
+BESIDE = (
+    "*_Dense/model.safetensors",  # of modules of sentence-transformers
+    "kokoro*.safetensors",
+    "voices/*.safetensors",
+    "speech_tokenizer/*.safetensors",
+)
+"""Weights that mlx-lm does not download, and that other models need than its own; all JSON files it does."""
 _MAX_UNKNOWN = 10_000
 _MAX_ENDED = 20
 """How many ended downloads lists show."""
@@ -315,7 +319,7 @@ def main() -> int:
         report(found=True)
         if not sys.stdin.readline():  # waits until the server lets it begin; empty: the server has ended
             return 1
-        snapshot_download(sys.argv[1], allow_patterns=[*patterns(), MODULES], tqdm_class=Progress)
+        snapshot_download(sys.argv[1], allow_patterns=[*patterns(), *BESIDE], tqdm_class=Progress)
     except Exception as error:  # noqa: BLE001 - the boundary: the server reports any error to its client
         lines = str(error).strip().splitlines()
         kinds = [each.__name__ for each in type(error).__mro__]

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import hf_overlay
 from hf_overlay import Task
 
+from mlx_overlay_server import memory
 from mlx_overlay_server.chat.loaded import context_length
 from mlx_overlay_server.errors import InvalidRequest, Unavailable, UnknownModel
+from mlx_overlay_server.speech.values import OF_SPEECH
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -32,7 +34,7 @@ class Listed(NamedTuple):
     kv_bytes: int = 0
     """Bytes that each token takes in its KV cache, estimated from config.json; 0: unknown."""
     kind: Task = "text"
-    """What it does with text."""
+    """What it does."""
     architecture: str | None = None
     """The `model_type` of its config.json."""
     sees: bool = False
@@ -48,10 +50,11 @@ class Listed(NamedTuple):
 
 
 class Located(NamedTuple):
-    """The folder of a model, the bytes of its weights, its id, and what it does."""
+    """The folder of a model, the bytes that it takes in memory, its id, and what it does."""
 
     path: str
     nbytes: int
+    """Bytes of its weights; of a model that transcribes or speaks, of its process."""
     id: str
     """As the disk spells it. A volume may accept several spellings of a name."""
     task: Task = "text"
@@ -190,12 +193,15 @@ class Library:
             return _NotHere(model_id, near, " ".join(str(error).split()))
         except hf_overlay.OverlayError as error:  # the overlay cannot be brought up to date now
             raise Unavailable(str(error), field="model") from None
-        return Located(model.path, _weights(model), model.id, model.task)
+        needs = memory.SPEECH if model.task in OF_SPEECH else 0
+        return Located(model.path, _weights(model) + needs, model.id, model.task)
 
 
 def _weights(model: hf_overlay.Model) -> int:
-    """Return the bytes of a model's weights."""
-    return sum(file.size for file in model.files if file.name.endswith(".safetensors") and "/" not in file.name)
+    """Return the bytes of a model's weights. Models that speak have some in folders: voices, and what makes sound."""
+    is_deep = model.task in OF_SPEECH
+    files = [file for file in model.files if file.name.endswith(".safetensors") and (is_deep or "/" not in file.name)]
+    return sum(file.size for file in files)
 
 
 def _listed(model: hf_overlay.Model) -> Listed:

@@ -21,7 +21,7 @@ from mlx_overlay_server.chat.events import PromptToken
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.reader import Reader
 from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, Params
-from mlx_overlay_server.encoding.loaded import AnyLoaded, LoadedEncoder, Passage
+from mlx_overlay_server.encoding.loaded import LoadedEncoder, Passage
 from mlx_overlay_server.encoding.requests import EmbedRequest, EncodeRequest
 from mlx_overlay_server.engine.commands import Submit
 from mlx_overlay_server.engine.handle import Engine
@@ -72,7 +72,7 @@ class Preparation:
         self._limits = limits
         self._lanes = Lanes(limits.preparation_seconds, first)
         self._grammars = Grammars()
-        self._known: dict[str, weakref.finalize[..., AnyLoaded]] = {}
+        self._known: dict[str, weakref.finalize[..., Loaded | LoadedEncoder]] = {}
         """For each model that the lanes know, by its key: the finalizer that lets them forget it after it was unloaded.
         """
 
@@ -154,7 +154,7 @@ class Preparation:
         )
         return await asyncio.to_thread(self._engine.matchers, constraint, model, grammar_, count)
 
-    async def _run(self, name: str, model: AnyLoaded, subject: Any, field: Field) -> Any:
+    async def _run(self, name: str, model: Loaded | LoadedEncoder, subject: Any, field: Field) -> Any:
         """Run one of the functions of `work.WORK` in a process."""
         await self._teach(model)
         await turn()
@@ -173,7 +173,7 @@ class Preparation:
             )
         return result.value
 
-    async def _teach(self, model: AnyLoaded) -> None:
+    async def _teach(self, model: Loaded | LoadedEncoder) -> None:
         """Make a model known to the processes, which forget it after it was unloaded."""
         if model.key in self._known:
             return
@@ -202,7 +202,7 @@ class Preparation:
         )
 
 
-def _without_tokenizer(model: AnyLoaded) -> AnyLoaded:
+def _without_tokenizer(model: Loaded | LoadedEncoder) -> Loaded | LoadedEncoder:
     """Return a model without the part of its tokenizer for answers, which a process replaces by the whole tokenizer."""
     if isinstance(model, LoadedEncoder) or not model.whole:
         return model

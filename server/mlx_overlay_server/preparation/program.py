@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import queue
-import socket
 import sys
-import threading
-import traceback
-from collections.abc import Callable
 from typing import Any
 
-from mlx_overlay_server.errors import ServerError
-from mlx_overlay_server.frames import LENGTH, Result, packed
+from mlx_overlay_server.frames import Result, connected, packed, result_of
 
 
 def main() -> None:
     """Work until the server closes the socket."""
-    server = socket.socket(fileno=os.dup(0))
-    with open(os.devnull, "rb") as nothing:  # a tokenizer may be code that reads standard input
-        os.dup2(nothing.fileno(), 0)
-    frames: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(server, frames.put), daemon=True).start()
+    server, frames = connected()
 
     from mlx_overlay_server.imports import import_transformers
 
@@ -48,20 +37,10 @@ def main() -> None:
             # A tokenizer may be code that came with its model, which the server has put on this path.
             sys.path += [folder for folder in path if folder not in sys.path]
             known = whole.pop(key, None)
-            server.sendall(packed(_result(lambda: models.__setitem__(key, _model(data, tokenizer, known)))))  # noqa: B023
+            server.sendall(packed(result_of(lambda: models.__setitem__(key, _model(data, tokenizer, known)))))  # noqa: B023
         else:
             name, key, arguments = rest
-            server.sendall(packed(_result(lambda: WORK[name](models[key], *pickle.loads(arguments)))))  # noqa: B023, S301
-
-
-def _read(server: socket.socket, put: Callable[[Any], None]) -> None:
-    """Read messages and hand them to `put`. When the server has ended, end this process, whatever it is doing."""
-    try:
-        with server.makefile("rb") as file:
-            while head := file.read(LENGTH.size):
-                put(pickle.loads(file.read(LENGTH.unpack(head)[0])))  # noqa: S301 - from the server, which started us
-    finally:
-        os._exit(0)
+            server.sendall(packed(result_of(lambda: WORK[name](models[key], *pickle.loads(arguments)))))  # noqa: B023, S301
 
 
 def _model(data: bytes, tokenizer: bytes, known: Any) -> Any:
@@ -72,17 +51,6 @@ def _model(data: bytes, tokenizer: bytes, known: Any) -> Any:
     if known is None and not tokenizer:
         return model
     return tokenizers.with_whole(model, known if known is not None else pickle.loads(tokenizer))  # noqa: S301
-
-
-def _result(work: Callable[[], Any]) -> Result:
-    try:
-        return Result(work())
-    except ServerError as error:
-        return Result(refusal=error)
-    except BaseException as error:  # noqa: BLE001 - the boundary; a panic in a tokenizer written in Rust is no Exception
-        place = traceback.extract_tb(error.__traceback__)[-1:]
-        where = f" at {place[0].filename}:{place[0].lineno}" if place else ""
-        return Result(unexpected=f"{type(error).__name__}{where}")
 
 
 if __name__ == "__main__":

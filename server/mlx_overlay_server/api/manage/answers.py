@@ -124,7 +124,7 @@ class ModelEntry(TypedDict):
 
     id: str
     kind: str
-    """What it does with text: `text` (generates it), `embedding` or `reranker`."""
+    """What it does: `text`, `embedding`, `reranker`, `transcription` or `speech`."""
     architecture: str | None
     """The `model_type` of its config.json."""
     source: ModelSource
