@@ -21,7 +21,7 @@ from mlx_lm.processors import load_processor
 from mlx_lm.utils import load_adapters, load_model, sharded_load
 
 from mlx_overlay_server.chat.loaded import Loaded, context_length
-from mlx_overlay_server.engine import folder, looking, mlx, tokenizers, vision
+from mlx_overlay_server.engine import folder, looking, mlx, mlx_tokenizers, tokenizers, vision
 from mlx_overlay_server.engine.commands import Load, ReadTokenizer
 from mlx_overlay_server.engine.disk.identity import identity
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
@@ -108,8 +108,8 @@ def load(
         path=command.path,
         tokenizer=read.tokenizer,
         marks=read.marks,
-        detokenizer=partial(mlx.detokenizer, read.tokenizer),
-        make_grammar_tokenizer=partial(mlx.grammar_tokenizer, read.tokenizer, vocab_size),
+        detokenizer=partial(mlx_tokenizers.detokenizer, read.tokenizer),
+        make_grammar_tokenizer=partial(mlx_tokenizers.grammar_tokenizer, read.tokenizer, vocab_size),
         letter=read.letter,
         whole=read.whole,
         longest_token=read.longest_token,

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hf_overlay import config
+from hf_overlay import config, keeping
 from hf_overlay.catalog.catalog import Catalog
 from hf_overlay.patience import NoAnswer, Patience
 from hf_overlay.session import Session
@@ -532,6 +532,18 @@ def test_a_copy_that_is_cut_never_has_its_files_name(
         dead.clear()
     assert blob.read_bytes() == b"weights", "P3 is broken"
     assert dead.held()[b"weights"] == 1
+
+
+def test_no_folder_is_made_where_a_drive_belongs(dead: Dead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hide the drive when that comes."""
+    with dead.written() as hub:
+        add_repo(hub, "org/m", {"config.json": CONFIG})
+    monkeypatch.setattr(keeping, "_DRIVE", f"{tmp_path}/media/[^/]+")
+    stuck = bring_home(str(dead.left()[0]), f"{tmp_path}/media/drive/hub")
+    assert [f"{tmp_path}/media/drive, which is not there" in why for why in stuck.values()] == [True]
+    assert not (tmp_path / "media").exists()
+    dead.clear()
+    assert dead.held()[CONFIG] == 1
 
 
 def test_a_revision_of_which_the_bytes_are_home_and_the_links_are_not_stays_for_the_next_start(
