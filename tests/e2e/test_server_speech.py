@@ -320,6 +320,20 @@ def test_a_model_is_unloaded_with_its_process_and_its_request(server: Server) ->
     assert (slow.result().status_code, slow.result().json()["error"]["code"]) == (503, "model_unloaded")
 
 
+def test_a_request_is_stopped_from_the_page(server: Server) -> None:
+    slow = Later(lambda: _post(server, prompt="be slow"))
+    eventually(lambda: _transcribing(server) != [], "the request is being worked for")
+    (running,) = _transcribing(server)
+    assert server.http.post(f"/manage/v1/requests/{running}/stop").status_code == 200
+    assert slow.result().status_code == 410
+    assert _post(server).status_code == 200
+
+
+def _transcribing(server: Server) -> list[str]:
+    requests = server.http.get("/manage/v1/requests").json()["running"]
+    return [each["id"] for each in requests if each["note"] == "transcribing"]
+
+
 def _loaded(server: Server, model_id: str) -> Any:
     models = server.http.get("/manage/v1/status").json()["models"]
     return next(each for each in models if each["id"] == model_id)

@@ -62,6 +62,9 @@ def problem(config: Mapping[str, Any], names: Collection[str]) -> str | None:
         return None
     if missing := [group for group in _NEEDED.get(known, ()) if not any(name in names for name in group)]:
         return f"has no {missing[0][0]}, without which mlx-audio cannot use it; copy or download it again"
+    thinker = config.get("thinker_config")
+    if known == "qwen3_asr" and isinstance(thinker, Mapping) and "aligner" in str(thinker.get("model_type")):
+        return "tells when known words are said, and transcribes nothing"
     if known == "kokoro" and not any(name.startswith("voices/") and name.endswith(".safetensors") for name in names):
         return "has no voices (voices/*.safetensors); copy or download it again"
     return None

@@ -176,7 +176,7 @@ class Qwen3ASR:
         from mlx_audio.stt.models.whisper.tokenizer import LANGUAGES
         from mlx_audio.stt.utils import load_model
 
-        _check_no_code(folder / "tokenizer_config.json")
+        _check_no_code(folder)
         self._model = load_model(folder, model_type="qwen3_asr", model_name_parts=[])
         self._names: dict[str, str] = LANGUAGES
 
@@ -301,10 +301,11 @@ def _check_phonemes(language: str) -> None:
             )
 
 
-def _check_no_code(path: Path) -> None:
+def _check_no_code(folder: Path) -> None:
     """Raise Unavailable for a tokenizer that is code in the model's folder, which mlx-audio would run unasked."""
-    if path.is_file() and "auto_map" in json.loads(path.read_text("utf-8")):
-        raise Unavailable("the model's tokenizer is code of its own, which is not run for models that transcribe")
+    for path in (folder / "config.json", folder / "tokenizer_config.json"):
+        if path.is_file() and "auto_map" in json.loads(path.read_text("utf-8")):
+            raise Unavailable("the model's tokenizer is code of its own, which is not run for models that transcribe")
 
 
 def _words(tokens: list[Any]) -> Iterator[Word]:

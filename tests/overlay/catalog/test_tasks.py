@@ -214,6 +214,11 @@ def test_a_model_transcribes_or_speaks(config: dict[str, Any], files: dict[str, 
     [
         ({"model_type": "whisper"}, {}, "has no preprocessor_config.json"),
         ({"model_type": "kokoro"}, {}, "has no voices"),
+        (
+            {"model_type": "qwen3_asr", "thinker_config": {"model_type": "qwen3_forced_aligner"}},
+            FEATURES,
+            "transcribes nothing",
+        ),
         ({"model_type": "qwen3_tts"}, {}, "has no speech_tokenizer/config.json"),
         ({"target": "nemo.collections.asr.models.x.EncDecOtherModel"}, {}, "names no model_type"),
         ({"model_type": "parakeet"}, {}, "'parakeet' is not one"),
