@@ -1,17 +1,14 @@
 """The decision whether the user's folder, the real Hub, or nobody for now answers for a model on the gateway."""
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from hf_overlay import hfcache
-from hf_overlay.catalog.catalog import check_id
+from hf_overlay.catalog.spelling import check_id
 from hf_overlay.config import Settings
 from hf_overlay.errors import InvalidModelId, OutOfFiles, SessionError
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.tiers import MergedRepo
-
-logger = logging.getLogger("hf_overlay")
 
 SETTLE_SECONDS = 5
 """Longer than any client takes from opening its cache to asking the Hub."""
@@ -73,6 +70,9 @@ class Overlay(Protocol):
     def has_copy(self, folder: str) -> bool:
         """Whether a client finds main of a repo, by its folder name, without the Hub."""
 
+    def warn(self, text: str) -> None:
+        """Tell people what is wrong."""
+
 
 class Hub:
     """Decides for each model id who answers, by what the overlay holds."""
@@ -88,7 +88,7 @@ class Hub:
         except OutOfFiles as error:  # nobody knows what is there
             return Unavailable(str(error), False)
         except SessionError as error:
-            logger.warning("%s", error)
+            self._overlay.warn(str(error))
         return self.find(repo_id, kind)
 
     def find(self, repo_id: str, kind: str = "models") -> LinkedRepo | Unavailable | None:

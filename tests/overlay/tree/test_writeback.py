@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from hf_overlay import config
 from hf_overlay.catalog.catalog import Catalog
+from hf_overlay.messages import Messages
 from hf_overlay.session import Session
 from hf_overlay.tree.clear import Cleared, clear_dead
 from hf_overlay.tree.lease import Lease, sessions_folder
@@ -50,7 +51,7 @@ class Dead:
         settings = config.load([str(self.models)], self.environ, "/")
         owner = Lease.acquire(str(self.sessions), settings)
         try:
-            yield Session(Catalog(settings), self.environ, owner).hub_cache
+            yield Session(Catalog(settings), self.environ, owner, Messages()).hub_cache
         finally:
             owner.release()
 
