@@ -1,8 +1,8 @@
 """Looking at many places of one disk, several at a time where the disk keeps one waiting.
 
 A network drive answers in milliseconds, and each look takes dozens of calls. A local disk answers from memory, and
-threads would only get into each other's way. So the first looks tell: one after the other, and timed. Most of them must
-have waited: on a busy machine each may wait once for the processor.
+threads would only get into each other's way. So the first looks tell: one after the other, and timed. On a busy machine
+looks wait for the processor as well: some of them, and for a few times as long as they work.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ Answer = TypeVar("Answer")
 
 THREADS = 64
 _WAIT_SECONDS = 0.002
-"""A disk that keeps most looks waiting for so long is slow."""
+"""A disk that keeps most looks waiting for so long is slow, ..."""
+_WAIT_FACTOR = 15
+"""... and for so many times as long as they work: who waits for the processor waits less."""
 _FIRST = 4
 """Looks after which a disk may count as slow."""
 _TIMED = 4
@@ -51,7 +53,8 @@ class Abreast:
             began, worked = time.monotonic(), time.thread_time()
             answer = look(item)
             timed += 1
-            late += (time.monotonic() - began) - (time.thread_time() - worked) > _WAIT_SECONDS
+            worked = time.thread_time() - worked
+            late += time.monotonic() - began - worked > max(_WAIT_SECONDS, _WAIT_FACTOR * worked)
             self.is_slow = timed >= _FIRST and late > timed / 2
             yield answer
 
