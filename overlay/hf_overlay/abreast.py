@@ -1,8 +1,8 @@
-"""Looking at many places of one disk, several at a time where the disk keeps one waiting.
+"""Looks at many places of one disk, several at a time where the disk is slow.
 
 A network drive answers in milliseconds, and each look takes dozens of calls. A local disk answers from memory, and
-threads would only get into each other's way. So the first looks tell: one after the other, and timed. On a busy machine
-looks wait for the processor as well: some of them, and for a few times as long as they work.
+threads would only hinder each other. So the first looks are made one after the other, and timed. On a busy
+machine looks wait for the processor as well: some of them, and for a few times as long as they work.
 """
 
 from __future__ import annotations
@@ -20,26 +20,28 @@ Answer = TypeVar("Answer")
 
 THREADS = 64
 _WAIT_SECONDS = 0.002
-"""A disk that keeps most looks waiting for so long is slow, ..."""
+"""Seconds: a disk that makes most looks wait for this long is slow, ..."""
 _WAIT_FACTOR = 15
 """... and for so many times as long as they work: who waits for the processor waits less."""
 _FIRST = 4
-"""Looks after which a disk may count as slow."""
+"""How many looks are made before a disk may count as slow."""
 _TIMED = 4
-"""Of further looks, each one of so many is timed: that takes a third of what looking takes."""
+"""One of so many further looks is timed, because timing takes a third as long as looking."""
 _REPORT_SECONDS = 0.1
 
 
 class Abreast:
-    """Looks at the places of one disk, and knows by and by whether it is slow."""
+    """Looks at the places of one disk, and finds out whether it is slow."""
 
     def __init__(self) -> None:
         self.is_slow = False
 
     def each(self, look: Callable[[Item], Answer], items: Iterable[Item]) -> Iterator[Answer]:
-        """What `look` returns for each item, in order. It raises what a look raises, when it is that one's turn.
+        """Return what `look` returns for each item, in order.
 
-        Looks may be made by other threads, and ahead of their turn.
+        It raises what a look raises, when it is that item's turn.
+
+        Other threads may make the looks, and ahead of their turn.
         """
         items = list(items)
         timed, late = 0, 0
@@ -60,8 +62,8 @@ class Abreast:
 
 
 def _by_threads(look: Callable[[Item], Answer], items: Sequence[Item]) -> Iterator[Answer]:
-    """As `Abreast.each`, by threads for which nobody waits: a disk may never answer."""
-    from queue import Empty, SimpleQueue  # local disks need none
+    """Do the same with threads. Nobody waits for them at the end, because a disk may never answer."""
+    from queue import Empty, SimpleQueue  # imported here, because local disks need no threads
 
     numbers = iter(range(len(items)))
     answers: SimpleQueue[tuple[int, Answer | None, BaseException | None]] = SimpleQueue()
@@ -83,7 +85,7 @@ def _by_threads(look: Callable[[Item], Answer], items: Sequence[Item]) -> Iterat
     try:
         for number in range(len(items)):
             while number not in early:
-                # Reported from here alone: what hears it may be over when a thread looks on.
+                # Only this thread reports progress: the question may be over when another thread goes on.
                 with suppress(Empty):
                     got, answer, problem = answers.get(timeout=_REPORT_SECONDS)
                     early[got] = (answer, problem)

@@ -210,13 +210,14 @@ def load(
 
 
 def parse_maps(given: Sequence[str]) -> dict[str, str]:
-    """The folder for each id, from the command line's `ID=DIR`; the last one counts. Raises UsageError."""
-    maps = {}
+    """The folder for each id, from the command line's `ID=DIR`. Raises UsageError, also for two folders for one id."""
+    maps: dict[str, str] = {}
     for text in given:
         name, equals, folder = text.partition("=")
         if not equals:
             raise UsageError(f"a map must be ID=DIR, as in org/name=/data/my-model, not {text!r}")
-        maps[name] = folder
+        if maps.setdefault(name, folder) != folder:
+            raise UsageError(f"{name} is mapped to {maps[name]} and to {folder}; leave one of them out")
     return maps
 
 

@@ -1,4 +1,4 @@
-"""Diagnoses problems and suggests fixes, for `hf-overlay doctor`. Reads disks; leaves nothing behind on them."""
+"""Diagnoses problems and suggests fixes, for `hf-overlay doctor`. Reads disks, and leaves nothing behind on them."""
 
 import os
 import shlex
@@ -19,9 +19,9 @@ from hf_overlay.patience import NoAnswer
 from hf_overlay.tree import files, held, lease
 
 FULL_BYTES = 2**30
-"""With less room than this in the real cache, the next download of a model fails."""
+"""With fewer free bytes than this in the real cache, the next download of a model fails."""
 _SAFE_HUB = (1, 32)
-"""First huggingface_hub whose deletions stop at the first link (utils/_cache_manager.py)."""
+"""The first huggingface_hub whose deletions do not follow links to their end (utils/_cache_manager.py)."""
 
 
 _COPY = "Wait for the copy to end, or copy the files named again."
@@ -53,7 +53,7 @@ ADVICE: Mapping[Code, str] = {
     Code.INCOMPLETE: _COPY,
     Code.NO_SNAPSHOT: "Download the model again if it should load by its id; otherwise nothing to do.",
 }
-"""Code of a rejected folder -> what a person can do about it."""
+"""Code of a rejected folder -> advice on what to do about it."""
 
 
 class Finding(NamedTuple):
@@ -62,13 +62,13 @@ class Finding(NamedTuple):
     kind: str
     """A word for programs, such as `rejected` or `duplicate`."""
     where: str
-    """The path, or program, that has the problem."""
+    """The path or program that has the problem."""
     what: str
     advice: str
 
 
 def examine(catalog: Catalog, environ: Mapping[str, str]) -> list[Finding]:
-    """The findings of every check: folders, ids, the sessions' volume, cache, installation, dead sessions."""
+    """Return the findings of every check: folders, ids, the volume of sessions, cache, installation, dead sessions."""
     sessions = lease.sessions_folder(environ)
     silent = [folder for folder in lease.all_sessions_folders(environ) if not catalog.answers(folder)]
     answering = [folder for folder in lease.all_sessions_folders(environ) if folder not in silent]
@@ -110,16 +110,16 @@ def _folders(catalog: Catalog) -> Iterator[Finding]:
             yield from catalog.patience.ask(source.root, partial(_links, found))
             yield from catalog.patience.ask(source.root, partial(_ollama, source.root))
         except NoAnswer:
-            pass  # that has been found above
+            pass  # the checks above have found that
 
 
 def _links(found: Sequence[str]) -> list[Finding]:
-    """The links in model folders that do not count, of which no list of models says anything."""
+    """Return findings about links in model folders that do not count, which no list of models mentions."""
     findings = []
     for folder in found:
         try:
             left_out = contents(folder, list_folder(folder)).left_out
-        except (Unfit, OSError):  # that is why it is rejected
+        except (Unfit, OSError):  # the link is the reason why the folder is rejected
             continue
         for name, why in left_out.items():
             advice = ADVICE[Code.BROKEN_LINK] if why == BROKEN else _AWAY
@@ -130,12 +130,12 @@ def _links(found: Sequence[str]) -> list[Finding]:
 def _target(link: str) -> str:
     try:
         return os.readlink(link)
-    except OSError:  # a file in a linked folder
+    except OSError:  # a file in a folder that is a link
         return os.path.realpath(link)
 
 
 def _ollama(root: str) -> list[Finding]:
-    """Ollama's stores at or directly in a model path, whose files have digests for names."""
+    """Return findings about Ollama's stores in a model path; their files are named by digests."""
     return [
         Finding("ollama", folder, "holds models of Ollama, as blobs that no other program loads", _GGUF)
         for folder in (root, *_subfolders(root))
@@ -291,7 +291,7 @@ def _stale(sessions: str) -> Iterator[Finding]:
 
 
 def _held(sessions: str, path: str) -> list[tuple[str, int]]:
-    """The repos that a dead session holds back, each with its bytes; empty for a living session."""
+    """Return the repos whose downloads a dead session holds back, each with its bytes; nothing for a living session."""
     fd = lease.share(sessions, path)
     if fd is None:
         return []

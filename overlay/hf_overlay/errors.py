@@ -5,7 +5,7 @@ OverlayError            an expected failure (the command exits with 1)
 │   └── InvalidModelId  an id that could lead out of the folder it is looked up in
 ├── ModelNotFound       no folder and no cached snapshot has this id
 │   ├── SourceAway      the model's folder is on a drive that is not there now
-│   └── IncompleteModel the user's folder of this id lacks a part of its weights
+│   └── IncompleteModel the user's folder of this id lacks a part of its weights, or cannot be read
 └── SessionError        the tree could not be built or switched
     └── OutOfFiles      no file descriptor is free, so nothing could be looked at
 """
@@ -16,7 +16,7 @@ import errno
 import sys
 
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
-"""Error numbers that tell of this process, or of the whole system, and never of the path that was to be opened."""
+"""Error numbers that say something of this process or of the whole system, and nothing of the path to be opened."""
 
 
 class OverlayError(Exception):
@@ -48,7 +48,7 @@ class SourceAway(ModelNotFound):
 
 
 class IncompleteModel(ModelNotFound):
-    """The user's folder of this id lacks a part of its weights, and no other place has the model whole."""
+    """The user's folder of this id lacks a part, or cannot be read, and no other place has the model whole."""
 
     def __init__(self, text: str, *, problem: str) -> None:
         super().__init__(text)
@@ -65,9 +65,9 @@ class OutOfFiles(SessionError):
 
 
 def check_descriptors(error: OSError) -> None:
-    """Raise OutOfFiles for an error that says that no file descriptor is free; return for any other.
+    """Raise OutOfFiles if an error means that no file descriptor is free; return if it means something else.
 
-    To be called wherever an error is taken for an answer of the disk.
+    Call it wherever an error is taken for an answer of the disk.
     """
     if error.errno == errno.EMFILE:
         text = (
@@ -79,9 +79,9 @@ def check_descriptors(error: OSError) -> None:
 
 
 def privacy_advice(error: OSError) -> str | None:
-    """The end of a sentence about an error of macOS's privacy settings: what to allow, and where. None for any other.
+    """Return what to allow, and where, if macOS's privacy settings caused an error; None for any other.
 
-    Those refuse with EPERM, where the permissions of files refuse with EACCES.
+    The text ends a sentence. Privacy settings refuse with EPERM, permissions of files with EACCES.
     """
     advice = (
         "allow it for your terminal, or the program that started this one, under System Settings > "

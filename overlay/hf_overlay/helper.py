@@ -1,7 +1,7 @@
-"""A process that looks at one disk for us, because a disk that hangs for ever keeps a process from ending.
+"""A process that looks at one disk for another process, because a disk that hangs keeps a process from ending.
 
-Some mounts (FUSE) hold whoever waits for them in spite of SIGKILL. So what waits is this process, for which nobody else
-waits. It ends by itself when its owner has ended and the disk lets go of it.
+Some mounts (FUSE) hold a process that waits for them in spite of SIGKILL. So the process that waits is this one, which
+nobody else waits for. It ends by itself when its owner has ended and the disk lets go of it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import Any
 from hf_overlay.config import CHANGED_VARIABLES
 
 START_SECONDS = 10
-"""A process that has not started after so long is given up on."""
+"""Seconds after which a process that has not started is given up on."""
 _ALIVE, _ANSWER = b".", b"="
 _REPORT_SECONDS = 0.1
 
 
 class Helper:
-    """One such process. It works on one function at a time."""
+    """One helper process. It works on one function at a time."""
 
     def __init__(self) -> None:
         self._busy = threading.Lock()
@@ -36,10 +36,10 @@ class Helper:
         self._progress = 0
 
     def call(self, function: Callable[[], Any], alive: Callable[[], None]) -> Any:
-        """What the function returns or raises in the process; it and its answer are pickled.
+        """Run a function in the process and return its result; both are pickled.
 
-        `alive` is called while the process starts, works on another function, or reports progress. Raises OSError
-        when the process ends.
+        `alive` is called while the process starts, works on another function, or reports progress. Raises OSError when
+        the process ends.
         """
         seen = self._progress
         while not self._busy.acquire(timeout=_REPORT_SECONDS):
@@ -72,18 +72,19 @@ class Helper:
         if self._process is not None:
             return self._process
         process = subprocess.Popen(
-            # -P: the working folder may be on a disk that hangs, too.
+            # -P: the working folder may be on a disk that hangs, too
             [sys.executable, "-P", "-m", "hf_overlay.helper"],
-            env={name: value for name, value in os.environ.items() if name not in CHANGED_VARIABLES},  # it uses no tree
+            # The process uses no tree.
+            env={name: value for name, value in os.environ.items() if name not in CHANGED_VARIABLES},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            bufsize=0,  # no locks, which a thread that still reads would hold when this process ends
+            bufsize=0,  # no locks, which a stuck thread would still hold when this process ends
         )
-        weakref.finalize(self, _end, process).atexit = False  # it notices by itself
+        weakref.finalize(self, _end, process).atexit = False  # the process itself notices that
         assert process.stdout is not None  # noqa: S101
         until = time.monotonic() + START_SECONDS
-        ready = select.poll()  # select.select knows no descriptor above 1,023
+        ready = select.poll()  # select.select does not work for descriptors above 1,023
         ready.register(process.stdout, select.POLLIN)
         while not ready.poll(_REPORT_SECONDS * 1000):
             if time.monotonic() > until:
@@ -96,7 +97,7 @@ class Helper:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Let the process go; it is not waited for, since it may hang."""
+    """Let the process go, without waiting for it, since it may hang."""
     process.kill()
     try:
         process.wait(0.2)
@@ -106,7 +107,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         if pipe is not None:
             try:
                 pipe.close()
-            except OSError:  # what was to be written is not wanted any more
+            except OSError:  # nobody wants what was still to be written
                 pass
 
 
@@ -118,7 +119,7 @@ def _send(pipe: int, value: object) -> None:
 
 
 def _receive(pipe: int) -> Any:
-    """The next value from the pipe, of which the other end is a process of ours. Raises EOFError."""
+    """Return the next value from the pipe, whose other end is a process of ours. Raises EOFError."""
     return pickle.loads(_read(pipe, int.from_bytes(_read(pipe, 8), "little")))  # noqa: S301
 
 
@@ -133,10 +134,10 @@ def _read(pipe: int, size: int) -> bytes:
 
 
 def main() -> None:
-    """In the process: work on functions until there are no more."""
+    """Work on functions until there are no more. This runs in the helper process."""
     from hf_overlay.progress import reporting
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a key press is for the program that asks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asks
     last = 0.0
 
     def report() -> None:

@@ -143,7 +143,8 @@ def main_commit(repo: str, *, any_single: bool) -> str:
         commits = _subfolders(f"{repo}/snapshots")
         if any_single and len(commits) == 1:
             return commits[0]
-        held = f"; it holds {len(commits)} revisions by commit only" if commits else " and no revision"
+        count = "1 revision" if len(commits) == 1 else f"{len(commits)} revisions"
+        held = f"; it holds {count} by commit only" if commits else " and no revision"
         raise NoSnapshot(f"has no refs/main{held}") from None
     except UnicodeDecodeError:
         raise NoSnapshot("has a refs/main that is not text") from None

@@ -20,7 +20,7 @@ class Problem(NamedTuple):
 
 
 def problem(hub: str) -> Problem | None:
-    """Why the real cache `hub` cannot keep a download; None when it can, as where it is still to be made.
+    """Return why the real cache `hub` cannot keep a download; None when it can, or does not exist yet.
 
     Raises OSError when no file descriptor is free.
     """

@@ -42,6 +42,10 @@ class Code(StrEnum):
     """An id that cannot stand in a cache; the model can be loaded by path."""
 
 
+HELD_BACK = frozenset({Code.INCOMPLETE, Code.NO_PERMISSION, Code.UNREADABLE, Code.BAD_CONFIG, Code.BROKEN_LINK})
+"""Why a folder that is there for an id cannot be loaded for now: nothing is downloaded in its place."""
+
+
 class Reason(NamedTuple):
     """A code for programs, with a text for people."""
 
@@ -54,43 +58,53 @@ Layer = Literal["map", "custom", "cache", "tier"]
 """Where something was found, most important first: a map, a model path, the real cache, a tier below it."""
 
 
-Task = Literal["text", "embedding", "reranker"]
-"""What a model does with text: it generates more of it, embeds it as a vector, or ranks it by a query."""
+Task = Literal["text", "embedding", "reranker", "transcription", "speech"]
+"""What a model does: it generates text, embeds it as a vector, or ranks it by a query; it transcribes recordings, or
+speaks texts."""
 
 
 class File(NamedTuple):
-    """One file of a model; a link to it is followed, so size and time are its target's."""
+    """One file of a model. A link is followed, so size and time are those of its target."""
 
     name: str
-    """Relative to the model's folder, with `/`."""
+    """The path relative to the model's folder, with `/`."""
     size: int
-    """Bytes."""
+    """Its size in bytes."""
     mtime_ns: int
-    """Time of the last change, in nanoseconds since 1970."""
+    """The time of its last change, in nanoseconds since 1970."""
     etag: str | None = None
-    """The Hub's, where the folder proves it."""
+    """The Hub's etag, where the folder proves it."""
 
 
 class Model(NamedTuple):
-    """A folder that can be loaded."""
+    """A folder that can be loaded, and the id that it answers to.
+
+    `source` says where it was found, and `root` which map, model path, cache or tier that is. `path` is the folder to
+    load, `files` are all files in it, and `size_bytes` is their size. `model_type` is that of its config.json, `task`
+    what it does with text, `commit` the Hub's commit where the folder proves it.
+    """
 
     id: str
+    """Such as `org/name`."""
     source: Layer
+    """Where it was found: `map`, `custom` (a model path), `cache` or `tier`."""
     path: str
     """The folder to load: the user's own, or a snapshot in a Hugging Face cache."""
     model_type: str | None
-    """As in config.json; None where there is none (only with all kinds)."""
+    """That of config.json; None where there is none, which only `kind="any"` allows."""
     size_bytes: int
+    """Bytes of all its files."""
     files: tuple[File, ...]
+    """All files in it, without hidden ones and unfinished downloads, sorted by name."""
     root: str
-    """The model path, or the cache, it was found in."""
+    """The map, model path, cache or tier in which it was found."""
     commit: str | None = None
-    """The Hub's, where the folder proves it: a cached snapshot, or what `hf download --local-dir` left."""
+    """The Hub's commit, where the folder proves it: as a snapshot, or by the notes of `hf download --local-dir`."""
     kind: str = "models"
     """`models`, or for a folder that is mapped to another kind of repo: `datasets`, `spaces` or `kernels`."""
     task: Task = "text"
     fingerprint: str = ""
-    """As `hfcache.fingerprint` works it out; empty until something needs it."""
+    """The result of `hfcache.fingerprint`; empty until something needs it."""
 
 
 class Reject(NamedTuple):

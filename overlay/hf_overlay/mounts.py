@@ -1,4 +1,4 @@
-"""Whether a path is on a disk that may stop answering, from the system's list of mounts: the path is not looked at."""
+"""Tells whether a path is on a disk that may stop answering: from the system's mounts, without looking at it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _LOCAL = frozenset(
         *("vfat", "xfs", "zfs"),
     }
 )
-"""File systems of the kernel's own on disks of this machine. All others are asked from a process of their own."""
+"""The kernel's own file systems for disks of this machine. All others are asked through a helper process."""
 _ESCAPED = r"\\([0-7]{3})"
 _MAX_LINKS = 40
 
 
 def may_hang(path: str) -> bool:
-    """Whether an absolute path leads to a network mount, or to one that a program serves (FUSE)."""
+    """Return whether an absolute path leads to a network mount, or to one that a program serves (FUSE)."""
     mounts = _linux_mounts() if sys.platform == "linux" else _bsd_mounts() if sys.platform == "darwin" else {}
     if all(mounts.values()):
         return False
@@ -33,7 +33,7 @@ def may_hang(path: str) -> bool:
         at = os.path.dirname(at).rstrip("/") if name == ".." else f"{at}/{name}"
         if not mounts.get(at, True):
             return True
-        # Only now: all above it is on disks that answer.
+        # only now, when all folders above are known to be on disks that answer
         try:
             target = os.readlink(at or "/")
         except OSError:
@@ -47,7 +47,7 @@ def may_hang(path: str) -> bool:
 
 
 def _linux_mounts() -> dict[str, bool]:
-    """Mount points, and whether each is local; of several at one place, the last one is seen."""
+    """Return mount points, and whether each is local. Of several at one place, the last one is seen."""
     mounts: dict[str, bool] = {}
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
@@ -57,14 +57,14 @@ def _linux_mounts() -> dict[str, bool]:
                 if "\\" in where:
                     where = re.sub(_ESCAPED, lambda match: chr(int(match[1], 8)), where)
                 mounts[where.rstrip("/")] = after.split(" ", 1)[0] in _LOCAL
-    except (OSError, IndexError):  # no /proc: nothing is known
+    except (OSError, IndexError):  # without /proc, nothing is known
         return {}
-    mounts.pop("", None)  # what the whole system stands on: without it, nothing answers
+    mounts.pop("", None)  # the system's own root: if it did not answer, nothing would
     return mounts
 
 
 def _bsd_mounts() -> dict[str, bool]:
-    """The same on macOS, by getfsstat(MNT_NOWAIT), which asks no mount."""
+    """Return the same on macOS, from getfsstat(MNT_NOWAIT), which asks no mount."""
     import ctypes
 
     class Statfs(ctypes.Structure):
@@ -79,7 +79,7 @@ def _bsd_mounts() -> dict[str, bool]:
         )
 
     libc = ctypes.CDLL(None)
-    # The name of the variant with 64-bit inodes on Intel; on Apple silicon there is no other.
+    # On Intel, this name is the variant with 64-bit inodes; on Apple silicon, there is no other.
     getfsstat = getattr(libc, "getfsstat$INODE64", None) or libc.getfsstat
     nowait, is_local = 2, 0x1000
     found = (Statfs * 256)()

@@ -1,4 +1,4 @@
-"""Opens a session, and ends it: dead ones are cleared before, and its own downloads come home after."""
+"""Opens a session, and ends it. Before, dead sessions are cleared; after, its downloads are moved to the real cache."""
 
 from __future__ import annotations
 
@@ -34,32 +34,38 @@ def open_session(
     messages: Messages | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[Session]:
-    """Open an overlay; it is removed when the context ends.
-
-    `model_paths` are in order of precedence; without any, MLX_OMNI_MODEL_PATH of `environ` (default: this process's)
-    names them, else the configuration file. `below` are read-only tiers behind the user's own cache, Hugging Face
-    caches or folders of models; without any, HF_OVERLAY_BELOW or the file names them. `maps` says which folder answers
-    to an id, before all else: `org/name`, or `datasets/org/name`. For the ids in `exclude` they are all ignored.
-
-    With `gateway`, programs keep the network: a Hub on loopback serves the user's models and passes on the rest;
-    without it, a program that asks the Hub may download a model that the user has. `kind` is `mlx` for models that
-    mlx-lm can load, or `any`; None: `mlx` if mlx-lm is installed, else `any`. `trusts_code` also takes models that
-    bring their architecture as a Python file, which mlx-lm runs only when its caller allows it. `encoders` also takes
-    those that mlx-omni-server embeds and ranks texts with, and leaves out what it cannot embed or rank with.
-
-    While the real cache is away or read-only, nothing is downloaded: the gateway refuses, and without one programs are
-    put offline. With `hold_downloads` they download all the same; it is held in the session's folder, shown by later
-    sessions, and moved to the real cache by the first start that can.
-
-    Sessions share the repos that stand for the user's models, which nobody can write into, where programs announce what
-    they download: to the gateway, or, with `announces`, by `Session.expect_model`; or where they are offline.
-    `messages` gets what people should know; without one, Python's logger `hf_overlay`.
-    Raises UsageError for a model path that is a file, SessionError when the tree cannot be made, OverlayError for `mlx`
-    without mlx-lm.
+    """Open an overlay and give its session; the overlay is removed when the context ends.
 
         with hf_overlay.open_session(["/Volumes/LLMS/models"]) as session:
             command = ["mlx_lm.generate", "--model", "org/name"]
             subprocess.run(command, env=session.environment, pass_fds=[session.owner_fd])
+
+    What it shows. Where an argument is left out, a variable of `environ` (default: this process's) counts, else the
+    configuration file.
+
+    - `model_paths`: folders of models, the first one wins; else MLX_OMNI_MODEL_PATH.
+    - `below`: read-only tiers behind the user's own cache, each a Hugging Face cache or a folder of models; else
+      HF_OVERLAY_BELOW.
+    - `maps`: folders that answer to an id before all else: {"org/name": DIR, "datasets/org/name": DIR}.
+    - `exclude`: ids for which none of these count.
+    - `kind`: `mlx` for models that mlx-lm can load, `any` for all; None: `mlx` where mlx-lm is installed, else `any`.
+    - `trusts_code`: also models that bring their architecture as a Python file, which mlx-lm runs only when it is told
+      to.
+    - `encoders`: also models that mlx-omni-server embeds and ranks texts with, and none that it cannot do that with.
+
+    How programs use it.
+
+    - `gateway`: a Hub on loopback answers programs for the user's models, and passes on everything else. Without it, a
+      program that asks the Hub may download a model that the user has.
+    - `hold_downloads`: while the real cache is away or read-only, nothing is downloaded: the gateway refuses, and
+      without one programs are put offline. With this, programs download all the same. The session's folder holds
+      that, later sessions show it, and the first start that can moves it to the real cache.
+    - `announces`: the caller calls `Session.expect_model` before each download. Then, as with the gateway or offline,
+      the session shares the links to the user's models with other sessions, which makes its start and end quicker.
+    - `messages`: gets what people should know; None: Python's logger `hf_overlay` gets it.
+
+    Raises UsageError for arguments that make no sense, such as a file as model path; SessionError when the overlay
+    cannot be made; OverlayError for `mlx` where mlx-lm is not installed.
     """
     environ = os.environ if environ is None else environ
     messages = Messages() if messages is None else messages
@@ -122,12 +128,12 @@ def open_session(
 
 
 def _shares(settings: Settings, is_announced: bool) -> bool:
-    """Whether a session shares repos: if programs announce what they write, and its cache is no other session's."""
+    """Return whether a session shares linked repos: writes are announced, and its cache is not another session's."""
     return is_announced and not config.is_overlay(settings.hub_cache)
 
 
 def _remove_unused(session: str, messages: Messages) -> None:
-    """Once a day, remove shared repos that have had no use for long. Nobody waits for it."""
+    """Once a day, remove shared repos that have not been used for long, in a thread that nothing waits for."""
     try:
         if shared.is_due(os.path.dirname(session)):
             remove = partial(_quietly, partial(shared.remove_unused, session), messages)

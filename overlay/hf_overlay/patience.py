@@ -1,9 +1,9 @@
 """Asks questions of disks that may never answer, such as a network mount whose server is gone.
 
 A system call on such a mount does not return, and nothing can interrupt it. So each question runs in a thread of its
-own, which is given up on when it makes no progress for `STALL_SECONDS`. A slow disk is not given up on: what takes long
-reports progress with `alive`. The threads are daemons, for which a program that ends does not wait. Where a mount may
-hold even a process that is killed, the thread has a helper process ask.
+own, which is given up on when it makes no progress for `STALL_SECONDS`. A slow disk is not given up on, because long
+work reports progress with `alive`. The threads are daemons, which no program waits for at its end. Some mounts hold
+even a process that is killed; there, the thread asks a helper process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 STALL_SECONDS = 1.2
-"""A disk that gives no sign of life for so long does not answer. It may yet: one that spins up takes a few seconds."""
+"""Seconds without a sign of life after which a disk "does not answer". It may still: some take seconds to spin up."""
 _TURN_SECONDS = 0.2
 
 
@@ -36,7 +36,7 @@ class NoAnswer(OSError):
 
 
 class _Question(Generic[Answer]):
-    """A function at work in a thread."""
+    """A function that runs in a thread."""
 
     def __init__(self, root: str, function: Callable[[], Answer]) -> None:
         self.root = root
@@ -57,12 +57,12 @@ class _Question(Generic[Answer]):
         self._ended.wait(seconds)
 
     def has_waited(self, seconds: float) -> None:
-        """Note that somebody has waited for so long."""
+        """Note that somebody has waited for some seconds."""
         self.silent = 0.0 if self._has_reported else self.silent + seconds
         self._has_reported = False
 
     def answer(self) -> Answer:
-        """What the function returns or raises. Raises NoAnswer when it has not ended."""
+        """Return what the function returns, or raise what it raises. Raises NoAnswer when it has not ended."""
         if not self.has_ended:
             raise NoAnswer(self.root)
         if self._error is not None:
@@ -82,17 +82,17 @@ class _Question(Generic[Answer]):
 
 
 class Patience:
-    """Asks questions, and remembers which disks have not answered. Safe to use from several threads."""
+    """Asks questions, and remembers which disks have not answered. Several threads may use it."""
 
     def __init__(self, seconds: float = STALL_SECONDS) -> None:
         self._seconds = seconds
         self._open: dict[str, _Question[object]] = {}
-        """By root, a question that was given up on and has not ended."""
+        """For each root, the question that was given up on and has not ended."""
         self._helpers: dict[str, Helper] = {}
         self._lock = threading.Lock()
 
     def is_waiting_for(self, root: str) -> bool:
-        """Whether an earlier question about this root is still without an answer."""
+        """Return whether an earlier question about this root still has no answer."""
         question = self._open.get(root)
         if question is not None and question.has_ended:
             self._open.pop(root, None)
@@ -100,10 +100,10 @@ class Patience:
         return question is not None
 
     def ask(self, root: str, function: Callable[[], Answer], *, seconds: float | None = None) -> Answer:
-        """What the function returns or raises, which looks at nothing but the disk of `root`, and can be pickled.
+        """Return what a function returns that looks at nothing but the disk of `root`, and can be pickled.
 
         Raises NoAnswer when it makes no progress for so many seconds (default: those of this object), and at once while
-        an earlier question about that root is open: so threads do not pile up. Raises OutOfFiles when no file
+        an earlier question about that root is open, so that threads do not pile up. Raises OutOfFiles when no file
         descriptor is free.
         """
         question = self._begin(root, function)
@@ -111,7 +111,7 @@ class Patience:
         return self._answer(question)
 
     def ask_each(self, functions: Mapping[str, Callable[[], Answer]]) -> dict[str, Answer | OSError]:
-        """For each root, what its function returns, or the OSError that `ask` would raise. All are asked at once."""
+        """Ask all roots at once; return for each what its function returns, or the OSError that `ask` would raise."""
         answers: dict[str, Answer | OSError] = {}
         begun: dict[str, _Question[Answer]] = {}
         for root, function in functions.items():
@@ -143,7 +143,7 @@ class Patience:
             raise
 
     def _helper(self, root: str) -> Helper:
-        from hf_overlay.helper import Helper  # few machines need any
+        from hf_overlay.helper import Helper  # few machines need helpers
 
         with self._lock:
             return self._helpers.setdefault(root, Helper())
@@ -160,8 +160,8 @@ class Patience:
 def _wait(questions: Iterable[_Question[Any]], seconds: float) -> None:
     """Wait until each question has ended, or was silent for so many seconds.
 
-    A turn counts as no longer than it was meant to be: while a process is stopped, or a busy machine leaves it out, the
-    disk may have had no time to answer, either.
+    A turn never counts as longer than it was meant to be: while this process was stopped, or starved by a busy machine,
+    the disk may have had no time to answer, either.
     """
     waiting = list(questions)
     while waiting := [each for each in waiting if not each.has_ended and each.silent < seconds]:

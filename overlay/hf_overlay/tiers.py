@@ -1,8 +1,8 @@
-"""Repos that several caches hold parts of: what each holds, and the merged repo that shows all of it.
+"""Repos that several caches hold parts of: what each of them holds, and the merged repo that shows all of it.
 
-The user's own cache comes first, then the tiers behind it. A merged repo has every revision of each: a file is taken
-from the first that has it, and so is a ref. Clients may add to it. What they download lies in it until it is brought
-home to the user's own cache, to which nothing goes that a tier holds.
+The user's own cache comes first, then the tiers behind it. A merged repo has the revisions of all of them. Each file
+and each ref comes from the first cache that has it. Clients may add to a merged repo. Their downloads lie in it until
+they are moved to the user's own cache; what a tier holds stays in the tier.
 """
 
 import json
@@ -19,27 +19,27 @@ from hf_overlay.progress import alive
 Value = TypeVar("Value")
 
 _MAX_TREE_BYTES = 64 * 2**20
-"""A listing that is longer is none that a client wrote."""
+"""A listing longer than this was not written by a client."""
 
 
 # Reading -------------------------------------------------------------------------------------------------------
 
 
 def place(tier: str) -> str:
-    """The folder with the repos and models of a tier: itself, or `hub` in it where it is a whole HF_HOME."""
+    """Return the folder of a tier's repos and models: the tier itself, or its `hub` where it is a whole HF_HOME."""
     hub = f"{tier}/hub"
     is_home = os.path.isdir(hub) and not _has_repos(tier) and _has_repos(hub)
     return hub if is_home else tier
 
 
 def repos(hub: str) -> dict[str, str]:
-    """The repos of every kind in a hub folder: name -> path. Raises OSError."""
+    """Return the repos of every kind in a hub folder: name -> path. Raises OSError."""
     names = sorted(name for name in os.listdir(hub) if hfcache.is_repo(name))
     return {name: f"{hub}/{name}" for name in names if os.path.isdir(f"{hub}/{name}/snapshots")}
 
 
 def watched(repo: str) -> tuple[str, ...]:
-    """The paths that look different when what `read` returns does; to be looked at before it."""
+    """Return the paths that look different when `read` would return something else; look at them before it."""
     refs = [path for path, is_folder in _walk(f"{repo}/refs") if not is_folder]
     folders = [
         path
@@ -51,7 +51,7 @@ def watched(repo: str) -> tuple[str, ...]:
 
 
 def read(name: str, repo: str, root: str) -> CachedRepo:
-    """What a cache holds of a repo. What is broken in it is left out. Raises OSError where it cannot be read."""
+    """Return what a cache holds of a repo, without what is broken in it. Raises OSError where it cannot be read."""
     revisions = tuple(
         Revision(entry.name, entry.path, _files(entry.path))
         for entry in _entries(f"{repo}/snapshots")
@@ -68,7 +68,7 @@ def read(name: str, repo: str, root: str) -> CachedRepo:
 
 
 def of_model(model: Model) -> CachedRepo | None:
-    """A plain folder in a tier as a repo of one revision; None where it does not prove the Hub's commit."""
+    """Return a plain folder in a tier as a repo of one revision; None where it does not prove the Hub's commit."""
     if model.commit is None:
         return None
     revision = Revision(model.commit, model.path, model.files)
@@ -92,7 +92,7 @@ def _files(snapshot: str) -> tuple[File, ...]:
             continue
         try:
             status = os.stat(path)
-        except OSError:  # a link that leads nowhere
+        except OSError:  # a broken link
             continue
         if os.path.isfile(path):
             files.append(File(name, status.st_size, status.st_mtime_ns, records.blob_name(path)))
@@ -100,7 +100,7 @@ def _files(snapshot: str) -> tuple[File, ...]:
 
 
 def _walk(folder: str) -> Iterator[tuple[str, bool]]:
-    """All paths below a folder, sorted, and whether each is a folder itself; no link is followed."""
+    """Yield all paths below a folder, sorted, and whether each is a real folder. Links are not followed."""
     for entry in _entries(folder):
         is_folder = entry.is_dir(follow_symlinks=False)
         yield entry.path, is_folder
@@ -126,7 +126,7 @@ def _text(path: str) -> str:
 
 
 def _content(path: str, limit: int = _MAX_TREE_BYTES) -> bytes:
-    """A file's bytes; none where it is too long, cannot be read, or is no file."""
+    """Return a file's bytes; nothing where it is too long, cannot be read, or is no file."""
     try:
         if not os.path.isfile(path) or os.path.getsize(path) > limit:
             return b""
@@ -143,12 +143,12 @@ def _content(path: str, limit: int = _MAX_TREE_BYTES) -> bytes:
 class MergedRepo(NamedTuple):
     """A repo folder in cache layout, made of links, that shows what several caches hold of one repo.
 
-    Paths are relative to the repo folder; the fields are as those of `hfcache.LinkedRepo`. Nothing in it is sealed,
-    since clients may add revisions.
+    Paths are relative to the repo folder; the fields are those of `hfcache.LinkedRepo`. Nothing in it is sealed,
+    because clients may add revisions.
     """
 
     holders: tuple[CachedRepo, ...]
-    """What it shows; where two of them have the same, the first counts."""
+    """What it shows. Where several of them have the same part, the first one counts."""
     fingerprint: str
     parts: Parts
     watched: tuple[str, ...]
@@ -156,19 +156,19 @@ class MergedRepo(NamedTuple):
 
     @property
     def sources(self) -> tuple[tuple[str, str], ...]:
-        """The folders that its links lead to, each with the cache or tier that it is in."""
+        """The folders that its links lead to, each with the cache or tier that contains it."""
         return tuple((holder.path, holder.root) for holder in self.holders)
 
 
 def holds_all(own: CachedRepo, tiers: Sequence[CachedRepo]) -> bool:
-    """Whether the user's own cache has each file, ref, listing and absence that tiers have of a repo."""
+    """Return whether the user's own cache has every file, ref, listing and absent file that tiers have of a repo."""
     return _Parts.of([own]).size() == _Parts.of([own, *tiers]).size()
 
 
 def merged_repo(holders: Sequence[CachedRepo]) -> MergedRepo:
-    """The merged repo of what `holders` hold, the user's own cache first.
+    """Return the merged repo of what `holders` hold, the user's own cache first.
 
-    As in a user's model, each file is two links away and each snapshot is a link, at which clients that delete stop
+    As in a user's model, two links lead to each file, and each snapshot is a link, at which deletions by clients stop
     (see `hfcache.LinkedRepo`).
     """
     parts = _Parts.of(holders).completed()
@@ -195,12 +195,16 @@ def merged_repo(holders: Sequence[CachedRepo]) -> MergedRepo:
         holders=tuple(holders),
         fingerprint=hfcache.sha1(json.dumps(identity)),
         parts=Parts(tuple(folders), tuple(links.items()), tuple(contents.items())),
-        watched=("blobs", *views.values(), *deep),  # views through their snapshots, whose absence shows as well
+        watched=(
+            "blobs",
+            *views.values(),
+            *deep,
+        ),  # views through their snapshots, which may be missing
     )
 
 
 class _Parts(NamedTuple):
-    """All that caches hold of one repo, each part from the first of them that has it."""
+    """All that caches hold of one repo, each part from the first cache that has it."""
 
     revisions: dict[str, None]
     files: dict[str, tuple[str, str]]
@@ -212,7 +216,7 @@ class _Parts(NamedTuple):
 
     @classmethod
     def of(cls, holders: Sequence[CachedRepo]) -> "_Parts":
-        """The parts of a repo; those that belong to no revision that is there are left out."""
+        """Return the parts of a repo, without those of revisions that are not there."""
         revisions = [revision for holder in holders for revision in holder.revisions]
         commits = dict.fromkeys(sorted(revision.commit for revision in revisions))
         files = _first(
@@ -231,9 +235,9 @@ class _Parts(NamedTuple):
         return cls(commits, files, _first(refs), _first(trees), _first(absent))
 
     def completed(self) -> "_Parts":
-        """The same, with the files that a revision's listing names and of which another revision has the bytes.
+        """Return the same, completed with files that a revision's listing names and whose bytes another revision has.
 
-        So a revision that was fetched beside a tier, whose files did not come home, is whole again.
+        So a revision that was fetched beside a tier is whole again, although the tier's files were not moved with it.
         """
         blobs = dict(self.files.values())
         listed = (
@@ -245,12 +249,12 @@ class _Parts(NamedTuple):
         return self._replace(files=_first((*self.files.items(), *listed)))
 
     def size(self) -> int:
-        """The number of all parts."""
+        """Return the number of all parts."""
         return len(self.revisions) + len(self.files) + len(self.refs) + len(self.trees) + len(self.absent)
 
 
 def _first(parts: Iterable[tuple[str, Value]]) -> dict[str, Value]:
-    """The first value for each path. A path that needs a folder where there is a file, or the reverse, is left out."""
+    """Return the first value for each path. Of a file and a folder at one path, the first counts, too."""
     found: dict[str, Value] = {}
     folders: set[str] = set()
     for path, value in parts:
@@ -262,6 +266,6 @@ def _first(parts: Iterable[tuple[str, Value]]) -> dict[str, Value]:
 
 
 def _parents(path: str) -> list[str]:
-    """The folders above a relative path, the topmost first."""
+    """Return the folders above a relative path, the topmost first."""
     parts = path.split("/")[:-1]
     return ["/".join(parts[: depth + 1]) for depth in range(len(parts))]

@@ -1,4 +1,4 @@
-"""Who a request comes from, by its API key, and what that key is for."""
+"""Says by the API key of a request who has sent it, and what the key may be used for."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from mlx_overlay_server.settings import Key, Settings
 MINUTE = 60.0
 
 CURRENT: ContextVar[Key | None] = ContextVar("key", default=None)
-"""The key of the request that is being answered; None where it needs none, or has the one that is for everything.
+"""The key of the request that is being answered; None where no key is needed, or the key is for everything.
 
 The guard sets it before any route runs, so that no route can forget to hand it on.
 """
 
 
 def digest(key: bytes) -> str:
-    """Return the hash of a key, which is all that a configuration file holds of it.
+    """Return the hash of a key. The configuration file holds nothing else of it.
 
-    Keys are made of 256 random bits, so nothing slower than SHA-256 is needed against guesses.
+    Keys are made of 256 random bits, so guessing them is hopeless even with a fast hash such as SHA-256.
     """
     return hashlib.sha256(key).hexdigest()
 
 
 class Access:
-    """The keys that are in force, and how often each was used lately."""
+    """The keys in force, and when each was used lately."""
 
     def __init__(self, settings: Callable[[], Settings], clock: Callable[[], float] = time.monotonic) -> None:
         """`settings` returns those in force now; `clock` gives monotonic seconds."""
@@ -53,7 +53,7 @@ class Access:
         settings, hashed = self._settings(), digest(given)
         found: Key | None = None
         is_known = bool(settings.api_key) and hmac.compare_digest(hashed, digest((settings.api_key or "").encode()))
-        for key in settings.keys:  # all are compared, so that the time tells nothing of which one it nearly was
+        for key in settings.keys:  # all are compared, so that the time it takes tells nothing of them
             if hmac.compare_digest(hashed, key.digest):
                 found = key
         if found is None and not is_known:
@@ -75,12 +75,12 @@ class Access:
 
 
 def may_use(*names: str) -> bool:
-    """Return whether the request's key is for a model, of which these are the names."""
+    """Return whether the request's key may use a model; `names` are the names of the model."""
     key = CURRENT.get()
     return key is None or not key.models or not set(names).isdisjoint(key.models)
 
 
 def check_model(*names: str) -> None:
-    """Raise Forbidden unless the request's key is for a model, of which these are the names."""
+    """Raise Forbidden unless the request's key may use a model; `names` are the names of the model."""
     if (key := CURRENT.get()) is not None and not may_use(*names):
         raise Forbidden(f"the key {key.name!r} is not for {names[0]}", field="model", code="model_not_allowed")

@@ -1,7 +1,7 @@
-"""The address of a running server, which it leaves in its session's folder, where the commands find it.
+"""The address of a running server, which it writes into its session's folder, where the commands find it.
 
-The folder is this user's own (0700), and is cleared with the session. So a server that was killed leaves nothing behind
-that a later look would take for one that runs: its session has no living owner.
+That folder belongs to this user alone (0700), and is cleared with the session. A server that was killed is not taken
+for a running one, because its session has no living owner.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import NamedTuple
 from hf_overlay.tree import lease
 
 _FILE = "server.lock"
-"""Files of this ending hold nothing that anybody downloaded, so they are removed with the session."""
+"""The file's name. Files with this ending are never downloads, so they are removed with the session."""
 
 
 class Address(NamedTuple):
-    """Where a server listens."""
+    """The address at which a server listens."""
 
     url: str
-    """As http://127.0.0.1:10240, without a slash at its end."""
+    """Such as http://127.0.0.1:10240, without a slash at its end."""
     pid: int
 
 
 def leave(session: str, url: str) -> None:
-    """Write the address into the folder of the server's session. Raises OSError."""
+    """Write a server's address into the folder of its session. Raises OSError."""
     path = os.path.join(session, _FILE)
     with open(os.open(f"{path}.new.lock", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
         json.dump({"url": url, "pid": os.getpid()}, file)
@@ -34,7 +34,7 @@ def leave(session: str, url: str) -> None:
 
 
 def running(environ: Mapping[str, str]) -> list[Address]:
-    """Return the servers of this user that run now, the one that was started last first.
+    """Return this user's running servers, the one started last first.
 
     Raises OSError, and SessionError where the folder of all sessions cannot be trusted.
     """
@@ -45,7 +45,7 @@ def running(environ: Mapping[str, str]) -> list[Address]:
             with open(os.path.join(path, _FILE), encoding="utf-8") as file:
                 address = Address(**json.load(file))
                 left = os.fstat(file.fileno()).st_mtime
-        except (OSError, ValueError, TypeError):  # a session of another program, or one that starts or ends
+        except (OSError, ValueError, TypeError):  # a session of another program, or one that is just starting or ending
             continue
         with lease.dead(sessions, path) as is_dead:
             if not is_dead:

@@ -1,4 +1,4 @@
-"""The composition root: what the server is made of, and how its parts are joined."""
+"""Builds all parts of the server, and joins them."""
 
 from __future__ import annotations
 
@@ -33,23 +33,25 @@ from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.download import Downloader
 from mlx_overlay_server.models.library import Library
 from mlx_overlay_server.models.load import PLAIN, Extras
+from mlx_overlay_server.models.loaders import Loaders
 from mlx_overlay_server.models.pool import Pool, preload
 from mlx_overlay_server.preparation import Preparation
 from mlx_overlay_server.preparer import Process
 from mlx_overlay_server.recent import Recent
 from mlx_overlay_server.service import Service
 from mlx_overlay_server.settings import rank
+from mlx_overlay_server.speech.processes import Speech
 
 logger = logging.getLogger("mlx_overlay_server")
 
 _COUNTERS = frozenset(
     {"engine_steps", "engine_failures", "kv_disk_written_bytes", "kv_disk_read_tokens", "kv_disk_failures"}
 )
-"""The numbers among the metrics that only grow."""
+"""Metrics that only grow."""
 
 
 def build(live: Live, session: hf_overlay.Session, process: Process | None = None) -> tuple[ASGIApp, Service]:
-    """The application, and the service in it; `process` is a preparation process that was started already."""
+    """Return the application and the service in it. `process`: a preparation process that has been started already."""
     settings = live.settings
     downloader = None if session.is_offline else Downloader(session)
     service = _service(live, session, downloader, process)
@@ -82,7 +84,7 @@ def build(live: Live, session: hf_overlay.Session, process: Process | None = Non
         title="MLX Omni Server",
         summary="OpenAI- and Anthropic-compatible chat server on mlx-lm.",
         lifespan=lifespan,
-        docs_url=None,  # a page of ours, as FastAPI's load their scripts from another host
+        docs_url=None,  # pages of our own, because FastAPI's load scripts from another host
         redoc_url=None,
     )
     for routes in (openai, responses, anthropic, embeddings, rerank, models_route, status, absent):
@@ -95,8 +97,15 @@ def build(live: Live, session: hf_overlay.Session, process: Process | None = Non
 
         app.include_router(manage.router(service, downloader))
 
+    def add_audio() -> None:
+        from mlx_overlay_server.api.audio import routes as audio
+
+        app.include_router(audio.router(service))
+
     guarded: Any = Guard(
-        Late(app, ("/manage/", "/openapi.json"), add_manage),
+        Late(
+            Late(app, ("/manage/", "/openapi.json"), add_manage), ("/v1/audio/", "/audio/", "/openapi.json"), add_audio
+        ),
         access=Access(lambda: live.settings),
         host=settings.host,
         origins=settings.origins,
@@ -114,11 +123,11 @@ def build(live: Live, session: hf_overlay.Session, process: Process | None = Non
 
 
 async def _log_memory(engine: Engine, budget: int | None) -> None:
-    """Log how the memory is divided, and warn of a budget that leaves too little for everything but weights."""
+    """Log how the memory is divided, and warn of a budget that leaves too little for other uses than weights."""
     try:
         shares = await engine.memory()
     except ServerError:
-        return  # the engine has failed, and has logged why
+        return  # the engine has failed, and logged why
     logger.info(
         "memory: %.1f GB for weights, %.1f GB for kept KV caches, of %.1f GB that MLX may use",
         (shares.weights if budget is None else budget) / 1e9,
@@ -127,13 +136,13 @@ async def _log_memory(engine: Engine, budget: int | None) -> None:
     )
     if budget is not None and budget > shares.weights:
         logger.warning(
-            "--memory-budget leaves too little memory for running requests: %.1f GB or less would not",
+            "--memory-budget leaves too little memory for running requests; set it to %.1f GB or less",
             shares.weights / 1e9,
         )
 
 
 def _arrange(pool: Pool, live: Live) -> None:
-    """Let the pool treat single models as the settings say."""
+    """Tell the pool what the settings say of single models."""
     settings = live.settings
     profiles = {live.target(name).id: profile for name, profile in settings.profiles.items()}
     extras = {name: Extras(each.adapter_path, each.draft_model, each.tuning) for name, each in profiles.items()}
@@ -154,8 +163,9 @@ def _service(
     settings = live.settings
     engine = Engine(settings.engine)
     preparation = Preparation(engine, settings.limits, process)
-    if rank(os.environ) is None:  # under mlx.launch each rank reads what it needs itself
+    if rank(os.environ) is None:  # under mlx.launch, each rank reads the tokenizer itself
         engine.read_tokenizer = preparation.read_tokenizer
+    speech = Speech(settings.engine.load_seconds)
     library = Library(session, downloader.fetch if downloader is not None else None, live.source)
 
     async def weights() -> int:
@@ -163,7 +173,7 @@ def _service(
 
     pool = Pool(
         library,
-        engine,
+        Loaders(engine, speech),
         budget=weights if settings.memory_budget is None else settings.memory_budget,
         idle_ttl=settings.idle_ttl,
         pinned=tuple(live.target(name).id for name in settings.models),
@@ -198,6 +208,7 @@ def _service(
         Metrics(numbers, _COUNTERS),
         settings.limits,
         preparation,
+        speech=speech,
         live=live,
         recent=Recent(logs.request_ended),
     )

@@ -1,6 +1,6 @@
-"""Keeps a Mac awake while there is work: when it falls asleep for want of a user, generations and downloads stop.
+"""Keeps a Mac awake while there is work, since generation and downloads stop when it falls asleep.
 
-Only the sleep of an idle machine is held off, and only meanwhile: a closed lid or an empty battery puts it to sleep.
+Only the sleep of an idle machine is prevented. A closed lid or an empty battery still puts it to sleep.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Callable
 from contextlib import suppress
 
 LOOK_SECONDS = 5.0
-"""Seconds between two looks whether there is work; a Mac falls asleep after a minute at the earliest."""
+"""Seconds between two looks at whether there is work. A Mac falls asleep after a minute at the earliest."""
 
 
 async def keep_awake(has_work: Callable[[], bool], *, seconds: float = LOOK_SECONDS) -> None:
-    """Hold macOS's power assertion whenever `has_work` returns True, until this is cancelled; nothing elsewhere."""
+    """Hold macOS's power assertion while `has_work` returns True, until this is cancelled. Elsewhere, do nothing."""
     tool = shutil.which("caffeinate") if sys.platform == "darwin" else None
     if tool is None:
         return
@@ -36,14 +36,14 @@ async def keep_awake(has_work: Callable[[], bool], *, seconds: float = LOOK_SECO
 
 
 def _start(tool: str) -> subprocess.Popen[bytes] | None:
-    """Start what holds the assertion: until it is ended, or this process is gone. None where it cannot be started."""
+    """Start the program that holds the assertion until it, or this process, ends; None where it cannot be started."""
     with suppress(OSError):
         return subprocess.Popen(
             [tool, "-i", "-w", str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            close_fds=False,  # without a fork: see children
+            close_fds=False,  # without a fork: see `children`
         )
     return None
 

@@ -1,9 +1,9 @@
 """Starts programs without forking the server, and ends them.
 
-The server is a process with many threads, some of which belong to libraries. A fork copies one thread, and whatever the
-others held at that moment stays held: OpenBLAS's own handler for forks waits for its threads, for ever when they are
-gone. `posix_spawn` runs no such handlers. `subprocess.Popen` uses it as long as it need not close descriptors in the
-child, which Python opens as not inheritable anyway; asyncio and uvloop always fork.
+The server has many threads, some of which belong to libraries. A fork copies only one of them, and locks that the
+others hold stay locked in the copy: OpenBLAS's own fork handler then waits for ever. `posix_spawn` runs no such
+handlers. `subprocess.Popen` uses it as long as it need not close descriptors in the child, and Python opens all
+descriptors as not inheritable anyway. asyncio and uvloop always fork.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 
 TERMINATE_SECONDS = 5.0
-"""Seconds that a program has for ending itself before it is killed."""
+"""Seconds that a program has to end by itself before it is killed."""
 BEHIND = 5
-"""The niceness of programs that nobody waits for as long as for an answer: they get a third of a processor's time
-where the server wants it, too."""
+"""The niceness of programs that nobody waits for as urgently as for an answer. Beside a busy server they get a third of
+a processor.
+"""
 _POLL_SECONDS = 0.01
 
 
@@ -34,10 +35,10 @@ def start(
     inherit: Iterable[int] = (),
     blocked: Iterable[signal.Signals] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start a Python module as a program; the streams are what subprocess.Popen takes.
+    """Start a Python module as a program; the streams are those of subprocess.Popen.
 
-    `inherit` are descriptors that the program holds open as long as it runs; it does not learn their numbers. The
-    signals in `blocked` do not reach it.
+    `inherit`: descriptors that the program holds open as long as it runs; it does not learn their numbers. `blocked`:
+    signals that do not reach it.
     """
     copies = [os.dup(each) for each in inherit]
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
@@ -45,14 +46,14 @@ def start(
         for each in copies:
             os.set_inheritable(each, True)
         return subprocess.Popen(
-            # -P: the working folder may hold a file of the same name as a module.
+            # -P: the working folder may contain a file with the name of a module.
             [sys.executable, "-P", "-m", module, *arguments],
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
             env=None if environ is None else dict(environ),
             bufsize=0,
-            close_fds=False,  # what lets Popen use posix_spawn
+            close_fds=False,  # so that Popen uses posix_spawn
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -61,7 +62,7 @@ def start(
 
 
 def step_behind(process: subprocess.Popen[bytes]) -> None:
-    """Let a program have processor time after the server itself."""
+    """Lower a program's priority below the server's."""
     with suppress(ProcessLookupError):
         os.setpriority(os.PRIO_PROCESS, process.pid, BEHIND)
 
@@ -81,12 +82,12 @@ class Child:
         self._out = out
 
     async def lines(self) -> AsyncIterator[bytes]:
-        """Yield the lines that the program writes to its output, until it closes that."""
+        """Yield the lines of the program's output until it closes that."""
         while line := await self._out.readline():
             yield line
 
     def write(self, data: bytes) -> None:
-        """Write a few bytes to the program's input, which has room for them; nothing when the program has ended."""
+        """Write a few bytes to the program's input, which has room for them. Do nothing if the program has ended."""
         if self._process.stdin is not None:
             with suppress(BrokenPipeError):
                 self._process.stdin.write(data)
@@ -111,10 +112,7 @@ class Child:
 async def running(
     module: str, *arguments: str, environ: Mapping[str, str], inherit: Iterable[int] = ()
 ) -> AsyncIterator[Child]:
-    """Run a Python module as a program that steps behind the server; it is ended with the context.
-
-    `inherit` is as for `start`.
-    """
+    """Run a Python module as a program of low priority while this context is open; `inherit` is that of `start`."""
     process = start(module, *arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, environ=environ, inherit=inherit)
     step_behind(process)
     assert process.stdout is not None  # noqa: S101 - a pipe

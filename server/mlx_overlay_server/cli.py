@@ -1,4 +1,4 @@
-"""The command `mlx-omni-server`: plain, it serves; the first word may name another command.
+"""The command `mlx-omni-server`. Plain, it serves; its first word may name another command.
 
 Exit codes: 0 done, 1 an expected failure, 2 a usage error.
 """
@@ -21,17 +21,17 @@ _COMMANDS = f"there are {', '.join(NAMES)}; without one, {PROGRAM} serves"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command, or serve until a signal, and return the exit code; a usage error exits with 2."""
+    """Run a command, or serve until a signal, and return the exit code. A usage error exits with 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in NAMES:
-        from mlx_overlay_server.command import dispatch  # what serving does not need
+        from mlx_overlay_server.command import dispatch  # imported here, because serving does not need it
 
         return dispatch.run(arguments)
     return _serve(arguments)
 
 
 def _serve(arguments: Sequence[str]) -> int:
-    # Without the other commands, and their options, which take longer to make than those for serving, unless asked for.
+    # The options of the other commands take longer to make than those for serving, so they are made only when needed.
     names_another = not {*arguments}.isdisjoint(NAMES)
     if names_another or {"-h", "--help"} & {*arguments}:
         parser = make_parser(with_options=names_another)
@@ -50,7 +50,7 @@ def _serve(arguments: Sequence[str]) -> int:
 
         print(f"mlx-omni-server {version('mlx-overlay-server')}")
         return 0
-    from mlx_overlay_server import configuration  # neither --help nor --version needs a setting
+    from mlx_overlay_server import configuration  # before this, because neither --help nor --version needs settings
 
     try:
         settings = configuration.load(options, os.environ)
@@ -69,7 +69,7 @@ def _serve(arguments: Sequence[str]) -> int:
     )
     status = run.serve(live)
     if "mlx" in sys.modules:
-        # A thread may wait for lost ranks for ever, and MLX's own threads have aborted processes that ended under them.
+        # A thread may wait for lost ranks for ever, and a normal exit under MLX's own threads has aborted processes.
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(status)

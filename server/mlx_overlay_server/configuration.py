@@ -42,11 +42,11 @@ _ELSEWHERE = {
     "draft_model": "it belongs to a model: write it below [server.profile.ID]",
     "adapter_path": "it belongs to a model: write it below [server.profile.ID]",
 }
-"""Flags that are no settings of the table, and what to do instead."""
+"""Flags that the table does not have, and where to write them instead."""
 
 
 class Origin(NamedTuple):
-    """Where a setting's value comes from."""
+    """A setting's value, and where it comes from."""
 
     value: Any
     origin: str
@@ -55,10 +55,10 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What the table says."""
+    """The content of the table `[server]`."""
 
     values: Mapping[str, Any]
-    """By the field of the settings."""
+    """The values of settings, by the names of their fields."""
     lines: Mapping[str, int]
     """The line of each of them."""
     profiles: Mapping[str, Profile]
@@ -92,13 +92,13 @@ def load(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
 
 
 def changed(before: Settings, after: Settings) -> set[str]:
-    """Return the settings in which two differ, by the names that they have in the file."""
+    """Return the settings in which two differ, by their names in the file."""
     names = {name: _key_of(action) for name, action in _declared().items()} | {"profiles": "profile", "keys": "key"}
     return {key for name, key in names.items() if _valued(before, name) != _valued(after, name)}
 
 
 def stamp(environ: Mapping[str, str]) -> object:
-    """Return a value that is another one once the configuration file has changed."""
+    """Return a value that changes when the configuration file changes."""
     path = file_path(environ)
     try:
         status = os.stat(path) if path is not None else None
@@ -108,7 +108,10 @@ def stamp(environ: Mapping[str, str]) -> object:
 
 
 def origins(arguments: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, Origin]:
-    """Return each setting in force by its flag, without the dashes, with where it comes from. Raises as `load`."""
+    """Return each setting in force with its origin, by the name of its flag without the dashes.
+
+    Raises what `load` raises.
+    """
     file = configfile.read(environ)
     table, settings, flags = parse(file), load(arguments, environ), options.given(arguments)
     found: dict[str, Origin] = {}
@@ -143,7 +146,7 @@ def parse(file: ConfigFile) -> Table:
         if key in _ELSEWHERE:
             raise _mistake(file, key, says=f"{key} is no setting of [server]; {_ELSEWHERE[key]}")
         if key not in declared:
-            from difflib import get_close_matches  # for those who have made a mistake
+            from difflib import get_close_matches  # imported here, because only mistakes need it
 
             near = get_close_matches(key.replace("-", "_"), [*declared, *_TABLES], 1)
             raise _mistake(
@@ -179,12 +182,12 @@ def _key_of(action: argparse.Action) -> str:
 
 
 def _value(action: argparse.Action, value: object) -> Any:
-    """Return a value of the file as the flag would give it. Raises ValueError."""
+    """Return a value of the file as the command line would give it. Raises ValueError."""
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise ValueError("write true or false")
         return value
-    if isinstance(action.default, list):  # a flag that may be repeated
+    if isinstance(action.default, list):  # an option that may be repeated
         if not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
             raise ValueError('write a list of texts: ["…", "…"]')
         return tuple(value)

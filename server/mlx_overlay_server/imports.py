@@ -1,4 +1,4 @@
-"""Imports of large packages, without what takes most of their time and is never used."""
+"""Imports large packages without the parts that take most of the time and are never used."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from types import ModuleType
 from typing import Any
 
 UNUSED = ("transformers", "huggingface_hub")
-"""What mlx-lm imports, and uses only to read tokenizers and to download: other processes do both.
+"""Packages that mlx-lm imports, and uses only to read tokenizers and to download, which other processes do.
 
-They would take most of the time until the first answer, and half of the memory beside weights.
+Importing them would take most of the time until the first answer, and half of the memory beside weights.
 """
 
 
 @contextmanager
 def left_out(*packages: str) -> Iterator[None]:
-    """Let imports of packages give stand-ins while this lasts, except for those that are imported already.
+    """Replace packages by stand-ins in imports while this context is open, unless they are imported already.
 
-    Whoever imports them later gets the real ones. Modules that were imported meanwhile keep the stand-ins.
+    Later imports get the real packages. Modules that were imported meanwhile keep the stand-ins.
     """
     names = frozenset(name for name in packages if name not in sys.modules)
     finder = _Finder(names)
@@ -33,14 +33,14 @@ def left_out(*packages: str) -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
-        # A copy: other threads import meanwhile.
+        # a copy: other threads may import meanwhile
         for name in [name for name in [*sys.modules] if name.partition(".")[0] in names]:
             del sys.modules[name]
 
 
 @contextmanager
 def absent(module: str) -> Iterator[None]:
-    """Let imports of a module fail while this lasts, if it is not imported already."""
+    """Make imports of a module fail while this context is open, unless it is imported already."""
     if module in sys.modules:
         yield
         return
@@ -52,7 +52,10 @@ def absent(module: str) -> Iterator[None]:
 
 
 class _StandInType(type):
-    """The type of classes without anything in them, whose other attributes are functions that do nothing."""
+    """The type of stand-in classes.
+
+    They are empty, and every other attribute of theirs is a function that does nothing.
+    """
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -61,7 +64,7 @@ class _StandInType(type):
 
 
 class _StandIn(ModuleType):
-    """A module that has a class for every name."""
+    """A stand-in module: it has an empty class for every name."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -70,7 +73,7 @@ class _StandIn(ModuleType):
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds packages and all of their modules as stand-ins."""
+    """Finds packages, and all modules in them, as stand-ins."""
 
     def __init__(self, packages: frozenset[str]) -> None:
         self._packages = packages
@@ -89,11 +92,11 @@ class _Finder(MetaPathFinder, Loader):
         return _StandIn(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """There is nothing to run."""
+        """Do nothing: a stand-in has no code."""
 
 
 def import_transformers() -> None:
-    """Import transformers, which looks into all of its 1,700 model files twice: here it does so once."""
+    """Import transformers so that it looks into each of its 1,700 model files once. By itself it does so twice."""
     finder = _Patching("transformers.utils.import_utils", _remember_looks)
     sys.meta_path.insert(0, finder)
     try:
@@ -103,10 +106,12 @@ def import_transformers() -> None:
 
 
 def _remember_looks(module: Any) -> None:
-    """Let transformers' function that looks into a folder's files remember what it found."""
+    """Make transformers' function that looks into a folder's files remember its results."""
     name = "create_import_structure_from_path"
     look = getattr(module, name, None)
-    if look is None:  # another release: it may look as often as it likes
+    if (
+        look is None
+    ):  # another release of transformers, in which the function is not there: it may look as often as it likes
         return
     found: dict[str, Any] = {}
 
@@ -122,7 +127,7 @@ def _remember_looks(module: Any) -> None:
 
 
 class _Patching(MetaPathFinder, Loader):
-    """Finds one module as it is, and calls a function with it once it has been run."""
+    """Finds one module normally, and calls a function with it once the module has run."""
 
     def __init__(self, name: str, patch: Callable[[Any], None]) -> None:
         self._name = name

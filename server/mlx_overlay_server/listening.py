@@ -6,15 +6,15 @@ import errno
 import socket
 
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
-"""This machine has no such address, or not this family of them."""
+"""Errors that mean that this machine has no such address, or no addresses of this family."""
 _TRIES = 10
-"""How often another free port is looked for that is free at every address."""
+"""How often to look for a free port that is free at every address."""
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Return listening sockets at every address of a host: `localhost` is an IPv6 and an IPv4 one.
+    """Return listening sockets at every address of a host; `localhost` has one for IPv6 and one for IPv4.
 
-    Clients try either first. With port 0 the system chooses one, which is the same for all addresses. Raises OSError.
+    Clients try either first. With port 0 the system chooses a port, which is the same at all addresses. Raises OSError.
     """
     for tries_left in reversed(range(_TRIES)):
         try:
@@ -41,14 +41,16 @@ def _listen(host: str, port: int) -> list[socket.socket]:
     try:
         for family, kind, protocol, address in addresses:
             try:
-                # With the protocol: else uvicorn leaves Nagle's delay on.
+                # with the protocol, or uvicorn leaves Nagle's delay on
                 opened = socket.socket(family, kind, protocol)
             except OSError as error:
                 absent = _checked(error)
                 continue
             listening.append(opened)
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6 and len(addresses) > 1:  # else it may take the port of the IPv4 address, too
+            if (
+                family == socket.AF_INET6 and len(addresses) > 1
+            ):  # otherwise it might take the port of the IPv4 address, too
                 opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             try:
                 opened.bind((address[0], port, *address[2:]))
@@ -68,7 +70,7 @@ def _listen(host: str, port: int) -> list[socket.socket]:
 
 
 def _checked(error: OSError) -> OSError:
-    """Return an error that says that an address is not there. Raises any other."""
+    """Return an error if it means that an address is not there. Raises any other."""
     if error.errno not in _ABSENT:
         raise error
     return error

@@ -1,4 +1,4 @@
-"""The settings in force while the server runs: the configuration file is looked at again before each request."""
+"""The settings in force while the server runs. Before each request, the configuration file is checked for changes."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from mlx_overlay_server.settings import Profile, Settings
 logger = logging.getLogger("mlx_overlay_server")
 
 CHANGING = frozenset({"alias", "default_model", "profile", "key"})
-"""The settings that change with the file at once, by their names there; the others do at the next start."""
+"""The settings whose changes take effect at once, by their names in the file. All others need a restart."""
 LOOK_SECONDS = 2.0
-"""A disk that takes longer to say whether the file has changed holds up no request."""
+"""Seconds that a request waits for the check. A disk that takes longer holds up no request."""
 
 
 class Target(NamedTuple):
     """What the name of a model in a request stands for."""
 
     id: str
-    """The name under which the model is loaded: its id, or the profile's where that is loaded apart."""
+    """The name under which the model is loaded: its id, or the profile's name where it is loaded apart for that."""
     profile: Profile | None = None
 
 
 class Live:
-    """The settings, and what follows them."""
+    """The settings in force, and the functions to call when they change."""
 
     def __init__(
         self,
@@ -38,17 +38,19 @@ class Live:
         stamp: Callable[[], object] = lambda: None,
         reread: Callable[[], Settings] | None = None,
     ) -> None:
-        """`stamp` returns another value once the file has changed, and `reread` what it says then."""
+        """`stamp` returns a value that changes when the file changes; `reread` returns the settings that the file then
+        gives.
+        """
         self.settings = settings
         self.followers: list[Callable[[Settings], None]] = []
-        """Called with the settings when they have changed."""
+        """Called with the new settings when they have changed."""
         self._stamp = stamp
         self._reread = reread
         self._seen = stamp()
         self._look: asyncio.Task[None] | None = None
 
     async def refresh(self) -> None:
-        """Take over what has changed in the file. A mistake in it is logged, and the last good one stays in force."""
+        """Take over changes in the file. A mistake in it is logged, and the settings in force stay."""
         if self._reread is None:
             return
         if self._look is None or self._look.done():
@@ -57,7 +59,7 @@ class Live:
             async with asyncio.timeout(LOOK_SECONDS):
                 await asyncio.shield(self._look)
         except TimeoutError:
-            pass  # the look goes on, and the first request after it finds what it saw
+            pass  # the check goes on, and the first request after it finds its result
 
     def target(self, name: str) -> Target:
         """Return what a name stands for: an alias, a profile, or a model's own id."""
@@ -95,6 +97,6 @@ class Live:
         if now := sorted(changed & CHANGING):
             logger.info("the configuration has changed: %s", ", ".join(now))
         if later := sorted(changed - CHANGING):
-            logger.warning("changed in the configuration, for which a restart is needed: %s", ", ".join(later))
+            logger.warning("the configuration has changed, and these settings need a restart: %s", ", ".join(later))
         for follow in self.followers:
             follow(settings)

@@ -1,6 +1,6 @@
-"""The server's log: lines on stderr for people, with colours on a terminal alone, or JSON for programs.
+"""The server's log on stderr: lines for people, coloured only on a terminal, or JSON for programs.
 
-Never in it: prompts, answers, keys.
+Prompts, answers and keys are never logged.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 PREFIXES = 1 / 8
@@ -21,6 +21,9 @@ POOL = 1 / 32
 MAX_POOL = 2 * 10**9
 PREFILL = 1 / 4
 """The part of what running sequences have that is left for computing, and not for their KV caches."""
+SPEECH = 10**9
+"""What the process of a model that transcribes or speaks takes beside the weights: its libraries, and what it computes
+with."""
 
 LEAST_TOKENS = 2048
 """Tokens that one sequence must have room for beside its model's weights, or the model is not loaded."""
@@ -70,16 +73,76 @@ class Shares:
         """What a prefill may compute with."""
         return int(self.running * PREFILL)
 
-    def has_room(self, weights: int, kv_bytes: int, context: int | None) -> bool:
+    def has_room(self, weights: int, kv: KvSize, context: int | None) -> bool:
         """Return whether a model's weights fit together with one sequence, which may have `context` tokens."""
-        return weights + kv_bytes * (min(context or LEAST_TOKENS, LEAST_TOKENS) + GROWTH) <= self.held
+        return weights + kv.nbytes(min(context or LEAST_TOKENS, LEAST_TOKENS) + GROWTH) <= self.held
 
-    def tokens(self, weights: int, kv_bytes: int) -> int | None:
+    def tokens(self, weights: int, kv: KvSize) -> int | None:
         """Return how many tokens one sequence may have that has its model's weights and nothing else beside it.
 
-        `kv_bytes`: the bytes that each token takes; 0: unknown, and then the result is None.
+        None: nobody knows.
         """
-        return max(LEAST_TOKENS, (self.held - weights) // kv_bytes - GROWTH) if kv_bytes else None
+        fits = kv.tokens(self.held - weights)
+        return None if fits is None else max(LEAST_TOKENS, fits - GROWTH)
+
+
+@dataclass(frozen=True, slots=True)
+class KvSize:
+    """The bytes that the KV cache of one sequence takes, which a model's layers decide. All 0: unknown."""
+
+    token: int = 0
+    """For each token of a long sequence."""
+    early: int = 0
+    """For each of its first `until` tokens, while sliding windows are not full, or nothing is quantised yet."""
+    until: int = 0
+    fixed: int = 0
+    """Whatever its length, such as recurrent states."""
+    is_quantised: bool = False
+    """Whether the first tokens take as much as any other once there are more."""
+
+    def nbytes(self, tokens: int) -> int:
+        """Return what so many tokens take at most until there are so many."""
+        first = self.early * min(tokens, self.until)
+        if self.is_quantised:
+            return self.fixed + max(first, self.token * tokens if tokens > self.until else 0)
+        return self.fixed + first + self.token * max(0, tokens - self.until)
+
+    def tokens(self, nbytes: int) -> int | None:
+        """Return how many tokens fit in so many bytes; None: nobody knows."""
+        if not self.token:
+            return None
+        first, rest = self.early * self.until, max(0, nbytes - self.fixed)
+        if rest < first:
+            return rest // self.early
+        return max(self.until, rest // self.token) if self.is_quantised else self.until + (rest - first) // self.token
+
+    def beside(self, other: KvSize) -> KvSize:
+        """Return what a sequence takes that has KV caches of two models."""
+        return KvSize(
+            self.token + other.token,
+            self.early + other.early,
+            max(self.until, other.until),
+            self.fixed + other.fixed,
+            self.is_quantised or other.is_quantised,
+        )
+
+    def with_copy(self, layers: int) -> KvSize:
+        """Return the same with room for a copy of one of so many layers."""
+        token, early = (each + each // max(1, layers) for each in (self.token, self.early))
+        return replace(self, token=token, early=early)
+
+
+NO_KV = KvSize()
+"""Of a model of which it is not known."""
+
+
+class Images(NamedTuple):
+    """The bytes that a prompt's images take beside weights and KV caches."""
+
+    kept: int = 0
+    """As long as the sequence runs."""
+    looking: int = 0
+    """Beside that until its prompt is read: what the model computes with while it looks at them."""
 
 
 class Cost(NamedTuple):
@@ -89,6 +152,10 @@ class Cost(NamedTuple):
     """For each token that it reads."""
     pair: int = 0
     """For each token that it reads and each that this one attends to; 0: attention needs no memory for them."""
+
+    def nbytes(self, tokens: int) -> int:
+        """Return what a pass over so many tokens computes with, when nothing comes before them."""
+        return self.token * tokens + self.pair * tokens**2
 
     def tokens(self, context: int, limit: int) -> int:
         """Return how many tokens a pass may read after so many others, when it may compute with `limit` bytes."""

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus (`/metrics`). Values that other modules keep are read when they are asked for."""
+"""Metrics for Prometheus (`/metrics`). Values that other modules keep are read when the metrics are asked for."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Metrics:
     def __init__(
         self, read: Callable[[], dict[str, tuple[str, float]]], counters: frozenset[str] = frozenset()
     ) -> None:
-        """`read` returns the values that are kept elsewhere; `counters` names those that only grow."""
+        """`read` returns the values that other modules keep; `counters` names those of them that only grow."""
         self.registry = CollectorRegistry()
         self.registry.register(Gauges(read, counters))
         self.requests = Counter(

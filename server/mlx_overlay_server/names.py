@@ -1,7 +1,7 @@
 """Short names of models, which people type at commands: `smollm2` for HuggingFaceTB/SmolLM2-135M-Instruct.
 
-Requests know whole ids and aliases alone: a request must never be answered by another model than the one it names, and
-what a short name stands for changes when a model is added.
+Requests may use only whole ids and aliases: the meaning of a short name changes when a model is added, and a request
+must never be answered by another model than the one it names.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from collections.abc import Iterable
 from hf_overlay import InvalidModelId, ModelNotFound
 
 SHOWN = 8
-"""Ids that a message lists."""
+"""How many ids a message lists."""
 
 
 def matches(text: str, ids: Iterable[str]) -> list[str]:
-    """Return the ids that a text stands for, sorted: those of the first rule that any id fulfils.
+    """Return the ids that a text stands for, sorted: those that match by the first rule that any id matches by.
 
-    The whole id; the whole id in another case; the name after the last slash; an id that has all words of the text.
+    The rules: the id is the text; the same in another case; the text is the name after the last slash; the id contains
+    all words of the text.
     """
     ids = sorted(set(ids))
     folded, words = text.casefold(), _words(text)
@@ -32,14 +33,14 @@ def matches(text: str, ids: Iterable[str]) -> list[str]:
 
 
 def resolved(text: str, ids: Iterable[str], *, where: str = "here") -> str:
-    """Return the one id that a text stands for. Raises ModelNotFound, and InvalidModelId where there are several."""
+    """Return the only id that a text stands for. Raises ModelNotFound, and InvalidModelId where there are several."""
     known = sorted(set(ids))
     found = matches(text, known)
     if len(found) == 1:
         return found[0]
     if not found:
         if not known:
-            raise ModelNotFound(f"no model {where} is called {text!r}: there is none at all")
+            raise ModelNotFound(f"no model {where} is called {text!r}: there are no models")
         raise ModelNotFound(f"no model {where} is called {text!r}; there are {_listed(known)}")
     raise InvalidModelId(f"{text!r} may be {_listed(found)}; write more of its name")
 

@@ -1,4 +1,4 @@
-"""What the engine has sent about the answers to a request, sorted by answer."""
+"""Sorts the items that the engine has sent for a request by the answers that they belong to."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mlx_overlay_server.scores import named
 
 @dataclass(slots=True)
 class News:
-    """The items that the engine has sent for one sequence since the last take."""
+    """The items that have come for one sequence since the mailbox was emptied last."""
 
     cached: int | None = None
-    """Set once the prompt is in the KV cache: how many of its tokens were before."""
+    """How many tokens of the prompt had their KV cache reused; None until the prompt has been read."""
     scores: list[Scored] = field(default_factory=list)
-    """Of the prompt's tokens."""
+    """The log probabilities of the prompt's tokens that have come."""
     has_sampled: bool = False
     tokens: list[Token] = field(default_factory=list)
     end: FinishReason | None = None
@@ -29,16 +29,16 @@ class News:
 def received(
     model: Loaded, items: Iterable[tuple[int, Item]], note: Callable[[Callable[[], str]], None]
 ) -> dict[int, News]:
-    """Sort what came by the ids of sequences. Raises the ServerError that one of them ended in.
+    """Return what came for each sequence, by its id. Raises the ServerError that one of them ended in.
 
-    `note` takes what says how much of a prompt is read.
+    `note` is called with a function that says how much of a prompt has been read.
     """
     came: dict[int, News] = {}
     for id_, item in items:
         if isinstance(item, Sampled):
             news = came.setdefault(id_, News())
             news.has_sampled = True
-            if item.finish != "stop":  # the end mark is no part of the answer
+            if item.finish != "stop":  # the end token is not part of the answer
                 news.tokens.append(_token(model, item))
             if item.finish is not None:
                 news.end = "stop" if item.finish == "stop" else "length"

@@ -1,4 +1,4 @@
-"""The options of the server: the command line for serving, and how it becomes settings."""
+"""The options for serving: their command line, and the settings that it makes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
-from mlx_overlay_server import settings as settings_
+from mlx_overlay_server import arguments
 from mlx_overlay_server.settings import (
     API_KEY_VARIABLE,
     KV_BITS,
@@ -15,24 +15,12 @@ from mlx_overlay_server.settings import (
     EngineOptions,
     Limits,
     Settings,
-    size,
+    rank,
 )
-
-__all__ = [
-    "API_KEY_VARIABLE",
-    "PROGRAM",
-    "SHELLS",
-    "add_folders",
-    "add_options",
-    "given",
-    "make_parser",
-    "positive",
-    "read",
-]
 
 PROGRAM = "mlx-omni-server"
 SHELLS = ("bash", "zsh", "fish", "tcsh")
-"""Shells that completion scripts can be printed for."""
+"""Shells for which completion scripts can be printed."""
 
 EXAMPLES = """\
 examples:
@@ -54,27 +42,27 @@ then:
 """
 
 
-def given(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the values of the flags that were given, by their field."""
-    found = {name: tuple(each) if isinstance(each, list) else each for name, each in vars(arguments).items()}
-    found["aliases"] = dict(arguments.aliases)
-    found["maps"] = dict(arguments.maps)
+def given(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of the flags that were given, by the names of their fields."""
+    found = {name: tuple(each) if isinstance(each, list) else each for name, each in vars(parsed).items()}
+    found["aliases"] = dict(parsed.aliases)
+    found["maps"] = dict(parsed.maps)
     return {name: value for name, value in found.items() if value is not None and value not in ((), {}, "")}
 
 
-def read(arguments: argparse.Namespace, environ: Mapping[str, str], file: Mapping[str, Any] | None = None) -> Settings:
-    """Settings from the command line, which wins, the environment, and what a configuration file gives, by field.
+def read(parsed: argparse.Namespace, environ: Mapping[str, str], file: Mapping[str, Any] | None = None) -> Settings:
+    """Return the settings: the command line wins over the environment, and that over the configuration file.
 
-    Raises ValueError.
+    `file`: the values of the configuration file, by the names of their fields. Raises ValueError.
     """
     values = dict(file or {})
     if key := environ.get(API_KEY_VARIABLE):
         values["api_key"] = key
-    values |= given(arguments)
+    values |= given(parsed)
     has_extras = values.get("draft_model") or values.get("adapter_path")
     if has_extras and not values.get("models"):
         raise ValueError("--draft-model and --adapter-path belong to a model: name it with --model")
-    if settings_.rank(environ) is not None and has_extras:
+    if rank(environ) is not None and has_extras:
         raise ValueError("under mlx.launch, mlx-lm loads neither draft models nor adapters")
     settings = Settings(**_fields_of(Settings, values))
     if values.get("cache_bytes") is None and settings.memory_budget is not None:
@@ -87,12 +75,12 @@ def read(arguments: argparse.Namespace, environ: Mapping[str, str], file: Mappin
 
 
 def _fields_of(owner: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that are given for a dataclass's fields; None stands for a field's default."""
+    """Return the given values of a dataclass's fields. None stands for a field's default, and is left out."""
     return {each.name: given[each.name] for each in fields(owner) if given.get(each.name) is not None}
 
 
 def make_parser(declared: dict[str, argparse.Action] | None = None) -> argparse.ArgumentParser:
-    """Return the parser of the options for serving, which are also put into `declared`, by their field."""
+    """Return the parser of the options for serving. Also put them into `declared`, by the names of their fields."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         usage=f"{PROGRAM} [options]\n       {PROGRAM} COMMAND [options]",
@@ -106,7 +94,7 @@ def make_parser(declared: dict[str, argparse.Action] | None = None) -> argparse.
 
 
 def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Action] | None = None) -> None:
-    """Add the options for serving, which are also put into `declared`, by their field."""
+    """Add the options for serving. Also put them into `declared`, by the names of their fields."""
     declared = {} if declared is None else declared
     add_folders(parser, declared)
     add = _Adder(parser, Settings, declared)
@@ -122,12 +110,13 @@ def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
         "--alias",
         "another name for a model, for clients that insist on one; may be repeated",
         many=True,
-        type=_alias,
+        action=arguments.Pairs,
+        type=arguments.alias,
         metavar="NAME=ID",
     )
     add("default_model", "--default-model", "the model for unknown names; default: they get 404", metavar="ID")
     add("host", "--host", "address to listen on, 0.0.0.0 for the whole network")
-    add("port", "--port", "port to listen on, 0 for any free one", type=_port)
+    add("port", "--port", "port to listen on, 0 for any free one", type=arguments.port)
     add(
         "api_key",
         "--api-key",
@@ -139,7 +128,7 @@ def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
         "--cors-allow-origins",
         "web pages that may use the server, such as http://localhost:3000; several with commas; * for all",
         action="extend",
-        type=_origins,
+        type=arguments.origins,
         metavar="ORIGIN",
     )
     add("log_level", "--log-level", "least important messages to log", choices=["debug", "info", "warning", "error"])
@@ -150,14 +139,14 @@ def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
         "memory_budget",
         "--memory-budget",
         "memory for the weights of all loaded models, such as 24G; default: what other uses leave of the machine's",
-        type=_size,
+        type=arguments.size,
         metavar="SIZE",
     )
     add(
         "idle_ttl",
         "--idle-ttl",
         "unload models that were idle for so long; default: never",
-        type=_seconds,
+        type=arguments.seconds,
         metavar="SECONDS",
     )
     add = add.of(EngineOptions)
@@ -165,14 +154,14 @@ def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
         "cache_bytes",
         "--prompt-cache",
         "memory for KV caches kept for later prompts; default: 1/8 of --memory-budget, else of the machine's",
-        type=_size,
+        type=arguments.size,
         metavar="SIZE",
     )
     add(
         "kv_disk",
         "--kv-disk",
         "disk space for KV caches kept for later prompts, also after a restart; 0: none; default: 20G",
-        type=_size,
+        type=arguments.size,
         metavar="SIZE",
     )
     add(
@@ -192,7 +181,7 @@ def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
         "quantized_kv_start",
         "--quantized-kv-start",
         "quantise a KV cache from this many tokens on",
-        type=_count,
+        type=arguments.count,
         metavar="TOKENS",
     )
 
@@ -201,39 +190,39 @@ def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
         "load_seconds",
         "--load-seconds",
         "give up loading a model after so long without progress",
-        type=_seconds,
+        type=arguments.seconds,
         metavar="SECONDS",
     )
-    add("batch_size", "--max-batch", "sequences of a model that generate at once", type=positive, metavar="N")
+    add("batch_size", "--max-batch", "sequences of a model that generate at once", type=arguments.positive, metavar="N")
     add = add.of(Limits)
     add(
         "waiting_requests",
         "--max-queue",
         "requests that may wait; further requests get 429",
-        type=_count,
+        type=arguments.count,
         metavar="N",
     )
-    add("body", "--max-body", "largest body of a request", type=_size, metavar="SIZE")
-    add("messages", "--max-messages", "most messages in a conversation", type=positive, metavar="N")
+    add("body", "--max-body", "largest body of a request", type=arguments.size, metavar="SIZE")
+    add("messages", "--max-messages", "most messages in a conversation", type=arguments.positive, metavar="N")
     add(
         "prompt_tokens",
         "--max-prompt",
         "longest prompt; default: the model's context",
-        type=positive,
+        type=arguments.positive,
         metavar="TOKENS",
     )
     add(
         "preparation_seconds",
         "--preparation-seconds",
         "longest preparation of a request: template, images, tokens, grammar; more is refused",
-        type=_seconds,
+        type=arguments.seconds,
         metavar="SECONDS",
     )
     add(
         "answer_tokens",
         "--max-tokens",
         "longest answer when a request sets no limit; default: to the end of the context",
-        type=positive,
+        type=arguments.positive,
         metavar="TOKENS",
     )
     add = add.of(EngineOptions)
@@ -241,14 +230,14 @@ def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
         "prefill_step",
         "--prefill-step",
         "most tokens of all prompts that are read at once",
-        type=positive,
+        type=arguments.positive,
         metavar="TOKENS",
     )
     add(
         "max_stall_ms",
         "--max-stall-ms",
         "longest pause of running answers while prompts are read",
-        type=positive,
+        type=arguments.positive,
         metavar="MILLISECONDS",
     )
     add = add.of(Settings)
@@ -256,7 +245,7 @@ def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
         "shutdown_seconds",
         "--shutdown-seconds",
         "time for running streams to end when the server stops",
-        type=_seconds,
+        type=arguments.seconds,
         metavar="SECONDS",
     )
 
@@ -268,7 +257,7 @@ def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
         "num_draft_tokens",
         "--num-draft-tokens",
         "tokens that the draft model proposes in each step",
-        type=positive,
+        type=arguments.positive,
         metavar="N",
     )
     add("trust_remote_code", "--trust-remote-code", "run Python files that come with models")
@@ -276,7 +265,7 @@ def add_options(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
 
 
 def add_folders(parser: argparse.ArgumentParser, declared: dict[str, argparse.Action] | None = None) -> None:
-    """Add the options that say where the models are, which most commands take."""
+    """Add the options for where the models are, which most commands have."""
     add = _Adder(parser, Settings, {} if declared is None else declared)
     add("model_paths", "--model-path", "a folder of models; may be repeated", many=True, metavar="DIR")
     add(
@@ -291,7 +280,8 @@ def add_folders(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
         "--map",
         "this folder answers to this id, before all else; may be repeated",
         many=True,
-        type=_map,
+        action=arguments.Pairs,
+        type=arguments.map_,
         metavar="ID=DIR",
     )
     add(
@@ -304,7 +294,7 @@ def add_folders(parser: argparse.ArgumentParser, declared: dict[str, argparse.Ac
 
 
 class _Adder:
-    """Adds flags to a parser, or a group of one; each flag's default is its field's in a dataclass of settings."""
+    """Adds options to a parser, or to a group of one. Each stands for a field of a dataclass, and has its default."""
 
     def __init__(
         self, parser: argparse._ActionsContainer, owner: type[Any], declared: dict[str, argparse.Action]
@@ -319,71 +309,17 @@ class _Adder:
         return _Adder(self._parser, owner, self._declared)
 
     def __call__(self, name: str, flag: str, text: str, *, many: bool = False, **options: Any) -> None:
-        """Add a flag for the field `name`, with `text` and the default as its help. `many`: it may be repeated."""
+        """Add an option for the field `name`; its help is `text` and the default. `many`: it may be repeated."""
         default = self._fields[name].default
         if default is False:
             options["action"] = "store_true"
         elif many:
-            options["action"] = "append"
+            options.setdefault("action", "append")
         elif default not in (MISSING, None, ()) and "default:" not in text:
-            shown = f"{default // 10**6}M" if options.get("type") is _size else default
+            shown = f"{default // 10**6}M" if options.get("type") is arguments.size else default
             text = f"{text}; default: {shown}"
-        is_list = options.get("action") in ("append", "extend")
-        # None: not given. Repeated flags need a list to add to.
+        is_list = options.get("action") in ("append", "extend", arguments.Pairs)
+        # The default None means that the option was not given. Options that may be repeated need a list to add to.
         self._declared[name] = self._parser.add_argument(
             flag, dest=name, default=[] if is_list else None, help=text, **options
         )
-
-
-def _alias(text: str) -> tuple[str, str]:
-    name, separator, id_ = text.partition("=")
-    if not (name and separator and id_):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an alias; give it as NAME=ID")
-    return name, id_
-
-
-def _map(text: str) -> tuple[str, str]:
-    name, separator, folder = text.partition("=")
-    if not (name and separator and folder):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a map; give it as ID=DIR")
-    return name, folder
-
-
-def _origins(text: str) -> list[str]:
-    return [origin.strip() for origin in text.split(",") if origin.strip()]
-
-
-def _size(text: str) -> int:
-    try:
-        return size(text)
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; give it as 24G or 512M") from None
-
-
-def _port(text: str) -> int:
-    if not text.isdigit() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    """Return the whole number, 1 or more, that an option gives."""
-    if (count := _count(text)) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return count
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1
-    if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
-    return seconds

@@ -1,113 +1,50 @@
-"""A preparation process as the event loop sees it: started without fork, asked one thing at a time, and killed."""
+"""A preparation process as the event loop sees it: it does one thing at a time, and can be killed."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import pickle
-import signal
-import socket
-import subprocess
 import sys
-from typing import Any
 
-from mlx_overlay_server import children
-from mlx_overlay_server.frames import LENGTH, Result, packed
+from mlx_overlay_server.frames import Result
+from mlx_overlay_server.peer import Ended, Peer
 
-logger = logging.getLogger("mlx_overlay_server")
-
-
-class Ended(Exception):
-    """The process has ended, by itself or because it was killed."""
+__all__ = ["Ended", "Process"]
 
 
-class Process:
+class Process(Peer):
     """One preparation process."""
 
     def __init__(self) -> None:
+        super().__init__("mlx_overlay_server.preparation.program")
         self.models: set[str] = set()
-        """Keys of the models that it has got."""
+        """The keys of the models that it knows."""
         self.has_read: str | None = None
-        """Key of the model whose tokenizer it has read last, and keeps until it gets the model."""
-        self.is_killed = False
-        self._socket, theirs = socket.socketpair()
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        with theirs:
-            self._popen = children.start(
-                "mlx_overlay_server.preparation.program",
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                # What a tokenizer in trouble writes may hold the prompt.
-                stderr=None if logger.isEnabledFor(logging.DEBUG) else subprocess.DEVNULL,
-                # Ctrl-C reaches all processes of a terminal. These end when the server closes the socket, not before.
-                blocked=(signal.SIGINT, signal.SIGTERM),
-            )
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._popen.pid
-
-    async def ready(self) -> None:
-        """Wait until it has imported all that it needs. Raises Ended."""
-        self._reader, self._writer = await asyncio.open_connection(sock=self._socket)
-        await self._answer()
+        """The key of the model whose tokenizer it read last, and keeps until it gets that model."""
 
     async def read_tokenizer(self, key: str, arguments: bytes) -> Result:
-        """Have it read a model's tokenizer; `arguments`: those of `tokenizers.sent`, a pickled tuple. Raises Ended."""
-        result = await self._ask(("tokenizer", key, arguments))
+        """Let the process read a model's tokenizer; `arguments`: those of `tokenizers.sent`, as a pickled tuple.
+
+        Raises Ended.
+        """
+        result = await self.ask(("tokenizer", key, arguments))
         self.has_read = key
         return result
 
     async def teach(self, key: str, model: bytes, tokenizer: bytes) -> Result:
-        """Give it a model and its whole tokenizer, both pickled; b"" where the model holds that. Raises Ended."""
-        result = await self._ask(("model", key, model, b"" if self.has_read == key else tokenizer, sys.path))
+        """Give the process a model and its whole tokenizer, both pickled; b"" where the model contains it.
+
+        Raises Ended.
+        """
+        result = await self.ask(("model", key, model, b"" if self.has_read == key else tokenizer, sys.path))
         if result.unexpected is None:
             self.models.add(key)
         return result
 
     def forget(self, key: str) -> None:
-        """Let it drop a model."""
-        if key in self.models and self._writer is not None:
+        """Let the process drop a model."""
+        if key in self.models:
             self.models.discard(key)
-            self._writer.write(packed(("forget", key)))
+            self.post(("forget", key))
 
     async def work(self, name: str, key: str, arguments: bytes) -> Result:
         """Run one of the functions of `work.WORK` on a model; `arguments` is a pickled tuple. Raises Ended."""
-        return await self._ask(("work", name, key, arguments))
-
-    def kill(self) -> None:
-        """End it now, whatever it does."""
-        self.is_killed = True
-        self._popen.kill()
-
-    def end(self) -> None:
-        """End it, wait until it has ended, and block meanwhile: for where no event loop runs."""
-        self.kill()
-        self._popen.wait()
-
-    async def close(self) -> int:
-        """End it, wait until it has ended and return its exit status."""
-        self.kill()
-        if self._writer is not None:
-            self._writer.close()
-        return await children.ended(self._popen)
-
-    async def _ask(self, question: object) -> Result:
-        assert self._writer is not None  # noqa: S101 - it is ready
-        try:
-            self._writer.write(packed(question))
-            await self._writer.drain()
-        except OSError:
-            raise Ended from None
-        result: Result = await self._answer()
-        return result
-
-    async def _answer(self) -> Any:
-        assert self._reader is not None  # noqa: S101
-        try:
-            size = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))[0]
-            return pickle.loads(await self._reader.readexactly(size))  # noqa: S301 - our own program
-        except (OSError, asyncio.IncompleteReadError):
-            raise Ended from None
+        return await self.ask(("work", name, key, arguments))

@@ -14,7 +14,7 @@ R = TypeVar("R", bound=ChatRequest | TextRequest)
 
 
 class Mistake(ValueError):
-    """A profile that cannot be; `keys` leads to what is wrong in it."""
+    """A profile that is not valid; `keys` leads to the mistake in it."""
 
     def __init__(self, message: str, *keys: str) -> None:
         super().__init__(message)
@@ -53,7 +53,7 @@ def read(name: str, table: Mapping[str, Any]) -> Profile:
 
 
 def applied(profile: Profile, request: R) -> R:
-    """Return a request with the profile's values where it has none of its own."""
+    """Return a request in which the profile's values stand where it has none of its own."""
     own = request.params
     params = replace(
         own,
@@ -125,4 +125,4 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "pin": (lambda value: isinstance(value, bool), "true or false"),
     "idle_ttl": (_is_number(0, 1e9), "a number of seconds, 0 or more"),
 }
-"""What each value of a profile must be, and how a mistake is named."""
+"""For each setting: whether a value is valid, and what the message about an invalid one asks for."""

@@ -1,4 +1,4 @@
-"""A download's progress: a bar that changes in place on a terminal, a line now and then elsewhere."""
+"""Shows the progress of a download: as a bar that changes in place on a terminal, elsewhere as a line now and then."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from typing import Self, TextIO
 from hf_overlay.text import printable
 
 WIPE = "\r\x1b[K"
-"""Empties the line of a terminal in which the cursor is."""
+"""Clears the terminal's line in which the cursor is."""
 _WIDTH = 30
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 _STEP = 10
-"""Percent between two lines where there is no terminal."""
+"""Percent of progress between two lines where there is no terminal."""
 
 
 def is_terminal(file: TextIO) -> bool:
-    """Return whether a person sees what is written to a file change in place."""
+    """Return whether what is written to a file appears on a terminal."""
     return file.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class Meter:
-    """How far one download is, as text."""
+    """Formats the progress of one download."""
 
     def __init__(self, name: str) -> None:
         self._name = printable(name)
         self._began = time.monotonic()
         self._first: int | None = None
-        """Bytes that were there when it began."""
+        """Bytes that were there when the download began."""
         self._step = -1
 
     def line(self, done: int, total: int) -> str:
-        """Return a line with a bar, for a terminal."""
+        """Return the progress with a bar, for a terminal."""
         self._first = done if self._first is None else self._first
         share = min(1.0, done / max(total, 1))
         seconds = time.monotonic() - self._began
@@ -43,7 +43,7 @@ class Meter:
         return f"{self._name} {drawn(share)} {share:4.0%} of {total / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s{left}"
 
     def step(self, done: int, total: int) -> str | None:
-        """Return a line without a bar, each time that a tenth more is there; else None."""
+        """Return the progress without a bar each time that another tenth is there, else None."""
         percent = done * 100 // max(total, 1) // _STEP * _STEP
         if percent == self._step:
             return None
@@ -52,7 +52,7 @@ class Meter:
 
 
 class Bar:
-    """The progress of one download, on stderr. A context, which ends its line."""
+    """Shows the progress of one download on stderr. It is a context manager, which ends the line."""
 
     def __init__(self, name: str, file: TextIO | None = None) -> None:
         self._meter = Meter(name)
@@ -61,7 +61,7 @@ class Bar:
         self._has_begun = False
 
     def show(self, done: int, total: int) -> None:
-        """Show how many bytes are there."""
+        """Show that `done` of `total` bytes are there."""
         if self._is_terminal:
             self._has_begun = True
             self._file.write(f"{WIPE}{self._meter.line(done, total)}")
@@ -70,7 +70,7 @@ class Bar:
             print(line, file=self._file, flush=True)
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Begin to show."""
         return self
 
     def __exit__(
@@ -83,7 +83,7 @@ class Bar:
 
 
 def drawn(share: float, width: int = _WIDTH) -> str:
-    """Return a bar of `width` characters for a share from 0 to 1, in eighths of a character."""
+    """Return a bar of `width` characters that is filled for a share from 0 to 1, in eighths of a character."""
     eighths = int(share * width * 8)
     whole, part = divmod(eighths, 8)
     return ("█" * whole + (_BLOCKS[part] if whole < width else "")).ljust(width).join("▕▏")

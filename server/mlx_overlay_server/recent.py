@@ -1,4 +1,4 @@
-"""The requests that run, and the last ones that ended: who asked which model, and how it went; never a word of text."""
+"""Records of the running and the last ended requests: client, model, figures, outcome; never their text."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from typing import Literal, Protocol
 from mlx_overlay_server.errors import ServerError, Stopped
 
 KEPT = 200
-"""Ended requests that are remembered."""
+"""How many ended requests are remembered."""
 RATE_SECONDS = 5
-"""Seconds over which tokens per second are counted."""
+"""Seconds over which tokens per second are averaged."""
 _LONGEST_NAME = 200
-"""Characters of a model's name that are kept: clients may send any number."""
+"""Characters of a model's name that are kept, since clients may send names of any length."""
 LATELY = 20
-"""Requests that the usual time to the first token is taken from."""
+"""How many of the last requests the median time to first token is taken from."""
 
 Outcome = Literal["running", "answered", "left", "stopped", "refused", "failed"]
-"""`left`: the client went away; `stopped`: by whoever looks after the server; `refused`: an error of the client's."""
+"""`left`: the client hung up; `stopped`: by hand; `refused`: the client's own error."""
 
 
 @dataclass(slots=True, kw_only=True)
 class RequestRecord:
-    """One request, as lists and the log show it. Counts cover all of its answers."""
+    """One request, as lists and the log show it. Its figures are for all of its answers together."""
 
     id: str
     client: str
@@ -38,14 +38,14 @@ class RequestRecord:
     started: float = field(default_factory=time.time)
     """Unix seconds."""
     seconds: float = 0.0
-    """From the request to its last token so far, or to its end."""
+    """Seconds from the request to its last token so far, or to its end."""
     tokens_in: int = 0
     """Tokens of the prompts that have been read."""
     tokens_cached: int = 0
-    """Those of them that were in the KV cache before."""
+    """Those of them whose KV cache was reused."""
     tokens_out: int = 0
     first_token_seconds: float | None = None
-    """From the request to its first token; None until that comes."""
+    """Seconds from the request to its first token; None until that comes."""
     outcome: Outcome = "running"
     reason: str | None = None
     """Why the last answer ended (`stop`, `length`, …), or the error's code or HTTP status; None while it runs."""
@@ -59,7 +59,7 @@ class RequestRecord:
 
 
 class Live(Protocol):
-    """A running request, as its record's list sees it."""
+    """A running request, as far as its record needs it."""
 
     @property
     def client(self) -> str:
@@ -67,27 +67,27 @@ class Live(Protocol):
 
     @property
     def started(self) -> float:
-        """`time.monotonic()` when the request came."""
+        """When the request came, in monotonic seconds."""
 
     @property
     def note(self) -> Callable[[], str]:
-        """Returns what the request is waiting for now, in a few words."""
+        """Returns in a few words what the request is waiting for now."""
 
     def stop(self) -> None:
         """End the request with `Stopped`."""
 
 
 class Rate:
-    """How many tokens per second there were lately."""
+    """Counts tokens per second, averaged over the last seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock` gives monotonic seconds."""
         self._clock = clock
         self._counts: deque[tuple[int, int]] = deque(maxlen=RATE_SECONDS + 1)
-        """(second, tokens in it), oldest first."""
+        """Pairs of a whole second and the tokens counted in it, oldest first."""
 
     def add(self, tokens: int) -> None:
-        """Count tokens that have come now."""
+        """Count tokens that have just come."""
         second = int(self._clock())
         if self._counts and self._counts[-1][0] == second:
             tokens += self._counts.pop()[1]
@@ -95,18 +95,18 @@ class Rate:
 
     @property
     def per_second(self) -> float:
-        """Tokens per second, over the last few whole seconds."""
+        """Tokens per second, over the last full seconds."""
         now = int(self._clock())
         return sum(tokens for second, tokens in self._counts if now - RATE_SECONDS <= second < now) / RATE_SECONDS
 
 
 class Recent:
-    """The requests of one server. Everything here runs on the event loop."""
+    """The records of one server's requests. Everything here runs on the event loop."""
 
     def __init__(self, ended: Callable[[RequestRecord], None] = lambda _: None) -> None:
-        """`ended` is called with each request that has ended, such as to log it."""
+        """`ended` is called with the record of each request that ends, for example to log it."""
         self.rate = Rate()
-        """All generated tokens."""
+        """The rate of all generated tokens."""
         self._report = ended
         self._numbers = itertools.count(1)
         self._running: dict[str, tuple[RequestRecord, Live]] = {}
@@ -114,7 +114,7 @@ class Recent:
 
     @property
     def running(self) -> list[tuple[RequestRecord, str]]:
-        """Requests that run, each with what it is waiting for, newest first."""
+        """The running requests and what each is waiting for, newest first."""
         return [(record, live.note()) for record, live in reversed(self._running.values())]
 
     @property
@@ -124,12 +124,12 @@ class Recent:
 
     @property
     def first_token_seconds(self) -> float | None:
-        """The median time to the first token of the last requests that had one; None where there was none."""
+        """The median time to first token of the last requests, in seconds; None before the first."""
         lately = [each.first_token_seconds for each in self.ended if each.first_token_seconds is not None][:LATELY]
         return sorted(lately)[len(lately) // 2] if lately else None
 
     def stop(self, record_id: str) -> bool:
-        """End a running request with `Stopped`. Returns whether there is one with that id."""
+        """Stop a running request, whose client gets `Stopped`. Returns whether there was one with that id."""
         if record_id not in self._running:
             return False
         self._running[record_id][1].stop()
@@ -137,7 +137,7 @@ class Recent:
 
     @contextmanager
     def following(self, model: str, live: Live) -> Iterator[RequestRecord]:
-        """Keep a record of the request that is answered in this context, which the caller fills in."""
+        """Keep a record of a request while this context is open; the caller fills it in."""
         record = RequestRecord(id=f"r{next(self._numbers)}", client=live.client, model=model)
         self._running[record.id] = (record, live)
         outcome: Outcome = "failed"
@@ -161,7 +161,7 @@ class Recent:
             self._report(record)
 
     def count(self, record: RequestRecord, live: Live, tokens: int) -> None:
-        """Note that a request has got tokens; the first ones may be none, where an end mark comes first."""
+        """Count new tokens of a request. There may be 0 of them: an end mark as the first token is none."""
         record.seconds = time.monotonic() - live.started
         if record.first_token_seconds is None:
             record.first_token_seconds = record.seconds

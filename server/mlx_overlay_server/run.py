@@ -1,8 +1,9 @@
-"""Running the server: the overlay's environment first, then everything that reads it, then HTTP until a signal."""
+"""Runs the server. The overlay's environment comes first, then the imports that read it, then HTTP until a signal."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -29,15 +30,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mlx_overlay_server")
 
 GRACE_SECONDS = 4.5
-"""After `--shutdown-seconds`: how long the server may take to free what it holds before it ends itself."""
+"""Seconds after `--shutdown-seconds` that the server has to free what it holds, before the process ends itself."""
 
 
 def serve(live: Live) -> int:
-    """Serve until SIGINT or SIGTERM, and return the exit code. Called in the main thread, for the signals."""
+    """Serve until SIGINT or SIGTERM, and return the exit code. Call it in the main thread, which gets the signals."""
     settings = live.settings
     logs.set_up(settings.log_level, settings.log_format)
     descriptors.raise_limit()
-    signals.raise_stopped()  # until the server listens to signals itself
+    signals.raise_stopped()  # until the server handles signals itself
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"} if settings.is_offline else dict(os.environ)
     try:
         with hf_overlay.open_session(
@@ -52,7 +53,7 @@ def serve(live: Live) -> int:
             announces=True,
             environ=environ,
         ) as session:
-            # huggingface_hub reads its environment once, when it is imported, and we are the program that imports it.
+            # huggingface_hub reads the environment when it is imported, which happens later in this process.
             os.environ.update(session.environment)
             for name in [name for name in os.environ if name not in session.environment]:
                 del os.environ[name]
@@ -62,14 +63,14 @@ def serve(live: Live) -> int:
     except hf_overlay.OverlayError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, hf_overlay.UsageError) else 1
-    except KeyboardInterrupt:  # Stopped, too
+    except KeyboardInterrupt:  # Stopped is a KeyboardInterrupt, too
         return 0
 
 
 def _follow(settings: Settings) -> int:
     """Run a non-zero rank until rank 0 stops or a signal arrives, and return the exit code.
 
-    A signal goes to all ranks, and rank 0 may have died of it: then nothing stops the engine's thread, which is left
+    A signal goes to all ranks, and may have ended rank 0. Then nothing stops the engine's thread, so it is left running
     after a while.
     """
     from mlx_overlay_server.engine.handle import STOP_SECONDS, follow
@@ -90,15 +91,16 @@ def _serve_http(live: Live, session: hf_overlay.Session) -> int:
         sockets = listen(settings.host, settings.port)
     except OSError as error:
         reason = error.strerror or error
-        print(f"error: cannot listen on {settings.host}:{settings.port}: {reason}; try --port 0", file=sys.stderr)
+        advice = "try --port 0" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "correct --host"
+        print(f"error: cannot listen on {settings.host}:{settings.port}: {reason}; {advice}", file=sys.stderr)
         return 1
     from mlx_overlay_server.preparer import Process
 
-    first = Process()  # imports what it needs beside us, so that the first answer does not wait for it
+    first = Process()  # it makes its imports beside this process, so that the first answer does not wait for them
     try:
         return _run(live, session, sockets, first)
     finally:
-        first.end()  # a signal may come before there is anything else that ends it
+        first.end()  # a signal may have come before anything else could end it
 
 
 def _run(live: Live, session: hf_overlay.Session, sockets: list[socket.socket], first: Process) -> int:
@@ -107,7 +109,7 @@ def _run(live: Live, session: hf_overlay.Session, sockets: list[socket.socket], 
 
     from mlx_overlay_server.api.connection import Connection
 
-    with absent("pydantic.v1"):  # FastAPI imports it to see that no field is one of its own, unless there is none
+    with absent("pydantic.v1"):  # FastAPI does without it where it is missing
         from mlx_overlay_server.app import build
 
         app, service = build(live, session, first)
@@ -118,7 +120,7 @@ def _run(live: Live, session: hf_overlay.Session, sockets: list[socket.socket], 
         access_log=False,
         server_header=False,
         backlog=2048,
-        timeout_keep_alive=75,  # longer than clients keep idle connections, so that they never meet a closed one
+        timeout_keep_alive=75,  # longer than clients keep idle connections, so that they meet no closed one
         timeout_graceful_shutdown=int(settings.shutdown_seconds) + 1,
     )
     here = url(settings.host, sockets)
@@ -135,7 +137,7 @@ def _server_class() -> Any:
     import uvicorn
 
     class Server(uvicorn.Server):
-        """uvicorn, which lets running streams end when it stops."""
+        """uvicorn's server, which lets running streams end when it stops."""
 
         def __init__(self, config: uvicorn.Config, service: Service, seconds: float, url: str) -> None:
             super().__init__(config)
@@ -145,14 +147,14 @@ def _server_class() -> Any:
 
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
-            """Let signals stop the server without raising them again, so that the exit code is 0."""
+            """Let signals stop the server, without raising them again as uvicorn does, so that the exit code is 0."""
             loop = asyncio.get_running_loop()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, self._stop, loop)
             yield
 
         def _stop(self, loop: asyncio.AbstractEventLoop) -> None:
-            if self.should_exit:  # a second signal: stop at once
+            if self.should_exit:  # the second signal: stop at once
                 self._service.abort()
                 return
             logger.info("stopping")
@@ -172,6 +174,6 @@ def _server_class() -> Any:
 
 
 def _end() -> None:
-    """End the process, whatever hangs: a step of the engine, a disk. The next start tidies up what is left."""
+    """End the process, whatever blocks it: a step of the engine, or a disk. The next start clears up what is left."""
     logger.error("the server did not stop in time and ends now")
     os._exit(1)

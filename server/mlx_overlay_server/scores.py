@@ -1,4 +1,4 @@
-"""The beginning of an answer: its prompt, with log probabilities and as an echo where they are asked for."""
+"""The first events of an answer: its prompt as an echo and with log probabilities, where they are asked for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def named(model: Loaded, token: int) -> tuple[str, bytes]:
 
 
 def beginning(answer: Answer) -> list[Event]:
-    """Return an answer's first events, now that its prompt is read."""
+    """Return an answer's first events, once its prompt has been read."""
     events: list[Event] = [Started(len(answer.submit.prompt), answer.cached)]
     if answer.scored:
         events.append(PromptLogprobs(_as_in_text(answer.scored, answer.echo)))
@@ -29,7 +29,7 @@ def beginning(answer: Answer) -> list[Event]:
 
 
 def add_scored(model: Loaded, answer: Answer, scores: Sequence[Scored]) -> None:
-    """Add the tokens of a prompt that were read, with their log probabilities; the first has none."""
+    """Add the tokens of a prompt that have been read, with their log probabilities. The first token has none."""
     if answer.submit.params.prompt_logprobs is None:
         return
     first = len(answer.scored)
@@ -44,9 +44,9 @@ def add_scored(model: Loaded, answer: Answer, scores: Sequence[Scored]) -> None:
 
 
 def _as_in_text(tokens: Sequence[PromptToken], text: str) -> tuple[PromptToken, ...]:
-    """Return tokens with the bytes that they have in their text, where there is one.
+    """Return tokens with the bytes that they stand for in the prompt's text, where there is a text.
 
-    A mark that the tokenizer put before the text, and a space that decoders drop, have none.
+    A mark that the tokenizer put before the text, and a space that decoders drop, stand for no bytes.
     """
     extra = sum(len(each.data) for each in tokens) - len(text.encode("utf-8", "replace")) if text else 0
     made: list[PromptToken] = []

@@ -1,12 +1,10 @@
-"""One request's way from its dialect to its events: model, preparation, engine. Every dialect calls this alone."""
+"""The way of one request through the server: model, preparation, engine, events. Every dialect calls this."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from hf_overlay import Task
@@ -19,8 +17,9 @@ from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, TextReques
 from mlx_overlay_server.encoding.loaded import AnyLoaded, LoadedEncoder
 from mlx_overlay_server.encoding.requests import EmbedRequest, EncodeRequest
 from mlx_overlay_server.engine.handle import Engine
-from mlx_overlay_server.errors import InvalidRequest, Overloaded, Stopped, Unavailable, UnknownModel
+from mlx_overlay_server.errors import InvalidRequest, Overloaded, Unavailable, UnknownModel
 from mlx_overlay_server.live import Live, Target
+from mlx_overlay_server.memory import KvSize
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.library import Library, Listed
 from mlx_overlay_server.models.pool import Pool
@@ -29,6 +28,9 @@ from mlx_overlay_server.preparation import Answer, Preparation
 from mlx_overlay_server.recent import Recent, RequestRecord
 from mlx_overlay_server.scores import add_scored, beginning
 from mlx_overlay_server.settings import Limits, Settings
+from mlx_overlay_server.speech.processes import Speech
+from mlx_overlay_server.speech.values import LoadedSpeech, SpeechRequest, Transcript
+from mlx_overlay_server.ticket import Ticket, stopped
 from mlx_overlay_server.turns import Turns
 
 if TYPE_CHECKING:
@@ -36,59 +38,22 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
-@dataclass(slots=True)
-class Ticket:
-    """The progress of one request, for whoever keeps its client patient."""
-
-    started: float = field(default_factory=time.monotonic)
-    """`time.monotonic()` when the request came."""
-    note: Callable[[], str] = lambda: "waiting"
-    """Returns what the request is waiting for now, in a few words."""
-    client: str = "unknown"
-    """A name for whoever asked."""
-    is_stopped: bool = False
-    """Whether whoever looks after the server has stopped the request."""
-    on_stop: Callable[[], None] = lambda: None
-    """Ends what the request waits for at the moment."""
-
-    def stop(self) -> None:
-        """End the request with `Stopped`."""
-        self.is_stopped = True
-        self.on_stop()
-
-    @asynccontextmanager
-    async def stoppable(self) -> AsyncIterator[None]:
-        """Let `stop` end what is awaited in this context, in which nothing may be yielded. Raises Stopped."""
-        if self.is_stopped:
-            raise _stopped()
-        try:
-            async with asyncio.timeout(None) as scope:
-                self.on_stop = lambda: scope.reschedule(0)
-                yield
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            raise _stopped() from None
-        finally:
-            self.on_stop = lambda: None
-
-
 R = TypeVar("R", bound=ChatRequest | TextRequest)
 Batch = tuple[int, list[Event]]
-"""Some events of one answer: (the answer's index, events in their order)."""
+"""Events of one answer: (index of the answer, its events in order)."""
 
 
 class Encodings(NamedTuple):
-    """What became of the texts of a request that embeds or ranks."""
+    """The result of a request that embeds or ranks texts."""
 
     rows: npt.NDArray[np.float32]
-    """For each text its vector, or one number: the logit of its score."""
+    """For each text its vector; or one number, the logit of its score."""
     tokens: int
     """Tokens of all texts."""
 
 
 class Service:
-    """The server apart from its dialects: it lists models, answers requests and counts tokens."""
+    """Lists models, answers requests and counts tokens, for all dialects."""
 
     def __init__(
         self,
@@ -99,12 +64,14 @@ class Service:
         limits: Limits,
         preparation: Preparation,
         *,
+        speech: Speech | None = None,
         live: Live | None = None,
         recent: Recent | None = None,
     ) -> None:
-        """`live` are the settings in force, which say what names stand for.
+        """`live` holds the settings in force.
 
-        `recent` keeps records of requests; None: of this service alone.
+        `speech` runs the models that transcribe or speak; `recent` keeps records of requests. None: this service gets
+        one of its own.
         """
         self.library = library
         self.pool = pool
@@ -115,12 +82,13 @@ class Service:
         self.recent = recent or Recent()
         self.turns = Turns()
         self._preparation = preparation
+        self._speech = speech or Speech(engine.options.load_seconds)
         self._open = 0
         self._is_closing = False
 
     @property
     def has_work(self) -> bool:
-        """Whether somebody waits for an answer."""
+        """Whether a client waits for an answer."""
         return self._open > 0
 
     @property
@@ -130,15 +98,15 @@ class Service:
 
     @property
     def is_closing(self) -> bool:
-        """Whether new requests are refused because the server stops."""
+        """Whether new requests are refused, because the server is stopping."""
         return self._is_closing
 
     async def entries(self) -> list[Listed]:
-        """List every model under its own id alone."""
+        """List every model once, under its own id."""
         return [self._sized(each) for each in await self.library.listed()]
 
     async def models(self) -> list[Listed]:
-        """List every model that the request's key is for, aliases included, sorted by id."""
+        """List every model that the request's key may use, under its id and its other names, sorted."""
         own = {each.id: each for each in await self.entries()}
         listed = {id_: each for id_, each in own.items() if access.may_use(id_)}
         for name in (*self.live.settings.profiles, *self.live.settings.aliases):
@@ -160,24 +128,25 @@ class Service:
         raise UnknownModel(f"there is no model {model_id!r} here; GET /v1/models lists what there is", field="model")
 
     def is_default(self, model_id: str) -> bool:
-        """Return whether a model answers requests which name none, or one that is not known."""
+        """Return whether a model is the default: it answers requests with an unknown name or with none."""
         default = self.default_model
         return default is not None and self.live.source(self.live.target(default).id) == model_id
 
     def _sized(self, listed: Listed) -> Listed:
-        """Return a model with the number of tokens that are usable: what fits in memory, and what the server takes."""
+        """Return a row of the list with its usable tokens: those that fit in memory and in the server's limits."""
         shares = self.engine.stats.memory
-        fits = shares.tokens(listed.nbytes, listed.kv_bytes) if shares is not None else None
-        known = (self.pool.context_of(listed.id), listed.context, fits, self.limits.prompt_tokens)
+        fits = shares.tokens(listed.nbytes, KvSize(listed.kv_bytes)) if shares is not None else None
+        model = self.pool.model(listed.id)
+        known = (model.context if model is not None else None, listed.context, fits, self.limits.prompt_tokens)
         return listed._replace(usable=_least(*known))
 
     @property
     def default_model(self) -> str | None:
-        """The name of the model that answers requests which name none, or one that is not known."""
+        """The name of the model that answers requests with an unknown name, or with none."""
         return self.live.settings.default_model
 
     async def answer(self, request: AnyRequest, ticket: Ticket) -> AsyncGenerator[Batch]:
-        """Generate the answers to a request and yield their events as they come. Raises ServerError."""
+        """Generate the answers to a request, and yield their events as they come. Raises ServerError."""
         with self.recent.following(request.model, ticket) as record, self._admitted(request):
             async with AsyncExitStack() as held:
                 async with ticket.stoppable():
@@ -186,7 +155,7 @@ class Service:
                     ticket.note = lambda: "reading the prompt"
                     answers = await self._preparation.answers(model, request)
                 batches = self._run(model, answers, ticket, record)
-                await held.enter_async_context(aclosing(batches))  # cancels before the model is let go
+                await held.enter_async_context(aclosing(batches))  # cancels before the model is released
                 async for batch in batches:
                     yield batch
 
@@ -207,6 +176,26 @@ class Service:
             self.metrics.text_tokens.inc(record.tokens_in)
             return Encodings(rows, record.tokens_in)
 
+    async def sound(
+        self, request: SpeechRequest, ticket: Ticket, recording: AsyncIterator[bytes] | None = None
+    ) -> AsyncGenerator[Transcript | bytes]:
+        """Yield the transcript of a recording, or a text as pieces of sound. Raises ServerError."""
+        with self.recent.following(request.model, ticket) as record, self._admitted(request):
+            async with AsyncExitStack() as held:
+                async with ticket.stoppable():
+                    record.model = (await self._target(request.model, ticket, request.task)).id
+                    model = await held.enter_async_context(self.pool.use(record.model))
+                    if not isinstance(model, LoadedSpeech) or model.task != request.task:
+                        raise _wrong_task(request.model, model.task, request.task)
+                ticket.note = lambda: "transcribing" if request.task == "transcription" else "speaking"
+                made = await held.enter_async_context(aclosing(self._speech.run(model, request, recording)))
+                while True:
+                    async with ticket.stoppable():
+                        piece = await anext(made, None)
+                    if piece is None:
+                        return
+                    yield piece
+
     async def count_tokens(self, request: ChatRequest, ticket: Ticket) -> int:
         """Count the tokens of a conversation's prompt. Raises ServerError."""
         with self._admitted(request):
@@ -215,30 +204,36 @@ class Service:
                 return await self._preparation.count_tokens(_generating(request.model, model), request)
 
     def close(self) -> None:
-        """Refuse new requests from now on. Those that run go on."""
+        """Refuse new requests from now on. Running ones go on."""
         self._is_closing = True
         self.turns.close()
 
     def start(self) -> None:
-        """Start the engine and the preparation, which get ready while the caller goes on."""
+        """Start the engine and the preparation. Both get ready after this returns."""
         self.engine.start()
         self._preparation.start()
 
     def abort(self) -> None:
-        """End every request that still runs or waits, with an error to its client."""
+        """End every request that runs or waits. Its client gets an error."""
         self._preparation.abort()
+        self._speech.abort()
         self.pool.abort()
         self.engine.abort()
 
     async def stop(self) -> None:
-        """End the preparation's processes."""
+        """End the processes of the preparation, and of models that transcribe or speak."""
         await self._preparation.stop()
+        await self._speech.stop()
 
     @contextmanager
-    def _admitted(self, request: AnyRequest | EncodeRequest) -> Iterator[None]:
+    def _admitted(self, request: AnyRequest | EncodeRequest | SpeechRequest) -> Iterator[None]:
         """Take a place among the open requests. Raises InvalidRequest, Unavailable or Overloaded."""
         if isinstance(request, ChatRequest) and (count := len(request.messages)) > self.limits.messages:
-            raise InvalidRequest(f"{count} messages are more than {self.limits.messages}", field="messages")
+            raise InvalidRequest(
+                f"the conversation has {count} messages, and this server takes {self.limits.messages}: send fewer, or "
+                "raise --max-messages",
+                field="messages",
+            )
         if self._is_closing:
             raise Unavailable("the server is shutting down")
         if self._open >= self.engine.options.batch_size + self.limits.waiting_requests:
@@ -250,21 +245,23 @@ class Service:
             self._open -= 1
 
     async def _resolved(self, request: R, ticket: Ticket) -> tuple[R, str]:
-        """Return a request with what its model's profile says, and the name under which that model is loaded.
+        """Return a request with the values of its model's profile, and the name under which that model is loaded.
 
-        Raises InvalidRequest, and Forbidden for a model that the request's key is not for.
+        Raises InvalidRequest, and Forbidden for a model that the request's key may not use.
         """
         target = await self._target(request.model, ticket, "text")
         return (request if target.profile is None else profiles.applied(target.profile, request)), target.id
 
     async def _target(self, name: str, ticket: Ticket, task: Task) -> Target:
-        """Return what the name of a model in a request stands for.
+        """Return what a request's name of a model stands for.
 
-        Raises InvalidRequest, also for a model that does something else, which is not loaded for that, and Forbidden.
+        Raises InvalidRequest, also for a model that does something else than `task` (it is not loaded for that), and
+        Forbidden for a model that the request's key may not use.
         """
         chat.check_unicode(name, "model")
         target = self.live.target(name)
-        does = self.pool.task_of(target.id)
+        model = self.pool.model(target.id)
+        does = model.task if model is not None else None
         if does is None:
             id_ = self.live.source(target.id)
             known = await self.library.known(id_)
@@ -283,7 +280,7 @@ class Service:
     ) -> AsyncGenerator[Batch]:
         open_ = {answer.submit.id: (index, answer) for index, answer in enumerate(answers)}
         mailbox = self.engine.submit(answer.submit for answer in answers)
-        ticket.on_stop = lambda: mailbox.put(answers[0].submit.id, _stopped())
+        ticket.on_stop = lambda: mailbox.put(answers[0].submit.id, stopped())
         has_tokens = False
 
         def note(said: Callable[[], str]) -> None:
@@ -292,10 +289,10 @@ class Service:
         try:
             while open_:
                 if ticket.is_stopped:
-                    raise _stopped()
+                    raise stopped()
                 came = received(model, await mailbox.take(), note)
                 for id_, news in came.items():
-                    if id_ not in open_:  # sampled before it was cancelled
+                    if id_ not in open_:  # sampled before the cancellation arrived
                         continue
                     index, answer = open_[id_]
                     add_scored(model, answer, news.scores)
@@ -335,8 +332,8 @@ class Service:
 
 
 def _generating(name: str, model: AnyLoaded) -> Loaded:
-    """Return a model that generates text. Raises InvalidRequest for another."""
-    if isinstance(model, LoadedEncoder):
+    """Return a model if it generates text. Raises InvalidRequest if not."""
+    if not isinstance(model, Loaded):
         raise _wrong_task(name, model.task, "text")
     return model
 
@@ -345,8 +342,10 @@ _DOES: dict[Task, tuple[str, str]] = {
     "text": ("generates text", "/v1/chat/completions"),
     "embedding": ("embeds texts", "/v1/embeddings"),
     "reranker": ("ranks documents", "/v1/rerank"),
+    "transcription": ("transcribes recordings", "/v1/audio/transcriptions"),
+    "speech": ("speaks texts", "/v1/audio/speech"),
 }
-"""What a model does, in words, and where it is asked for that."""
+"""For each task: what such a model does, in words, and the route for it."""
 
 
 def _wrong_task(name: str, does: Task, task: Task) -> InvalidRequest:
@@ -360,7 +359,7 @@ def _wrong_task(name: str, does: Task, task: Task) -> InvalidRequest:
 
 
 async def gathered(batches: AsyncIterator[Batch], answers: int) -> list[list[Event]]:
-    """Wait for all events of each of `answers` answers, for those that are not streamed."""
+    """Wait for all events of each of `answers` answers, for a response that is not streamed."""
     events: list[list[Event]] = [[] for _ in range(answers)]
     async for index, new in batches:
         events[index] += new
@@ -370,7 +369,3 @@ async def gathered(batches: AsyncIterator[Batch], answers: int) -> list[list[Eve
 def _least(*numbers: int | None) -> int | None:
     """Return the least of the numbers that are known; None where none is."""
     return min((each for each in numbers if each is not None), default=None)
-
-
-def _stopped() -> Stopped:
-    return Stopped("this request was stopped by whoever looks after the server")

@@ -1,4 +1,4 @@
-"""The server's settings: their defaults, and how sizes and ranks are read."""
+"""The server's settings and their defaults, and functions that read sizes and ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ API_KEY_VARIABLE = "MLX_OMNI_API_KEY"
 KV_BITS = (2, 3, 4, 6, 8)
 """Bits that a number in a quantised KV cache may have."""
 KV_GROUP_SIZES = (32, 64, 128)
-"""Numbers that may share a scale there."""
+"""How many numbers may share a scale there."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -43,23 +43,23 @@ class EngineOptions:
     prefill_step: int = 2048
     """Tokens of prompts that one pass of a model reads at most."""
     max_stall_ms: int = 250
-    """Milliseconds that a decoding sequence waits at most for others' prompts, between two of its tokens.
+    """Milliseconds that a decoding sequence waits for others' prompts at most, between two of its tokens.
 
-    Where decoding itself takes more than half of them, reading takes as long as that; and it takes three times as long
-    as one over a single token, however long that is.
+    There are two exceptions. Where decoding itself takes more than half of this time, reading prompts may take as long
+    as decoding. And it may always take three times as long as a pass over a single token.
     """
     cache_bytes: int | None = None
     """Bytes of KV caches that are kept for later prompts; None: a part of the machine's memory (`memory`)."""
     kv_disk: int = 20 * 10**9
     """Bytes of KV caches that are kept on disk; 0: none."""
     no_wired_memory: bool = False
-    """On macOS: do not let Metal wire memory, which keeps models from being paged out."""
+    """On macOS: do not wire the memory of models, which is done to keep them from being paged out."""
     kv_bits: int | None = None
     """Bits of each quantised number in the KV cache; None: not quantised."""
     kv_group_size: int = 64
     """Numbers that share a scale in a quantised KV cache."""
     quantized_kv_start: int = 5000
-    """Tokens of a sequence after which its KV cache is quantised."""
+    """Tokens of a sequence from which on its KV cache is quantised."""
     trust_remote_code: bool = False
     """Run Python files that come with models."""
     num_draft_tokens: int = 3
@@ -71,7 +71,7 @@ class EngineOptions:
 
 
 class Tuning(NamedTuple):
-    """Options of the engine that one model has for itself. None: as for all models."""
+    """Options of the engine for one model alone. None: as for all models."""
 
     kv_bits: int | None = None
     """0: its KV caches are not quantised."""
@@ -80,7 +80,7 @@ class Tuning(NamedTuple):
     num_draft_tokens: int | None = None
 
     def applied(self, options: EngineOptions) -> EngineOptions:
-        """Return the options for this model."""
+        """Return the engine's options with those of this model in their place."""
         own = {name: value for name, value in self._asdict().items() if value is not None}
         return replace(options, **{**own, "kv_bits": own.get("kv_bits", options.kv_bits) or None})
 
@@ -90,10 +90,10 @@ UNTUNED = Tuning()
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits on what one request may ask for, and on what all of them may together."""
+    """Limits on single requests, and on all of them together."""
 
     waiting_requests: int = 512
-    """Requests that may wait beside the batch."""
+    """Requests that may wait for a place in a batch."""
     body: int = 64 * 10**6
     """Bytes of a request's body."""
     messages: int = 10_000
@@ -101,7 +101,7 @@ class Limits:
     prompt_tokens: int | None = None
     """Tokens of a prompt; None: the model's context."""
     preparation_seconds: float = 20
-    """Seconds that the rendering, decoding, tokenizing and compiling for one request may take."""
+    """Seconds that preparing one request may take: rendering, decoding images, tokenizing and compiling."""
     answer_tokens: int | None = None
     """Tokens of an answer whose request names no limit; None: what is left of the model's context."""
 
@@ -113,7 +113,7 @@ class Profile:
     model: str
     """The id of the model."""
     context: int | None = None
-    """Tokens that prompt and answer may have together, where the model could take more."""
+    """Tokens that prompt and answer may have together; it lowers the model's own limit."""
     max_tokens: int | None = None
     """Tokens of an answer."""
     temperature: float | None = None
@@ -145,24 +145,24 @@ class Profile:
 
     @property
     def tuning(self) -> Tuning:
-        """The engine's options that the model has for itself."""
+        """The engine's options for this model alone."""
         return Tuning(self.kv_bits, self.kv_group_size, self.quantized_kv_start, self.num_draft_tokens)
 
     @property
     def is_loaded_apart(self) -> bool:
-        """Whether the model is loaded in a way of its own, beside the one that answers to its id."""
+        """Whether the model is loaded apart for this profile, beside the model that answers to the plain id."""
         return self.adapter_path is not None or self.draft_model is not None or self.tuning != UNTUNED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """An API key, of which nothing is kept but its hash."""
+    """An API key, of which only the hash is kept."""
 
     name: str
     digest: str
     """The SHA-256 of the key, in hexadecimal."""
     models: tuple[str, ...] = ()
-    """The names of models that it is for; (): all."""
+    """The names of the models that it may use; (): all."""
     rate: int | None = None
     """Requests that it may send in a minute; None: any number."""
 
@@ -178,7 +178,7 @@ class Settings:
     maps: Mapping[str, str] = field(default_factory=dict)
     """Folders that answer to an id, before all else: id -> folder."""
     exclude: tuple[str, ...] = ()
-    """Ids that are taken from the Hugging Face cache and the Hub, and not from the folders."""
+    """Ids that come from the Hugging Face cache or the Hub, even where a folder has them."""
     is_offline: bool = False
     """Download nothing."""
     hold_downloads: bool = False
@@ -213,7 +213,7 @@ class Settings:
     """Seconds after which an idle model is unloaded; 0: never."""
 
     profiles: Mapping[str, Profile] = field(default_factory=dict)
-    """By the id of a model, or by a name of their own, under which requests reach them."""
+    """By the id of a model, or by a name of their own for requests to use."""
     keys: tuple[Key, ...] = ()
     """Keys of the configuration file, beside `api_key`."""
 

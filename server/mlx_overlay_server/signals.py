@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as an exception, for as long as nothing in the process listens to them in another way."""
+"""Turns SIGINT and SIGTERM into an exception, until the process handles them in another way."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from types import FrameType
 class Stopped(KeyboardInterrupt):
     """A signal has told this process to end.
 
-    Not KeyboardInterrupt itself: once that has left `exec` of a string, as the making of a dataclass runs one, CPython
-    ends the process as if by SIGINT, although it was caught meanwhile (`unhandled_keyboard_interrupt` in its
-    Python/pythonrun.c). Subclasses are not looked for there.
+    It is a subclass of KeyboardInterrupt for a reason: once a KeyboardInterrupt itself has left `exec` of a string,
+    which the making of each dataclass runs, CPython ends the process as if by SIGINT, even if the exception was caught
+    (`unhandled_keyboard_interrupt` in Python/pythonrun.c). It does not do so for subclasses.
     """
 
 
 def raise_stopped() -> None:
-    """Let SIGINT and SIGTERM raise Stopped in the main thread from now on; a SIGINT that is ignored stays ignored."""
+    """Make SIGINT and SIGTERM raise Stopped in the main thread from now on; an ignored SIGINT stays ignored."""
     signal.signal(signal.SIGTERM, _raise)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _raise)

@@ -1,7 +1,7 @@
-"""Turns on the event loop for large requests, each step of which keeps it busy for up to a tenth of a second.
+"""Turns on the event loop for large requests, each step of which blocks it for up to a tenth of a second.
 
-They take one step at a time, and leave the loop alone for as long after each: whoever asks for little waits for one
-such step, however many large requests there are.
+Large requests make one step at a time, and after each the loop is free for as long as the step took. So small requests
+wait for one such step at most, however many large requests there are.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ import time
 from contextvars import ContextVar
 
 LARGE_BYTES = 1 << 18
-"""Bytes of a body from which on its request is large."""
+"""A request whose body has this many bytes is large."""
 
 
 class Turns:
-    """The queue of the steps of large requests. All on the event loop."""
+    """The queue of large requests for their next steps. Everything here runs on the event loop."""
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
         self._is_closed = False
 
     async def take(self) -> None:
-        """Wait for a turn, which lasts until the caller awaits something else."""
+        """Wait for a turn, which lasts until the caller awaits anything else."""
         await self._lock.acquire()
         if self._is_closed:
             self._lock.release()
-        else:  # in processor time: what others on the machine take makes neither the step longer nor the rest
+        else:  # processor time, because on a busy machine the clock also counts what others take
             asyncio.get_running_loop().call_soon(self._rest, time.thread_time())
 
     def close(self) -> None:
-        """Let all have their turns at once from now on: the server stops, and refuses them then."""
+        """Let all requests go on at once from now on: the server is stopping, and will refuse them."""
         self._is_closed = True
 
     def _rest(self, begun: float) -> None:
@@ -41,12 +41,12 @@ _current: ContextVar[Turns | None] = ContextVar("turns", default=None)
 
 
 async def becomes_large(turns: Turns) -> None:
-    """Make the request of this task a large one, and wait for its first turn."""
+    """Count the request of this task as large, and wait for its first turn."""
     _current.set(turns)
     await turns.take()
 
 
 async def turn() -> None:
-    """Wait for a turn if the request of this task is a large one."""
+    """Wait for a turn if the request of this task is large."""
     if (turns := _current.get()) is not None:
         await turns.take()

@@ -93,7 +93,7 @@ def test_bench_starts_a_server_for_itself_and_leaves_nothing(home: Path, models:
     assert "acme/random" in done.err, "it says what there is"
 
 
-@pytest.mark.parametrize("url", ["ftp://x", "", "http://"])
+@pytest.mark.parametrize("url", ["ftp://x", "", "http://", "http://[::1"])
 def test_an_address_that_is_none_is_a_usage_error(home: Path, url: str) -> None:
     done = _run(home, "ps", "--url", url)
     assert done.status == 2

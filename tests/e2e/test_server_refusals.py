@@ -256,10 +256,23 @@ def test_the_server_answers_after_all_that_was_wrong(server: Server) -> None:
     assert server.chat(PLAIN, "hi").choices[0].message.content == HELLO
 
 
-@pytest.mark.parametrize("path", ["audio/transcriptions", "audio/speech", "images/generations", "files", "moderations"])
+@pytest.mark.parametrize("path", ["images/edits", "images/generations", "files", "moderations"])
 @pytest.mark.parametrize("prefix", ["/v1/", "/"])
 def test_what_this_server_does_not_do_at_all_is_said_in_a_sentence(server: Server, prefix: str, path: str) -> None:
     told = server.http.post(prefix + path, files={"file": b"RIFF"}, data={"model": "whisper-1"})
     error = told.json()["error"]
     assert (told.status_code, error["code"], error["type"]) == (404, "not_supported", "invalid_request_error")
     assert error["message"].startswith("this server")
+
+
+@pytest.mark.parametrize("path", ["files/file-1/content", "vector_stores/vs_1/files", "threads/t/runs"])
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+def test_so_it_is_of_addresses_below_and_by_every_method(server: Server, method: str, path: str) -> None:
+    told = server.http.request(method, f"/v1/{path}")
+    assert (told.status_code, told.json()["error"]["code"]) == (404, "not_supported")
+
+
+def test_batches_of_messages_are_refused_as_anthropic_refuses(server: Server) -> None:
+    told = server.http.post("/v1/messages/batches", json={"requests": []})
+    assert (told.status_code, told.json()["type"]) == (404, "error")
+    assert "batches" in told.json()["error"]["message"]

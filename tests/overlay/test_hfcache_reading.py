@@ -51,7 +51,7 @@ def test_a_ref_to_a_revision_that_is_not_there_is_told_from_one_that_is(repo: Pa
 def test_without_main_the_only_revision_is_taken_where_that_is_asked_for(repo: Path) -> None:
     (repo / "refs/main").unlink()
     assert hfcache.main_commit(str(repo), any_single=True) == COMMIT
-    assert "1 revisions by commit only" in why_no_main(repo)
+    assert "1 revision by commit only" in why_no_main(repo)
     (repo / "snapshots" / OTHER).mkdir()
     assert "2 revisions by commit only" in why_no_main(repo, any_single=True)
 

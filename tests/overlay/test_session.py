@@ -35,6 +35,12 @@ def listed(session: hf_overlay.Session) -> list[str]:
     return sorted(repo.repo_id for repo in info.repos)
 
 
+def test_all_names_of_the_api_are_there_and_are_listed_for_help_and_completion() -> None:
+    assert set(hf_overlay.__all__) < set(dir(hf_overlay))
+    assert all(getattr(hf_overlay, name) is not None for name in hf_overlay.__all__)
+    assert "annotations" not in dir(hf_overlay)
+
+
 def test_the_folder_stands_in_front_of_the_cache_and_the_rest_is_there(models: Path, hub: Path, sessions: Path) -> None:
     mine = lay_model(models / "org/both")
     lay_model(models / "org/mine")

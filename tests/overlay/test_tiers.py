@@ -13,7 +13,7 @@ import hf_overlay
 import pytest
 
 from tests.support import hubs, processes
-from tests.support.folders import lay_model, weights
+from tests.support.folders import lay_files, lay_model, weights
 from tests.support.hfcache import add_repo, etag, listing, repo_folder
 from tests.support.inotify import watched
 from tests.support.online import contents, leads_outside
@@ -93,6 +93,20 @@ def test_a_refresh_leaves_what_a_client_is_still_writing(tier: Path, hub: Path, 
         session.refresh()
         assert partial.read_bytes() == b"half"
         assert not (hub / REPO / "blobs").exists()
+
+
+def test_other_bytes_than_the_caches_of_the_same_name_are_not_replaced(tier: Path, hub: Path, sessions: Path) -> None:
+    """P3: neither by a refresh, nor at the end."""
+    lay_files(hub / REPO, {"blobs/0123": b"the cache's"})
+    with hf_overlay.open_session([], below=[tier]) as session:
+        mine = session.hub_cache / REPO / "blobs/0123"
+        mine.write_bytes(b"other bytes than")
+        session.refresh()
+        assert mine.read_bytes() == b"other bytes than"
+    assert (hub / REPO / "blobs/0123").read_bytes() == b"the cache's"
+    (hub / REPO / "blobs/0123").unlink()
+    with hf_overlay.open_session([], below=[tier]):
+        assert (hub / REPO / "blobs/0123").read_bytes() == b"other bytes than"
 
 
 def test_a_killed_sessions_download_comes_home_with_the_next_start(tier: Path, hub: Path, home: Path) -> None:
@@ -194,8 +208,11 @@ def test_a_download_that_the_own_cache_cannot_take_is_shown_by_the_next_session_
     with hf_overlay.open_session([], below=[tier], hold_downloads=True) as session:
         download(session.hub_cache)
     with hf_overlay.open_session([], below=[tier]) as session:
-        assert contents(session.hub_cache / REPO / "snapshots" / ("c" * 40)) == NEWER
-    hub.unlink()
+        shown = session.hub_cache / REPO / "snapshots" / ("c" * 40)
+        assert contents(shown) == NEWER
+        hub.unlink()
+        with hf_overlay.open_session([], below=[tier]):
+            assert contents(shown) == NEWER, "another start moves nothing that is being read"
     with hf_overlay.open_session([], below=[tier]) as session:
         assert contents(hub / REPO / "snapshots" / ("c" * 40)) == FETCHED
         assert contents(session.hub_cache / REPO / "snapshots" / ("c" * 40)) == NEWER

@@ -23,9 +23,11 @@ import pytest
 from hf_overlay import configfile
 
 from tests.support.encoders import make_encoder
+from tests.support.folders import lay_model
 from tests.support.models import make_model
 from tests.support.processes import environment
 from tests.support.server import serving
+from tests.support.speech_models import STAND_IN_ENVIRONMENT, recording
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -117,6 +119,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     make_model(models / HERE, "Hello.", is_brief=True)
     shutil.copytree(models / HERE, models / "org" / "name")
     make_encoder(models / "org" / "embed", prompts={"query": "a "})
+    lay_model(models / "org" / "whisper", {"preprocessor_config.json": b"{}"}, model_type="whisper")
+    lay_model(models / "org" / "kokoro", {"voices/zf_one.safetensors": b"."}, model_type="kokoro")
+    (work / "speech.mp3").write_bytes(recording())
     for name, text in _STAND_INS.items():
         (programs / name).write_text(text)
     for name in ("mlx-omni-server", "hf-overlay"):
@@ -127,7 +132,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     (top / "home" / ".curlrc").write_text("fail\nsilent\n")
     environ = environment(top / "home", HF_OVERLAY_DIR=str(top / "sessions"))
     environ["PATH"] = f"{programs}{os.pathsep}{environ['PATH']}"
-    with serving(top / "home", models, options=["--offline"]) as server:
+    with serving(top / "home", models, options=["--offline"], environ=STAND_IN_ENVIRONMENT) as server:
         yield Place(
             work,
             environ,
@@ -138,6 +143,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
                 "/data/experiment-3": str(models / "org" / "name"),
                 "$RUNNER_TEMP": str(top / "runner"),
                 "http://127.0.0.1:10240": server.url,
+                "af_heart": "zf_one",
                 "…": "x",
                 "| source": "| cat",
                 'eval "$(': '_="$(',
@@ -165,6 +171,8 @@ def _command(text: str) -> str:
 @pytest.mark.parametrize("example", EXAMPLES, ids=[f"{each.page}:{each.line}" for each in EXAMPLES])
 def test_an_example_works(example: Example, place: Place, tmp_path: Path) -> None:
     text = place.of(_script(example) if example.language == "console" else example.text)
+    if "speech.mp3" in text and any(find_spec(name) is None for name in ("soundfile", "python_multipart")):
+        pytest.skip("soundfile or python-multipart is not installed")
     environ = place.environ | {"XDG_CONFIG_HOME": str(tmp_path)}  # what it configures is not for the next one
     if example.language in ("sh", "console"):
         if "curl" in text and shutil.which("curl") is None:

@@ -151,6 +151,7 @@ def test_the_key_comes_from_the_flag_or_else_from_the_environment(
         (["--port", "x"], "'x' is not a port"),
         (["--port", "65536"], "is not a port"),
         (["--port", "-1"], "is not a port"),
+        (["--port", "²"], "is not a port"),
         (["--memory-budget", "much"], "'much' is not a size"),
         (["--memory-budget", "inf"], "'inf' is not a size"),
         (["--max-body", "-1"], "is not a size"),
@@ -165,6 +166,8 @@ def test_the_key_comes_from_the_flag_or_else_from_the_environment(
         (["--alias", "gpt-5"], "NAME=ID"),
         (["--alias", "=org/m"], "NAME=ID"),
         (["--alias", "gpt-5="], "NAME=ID"),
+        (["--alias", "gpt-5=a", "--alias", "gpt-5=b"], "gpt-5 is a and b; leave one of them out"),
+        (["--map", "org/m=/a", "--map", "org/m=/b"], "org/m is /a and /b; leave one of them out"),
         (["--draft-model", "org/d"], "--model"),
         (["--adapter-path", "/lora"], "--model"),
         (["--nonsense"], "unrecognized arguments"),
@@ -244,3 +247,11 @@ def test_a_port_that_is_taken_is_told(home: Path) -> None:
     assert done.status == 1
     assert f"cannot listen on 127.0.0.1:{port}" in done.err
     assert "Traceback" not in done.err
+
+
+def test_a_host_that_this_machine_has_no_address_of_is_told(home: Path) -> None:
+    done = finish([PYTHON, "-m", "mlx_overlay_server", "--port", "0", "--host", "192.0.2.1"], environment(home))
+    assert done.status == 1
+    assert done.lines() == []
+    assert done.err.splitlines()[-1].startswith("error: cannot listen on 192.0.2.1:0: ")
+    assert done.err.endswith("; correct --host\n")

@@ -21,9 +21,9 @@ from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import ChatRequest, Format, Image, Message, TextRequest
 from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.errors import Failed, InvalidRequest
+from mlx_overlay_server.frames import result_of
 from mlx_overlay_server.preparation import Preparation, grammars
 from mlx_overlay_server.preparation.grammars import Grammars
-from mlx_overlay_server.preparation.program import _result
 from mlx_overlay_server.preparer import Process
 from mlx_overlay_server.settings import EngineOptions, Limits
 from PIL import ImageFile
@@ -121,7 +121,7 @@ def test_a_panic_is_an_error_of_its_request_and_its_text_is_not_told() -> None:
     def panic() -> None:
         raise PanicException("byte index 3 is not a char boundary of `my secret`")
 
-    result = _result(panic)
+    result = result_of(panic)
     assert result.unexpected is not None
     assert result.unexpected.startswith("PanicException at ")
     assert "secret" not in result.unexpected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -12,15 +13,18 @@ from mlx_overlay_server.chat.events import Done, Event, FinishReason, Started, T
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.reader import Reader, Token
 from mlx_overlay_server.chat.requests import Params, TextRequest
+from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.engine.commands import Prefilled, Sampled, Submit
-from mlx_overlay_server.engine.handle import Engine, Mailbox
+from mlx_overlay_server.engine.handle import Engine
+from mlx_overlay_server.engine.mailbox import Mailbox
 from mlx_overlay_server.errors import Stopped
 from mlx_overlay_server.metrics import Metrics
 from mlx_overlay_server.models.library import Library
 from mlx_overlay_server.models.pool import Pool
 from mlx_overlay_server.preparation import Answer, Preparation
-from mlx_overlay_server.service import Service, Ticket
+from mlx_overlay_server.service import Service
 from mlx_overlay_server.settings import EngineOptions, Limits
+from mlx_overlay_server.ticket import Ticket
 
 MODEL = "acme/plain"
 REQUEST = TextRequest(model=MODEL, prompts=("a", "b"))
@@ -62,8 +66,8 @@ class FakeEngine:
 class FakePool:
     """Has every model."""
 
-    def task_of(self, _: str) -> str:
-        return "text"
+    def model(self, _: str) -> AnyLoaded | None:
+        return cast("Loaded", SimpleNamespace(task="text"))
 
     @asynccontextmanager
     async def use(self, _: str) -> AsyncIterator[Loaded]:

@@ -77,11 +77,11 @@ def a_tokenizer_says_what_a_model_s_marks_are(folder: Path) -> None:
 
 def a_tokenizer_without_marks_for_calls_takes_those_of_json(folder: Path) -> None:
     from mlx_lm.generate import make_text_state_machine
-    from mlx_overlay_server.engine import mlx
+    from mlx_overlay_server.engine import mlx_tokenizers
 
     tokenizer = _tokenizer(folder)
     assert not tokenizer.has_tool_calling
-    mlx.prepare_tokenizer(tokenizer)
+    mlx_tokenizers.prepare_tokenizer(tokenizer)
     assert tokenizer.has_tool_calling
     call = tokenizer.tool_parser('\n{"name": "f", "arguments": {"x": 1}}\n', None)
     assert call == {"name": "f", "arguments": {"x": 1}}
@@ -104,12 +104,12 @@ def each_detokenizer_is_a_new_one_with_the_methods_that_are_used(folder: Path) -
 
 def a_naive_detokenizer_is_known_by_its_class(folder: Path) -> None:
     from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
-    from mlx_overlay_server.engine import mlx
+    from mlx_overlay_server.engine import mlx_tokenizers
 
     tokenizer = _tokenizer(folder)
     naive = TokenizerWrapper(tokenizer._tokenizer, NaiveStreamingDetokenizer)
     assert isinstance(naive.detokenizer, NaiveStreamingDetokenizer)
-    made = mlx.detokenizer(naive)
+    made = mlx_tokenizers.detokenizer(naive)
     assert not isinstance(made, NaiveStreamingDetokenizer)
     for token in tokenizer.encode("né", add_special_tokens=False):
         made.add_token(token)
@@ -118,11 +118,11 @@ def a_naive_detokenizer_is_known_by_its_class(folder: Path) -> None:
 
 
 def the_wrapped_tokenizer_is_one_that_llguidance_takes(folder: Path) -> None:
-    from mlx_overlay_server.engine import mlx
+    from mlx_overlay_server.engine import mlx_tokenizers
 
     tokenizer = _tokenizer(folder)
-    mlx.prepare_tokenizer(tokenizer)
-    assert mlx.grammar_tokenizer(tokenizer, len(tokenizer)).vocab_size == len(tokenizer)
+    mlx_tokenizers.prepare_tokenizer(tokenizer)
+    assert mlx_tokenizers.grammar_tokenizer(tokenizer, len(tokenizer)).vocab_size == len(tokenizer)
 
 
 def caches_that_can_batch_have_merge_and_the_others_have_not(_: Path) -> None:
@@ -340,6 +340,27 @@ def a_sequence_taken_out_of_a_batch_leaves_its_cache(folder: Path) -> None:
     assert {row.uid for row in batch.next()[1]} == {uids[0]}
 
 
+def a_generator_goes_on_with_the_caches_that_are_put_into_the_list_it_was_given(folder: Path) -> None:
+    """So a sequence that runs alone can give up its KV cache and read it again."""
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model = _model(folder)
+    prompt = list(range(1, 9))
+    said: list[list[int]] = []
+    for is_paused in (False, True):
+        cache = make_prompt_cache(model)
+        drawn = generate_step(mx.array(prompt), model, max_tokens=9, prompt_cache=cache)
+        tokens = [int(next(drawn)[0]) for _ in range(4)]
+        if is_paused:
+            assert {layer.offset for layer in cache} == {len(prompt) + 4}, "what was told of is read"
+            cache[:] = make_prompt_cache(model)
+            model(mx.array([[*prompt, *tokens]]), cache=cache)
+        said.append([*tokens, *(int(token) for token, _ in drawn)])
+    assert said[0] == said[1]
+
+
 def closing_speculative_decoding_takes_rejected_tokens_out_of_the_caches(folder: Path) -> None:
     import mlx.core as mx
     from mlx_lm.generate import speculative_generate_step
@@ -428,7 +449,7 @@ def a_model_without_its_head_gives_hidden_states_whole_and_in_parts(folder: Path
         cache = mlx.new_cache(model)
         parts = mx.concatenate([model(tokens[:, :4], cache), model(tokens[:, 4:], cache)], axis=1)
         assert mx.allclose(whole, parts, atol=1e-4).item()
-        assert mlx.kv_bytes(model, bits=None, group_size=64) > 0
+        assert mlx.kv_size(model, bits=None, group_size=64, start=0).token > 0
         assert ("score" in model) is (head == "ForSequenceClassification")
         assert mlx.logits_of(model)(whole).shape[:2] == (1, 6)
 

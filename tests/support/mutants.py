@@ -37,6 +37,7 @@ MODULES = {
         "tests/overlay/gateway/test_upstream.py",
     ],
     "overlay/hf_overlay/hfcache.py": ["tests/overlay/test_hfcache*.py", "tests/overlay/catalog/test_discovery.py"],
+    "overlay/hf_overlay/tree/blobstore.py": ["tests/overlay/tree/test_blobstore.py"],
     "overlay/hf_overlay/tree/lease.py": [
         "tests/overlay/tree/test_dead_or_alive.py",
         "tests/overlay/tree/test_lease*.py",
@@ -47,6 +48,7 @@ MODULES = {
         "tests/overlay/tree/test_writeback*.py",
     ],
     "overlay/hf_overlay/tree/shared.py": ["tests/overlay/tree/test_shared.py"],
+    "overlay/hf_overlay/tree/usage.py": ["tests/overlay/tree/test_usage.py"],
     "server/mlx_overlay_server/access.py": ["tests/server/test_access.py"],
     "server/mlx_overlay_server/api/guard.py": ["tests/server/api/test_guard*.py"],
     "server/mlx_overlay_server/chat/prompt.py": ["tests/server/chat/test_prompt*.py"],
@@ -57,6 +59,8 @@ MODULES = {
     ],
     "server/mlx_overlay_server/engine/disk/blocks.py": ["tests/server/engine/disk/test_blocks.py"],
     "server/mlx_overlay_server/engine/disk/store.py": ["tests/server/engine/disk/test_store.py"],
+    "server/mlx_overlay_server/encoding/texts.py": ["tests/server/encoding/test_texts.py"],
+    "server/mlx_overlay_server/engine/pace.py": ["tests/server/engine/test_pace.py"],
     "server/mlx_overlay_server/engine/prefix_cache.py": ["tests/server/engine/test_prefix*.py"],
     "server/mlx_overlay_server/engine/sampling.py": [
         "tests/server/engine/test_sampling*.py",

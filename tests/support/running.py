@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_overlay_server.chat.requests import Params
+from mlx_overlay_server.engine import loading
 from mlx_overlay_server.engine.commands import Item, Load, Prefilled, Sampled, Submit
-from mlx_overlay_server.engine.loading import load
+from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.runner import Runner
 from mlx_overlay_server.errors import ServerError
@@ -19,12 +20,24 @@ PROMPT = tuple(range(97, 117))
 _STEPS = 2000
 
 
+async def resident(engine: Engine, folder: Path, **how: Any) -> Any:
+    """Have an engine load the model of a folder: a Loaded, or a LoadedEncoder. `how`: other fields of `Load`."""
+    return await engine.load(Load(engine.new_key(str(folder)), str(folder), **how))
+
+
 class Running:
     """A model's runner, with the sequences that a test gives it. For it, all that it does takes no time at all."""
 
-    def __init__(self, folder: Path, options: EngineOptions = EngineOptions()) -> None:  # noqa: B008 - frozen
+    def __init__(
+        self,
+        folder: Path,
+        options: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
+        *,
+        draft: Path | None = None,
+    ) -> None:
         self.prefixes = PrefixCache(1 << 30)
-        runners = list(load(Load("0:m", str(folder)), options, None, self.prefixes))
+        command = Load("0:m", str(folder), draft_path=None if draft is None else str(draft))
+        runners = list(loading.load(command, options, None, self.prefixes))
         assert isinstance(runners[-1], Runner)
         self.runner: Runner = runners[-1]
         self.runner._clock = lambda: 0.0

@@ -153,7 +153,8 @@ def serving(
     """
     home.mkdir(parents=True, exist_ok=True)
     sessions = home / "sessions"
-    environ = environment(home, **hubs.environment(hubs.INSTALLED), HF_OVERLAY_DIR=str(sessions), **(environ or {}))
+    own = {**hubs.environment(hubs.INSTALLED), "HF_OVERLAY_DIR": str(sessions), **(environ or {})}
+    environ = environment(home, **own)
     log = home / f"server-{len(list(home.glob('server-*.log')))}.log"
     folders = [part for path in model_paths for part in ("--model-path", str(path))]
     command = [PYTHON, "-m", *program, "--port", "0", *folders, *options]

@@ -17,6 +17,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
+from hf_overlay.catalog import speech
 from hf_overlay.catalog.tasks import ENCODERS
 from hf_overlay.config import Kind
 from hf_overlay.errors import OverlayError, check_descriptors
@@ -34,7 +35,7 @@ def restriction(kind: Kind | None, *, trusts_code: bool = False, encoders: bool 
     """The model types that a scan must keep to; None takes models of every kind.
 
     Without a `kind`, those that mlx-lm loads where it is installed, else every kind, since nothing can tell which
-    models mlx-lm loads. `encoders`: also the model types for which mlx-omni-server has code of its own.
+    models mlx-lm loads. `encoders`: also the model types that mlx-omni-server loads beside those.
     Raises OverlayError for the kind `mlx` without mlx-lm.
     """
     if kind == "any":
@@ -120,7 +121,7 @@ class ModelTypes:
         """`mlx_lm` and `mlx_vlm` are the packages' folders, which are not looked at before a model is to be judged.
 
         `trusts_code`: whoever loads models tells mlx-lm to run code that comes with them; `encoders`: they are
-        mlx-omni-server, which also loads `tasks.ENCODERS`.
+        mlx-omni-server, which also loads `tasks.ENCODERS`, and models that transcribe or speak.
         """
         self.takes_encoders = encoders
         self._trusts_code = trusts_code
@@ -156,8 +157,11 @@ class ModelTypes:
         Raises OverlayError when mlx-lm, or mlx-vlm, is not laid out as expected.
         """
         is_encoder = isinstance(config.get("model_type"), str) and config["model_type"] in ENCODERS
-        if is_encoder and self.takes_encoders:
+        is_of_speech = speech.family(config) is not None
+        if self.takes_encoders and (is_encoder or is_of_speech):
             return None
+        if is_of_speech:
+            return "is not one that mlx-lm loads; mlx-omni-server transcribes or speaks with it"
         if "model_type" not in config:
             return "config.json names no model_type"
         if config.get("model_file") is not None:

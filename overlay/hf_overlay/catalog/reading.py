@@ -6,7 +6,7 @@ import time
 from typing import Any, Literal, NamedTuple
 
 from hf_overlay import hfcache, records
-from hf_overlay.catalog import tasks, weights
+from hf_overlay.catalog import speech, tasks, weights
 from hf_overlay.catalog.files import Contents, Listing, Unfit, contents, list_folder, read_json
 from hf_overlay.catalog.kinds import ModelTypes, may_be_tokenizer
 from hf_overlay.catalog.weights import Problems
@@ -160,8 +160,10 @@ def _read(
 ) -> tuple[Model, Contents]:
     config = _checked_config(path, listing, types)
     inside = contents(path, listing)
-    weights.check(path, inside.files, listing.broken, required=types is not None, problems=problems)
-    if types is not None:
+    is_of_speech = speech.family(config) is not None
+    begins = "" if is_of_speech else "model"
+    weights.check(path, inside.files, listing.broken, required=types is not None, problems=problems, begins=begins)
+    if types is not None and not is_of_speech:
         _check_tokenizer(inside)
     task = _task(path, model_id, config, inside.files, is_strict=types is not None and types.takes_encoders)
     files = inside.files

@@ -25,13 +25,21 @@ Problems = Memo[str]
 """For weight files, by path: what is wrong with the file; empty when it is whole."""
 
 
-def check(path: str, files: Collection[File], broken: Collection[str], *, required: bool, problems: Problems) -> None:
+def check(
+    path: str,
+    files: Collection[File],
+    broken: Collection[str],
+    *,
+    required: bool,
+    problems: Problems,
+    begins: str = "model",
+) -> None:
     """Raise Unfit while weights in the folder `path` are missing, cut off or still being copied; OSError.
 
-    `broken` are links that lead nowhere. `required` is set for models that mlx-lm shall load: they need a
-    `model*.safetensors`, and their GGUF files, which mlx-lm does not read, may be incomplete. Where GGUF files are all
-    the weights there are, those in folders of their own count, too. `problems` remembers files that are unchanged, so
-    that each is read once.
+    `broken` are links that lead nowhere. `required` is set for models that mlx-lm or the server shall load: they need
+    a `.safetensors` file whose name begins with `begins`, and their GGUF files, which nobody reads then, may be
+    incomplete. Where GGUF files are all the weights there are, those in folders of their own count, too. `problems`
+    remembers files that are unchanged, so that each is read once.
     """
     suffixes = (".safetensors",) if required else (".safetensors", ".gguf")
     sizes = {file.name: file.size for file in files}
@@ -52,18 +60,18 @@ def check(path: str, files: Collection[File], broken: Collection[str], *, requir
         is_read = name in found or (name.endswith(suffixes) and (name in named or is_pipeline))
         if is_read and (problem := _problem(f"{path}/{name}", sizes[name], problems)):
             raise Unfit(Code.INCOMPLETE, f"{name} {problem}")
-    # The pattern is the one mlx_lm.utils.load_model globs for.
-    if required and not any(name.startswith("model") for name in found):
+    # The pattern is the one that mlx_lm.utils.load_model globs for; mlx_audio.utils.load_weights takes every name.
+    if required and not any(name.startswith(begins) for name in found):
         if dangling := [name for name in broken if name.endswith(".safetensors")]:
             raise Unfit(Code.BROKEN_LINK, f"{dangling[0]} is a broken link")
-        raise Unfit(Code.NO_WEIGHTS, _why_none(sizes))
+        raise Unfit(Code.NO_WEIGHTS, _why_none(sizes, begins))
 
 
-def _why_none(names: Iterable[str]) -> str:
-    """Return why a folder has no weights that mlx-lm reads, as the end of a sentence."""
+def _why_none(names: Iterable[str], begins: str) -> str:
+    """Return why a folder has no weights that are read, as the end of a sentence."""
     pickle = next((name for name in sorted(names) if name.startswith("pytorch_model") and name.endswith(".bin")), None)
     if pickle is None:
-        return "has no weights (model*.safetensors)"
+        return f"has no weights ({begins}*.safetensors)"
     return (
         f"has weights in {pickle} alone, a pickle, which may hold code and is never opened: have transformers write "
         "model.safetensors (from_pretrained, then save_pretrained)"

@@ -165,6 +165,8 @@ def _ls(options: argparse.Namespace) -> int:
 
 
 def _path(options: argparse.Namespace) -> int:
+    if config.kind_and_id(options.id)[0] != "models":
+        raise UsageError(f"path finds models alone; hf-overlay why {options.id} says where that repo is")
     model = _catalog(options).find(options.id)
     if options.json:
         return print_json({"id": model.id, "source": model.source, "path": model.path})

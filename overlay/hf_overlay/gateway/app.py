@@ -1,6 +1,6 @@
-"""The gateway's answers: about a user's model its own, about everything else those of the real Hub.
+"""The gateway's answers: its own about a user's model, and the real Hub's about everything else.
 
-Apart from `server`, which starts without the libraries that this needs.
+This is apart from `server`, which starts without the libraries that this module needs.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _OUTER_ENDED = "the overlay that hf-overlay was started in has ended; start it a
 
 
 class App:
-    """Answers the requests of programs, from any number of threads."""
+    """Answers the requests of programs. Any number of threads may use it at once."""
 
     def __init__(self, hub: Hub, upstream: str, endpoint: str) -> None:
-        """`upstream` is the real Hub's URL, `endpoint` the gateway's own, whose path is a secret."""
+        """`upstream` is the real Hub's URL; `endpoint` is the gateway's own, whose path is a secret."""
         self._hub = hub
         self._url = upstream
         self._endpoint = endpoint
@@ -44,10 +44,10 @@ class App:
             self._upstream.close()
 
     def respond(self, request: Request) -> Answer:
-        """The answer to a request."""
+        """Return the answer to a request."""
         prefix, path = request.path[: len(self._prefix)], request.path[len(self._prefix) :]
         if not hmac.compare_digest(prefix, self._prefix) or not path.startswith("/"):
-            if _OF_A_GATEWAY.match(prefix):  # whose port this one has got
+            if _OF_A_GATEWAY.match(prefix):  # for a program of another gateway, whose port this one has got
                 return routes.error(404, "RepoNotFound", _ENDED)
             return routes.error(404, "EntryNotFound", "no such page")
         target, found = self._find(path, request.method)
@@ -58,7 +58,7 @@ class App:
         return routes.answer(request, target, found.model, found.commit, self._hub.ask)
 
     def _find(self, path: str, method: str) -> tuple[Target | None, LinkedRepo | Unavailable | None]:
-        """The repo that a request path names, and the user's model that answers for it, or why nobody may."""
+        """Return the repo that a request path names, and the user's model that answers for it, or why nobody may."""
         target = routes.parse(path, lambda model_id: self._hub.refresh_and_find(model_id) is not None)
         found = self._hub.refresh_and_find(target.repo_id, target.kind) if target is not None else None
         if found is None and target is not None and target.precedes_download(method):
@@ -68,15 +68,15 @@ class App:
         return target, found
 
     def _pass_on(self, request: Request, path: str, target: Target | None) -> Answer:
-        from hf_overlay.gateway import upstream  # not for answers about the user's models
+        from hf_overlay.gateway import upstream  # imported here, because answers about the user's models do not need it
 
         try:
             answer = self._real_hub().send(request, path)
         except upstream.Unreachable as error:
-            # The shell that this overlay was started from had joined another one.
+            # the shell that this overlay was started from had joined another overlay
             was_a_gateway = _OF_A_GATEWAY.search(self._url)
             return routes.error(504, "", _OUTER_ENDED if was_a_gateway else str(error))
-        # A client also writes down in its cache which files a repo lacks.
+        # clients also note in their cache which files a repo lacks
         is_there = answer.status < 400 or answer.header("x-repo-commit") is not None
         if target is not None and target.precedes_writing(request.method) and is_there:
             self._hub.expect_download(target.folder, _xet_hashes(answer))
@@ -92,6 +92,6 @@ class App:
 
 
 def _xet_hashes(answer: Answer) -> dict[str, str]:
-    """The Xet hash of a file, by its etag, where the Hub's answer about it says that."""
+    """Return the Xet hash of a file by its etag, if the Hub's answer about the file has one."""
     etag, xet_hash = (answer.header(name) or "" for name in ("x-linked-etag", "x-xet-hash"))
     return {etag.removeprefix("W/").strip('"'): xet_hash} if etag and xet_hash else {}

@@ -1,8 +1,7 @@
 """One program's connection to the gateway: reads its requests and writes the answers, in a thread of its own.
 
-h11 takes requests apart, frames answers, and sees to it that no answer ends before the length that it has told. The
-bytes of a body go from the socket that they come from to the program's in pieces of up to a megabyte, which h11 does
-not copy.
+h11 parses requests and frames answers, and makes sure that no answer ends before its announced length. The bytes of a
+body go from socket to socket in pieces of up to a megabyte, which h11 does not copy.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ import h11
 from hf_overlay.gateway.exchange import Answer, Request, whole
 
 READ_SECONDS = 75
-"""How long a program may be silent where it is its turn: between two requests, and within one."""
+"""Seconds that a program may be silent between two requests, or within one."""
 _HEAD_BYTES = 1 << 16
-"""The largest head of a request."""
+"""The most bytes of a request's head."""
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -37,7 +36,7 @@ class Connection:
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=_HEAD_BYTES)
 
     def serve(self) -> None:
-        """Answer until the program has left; once the gateway is stopped, only what has come by then."""
+        """Answer requests until the program hangs up; once the gateway is stopped, only those that came before."""
         try:
             while self._is_asked():
                 request = self._read_head()
@@ -49,13 +48,13 @@ class Connection:
         except h11.RemoteProtocolError as error:
             self._refuse(error)
         except (OSError, h11.LocalProtocolError):
-            pass  # the program has left, or the body of an answer broke off
+            pass  # the program has hung up, or an answer's body broke off
         finally:
             self._close()
 
     @property
     def has_left(self) -> bool:
-        """Whether the program has hung up. May be called from another thread."""
+        """Whether the program has hung up. Any thread may ask."""
         try:
             return self._program.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
         except BlockingIOError:
@@ -64,17 +63,17 @@ class Connection:
             return True
 
     def cut(self) -> None:
-        """Hang up, whatever is under way. May be called from another thread."""
+        """Hang up, whatever is under way. Any thread may call this."""
         try:
             self._program.shutdown(socket.SHUT_RDWR)
         except OSError:
-            pass  # it has hung up itself
+            pass  # the program has hung up itself
 
     # Reading ---------------------------------------------------------------------------------------------------
 
     def _is_asked(self) -> bool:
-        """Wait for the next request; False when none comes any more."""
-        if self._http.trailing_data[0]:  # it came together with the one before
+        """Wait for the next request, and return False when no more comes."""
+        if self._http.trailing_data[0]:  # it came together with the previous one
             return True
         return self._program in _readable([self._program, self._ending], READ_SECONDS)
 
@@ -90,7 +89,7 @@ class Connection:
         return event
 
     def _read_head(self) -> Request | None:
-        """The next request; None when the program has hung up instead."""
+        """Return the next request; None when the program has hung up."""
         event = self._next_event()
         if not isinstance(event, h11.Request):
             return None
@@ -132,21 +131,21 @@ class Connection:
             self._program.sendall(pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
     def _refuse(self, error: h11.RemoteProtocolError) -> None:
-        """Answer what is no HTTP, if that can still be said."""
+        """Answer something that is not HTTP, if that is still possible."""
         if self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return
         try:
             self._write(whole(error.error_status_hint, str(error).encode(), "text/plain"), has_body=True)
         except (OSError, h11.LocalProtocolError):
-            pass  # it has left
+            pass  # the program has hung up
 
-    # Between two answers, and in the end -----------------------------------------------------------------------
+    # Between two answers, and at the end ------------------------------------------------------------------------
 
     def _is_ready_for_another(self) -> bool:
-        """Read what is left of the request, and tell whether the next may follow on this connection."""
+        """Read the rest of a request, and return whether another one may follow on this connection."""
         if self._http.their_state is h11.SEND_BODY and not self._http.they_are_waiting_for_100_continue:
             while isinstance(self._next_event(), h11.Data):
-                pass  # else closing the connection would take the answer from the program before it has read it
+                pass  # otherwise, closing the connection could discard the answer before the program has read it
         if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
             return False
         self._http.start_next_cycle()
@@ -155,13 +154,13 @@ class Connection:
     def _close(self) -> None:
         is_in_the_middle = self._http.our_state not in (h11.IDLE, h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
         if is_in_the_middle and self._http.their_http_version == b"1.0":
-            # Such an answer may end with the connection: a program would take what it got for the whole.
+            # the end of the connection is the end of such an answer, and a program could not tell whether it is whole
             self._program.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         self._program.close()
 
 
 def _readable(sockets: list[socket.socket], seconds: float) -> list[socket.socket]:
-    """Those of some sockets from which something can be read, or the end; waits for the first one."""
+    """Return the sockets that have something to read, or have ended; wait for the first one."""
     poll = select.poll()
     for each in sockets:
         poll.register(each, select.POLLIN)

@@ -12,24 +12,24 @@ class Request(NamedTuple):
 
     method: str
     target: str
-    """The path and the query, as they were sent."""
+    """Path and query, as they were sent."""
     headers: Headers
-    """Their names are in small letters."""
+    """The headers; names are in lower case."""
     body: Iterator[bytes]
-    """Reads what the program sends, as far as it is asked for. Raises OSError, or h11.RemoteProtocolError."""
+    """Reads the body in pieces, as they are asked for. Raises OSError, or h11.RemoteProtocolError."""
 
     @property
     def path(self) -> str:
-        """The path, still quoted."""
+        """The path, percent-encoded."""
         return self.target.partition("?")[0]
 
     @property
     def query(self) -> str:
-        """The query, still quoted; empty without one."""
+        """The query, percent-encoded; empty where there is none."""
         return self.target.partition("?")[2]
 
     def header(self, name: str) -> str | None:
-        """The first value of a header; None without it."""
+        """Return the first value of a header, whose name is given in lower case; None where there is none."""
         return _first(self.headers, name)
 
 
@@ -39,22 +39,23 @@ class Answer(NamedTuple):
     status: int
     headers: Headers
     body: bytes | Iterable[bytes] = b""
-    """Raises OSError where it breaks off, for then the program must not take what it got for the whole."""
+    """The body in pieces. Raises OSError where it breaks off, so that the program does not take a part for the whole.
+    """
     close: Callable[[], object] = lambda: None
-    """To be called in any case when nothing more of the body is wanted."""
+    """Frees what the body is read from. It must be called in any case."""
 
     def header(self, name: str) -> str | None:
-        """The first value of a header, whose name is given in small letters; None without it."""
+        """Return the first value of a header, whose name is given in lower case; None where there is none."""
         return _first(self.headers, name)
 
 
 def whole(status: int, body: bytes, media_type: str, headers: Iterable[tuple[str, str]] = ()) -> Answer:
-    """An answer whose body is there."""
+    """Return an answer whose body is in memory."""
     return Answer(status, [*headers, ("Content-Type", media_type), ("Content-Length", str(len(body)))], body)
 
 
 def in_json(content: object, status: int = 200, headers: Iterable[tuple[str, str]] = ()) -> Answer:
-    """An answer in JSON."""
+    """Return an answer in JSON."""
     body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
     return whole(status, body, "application/json", headers)
 

@@ -1,4 +1,4 @@
-"""The decision whether the user's folder, the real Hub, or nobody for now answers for a model on the gateway."""
+"""Decides who answers for a model on the gateway: the user's folder, the real Hub, or nobody for now."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -11,7 +11,7 @@ from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.tiers import MergedRepo
 
 SETTLE_SECONDS = 5
-"""Longer than any client takes from opening its cache to asking the Hub."""
+"""Seconds. Any client asks the Hub sooner than this after it has looked into its cache."""
 
 
 class Unavailable(NamedTuple):
@@ -19,11 +19,11 @@ class Unavailable(NamedTuple):
 
     message: str
     has_copy: bool
-    """Whether clients that fall back to their cache find a copy there."""
+    """Whether clients that fall back to their cache will find a copy there."""
 
 
 class Overlay(Protocol):
-    """The operations of a session that the gateway uses."""
+    """What the gateway uses of a session."""
 
     @property
     def settings(self) -> Settings:
@@ -31,44 +31,44 @@ class Overlay(Protocol):
 
     @property
     def is_there(self) -> bool:
-        """Whether the tree is there; when something has removed it, a refresh makes it again."""
+        """Return whether the tree exists. If something has removed it, a refresh makes it again."""
 
     def spelled(self, model_id: str) -> str:
-        """The id as the user's folders spell it, where one of them answers to this spelling; else as it is given."""
+        """Return the id as the user's folders spell it, where one answers to this spelling; else the id as given."""
 
     def repo(self, repo_id: str, kind: str = "models") -> LinkedRepo | MergedRepo | None:
-        """The repo with this id that was made in the tree; None when it holds none, or the real cache's."""
+        """Return the linked repo in the tree for an id; None where there is none, or the repo is the real cache's."""
 
     def refresh(self) -> object:
-        """Make the tree show what is on the disk now. Raises SessionError, or OutOfFiles when nothing was seen."""
+        """Bring the tree up to date. Raises SessionError, and OutOfFiles when nothing could be looked at."""
 
     def seconds_since_change(self, model_id: str) -> float:
-        """Seconds since a refresh found the user's model added, changed or removed; infinite when none did."""
+        """Return the seconds since a refresh found the user's model added, changed or removed; infinite if none has."""
 
     def path_away(self, repo_id: str, kind: str = "models") -> str | None:
-        """The folder of the user's that held this repo and has gone away since; None when there is none."""
+        """Return the user's folder that held this model and has gone away since; None where there is none."""
 
     def incomplete(self, model_id: str) -> str | None:
-        """A sentence about the user's folder of this id that lacks a part of its weights; None when there is none."""
+        """Return a sentence on the user's folder of this id whose weights are incomplete; None: there is none."""
 
     def is_cached(self, model_id: str) -> bool:
-        """Whether the real cache holds a loadable copy now."""
+        """Return whether the real cache holds a loadable copy now."""
 
     def is_folder(self, path: str, root: str) -> bool:
-        """Whether there is a folder at `path`, in the model path `root`; False while its disk does not answer."""
+        """Return whether there is a folder at `path` in the model path `root`; False while its disk does not answer."""
 
     def ask(self, root: str, function: Callable[[], Any]) -> Any:
-        """What a function returns that looks at the disk of a model path. Raises NoAnswer when the disk hangs."""
+        """Let a function look at the disk of a model path, and return its result. Raises NoAnswer if it hangs."""
 
     def expect_download(self, folder: str, xet_hashes: Mapping[str, str] | None = None) -> None:
-        """Let what a client is about to write to a repo folder land in the real cache."""
+        """Prepare the real cache for what a client is about to download into a repo folder."""
 
     @property
     def why_no_downloads(self) -> str | None:
-        """Why nothing is downloaded at the moment; None when downloads are welcome."""
+        """Return why nothing can be downloaded at the moment; None when downloads can be kept."""
 
     def has_copy(self, folder: str) -> bool:
-        """Whether a client finds main of a repo, by its folder name, without the Hub."""
+        """Return whether clients find `main` of a repo in their cache; `folder` is its folder's name."""
 
     def warn(self, text: str) -> None:
         """Tell people what is wrong."""
@@ -81,21 +81,21 @@ class Hub:
         self._overlay = overlay
 
     def refresh_and_find(self, repo_id: str, kind: str = "models") -> LinkedRepo | Unavailable | None:
-        """As `find`, after a refresh of the overlay if the disk shows that the tree is behind it."""
+        """Do as `find` does, after a refresh of the overlay if the disk shows that the tree is out of date."""
         try:
             if _is_id(repo_id) and self._is_behind(repo_id, kind):
                 self._overlay.refresh()
-        except OutOfFiles as error:  # nobody knows what is there
+        except OutOfFiles as error:  # no file descriptor is free, so nobody knows what is there
             return Unavailable(str(error), False)
         except SessionError as error:
             self._overlay.warn(str(error))
         return self.find(repo_id, kind)
 
     def find(self, repo_id: str, kind: str = "models") -> LinkedRepo | Unavailable | None:
-        """The user's folder that answers to an id, or why nobody may; None when the real Hub answers.
+        """Return the linked repo that answers for an id, or why nobody may; None when the real Hub answers.
 
-        The Hub also answers for what the real cache and tiers hold: it names the newest revision, of which a client
-        fetches what is in none of them. `repo_id` may be any string.
+        The Hub also answers for what the real cache and tiers hold: it names the newest revision, and clients fetch
+        what none of them has of it. `repo_id` may be any string.
         """
         if not _is_id(repo_id):
             return None
@@ -104,8 +104,8 @@ class Hub:
         if isinstance(found, LinkedRepo):
             if self._overlay.seconds_since_change(repo_id) >= SETTLE_SECONDS:
                 return found
-            # A load that began before the switch sees the model as it was, one that begins now as it is. If either
-            # learned of the other's commit, it would download that. Sent to its cache, each finds its own.
+            # A load that began before the change sees the old model, one that begins now sees the new one. If either
+            # learned of the other's commit, it would download that. Sent to its cache instead, each finds its own.
             return Unavailable(f"{repo_id} has just changed on disk; try again in {SETTLE_SECONDS} seconds", True)
         root = self._overlay.path_away(repo_id, kind)
         if root is not None:
@@ -121,23 +121,26 @@ class Hub:
         return Unavailable(message, has_copy or self._overlay.has_copy(hfcache.repo_folder(repo_id, kind)))
 
     def expect_download(self, folder: str, xet_hashes: Mapping[str, str] | None = None) -> None:
-        """Let what a client is about to write to a repo folder land in the real cache.
+        """Prepare the real cache for what a client is about to download into a repo folder.
 
-        `xet_hashes` are those of the files that it asks for, by their etags.
+        `xet_hashes`: the Xet hashes of the files that it asks for, by their etags.
         """
         self._overlay.expect_download(folder, xet_hashes)
 
     def ask(self, root: str, function: Callable[[], Any]) -> Any:
-        """What a function returns that looks at the disk of a model path. Raises NoAnswer when the disk hangs."""
+        """Let a function look at the disk of a model path, and return its result. Raises NoAnswer if it hangs."""
         return self._overlay.ask(root, function)
 
     def refuse_download(self, repo_id: str, folder: str) -> Unavailable | None:
-        """Why a repo may not be downloaded now; None when it may be."""
+        """Return why a repo may not be downloaded now; None when it may."""
         why = self._overlay.why_no_downloads
         return Unavailable(f"{repo_id} is not downloaded: {why}", self._overlay.has_copy(folder)) if why else None
 
     def _is_behind(self, repo_id: str, kind: str) -> bool:
-        """Whether a folder for the repo is there and the tree lacks it, or the other way round; or the tree is gone."""
+        """Return whether the tree and the disk differ about a repo: one has a folder for it and the other has not.
+
+        The tree is also out of date when it is gone.
+        """
         if not self._overlay.is_there:
             return True
         repo_id = self._spelled(repo_id, kind)

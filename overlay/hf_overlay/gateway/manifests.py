@@ -1,8 +1,8 @@
-"""The GGUF file that a tag such as `Q4_K_M` names, as the Hub's registry route answers it for llama.cpp.
+"""Finds the GGUF file that a tag such as `Q4_K_M` names, for llama.cpp.
 
-llama.cpp up to 2025 asks `GET /v2/<id>/manifests/<tag>` which file `-hf org/name:tag` means, and reads `ggufFile` and
-`mmprojFile` from the answer (common/download.cpp, common_get_hf_file). Later releases choose among all files
-themselves; the choice here is theirs (find_best_model).
+llama.cpp up to 2025 asks the Hub's registry route `GET /v2/<id>/manifests/<tag>` which file `-hf org/name:tag` means,
+and reads `ggufFile` and `mmprojFile` from the answer (common/download.cpp, common_get_hf_file). Later releases choose
+among all files themselves; the choice made here is the same (find_best_model).
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections.abc import Iterable
 from hf_overlay.models import File
 
 _BESIDE_MODELS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
-"""What the names of GGUF files contain that are no models by themselves."""
+"""Parts of the names of GGUF files that are not models by themselves."""
 _SPLIT = re.compile(r"-(\d{5})-of-\d{5}\.gguf$", re.IGNORECASE)
 _WITHOUT_TAG = ("Q4_K_M", r"Q4_\w+", "Q8_0")
-"""Patterns of the tags that are looked for when none is given, best first."""
+"""Patterns of the tags that are looked for when none is given, in this order."""
 LATEST = "latest"
-"""The tag that stands for none."""
+"""The tag that means that none is given."""
 
 
 def chosen(files: Iterable[File], tag: str) -> tuple[File, File | None] | None:
-    """The GGUF file that a tag means, the first one of those that are split, and the projector for it, if there is one.
+    """Return the GGUF file that a tag means (the first one of a split model), and its projector or None.
 
-    None when no file has the tag, or there is no GGUF file.
+    Returns None when no file has the tag, or there is no GGUF file.
     """
     ggufs = [file for file in files if file.name.lower().endswith(".gguf")]
     models = [file for file in ggufs if _is_model(file.name)]

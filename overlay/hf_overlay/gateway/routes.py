@@ -1,7 +1,7 @@
 """The Hub's routes: which repo a request path names, and the Hub's answers about a model in a user's folder.
 
-The routes, fields and headers are those that huggingface_hub 0.36 to 2.4 uses (hf_api.py, file_download.py,
-utils/_http.py). Nothing here knows of a network: a request comes in, a response goes out.
+Routes, fields and headers are those that huggingface_hub 0.36 to 2.4 uses (hf_api.py, file_download.py,
+utils/_http.py). This module knows nothing of networks: it turns requests into answers.
 """
 
 import errno
@@ -23,7 +23,7 @@ from hf_overlay.patience import NoAnswer
 _PIECE_BYTES = 1 << 22
 """Bytes of a file that are read at once."""
 _NEVER = "1970-01-01T00:00:00.000Z"
-"""The date of what has none in a folder."""
+"""The date of entries that have none in a folder."""
 
 # Request paths ---------------------------------------------------------------------------------------------------
 
@@ -38,16 +38,16 @@ _API_PARTS = frozenset(
 
 
 class Target(NamedTuple):
-    """The repo that a request path names, and the part of it."""
+    """The repo that a request path names, and the part of the repo."""
 
     kind: str
     """`models`, `datasets`, …"""
     repo_id: str
     part: str
-    """`info`, `resolve`, `tree`, `paths-info`, …: the first part of the path after the id; `info` without one."""
+    """The first part of the path after the id: `info` (where there is none), `resolve`, `tree`, `paths-info`, …"""
     revision: str | None
     path: str
-    """The rest of the path after the revision, unquoted: a file or folder in the repo; of `manifests`, the tag."""
+    """The rest of the path after the revision, decoded: a file or folder in the repo; for `manifests`, the tag."""
 
     @property
     def folder(self) -> str:
@@ -55,22 +55,22 @@ class Target(NamedTuple):
         return hfcache.repo_folder(self.repo_id, self.kind)
 
     def precedes_download(self, method: str) -> bool:
-        """Whether a client that gets a good answer may write to its cache next."""
+        """Whether a client that gets a good answer may download next."""
         if self.part == "resolve":
             return method in ("HEAD", "GET")
         is_pinned = self.part == "tree" and _COMMIT.fullmatch(self.revision or "") is not None
         return method == "GET" and (self.part == "revision" or is_pinned)
 
     def precedes_writing(self, method: str) -> bool:
-        """Whether a client may write to its cache next, be it only the commit that a branch stands for."""
+        """Whether a client that gets a good answer may write to its cache next, be it only a branch's commit."""
         return self.precedes_download(method) or (method == "GET" and self.part == "refs")
 
 
 def parse(path: str, is_model: Callable[[str], bool]) -> Target | None:
-    """The target of a raw (still quoted) request path; None when it names no repo.
+    """Return what a request path, percent-encoded, asks for; None when it names no repo.
 
-    `/api/models/a/b` may be repo `a/b`, or part `b` of repo `a`: it is the former where the user has a model `a/b`,
-    which `is_model` tells.
+    `/api/models/a/b` may be the repo `a/b`, or the part `b` of the repo `a`. It is the former where the user has a
+    model `a/b`, which `is_model` tells.
     """
     if match := _RESOLVE.fullmatch(path):
         kind, repo_id, revision, rest = match.groups()
@@ -92,11 +92,11 @@ def parse(path: str, is_model: Callable[[str], bool]) -> Target | None:
 
 
 Ask = Callable[[str, Callable[[], Any]], Any]
-"""Returns what a function returns that looks at the disk of a model path. Raises NoAnswer when the disk hangs."""
+"""Lets a function look at the disk of a model path, and returns its result. Raises NoAnswer if it hangs."""
 
 
 def answer(request: Request, target: Target, model: Model, commit: str, ask: Ask) -> Answer:
-    """The Hub's answer about a user's model, of which `commit` is the one revision."""
+    """Return the Hub's answer about a user's model, whose one revision is `commit`."""
     if request.method not in ("GET", "HEAD") and target.part != "paths-info":
         message = (
             f"{model.id} is served from {model.path}, which is only read; to reach the Hub's: --exclude {model.id}"
@@ -134,7 +134,7 @@ def answer(request: Request, target: Target, model: Model, commit: str, ask: Ask
 
 
 def error(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> Answer:
-    """An error in the Hub's shape; `code` becomes X-Error-Code. Clients print the X-Error-Message."""
+    """Return an error in the Hub's form. `code` becomes X-Error-Code; clients print the message, X-Error-Message."""
     shape = {"X-Error-Message": quote(message, safe=" !#$%&'()*+,-./:;<=>?@[]^_`{|}~")}
     if code:
         shape["X-Error-Code"] = code
@@ -142,11 +142,11 @@ def error(status: int, code: str, message: str, headers: Mapping[str, str] | Non
 
 
 def not_now(target: Target, message: str, *, has_copy: bool) -> Answer:
-    """The answer about a repo that may not be downloaded now: at once, and so that the client shows `message`.
+    """Return the answer about a repo that may not be downloaded now, chosen so that clients show `message` at once.
 
-    403 sends clients to their cache, and unlike 504, which old releases repeat for 20 seconds, at once. Without a copy
-    there (`has_copy`), what they raise must carry the message: of errors about a file, they pass on only "no such
-    repo"; of those about a repo, the command `hf` hides that one.
+    403 sends clients to their cache immediately, whereas old releases repeat a request for 20 seconds after 504. Where
+    the cache has no copy (`has_copy`), the client's exception must carry the message. For errors about a file, clients
+    pass on only that there is no such repo; for errors about a repo, the command `hf` hides that message.
     """
     if target.part == "resolve" and not has_copy:
         return error(404, "RepoNotFound", message)
@@ -174,7 +174,7 @@ def _info(model: Model, commit: str) -> dict[str, object]:
 def _tree_answer(request: Request, target: Target, model: Model, commit: str) -> Answer:
     if _verifies(request) and any(file.etag is None for file in model.files):
         message = f"{model.path} was not made by hf download, so there are no checksums to verify its files with"
-        return error(400, "", message)  # of all kinds, the one of which `hf` shows the message alone
+        return error(400, "", message)  # among all error codes, the one for which `hf` shows the message alone
     query = parse_qs(request.query, keep_blank_values=True)
     entries = _tree(model, target.path, is_recursive="recursive" in query)
     if not entries:
@@ -183,7 +183,7 @@ def _tree_answer(request: Request, target: Target, model: Model, commit: str) ->
 
 
 def _manifest(model: Model, tag: str) -> Answer:
-    """The answer to llama.cpp, which asks for the GGUF file that a tag means."""
+    """Return the answer to llama.cpp's question which GGUF file a tag means."""
     chosen = manifests.chosen(model.files, tag)
     if chosen is None:
         return error(404, "EntryNotFound", f"{model.path} has no GGUF file for the tag {tag}")
@@ -193,9 +193,9 @@ def _manifest(model: Model, tag: str) -> Answer:
 
 
 def _verifies(request: Request) -> bool:
-    """Whether the listing is for `hf cache verify`, which would take our made-up ids for checksums of the files.
+    """Return whether a listing is for `hf cache verify`, which would compare the files with our made-up ids.
 
-    huggingface_hub >= 1.32 marks the requests that belong to a download, so the others are told apart by that.
+    huggingface_hub 1.32 and later mark the requests that belong to a download, which tells the others apart.
     """
     version = re.search(r"hf_hub/(\d+)\.(\d+)", request.header("user-agent") or "")
     marks_downloads = version is not None and (int(version[1]), int(version[2])) >= (1, 32)
@@ -204,7 +204,7 @@ def _verifies(request: Request) -> bool:
 
 
 def _tree(model: Model, below: str, *, is_recursive: bool) -> list[dict[str, object]]:
-    """The files and folders under the folder `below` of a model (empty: all of it), as the Hub lists them."""
+    """Return the files and folders below the folder `below` (empty: all of the model), as the Hub lists them."""
     prefix = f"{below}/" if below else ""
     entries: dict[str, dict[str, object]] = {}
     for file in model.files:
@@ -225,13 +225,13 @@ def _entry(model: Model, file: File) -> dict[str, object]:
 
 
 def _with_commit(entries: Iterable[dict[str, object]], commit: str) -> list[dict[str, object]]:
-    """Entries of a listing with the commit that each was last changed in, for clients that keep files below it."""
+    """Add to each entry of a listing the commit of its last change, for clients that keep files by it."""
     last = {"id": commit, "title": "", "date": _NEVER}
     return [{**entry, "lastCommit": last} for entry in entries]
 
 
 def _is_set(value: object) -> bool:
-    """Whether a value of a query, a form or JSON stands for true."""
+    """Return whether a value of a query, a form or JSON means true."""
     return str(value[0] if isinstance(value, list) and value else value).lower() in ("true", "1")
 
 
@@ -244,7 +244,7 @@ def _sizes(model: Model, file: File) -> dict[str, object]:
 
 
 def _form(request: Request) -> dict[str, Any]:
-    """The fields of a request's body, which is JSON or a form; empty for anything else."""
+    """Return the fields of a request's body, which is JSON or a form; no fields for anything else."""
     body = b"".join(request.body).decode("utf-8", "replace")
     try:
         fields = json.loads(body) if body.startswith("{") else parse_qs(body)
@@ -256,7 +256,7 @@ def _form(request: Request) -> dict[str, Any]:
 
 def _file(request: Request, model: Model, commit: str, name: str, ask: Ask) -> Answer:
     file = next((file for file in model.files if file.name == name), None)
-    # Looked at again: since the scan, a link may have taken the file's place.
+    # looked at again, because a link may have taken the file's place since the scan
     size = ask(model.root, partial(_size, model.path, name)) if file is not None else None
     if file is None or size is None:
         return error(404, "EntryNotFound", f"{model.path} has no {name}", {"X-Repo-Commit": commit})
@@ -286,7 +286,7 @@ def _file(request: Request, model: Model, commit: str, name: str, ask: Ask) -> A
 
 
 def _range(request: Request, size: int, etag: str) -> tuple[int, int]:
-    """The first byte that a request asks for, and the one after the last; all of them unless it asks for one range."""
+    """Return the first byte that a request asks for, and the one after the last; all unless it names one range."""
     asked = re.fullmatch(r"bytes=(\d*)-(\d*)", request.header("range") or "")
     if asked is None or asked[0] == "bytes=-" or (request.header("if-range") or etag) != etag:
         return 0, size
@@ -296,7 +296,7 @@ def _range(request: Request, size: int, etag: str) -> tuple[int, int]:
 
 
 def _size(folder: str, name: str) -> int | None:
-    """The bytes of a model's file; None where it is none, or leads out of the model's folder."""
+    """Return the size of a model's file in bytes; None where it is no file, or leads out of the model's folder."""
     path = f"{folder}/{name}"
     if not os.path.isfile(path) or links.leads_away(folder, name, links.home_of(folder)):
         return None

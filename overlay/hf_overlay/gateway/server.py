@@ -27,17 +27,20 @@ if TYPE_CHECKING:
 
 DEFAULT_UPSTREAM = "https://huggingface.co"
 STOP_SECONDS = 10.0
-"""The longest that answers under way may take when the gateway is stopped. They are short, since large files come from
-a CDN; and launchd kills a service that takes 20 seconds to stop, systemd one that takes 90."""
+"""Seconds that answers under way may take when the gateway is stopped.
+
+They are short, since large files come from a CDN. launchd kills a service that takes 20 seconds to stop, systemd one
+that takes 90.
+"""
 _CUT_SECONDS = 1.0
-"""How long a connection that was cut is waited for."""
+"""Seconds to wait for the end of connections that were cut."""
 
 
 class Gateway:
-    """A Hub on 127.0.0.1 between `start` and `stop`: a thread that listens, and one for each connection.
+    """A Hub on 127.0.0.1 between `start` and `stop`: one thread listens, and one more answers each connection.
 
-    What answers is imported when the first program connects: it takes longer than all else that a start does, and many
-    programs never ask.
+    The modules that answer are imported when the first program connects. That takes longer than the rest of a start,
+    and many programs never ask.
     """
 
     def __init__(self, hub: Hub, upstream: str) -> None:
@@ -46,7 +49,7 @@ class Gateway:
         self._prefix = f"/{os.urandom(20).hex()}"
         self._socket = socket.socket()
         self._ending, self._stopping = socket.socketpair()
-        """The second is closed to stop the gateway, which makes the first one readable."""
+        """Closing the second stops the gateway: it makes the first one readable."""
         self._cut = threading.Event()
         self._app: App | None = None
         self._connections: set[Connection] = set()
@@ -55,19 +58,19 @@ class Gateway:
 
     @property
     def endpoint(self) -> str:
-        """The URL for HF_ENDPOINT. The path in it is a secret that keeps other users of the machine out."""
+        """The URL for HF_ENDPOINT. Its path is a secret, which keeps out other users of the machine."""
         return f"http://127.0.0.1:{self._socket.getsockname()[1]}{self._prefix}"
 
     def start(self) -> None:
-        """Listen on a free port; connections wait in its backlog until the thread is ready. Raises OSError."""
+        """Listen on a free port. Connections wait until the thread is ready. Raises OSError."""
         self._socket.bind(("127.0.0.1", 0))
         self._socket.listen(256)
-        self._socket.setblocking(False)  # or a program that leaves at once may keep the thread in `accept`
+        self._socket.setblocking(False)  # otherwise, a program that hangs up at once could block the thread in `accept`
         self._is_listening = True
         self._thread.start()
 
     def stop(self) -> None:
-        """Take no more requests, and wait for the answers under way: `STOP_SECONDS` at most, or until `cut`."""
+        """Accept no more requests, and wait for answers under way: for `STOP_SECONDS` at most, or until `cut`."""
         self._stopping.close()
         deadline = time.monotonic() + STOP_SECONDS
         while self._is_busy() and time.monotonic() < deadline and not self._cut.is_set():
@@ -82,16 +85,16 @@ class Gateway:
             time.sleep(0.005)
 
     def cut(self) -> None:
-        """Let `stop` wait no longer; what is under way is cut. May be called by a signal handler."""
+        """Make `stop` wait no longer, and cut what is under way. A signal handler may call this."""
         self._cut.set()
 
     def _is_busy(self) -> bool:
-        """Whether connections may wait in the backlog, or for an answer; those whose program has left do not count."""
+        """Return whether a connection waits to be accepted or answered, and its program has not hung up."""
         return self._is_listening or not all(each.has_left for each in list(self._connections))
 
     def _run(self) -> None:
         try:
-            with self._socket:  # closed also when the import fails, or clients would wait for ever
+            with self._socket:  # closed even if the import fails, or clients would wait for ever
                 if self._socket in self._wait():
                     self._serve()
         finally:
@@ -99,7 +102,7 @@ class Gateway:
             self._close_what_nobody_uses()
 
     def _wait(self) -> list[socket.socket]:
-        """Wait for a connection, which is left in the backlog, or until the gateway is stopped; the one that came."""
+        """Wait for a connection, which stays in the backlog, or until the gateway is stopped; return the connection."""
         events = select.poll()
         for each in (self._socket, self._ending):
             events.register(each, select.POLLIN)
@@ -107,7 +110,7 @@ class Gateway:
         return [each for each in (self._socket, self._ending) if each.fileno() in found]
 
     def _serve(self) -> None:
-        """Take connections until the gateway is stopped; then only those that have come by then."""
+        """Accept connections until the gateway is stopped, and then only those that have come by then."""
         from hf_overlay.gateway.app import App
 
         app = self._app = App(self._hub, self._upstream, self.endpoint)
@@ -119,17 +122,17 @@ class Gateway:
                 break
 
     def _accept(self, app: App) -> bool:
-        """Take one connection and answer it in a thread of its own; False when that is not possible for now."""
+        """Accept a connection and answer it in a thread of its own; return False when that is impossible for now."""
         from hf_overlay.gateway.connection import Connection
 
         try:
             program, _ = self._socket.accept()
-        except OSError:  # no descriptor is free, or the program has left
+        except OSError:  # no descriptor is free, or the program has hung up
             time.sleep(0.02)
             return False
         try:
             connection = Connection(program, self._ending, app.respond)
-        except OSError:  # it has left since
+        except OSError:  # the program has hung up since
             program.close()
             return True
         thread = threading.Thread(target=self._answer, args=(connection,), name="hub-gateway-answer", daemon=True)
@@ -149,7 +152,7 @@ class Gateway:
             self._close_what_nobody_uses()
 
     def _close_what_nobody_uses(self) -> None:
-        """Close the connections to the Hub, and what tells threads of the end, once the last of them is over."""
+        """Close the connections to the Hub, and the sockets that tell threads to end, once no connection is left."""
         if not self._connections and not self._is_listening:
             self._ending.close()
             if self._app is not None:

@@ -19,13 +19,15 @@ from urllib3.exceptions import HTTPError
 from hf_overlay.gateway.exchange import Answer, Headers, Request
 
 CONNECT_SECONDS = 3.0
-"""An upstream that accepts no connection in this time is unreachable; the client falls back to its cache."""
+"""Seconds after which a Hub that accepts no connection is unreachable; the client then falls back to its cache."""
 ANSWER_SECONDS = 60.0
-"""The longest pause within an answer; clients give up earlier by themselves."""
+"""Seconds of the longest pause within an answer. Clients give up earlier by themselves."""
 PIECE_BYTES = 1 << 20
-"""The most that is read of a body at once."""
+"""The most bytes of a body that are read at once."""
 _KEPT_CONNECTIONS = 1000
-"""More than programs have at once: urllib3 warns of each that it does not keep. The Hub closes those that are idle."""
+"""More connections than programs have at once: urllib3 warns of each one that it does not keep. The Hub closes idle
+ones.
+"""
 _HOP_BY_HOP = frozenset(
     {
         "connection",
@@ -39,7 +41,7 @@ _HOP_BY_HOP = frozenset(
     }
 )
 _NOT_OF_OURS = ("accept-encoding", "user-agent")
-"""Headers that urllib3 would add where the program sent none."""
+"""Headers that urllib3 would add where the program has sent none."""
 
 
 class Unreachable(Exception):
@@ -47,10 +49,10 @@ class Unreachable(Exception):
 
 
 class Upstream:
-    """The real Hub at a URL. Requests may come from several threads."""
+    """The real Hub at a URL. Several threads may send requests."""
 
     def __init__(self, url: str, endpoint: str) -> None:
-        """`endpoint` is the gateway's URL, through which redirects lead that stay on the Hub. Raises Unreachable."""
+        """`endpoint` is the gateway's URL, through which redirects within the Hub lead. Raises Unreachable."""
         url, self._login = _without_login(url)
         if not re.match(r"https?://(\[[0-9A-Fa-f:.]+\]|[^/:\[\]]+)(:\d+)?(/|$)", url):
             raise Unreachable(f"{url} cannot be reached: HF_ENDPOINT must be a URL such as https://huggingface.co")
@@ -65,7 +67,7 @@ class Upstream:
                 if proxy
                 else urllib3.PoolManager(**kept)
             )
-        except HTTPError as error:  # whose text may hold the password
+        except HTTPError as error:  # the error's text may contain the password
             kind = proxy.partition("://")[0] if proxy else ""
             raise Unreachable(f"{url} cannot be reached: the proxy that the environment names is {kind}://…") from error
 
@@ -74,7 +76,7 @@ class Upstream:
         self._pool.clear()
 
     def send(self, request: Request, path: str) -> Answer:
-        """The Hub's answer to a request, of which `path` is what the Hub is asked for. Raises Unreachable."""
+        """Send a request to the Hub and return its answer; `path` is what the Hub is asked for. Raises Unreachable."""
         headers = urllib3.HTTPHeaderDict()
         for name, value in _end_to_end(request.headers):
             if name != "host":
@@ -100,7 +102,7 @@ class Upstream:
         except HTTPError as error:
             raise Unreachable(f"{self._url} cannot be reached ({type(error).__name__})") from error
         if request.method == "HEAD" or answer.status in (204, 304):
-            answer.drain_conn()  # there is nothing to read, and the connection is free for the next request
+            answer.drain_conn()  # there is no body, and the connection is free for the next request
         return Answer(answer.status, self._answer_headers(answer), _pieces(answer), answer.close)
 
     def _answer_headers(self, answer: urllib3.BaseHTTPResponse) -> Headers:
@@ -112,7 +114,7 @@ class Upstream:
         ]
 
     def _led_back(self, location: str) -> str:
-        """Where a redirect should lead: through the gateway again if to the same Hub, else (a CDN) as it is."""
+        """Return where a redirect leads: through the gateway if to the same Hub, else (to a CDN) where it says."""
         base = urlsplit(self._url)
         if location.startswith(f"{self._url}/"):
             return self._endpoint + location[len(self._url) :]
@@ -122,7 +124,7 @@ class Upstream:
 
 
 def _pieces(answer: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
-    """A body as it comes in, as it is encoded. Raises ConnectionError where it breaks off."""
+    """Return a body in pieces as they come, still compressed. Raises ConnectionError where it breaks off."""
     try:
         while piece := answer.read1(PIECE_BYTES, decode_content=False):
             yield piece
@@ -131,8 +133,10 @@ def _pieces(answer: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
 
 
 def _end_to_end(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The headers that a proxy passes on, names in small letters (RFC 9110, 7.6.1): not those of one connection, which
-    are the ones of old and those that a `Connection` header names."""
+    """Return the headers that a proxy passes on, with names in lower case (RFC 9110, 7.6.1).
+
+    Headers of one connection are left out: the standard ones, and those that a `Connection` header names.
+    """
     lowered = [(name.lower(), value) for name, value in headers]
     named = {each.strip().lower() for name, value in lowered if name == "connection" for each in value.split(",")}
     return [(name, value) for name, value in lowered if name not in _HOP_BY_HOP | named]
@@ -142,7 +146,7 @@ def _end_to_end(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _without_login(url: str) -> tuple[str, str | None]:
-    """A URL without the name and the password that it may have, and the header that says them to the Hub's mirror."""
+    """Return a URL without its user name and password, and the header that sends them to the Hub's mirror."""
     match = re.match(r"(https?://)([^/@]*)@(.*)", url)
     if match is None:
         return url, None
@@ -151,7 +155,7 @@ def _without_login(url: str) -> tuple[str, str | None]:
 
 
 def _proxy(url: str) -> str | None:
-    """The proxy that the environment, or a Mac's settings, name for a URL; None where it is reached directly."""
+    """Return the proxy that the environment, or macOS's settings, name for a URL; None where it is reached directly."""
     parts = urlsplit(url)
     proxies = getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
@@ -161,7 +165,7 @@ def _proxy(url: str) -> str | None:
 
 
 def _is_in(host: str, networks: Iterable[str]) -> bool:
-    """Whether a host that is named by its address is in one of the networks that NO_PROXY lists."""
+    """Return whether a host, given by its address, is in one of the networks that NO_PROXY lists."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -171,18 +175,18 @@ def _is_in(host: str, networks: Iterable[str]) -> bool:
             if address in ipaddress.ip_network(each.strip(), strict=False):
                 return True
         except ValueError:
-            pass  # a name
+            pass  # a name, not an address
     return False
 
 
 def _proxy_login(proxy: str) -> dict[str, str] | None:
-    """The header that a proxy wants whose URL has a name and a password."""
+    """Return the header for a proxy whose URL has a user name and a password."""
     login = urllib3.util.parse_url(proxy).auth
     return urllib3.util.make_headers(proxy_basic_auth=unquote(login)) if login else None
 
 
 def _trusted() -> ssl.SSLContext:
-    """Who may be the Hub: as OpenSSL finds or is told (SSL_CERT_FILE, SSL_CERT_DIR); on a Mac, as the system says."""
+    """Return the trusted certificates: OpenSSL's (SSL_CERT_FILE, SSL_CERT_DIR), or on macOS the system's."""
     paths = ssl.get_default_verify_paths()
     is_told = bool({paths.openssl_cafile_env, paths.openssl_capath_env} & os.environ.keys())
     is_found = paths.cafile or (paths.capath and any(name.endswith(".0") for name in os.listdir(paths.capath)))

@@ -72,3 +72,15 @@ def write(path: str, content: bytes, aside: str) -> None:
     with open(aside, "wb") as file:
         file.write(content)
     os.replace(aside, path)
+
+
+def has_same_bytes(path: str, other: str) -> bool:
+    """Whether two files hold the same."""
+    with open(path, "rb") as file, open(other, "rb") as other_file:
+        while True:
+            piece = file.read(_PIECE_BYTES)
+            if piece != other_file.read(_PIECE_BYTES):
+                return False
+            if not piece:
+                return True
+            alive()

@@ -177,6 +177,8 @@ def _merge(repo: str, place: _Place, *, link: str | None = None) -> None:
             moving.move(path, f"{target}/blobs/{name}", aside)
         elif os.path.getsize(f"{target}/blobs/{name}") == os.path.getsize(path):
             os.unlink(path)  # named by its content: the cache has it already
+    if own is not None:
+        _move_written(f"{repo}/{hfcache.VIEWS}/{own}", f"{target}/snapshots/{own}", aside)
     complete: set[str] = set()
     is_merged, made = store.is_merged(repo), store.made_with(repo)
     for commit in _names(f"{repo}/snapshots"):
@@ -201,6 +203,19 @@ def _merge(repo: str, place: _Place, *, link: str | None = None) -> None:
             is_part = folder == "trees" and is_merged and os.path.isdir(f"{target}/snapshots/{commit}")
             if (commit in complete or is_part) and not _is_newer(wanted, path):
                 moving.write(wanted, content, aside)
+
+
+def _move_written(view: str, snapshot: str, aside: str) -> None:
+    """Move the files that programs wrote into the revision of a user's model to where a cache alone would have them."""
+    for relative in files.below(view):
+        alive()
+        path, wanted = f"{view}/{relative}", f"{snapshot}/{relative}"
+        if os.path.islink(path) or not os.path.getsize(path):
+            continue
+        if not os.path.lexists(wanted):
+            moving.move(path, wanted, aside)
+        elif os.path.isfile(wanted) and moving.has_same_bytes(path, wanted):
+            os.unlink(path)
 
 
 def _revision(repo: str, commit: str) -> str:

@@ -1,4 +1,4 @@
-"""Addresses of OpenAI's that this server has nothing behind, and what it says there instead of a bare 404."""
+"""Addresses of OpenAI's and Anthropic's APIs that this server does not serve; its answers say so, and why."""
 
 from __future__ import annotations
 
@@ -10,26 +10,37 @@ from mlx_overlay_server.errors import NotFound
 from mlx_overlay_server.service import Service
 
 _ABSENT = {
-    "audio/transcriptions": "this server transcribes no speech",
-    "audio/translations": "this server translates no speech",
-    "audio/speech": "this server speaks no text",
     "images/generations": "this server paints no images",
     "images/edits": "this server edits no images",
     "images/variations": "this server edits no images",
     "moderations": "this server has no model for moderation",
     "files": "this server keeps no files; send what is in them",
     "batches": "this server has no batches; send the requests, which share a batch by themselves",
+    "messages/batches": "this server has no batches; send the requests, which share a batch by themselves",
     "realtime": "this server has no realtime sessions; send requests with stream",
+    "conversations": "this server keeps no conversations; use previous_response_id, or send the turns",
+    "assistants": "this server has no assistants; send the conversation to /v1/responses",
+    "threads": "this server has no assistants; send the conversation to /v1/responses",
+    "vector_stores": "this server keeps no vectors; /v1/embeddings makes them",
+    "fine_tuning": "this server trains no models",
+    "uploads": "this server keeps no files; send what is in them",
+    "videos": "this server makes no videos",
+    "containers": "this server runs no code",
+    "skills": "this server keeps no skills; send them in the prompt",
 }
-"""What is asked for, below `/v1/` -> why not. The status is 404: OpenAI's clients try again after a 501."""
+"""The path below `/v1/` -> why it is not served. The status is 404, because OpenAI's clients try again after a 501."""
+
+_METHODS = ["GET", "POST", "DELETE"]
 
 
 def router(service: Service) -> APIRouter:  # noqa: ARG001 - as all routers
-    """Return a route for each of these addresses, with and without `/v1`, which reads no body."""
+    """Return routes for these addresses and all below them, with and without `/v1`. Bodies are not read."""
     routes = APIRouter(include_in_schema=False)
     for path, reason in _ABSENT.items():
         for prefix in ("/v1/", "/"):
-            routes.add_api_route(prefix + path, _refusing(reason), methods=["GET", "POST"], response_model=None)
+            for below in ("", "/{rest:path}"):
+                address = f"{prefix}{path}{below}"
+                routes.add_api_route(address, _refusing(reason), methods=_METHODS, response_model=None)
     return routes
 
 

@@ -8,14 +8,14 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_SECONDS = 20.0
-"""How long a client may take from connecting, or from the first byte of a later request, to the end of its head."""
+"""Seconds that a client may take from connecting, or from the first byte of a later request, to the end of its head."""
 
 
 class Connection(HttpToolsProtocol):
     """A connection that is closed when the head of a request is not complete in time.
 
-    uvicorn has a timeout only between requests. Without this one, clients that connect and send nothing hold their
-    file descriptors for ever, until nobody else gets one.
+    uvicorn has a timeout only between requests. Without this one, clients that connect and send nothing would hold
+    their file descriptors for ever, until no other client gets one.
     """
 
     head_seconds = HEAD_SECONDS
@@ -27,18 +27,18 @@ class Connection(HttpToolsProtocol):
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no longer."""
+        """Stop waiting."""
         self._stop_waiting()
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
-        """Begin to wait for the rest of a head; that of the first request is waited for already."""
+        """Begin to wait for the rest of a request's head; the first request's is waited for already."""
         super().on_message_begin()
         if self._deadline is None:
             self._wait()
 
     def on_headers_complete(self) -> None:
-        """Wait no longer: what follows is the request's body."""
+        """Stop waiting: what follows is the request's body."""
         self._stop_waiting()
         super().on_headers_complete()
 

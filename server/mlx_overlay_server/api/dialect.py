@@ -15,31 +15,32 @@ from mlx_overlay_server.api.transport import EventStream, answer, unless_gone
 from mlx_overlay_server.chat.events import Event
 from mlx_overlay_server.chat.requests import AnyRequest
 from mlx_overlay_server.errors import Field, ServerError
-from mlx_overlay_server.service import Batch, Service, Ticket, gathered
+from mlx_overlay_server.service import Batch, Service, gathered
+from mlx_overlay_server.ticket import Ticket
 from mlx_overlay_server.turns import turn
 
 Body = TypeVar("Body", bound=ModelBody, contravariant=True)
 
 CLIENT_GONE = 499
-"""The status of an answer that nobody reads, as nginx has it; it shows in the metrics."""
+"""The status that is counted for an answer whose client has gone, as nginx has it."""
 
 _LOOPBACK = frozenset({"127.0.0.1", "::1"})
 _LONGEST_NAME = 60
 
 
 class Exchange(Protocol):
-    """One request of a dialect, decoded, and the encoder of its answer."""
+    """One request of a dialect, decoded, and how to encode its answer."""
 
     @property
     def request(self) -> AnyRequest:
-        """The request that all dialects share."""
+        """The request in the form that all dialects share."""
 
     @property
     def is_streamed(self) -> bool:
         """Whether the client wants server-sent events."""
 
     def whole(self, answers: Sequence[Sequence[Event]]) -> Mapping[str, object]:
-        """Encode the answers in one piece; each is all of its events, in their order."""
+        """Encode the answers in one piece; each answer is the list of all its events."""
 
     def stream(self, batches: AsyncIterator[Batch]) -> AsyncGenerator[bytes]:
         """Encode the answers as server-sent events, as they come."""
@@ -49,20 +50,20 @@ class Exchange(Protocol):
 
 
 class Dialect(Protocol[Body]):
-    """The form that one family of clients has for requests and answers. `Body` is the type of its requests."""
+    """The form of requests and answers that one family of clients uses. `Body` is the type of its requests."""
 
     @property
     def names(self) -> Mapping[Field, str | None]:
         """The dialect's name for each field of the shared request; None: it has no such field."""
 
     def decode(self, body: Body, headers: Headers) -> Exchange:
-        """Return the exchange that a request begins. Raises InvalidRequest."""
+        """Decode a request. Raises InvalidRequest."""
 
     def refuse(self, error: ServerError) -> Response:
-        """Return an error as a response of its own."""
+        """Encode an error as a response of its own."""
 
     def ping(self, note: str) -> bytes:
-        """Return an event that keeps a waiting client patient; `note` says what it waits for."""
+        """Encode an event that keeps a waiting client from giving up; `note` says what it waits for."""
 
 
 async def respond(service: Service, dialect: Dialect[Body], body: Body, request: Request) -> Response:
@@ -80,7 +81,7 @@ async def respond(service: Service, dialect: Dialect[Body], body: Body, request:
 
 
 def client_of(request: Request) -> str:
-    """Return a name for whoever sends a request: its key's, else its program, and its address unless it is local."""
+    """Return a name for the client: its key's name, else that of its program, and its address unless it is local."""
     if (key := CURRENT.get()) is not None:
         return key.name
     agent = request.headers.get("user-agent", "")
@@ -92,9 +93,9 @@ def client_of(request: Request) -> str:
 
 
 def documented(whole: Any, error: Any, *, stream: str | None = None) -> dict[int | str, dict[str, Any]]:
-    """Describe a route's answers for `/openapi.json`. They are not validated against it when they are sent.
+    """Describe a route's answers for `/openapi.json`. Answers are not validated against the description.
 
-    `whole` and `error` are TypedDicts, or unions of them; `stream` says in a sentence what the event stream holds.
+    `whole` and `error` are TypedDicts, or unions of them; `stream` describes the event stream in a sentence.
     """
     answered: dict[str, Any] = {"model": whole, "description": "The answer."}
     if stream is not None:

@@ -59,7 +59,7 @@ def wrong_field(errors: Sequence[Mapping[str, Any]], body: object) -> InvalidReq
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
     if error["type"] == "extra_forbidden":
         text = f"`{name}` is not supported by this server"
-    elif error["type"] == "none_required":
+    elif error["type"] == "none_required" or error.get("ctx", {}).get("expected") == "False":
         text = f"`{name}` is not supported by this server; leave it out"
     elif error["type"] == "json_invalid":
         return InvalidRequest("the body is not valid JSON", code="invalid_json")

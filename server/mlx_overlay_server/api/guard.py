@@ -19,17 +19,19 @@ from mlx_overlay_server.api.values import MAX_VALUES, ValueCount
 from mlx_overlay_server.errors import Forbidden, InvalidRequest, ServerError, TooLarge
 from mlx_overlay_server.turns import LARGE_BYTES, Turns, becomes_large
 
+FORM = "multipart/form-data"
+"""The type of bodies in which files come. They hold no JSON, and are read in small steps."""
 _OPEN = frozenset({"/health", "/v1/health"})
-"""Paths that need no key: what load balancers ask."""
+"""Paths that need no key, because load balancers ask for them."""
 _PAGES = frozenset({"/", "/docs"})
 _PARTS = "/ui/"
-"""The server's own pages, which need no key to be read, and what the paths of their parts begin with."""
+"""Paths of the server's own pages, which can be read without a key, and the beginnings of the paths of their parts."""
 _OWN = "/manage/"
-"""What the paths begin with that, without a key, no page but the server's own may use, whichever others are allowed."""
+"""The beginnings of paths that, without a key, only the server's own page may use, whatever other pages are allowed."""
 
 
 class Guard:
-    """Refuses strangers, foreign web pages and bodies that are too large."""
+    """Refuses requests without a key, of foreign web pages or host names, and with too large a body."""
 
     def __init__(
         self,
@@ -44,11 +46,12 @@ class Guard:
         turns: Turns | None = None,
         refresh: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """Guard an application, which `access` says who may use.
+        """Guard an application.
 
-        `host` is the name that the server listens on, `origins` the web pages that may use it, `max_body` the bytes
-        that a body may have. `refuse` encodes an error for its client; `count` gets each answer's route and status;
-        `turns` are what large bodies wait for; `refresh` brings what `access` goes by up to date.
+        `access` says who may use it. `host` is the name that the server listens on, `origins` are the web pages that
+        may use it, `max_body` is the largest body in bytes. `refuse` encodes an error for its client; `count` is called
+        with each answer's route and status; large bodies wait for `turns`; `refresh` brings the settings behind
+        `access` up to date.
         """
         self._app = app
         self._access = access
@@ -65,8 +68,10 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
         size = 0
         values = ValueCount()
+        is_json = not headers.get("content-type", "").startswith(FORM)
         has_begun = is_refusing = False
 
         async def bounded() -> Message:
@@ -74,11 +79,17 @@ class Guard:
             message = await receive()
             body = message.get("body", b"")
             size += len(body)
-            values.feed(body)
+            if is_json:
+                values.feed(body)
             if is_too_much():
                 raise self._too_large()
-            if size > LARGE_BYTES and message["type"] == "http.request" and not message.get("more_body", False):
-                await becomes_large(self._turns)  # what the application does first is to decode all of it
+            if (
+                is_json
+                and size > LARGE_BYTES
+                and message["type"] == "http.request"
+                and not message.get("more_body", False)
+            ):
+                await becomes_large(self._turns)  # the application first decodes the whole body
             return message
 
         def is_too_much() -> bool:
@@ -87,17 +98,17 @@ class Guard:
         async def sent(message: Message) -> None:
             nonlocal has_begun
             if is_too_much() and not has_begun and not is_refusing:
-                return  # what the application makes of a body that was cut off
+                return  # this would answer a body that was cut off
             if message["type"] == "http.response.start":
                 has_begun = True
-                route = scope.get("route")  # set by the router: not the path, which anybody makes up
+                route = scope.get("route")  # clients can make up any number of paths
                 self._count(route.path if route is not None else "other", message["status"])
             await send(message)
 
         refused: ServerError | None = None
         try:
             await self._refresh()
-            self._check(scope, Headers(scope=scope))
+            self._check(scope, headers)
             await self._app(scope, bounded, sent)
         except ServerError as error:
             refused = error
@@ -122,7 +133,7 @@ class Guard:
             self._check_browser(headers, is_own=scope["path"].startswith(_OWN))
         elif not _needs_no_key(scope["method"], scope["path"]):
             given = headers.get("x-api-key") or headers.get("authorization", "").partition(" ")[2]
-            key = self._access.key(given.encode("latin-1"))  # as it was sent: headers are bytes
+            key = self._access.key(given.encode("latin-1"))  # headers are bytes: compared as they were sent
             CURRENT.set(key)
             if key is not None and key.models and scope["path"].startswith(_OWN):
                 raise Forbidden(f"the key {key.name!r} is for some models, and not for managing the server")
@@ -130,9 +141,10 @@ class Guard:
                 self._access.count(key)
 
     def _check_browser(self, headers: Headers, *, is_own: bool) -> None:
-        """Without a key, a web page anywhere could use the server through its reader's browser (DNS rebinding).
+        """Raise Forbidden for a request that a web page may have sent, unless that page may use the server.
 
-        `is_own`: whether only the server's own page may ask, also where others may use the server.
+        Without a key, any web page could use the server through its reader's browser (DNS rebinding). `is_own`: whether
+        only the server's own page may send this request.
         """
         host = headers.get("host", "")
         if not self._is_ours(_split(f"//{host}").hostname):
@@ -154,10 +166,10 @@ class Guard:
         if name is None:
             return False
         name = name.removesuffix(".")
-        if name in self._hosts or name in _host_names():  # which a network may have changed since the start
+        if name in self._hosts or name in _host_names():  # the network may have renamed the machine since the start
             return True
         try:
-            ipaddress.ip_address(name)  # a page's name cannot be made to look like a plain address
+            ipaddress.ip_address(name)  # no page can make its host name look like a plain address
         except ValueError:
             return False
         return True
@@ -167,7 +179,7 @@ class Guard:
 
 
 def _needs_no_key(method: str, path: str) -> bool:
-    if method == "OPTIONS":  # browsers ask beforehand without a key
+    if method == "OPTIONS":  # browsers ask for permission first, without a key
         return True
     return path in _OPEN or (method in ("GET", "HEAD") and (path in _PAGES or path.startswith(_PARTS)))
 
@@ -177,10 +189,10 @@ async def _nothing() -> None:
 
 
 def names_of_this_machine(local_name: Callable[[], str] | None = None) -> set[str]:
-    """Return the names that this machine has in its network, in lower case.
+    """Return this machine's names in its network, in lower case.
 
-    `local_name` returns the name that it announces there, which on macOS stays what its owner has chosen, while the
-    host name is what the network calls it.
+    `local_name` returns the name that the machine announces itself by. On macOS that stays what its owner has chosen,
+    while the host name is what the network calls it.
     """
     announced = (local_name or _announced_name)().strip().lower()
     return _host_names() | ({announced, f"{announced}.local"} if announced else set())
@@ -192,17 +204,17 @@ def _host_names() -> set[str]:
 
 
 def _announced_name() -> str:
-    """Return LocalHostName on macOS; empty where there is none, or it cannot be found out."""
+    """Return macOS's LocalHostName; empty on other systems, or where it cannot be found out."""
     if sys.platform == "darwin":
         command = ["/usr/sbin/scutil", "--get", "LocalHostName"]
         with suppress(OSError, subprocess.SubprocessError):
-            # Without closing descriptors, so that it is spawned and not forked (see `children`).
+            # close_fds=False makes Popen spawn the program instead of forking (see `children`).
             return subprocess.run(command, capture_output=True, text=True, timeout=2, close_fds=False).stdout
     return ""
 
 
 def _split(url: str) -> SplitResult:
-    """Split a URL into its parts, which are empty if it is malformed."""
+    """Split a URL into its parts, which are empty for a malformed one."""
     try:
         return urlsplit(url)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Routes that an application gets when they are first asked for, since making them takes a start more time."""
+"""Routes that are added to an application when they are first asked for, because making them would delay the start."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class Late:
-    """An application that is completed by the first request which may be for the part that is missing."""
+    """An application some of whose routes are added before the first request that may be for them."""
 
     def __init__(self, app: ASGIApp, paths: tuple[str, ...], complete: Callable[[], None]) -> None:
-        """`complete` is called once, before the first request whose path begins with one of `paths`."""
+        """`complete` adds the routes.
+
+        It is called once, before the first request whose path begins with one of `paths`.
+        """
         self._app = app
         self._paths = paths
         self._complete: Callable[[], None] | None = complete

@@ -1,4 +1,4 @@
-"""The routes that list models, in the shape that the client's dialect has for them."""
+"""The routes that list models, in the form of the client's dialect."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Error = ErrorAnswer | AnthropicErrorAnswer
 
 
 def router(service: Service) -> APIRouter:
-    """Return the routes, with and without `/v1`; Anthropic's clients are known by a header that they always send."""
+    """Return the routes, with and without `/v1`. Anthropic's clients are told by a header that they always send."""
     routes = APIRouter(tags=["Models"])
 
     @routes.get("/v1/models", responses=documented(openai.OpenAIModelList | anthropic.AnthropicModelPage, _Error))

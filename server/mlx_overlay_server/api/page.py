@@ -1,4 +1,4 @@
-"""The server's own pages, from files of the package: they load nothing from any other host."""
+"""The routes of the server's own pages. Their files are part of the package, and load nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mlx_overlay_server.errors import NotFound
 FOLDER = "page"
 """The folder in the package that holds the files."""
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-"""The files that are handed out, by the end of their name -> media type."""
+"""Ending of a file's name -> media type, for all files that are handed out."""
 _POLICY = "; ".join(
     [
         "default-src 'self'",
-        "img-src 'self' data: blob:",  # pictures that a chat is about to send
+        "img-src 'self' data: blob:",  # blob: for pictures that a chat is about to send
         "object-src 'none'",
         "base-uri 'none'",
         "form-action 'none'",
-        "frame-ancestors 'none'",  # no page of another site lays its own buttons over these
+        "frame-ancestors 'none'",  # so that no other site can show the page below buttons of its own
         "require-trusted-types-for 'script'",
         "trusted-types lit-html dompurify",
     ]
@@ -39,10 +39,10 @@ HEADERS = {
 
 
 def router() -> APIRouter:
-    """Return the routes. They need no key: the pages hold nothing of the server's, and ask for the key themselves."""
+    """Return the routes. They need no key: the pages contain no data, and ask for the key themselves."""
     routes = APIRouter(include_in_schema=False)
 
-    # Not `async`: files are read in a thread.
+    # not `async`, so that files are read in a thread
     @routes.get("/")
     @routes.head("/")
     def root(request: Request) -> Response:
@@ -70,10 +70,10 @@ def router() -> APIRouter:
 
 
 def _file(name: str, request: Request) -> Response:
-    """Return a file of the pages; nothing but its state where the browser has it already. Raises NotFound."""
+    """Return a file of the pages, or status 304 where the browser has it already. Raises NotFound."""
     media_type = _TYPES.get(name[name.rfind(".") :])
     here = [files("mlx_overlay_server") / FOLDER]
-    for part in name.split("/"):  # only what a folder lists, so that no name leads out of it
+    for part in name.split("/"):  # only names that a listing contains, so that no name leads out of the folder
         here = [each for folder in here if folder.is_dir() for each in folder.iterdir() if each.name == part]
     if media_type is None or not here or not here[0].is_file():
         raise NotFound(f"the server's page has no part {name!r}")

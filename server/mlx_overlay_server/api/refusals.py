@@ -1,4 +1,4 @@
-"""Errors outside a dialect's own routes: each gets the shape of the dialect that its request belongs to."""
+"""Errors outside of the dialects' routes. Each gets the form of the dialect that its client speaks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from mlx_overlay_server.errors import ServerError
 
 
 def refuse(scope: Scope, error: ServerError) -> Response:
-    """Return an error in the shape that a request's client expects. Anthropic's always send their version."""
+    """Encode an error in the form that the request's client expects.
+
+    Anthropic's clients always send a header with a version.
+    """
     parts = scope["path"].split("/")
     is_messages = "messages" in parts and "completions" not in parts  # stored chat completions have messages, too
     if is_messages or parts[1:2] == ["anthropic"] or "anthropic-version" in Headers(scope=scope):

@@ -1,4 +1,4 @@
-"""The routes that say how the server is: health and metrics."""
+"""The routes for the state of the server: health and metrics."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ State = Literal["starting", "loading", "ready", "waiting", "failed"]
 
 
 class EngineHealth(TypedDict):
-    """The engine: sequences that generate or wait, and batches that were lost to an error."""
+    """The engine: how many sequences it generates or lets wait, and how many batches errors have ended."""
 
     active: int
     waiting: int
     failures: int
     last_failure: str | None
     waits_for: str | None
-    """The disk that holds the engine, so that no model can answer until it does; null while there is none."""
+    """The disk that the engine waits for, during which no model can answer; null while there is none."""
 
 
 class Health(TypedDict):

@@ -1,18 +1,17 @@
-"""Counts the values in a JSON body while it comes: decoding too many of them would keep the event loop busy."""
+"""Counts the values in a JSON body as it arrives, because decoding very many would block the event loop."""
 
 from __future__ import annotations
 
 MAX_VALUES = 200_000
-"""Values in a body. A prompt of so many token ids, and a conversation of 10,000 messages, have fewer."""
+"""The most values in a body. A prompt of this many token ids, and a conversation of 10,000 messages, have fewer."""
 MAX_CONTAINERS = 32_000
-"""Objects and arrays in a body; each costs many times what a plain value does.
-
-10,000 messages of one part each have 30,000.
+"""The most objects and arrays in a body. Each costs many times what a number does. 10,000 messages of one part have
+30,000.
 """
 
 
 class ValueCount:
-    """The number of values in the part of a JSON body that has come so far. Text is not looked into."""
+    """Counts the values in the part of a JSON body that has arrived. The contents of strings are skipped."""
 
     def __init__(self) -> None:
         self._containers = 0
@@ -28,7 +27,7 @@ class ValueCount:
     def feed(self, chunk: bytes) -> None:
         """Count what is in the next chunk of the body."""
         data = self._rest + chunk
-        self._rest = b"\\" * ((len(data) - len(data.rstrip(b"\\"))) % 2)  # what it escapes is in the next chunk
+        self._rest = b"\\" * ((len(data) - len(data.rstrip(b"\\"))) % 2)  # the escaped character is in the next chunk
         data = data.removesuffix(self._rest) if self._rest else data
         parts = data.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
         for part in parts[self._is_in_string :: 2]:

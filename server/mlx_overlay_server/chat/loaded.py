@@ -10,6 +10,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from hf_overlay import Task
 
+from mlx_overlay_server.memory import NO_KV, KvSize
+
 
 class Tokenizer(Protocol):
     """The part of `mlx_lm.tokenizer_utils.TokenizerWrapper` that is used outside the engine."""
@@ -121,8 +123,8 @@ class Loaded:
     """mlx_lm's image processor; None: mlx-lm shows the model no images."""
     vision: ImageProcessor | None = None
     """mlx-vlm's; None: mlx-vlm does not run the model."""
-    kv_bytes: int = 0
-    """Bytes that each token of a sequence takes in KV caches, at the peak; 0: unknown."""
+    kv: KvSize = NO_KV
+    """What the KV cache of a sequence takes."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     task: ClassVar[Task] = "text"
     """What it does with text."""

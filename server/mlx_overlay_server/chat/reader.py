@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from mlx_overlay_server.chat.events import Event, FinishReason, Logprobs, Reason
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.opening import Opening
 from mlx_overlay_server.chat.requests import Tool
+
+_TOKEN = re.compile(r"<\|\w+\|>")
+"""Pattern of what most vocabularies write their marks like; no part of a text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +93,9 @@ class Reader:
             _ = self._detokenizer.last_segment
         self._stops = StopStrings(stop)
         self._least = min_tokens
-        self._name = "normal" if is_call or not has_marks else model.tokenizer.response_initial_state or "normal"
+        # A grammar rules headers out, but for that of a call, and what goes on has its own already.
+        has_header = has_marks and not (is_call or continues_text) and (not is_formatted or bool(tools))
+        self._name = (model.tokenizer.response_initial_state if has_header else None) or "normal"
         """The part that the last text belongs to: normal, reasoning, tool, or one that names the addressee."""
         if is_reasoning:
             self._name = "reasoning"
@@ -257,7 +263,9 @@ class Reader:
         if not text:
             return
         assert self._opening is not None  # noqa: S101 - nothing else holds text back
-        if is_cut and self._opening.is_part(text):
+        if (is_cut and self._opening.is_part(text)) or (
+            calls.is_marks(text) and (self._calls or self._name == "tool")  # marks around those of a call
+        ):
             return
         found, rest = ([], text) if is_cut else (calls.unmarked(text, self._tools), "")
         if not found and not is_cut:
@@ -296,7 +304,7 @@ class Reader:
             if self.reason is None:
                 self._emit_text(rest.replace(tokenizer.tool_call_start or "\0", ""))
         elif self._tools:
-            text = text.replace(tokenizer.tool_call_start or "\0", "")
+            text = _TOKEN.sub("", text.replace(tokenizer.tool_call_start or "\0", ""))
             if self._name == "reasoning":
                 self._think(text)
             else:

@@ -1,7 +1,7 @@
 """Tools, calls and results as text, for models whose chat template has no place for them.
 
 The form is Qwen 2.5's, which many models have seen: tools as JSON in the system message, calls as JSON between the
-marks that the reader looks for, results in the user's turn. docs/server.md documents it.
+marks that the reader looks for, results in the user's turn. docs/requests.md documents it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What commands ask of a running server, over HTTP."""
+"""The requests of commands to a running server, over HTTP."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from urllib.request import ProxyHandler, Request, build_opener
 from hf_overlay import OverlayError, UsageError
 
 from mlx_overlay_server import address
-from mlx_overlay_server.options import API_KEY_VARIABLE
-from mlx_overlay_server.settings import Settings
+from mlx_overlay_server.settings import API_KEY_VARIABLE, Settings
 
 DEFAULT_URL = f"http://{Settings().host}:{Settings().port}"
 _SECONDS = 30.0
 _NO_KEY = 401
-"""The status of an answer to a request whose key is missing or wrong."""
+"""The status of an answer to a request with a missing or a wrong key."""
 
 
 class Refused(OverlayError):
-    """The server refused a request; the message is its own."""
+    """The server refused a request. The message is the server's own."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -39,7 +38,7 @@ class Client:
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self.url = url
         self.api_key = api_key
-        # Never by a proxy: the server is on this machine, or on one that was named.
+        # Never through a proxy: the server is on this machine, or was named by its address.
         self._opener = build_opener(ProxyHandler({}))
 
     def get(self, path: str) -> Any:
@@ -73,11 +72,15 @@ class Client:
 
 
 def client(options: argparse.Namespace) -> Client:
-    """Return the server that a command is about. Raises OverlayError where none runs, or several do."""
+    """Return the server that a command is about. Raises OverlayError where none runs, or where several do."""
     api_key = options.api_key or os.environ.get(API_KEY_VARIABLE) or None
     if options.url is not None:
-        parts = urlsplit(options.url if "//" in options.url else f"http://{options.url}")
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        try:
+            parts = urlsplit(options.url if "//" in options.url else f"http://{options.url}")
+            is_address = parts.scheme in ("http", "https") and bool(parts.netloc) and parts.port != 0
+        except ValueError:
+            is_address = False
+        if not is_address:
             raise UsageError(f"{options.url!r} is not the address of a server; give it as {DEFAULT_URL}")
         return Client(f"{parts.scheme}://{parts.netloc}", api_key)
     urls = running()
@@ -89,9 +92,10 @@ def client(options: argparse.Namespace) -> Client:
 
 
 def running() -> list[str]:
-    """Return the URLs of the servers that run here."""
+    """Return the URLs of this user's running servers."""
     found: list[str] = []
-    with suppress(OSError, OverlayError):  # where there are no sessions to trust, there is none of ours
+    # A folder of sessions that cannot be trusted has no server of this user's in it.
+    with suppress(OSError, OverlayError):
         found = [each.url for each in address.running(os.environ)]
     return found
 

@@ -1,12 +1,13 @@
-"""The command line of `mlx-omni-server`: its commands and their options beside those for serving."""
+"""The command line of `mlx-omni-server`: its commands with their options, beside the options for serving."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 
-from mlx_overlay_server import options
+from mlx_overlay_server import arguments, options
 from mlx_overlay_server.command import NAMES
+from mlx_overlay_server.settings import API_KEY_VARIABLE
 
 _TEXTS = {
     "ls": "list the models that requests can name",
@@ -23,7 +24,7 @@ _TEXTS = {
 }
 
 AGENTS = ("claude", "codex", "opencode", "aider")
-"""What `launch` starts."""
+"""The help about the agents that `launch` starts."""
 
 _LAUNCH_EXAMPLES = """\
 What follows -- are arguments of the agent. A server is started where none runs, and ends with the agent. None of your
@@ -48,8 +49,9 @@ examples:
 def make_parser(only: str = "", *, with_options: bool = True) -> argparse.ArgumentParser:
     """Return the parser of the whole command line, for `main` and for shell completion.
 
-    `only` names the one command whose options to make; empty: serving, and all of them. Without `with_options`, the
-    commands are just named, as in the help for serving: their options take longer to make than all else.
+    `only` names the one command whose options are made; empty: those of serving and of all commands. Without
+    `with_options`, commands are only named, as in the help for serving, because making their options takes longer than
+    everything else.
     """
     parser = argparse.ArgumentParser(prog=options.PROGRAM) if only else options.make_parser()
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands beside serving")
@@ -93,13 +95,13 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prompt-tokens",
-        type=options.positive,
+        type=arguments.positive,
         default=512,
         metavar="TOKENS",
         help="about how long each prompt is; default: 512",
     )
     parser.add_argument(
-        "--tokens", type=options.positive, default=128, metavar="TOKENS", help="tokens of each answer; default: 128"
+        "--tokens", type=arguments.positive, default=128, metavar="TOKENS", help="tokens of each answer; default: 128"
     )
     options.add_folders(parser)
     _add_server(parser)
@@ -129,7 +131,7 @@ def _key(parser: argparse.ArgumentParser) -> None:
         metavar="ID",
         help="a model that it is for; may be repeated; default: all",
     )
-    parser.add_argument("--rate", type=options.positive, metavar="N", help="requests that it may send in a minute")
+    parser.add_argument("--rate", type=arguments.positive, metavar="N", help="requests that it may send in a minute")
     _add_json(parser)
 
 
@@ -157,7 +159,7 @@ def _completion(parser: argparse.ArgumentParser) -> None:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(options.positive(part) for part in text.split(","))
+    return tuple(arguments.positive(part) for part in text.split(","))
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -168,7 +170,7 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--url", metavar="URL", help="the running server; default: the one that runs here, as http://127.0.0.1:10240"
     )
-    parser.add_argument("--api-key", metavar="KEY", help=f"its key, if it has one; safer in {options.API_KEY_VARIABLE}")
+    parser.add_argument("--api-key", metavar="KEY", help=f"its key, if it has one; safer in {API_KEY_VARIABLE}")
 
 
 _OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
@@ -184,4 +186,4 @@ _OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "launch": _launch,
     "completion": _completion,
 }
-"""What adds the options of each command to its parser."""
+"""The functions that add each command's options to its parser."""

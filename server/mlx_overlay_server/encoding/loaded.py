@@ -11,6 +11,8 @@ from hf_overlay import Task
 
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.errors import Failed
+from mlx_overlay_server.memory import NO_KV, KvSize
+from mlx_overlay_server.speech.values import LoadedSpeech
 
 Way = Literal["embedding", "pair", "dialogue", "template"]
 """What a model reads: a text of its own; a query and a document as a pair; or both in a question to a chat model, which
@@ -45,8 +47,8 @@ class LoadedEncoder:
     """The name of the prompt of requests that name none."""
     lowers: bool = False
     """Whether texts are in lower case."""
-    kv_bytes: int = 0
-    """Bytes that each token of a text which is read in parts takes in KV caches."""
+    kv: KvSize = NO_KV
+    """What the KV cache of a sequence takes."""
     trusts_code: bool = False
     """Whether to run Python files that come with the model."""
 
@@ -63,10 +65,15 @@ class LoadedEncoder:
         return made
 
     @property
+    def sees(self) -> bool:
+        """Whether requests to it may have images."""
+        return False
+
+    @property
     def task(self) -> Task:
         """What it does with text."""
         return "embedding" if self.way == "embedding" else "reranker"
 
 
-AnyLoaded = Loaded | LoadedEncoder
+AnyLoaded = Loaded | LoadedEncoder | LoadedSpeech
 """A resident model, whatever it does."""

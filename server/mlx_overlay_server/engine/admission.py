@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mlx_overlay_server.engine.commands import Encode, Submit
-from mlx_overlay_server.memory import GROWTH
+from mlx_overlay_server.memory import GROWTH, Images, KvSize
+
+_NO_IMAGES = Images()
 
 MOST_PASSES = 32
 """Sequences that may begin although they came after one that waits for memory."""
@@ -26,9 +28,9 @@ MOST_PASSES = 32
 @dataclass(slots=True)
 class _Sequence:
     submit: Submit | Encode
-    kv_bytes: int
-    """Bytes that each of its tokens takes; 0: unknown."""
-    is_alone: bool = False
+    kv: KvSize
+    images: Images
+    is_alone: bool
     """Whether it takes no part in its model's batch."""
     drawn: int = 0
     """Tokens of its answer so far."""
@@ -48,6 +50,11 @@ class _Sequence:
             return max(len(text.tokens) for text in self.submit.texts)
         return len(self.submit.prompt) + self.drawn + GROWTH
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that there must be for it where it runs by itself."""
+        return self.kv.nbytes(self.length) + self.images.kept + (0 if self.drawn else self.images.looking)
+
 
 class _Batch(NamedTuple):
     """A model's batch, and what runs beside it."""
@@ -59,10 +66,9 @@ class _Batch(NamedTuple):
     """Bytes of all sequences that run beside it."""
 
     def joined(self, sequence: _Sequence) -> _Batch:
-        nbytes = sequence.length * sequence.kv_bytes
         if sequence.is_alone:
-            return self._replace(alone=self.alone + nbytes)
-        return self._replace(rows=self.rows + 1, longest=max(self.longest, nbytes))
+            return self._replace(alone=self.alone + sequence.nbytes)
+        return self._replace(rows=self.rows + 1, longest=max(self.longest, sequence.nbytes))
 
 
 class Admission:
@@ -88,12 +94,9 @@ class Admission:
         """Bytes that the sequences which have begun are taken to need for their KV caches."""
         return self._bytes(self._batches())
 
-    def add(self, submit: Submit | Encode, kv_bytes: int, *, is_alone: bool = False) -> None:
-        """Let a sequence wait; `next` hands it out. `kv_bytes`: bytes that each of its tokens takes; 0: unknown.
-
-        `is_alone`: whether it takes no part in its model's batch.
-        """
-        self._waiting[submit.id] = _Sequence(submit, kv_bytes, is_alone)
+    def add(self, submit: Submit | Encode, kv: KvSize, *, images: Images = _NO_IMAGES, is_alone: bool = False) -> None:
+        """Let a sequence wait; `next` hands it out. `is_alone`: whether it takes no part in its model's batch."""
+        self._waiting[submit.id] = _Sequence(submit, kv, images, is_alone)
 
     @property
     def has_begun(self) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+import itertools
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +20,7 @@ from mlx_overlay_server.engine.generation import Generation
 from mlx_overlay_server.engine.likely import Row, likeliest, scored
 from mlx_overlay_server.engine.mlx import Cache
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
-from mlx_overlay_server.engine.sampling import Matcher, Sampling, sampler
+from mlx_overlay_server.engine.sampling import Matcher, Processor, Sampler, Sampling, sampler
 from mlx_overlay_server.engine.vision import SeeingModel
 from mlx_overlay_server.errors import Failed, ServerError
 from mlx_overlay_server.settings import EngineOptions
@@ -56,6 +59,8 @@ class Alone:
         self._stream = stream
         self._fits = fits
         self._running: dict[int, _Running] = {}
+        self._paused: dict[int, _Running] = {}
+        """Those that wait until there is memory to go on."""
 
     def __len__(self) -> int:
         return len(self._running)
@@ -74,9 +79,7 @@ class Alone:
         if cache is not None and cached < self._options.quantized_kv_start and mlx.is_quantised(cache):
             cache, cached = None, 0  # read anew, so short a beginning is not quantised, and says another text
         if cache is None:
-            cache = make_prompt_cache(self._model)
-            if has_draft:
-                cache += make_prompt_cache(self._draft)
+            cache = self._new_cache(has_draft=has_draft)
         # The prompt but for its last token is read here, so that is all that mlx-lm's processors see of it.
         unseen, ends = len(submit.prompt) - 1, self._loaded.ends
         generation = Generation(submit, sampling, matcher, cached=cached, unseen=unseen, ends=ends)
@@ -89,29 +92,55 @@ class Alone:
         elif submit.images:
             embeddings = mlx.image_embeddings(model, submit.prompt, submit.images)
         reader = _Reader(model, self._draft if has_draft else None, cache, self._options)
-        drawn = self._drawn(model, generation, sampling, cache, embeddings, has_draft=has_draft)
+        draw = partial(self._draw, model, generation, sampler(sampling, submit.params.seed), cache, embeddings)
         prefixes = self._prefixes if may_reuse else None
         self._running[submit.id] = _Running(
-            self._loaded, generation, reader, embeddings, drawn, cache, prefixes, identity, piece
+            self._loaded,
+            generation,
+            reader,
+            embeddings,
+            partial(draw, has_draft=has_draft),
+            cache,
+            prefixes,
+            identity,
+            piece,
+            again=1 if is_seeded else piece,
         )
 
-    def _drawn(
-        self, model: Any, generation: Generation, sampling: Sampling, cache: Cache, embeddings: Any, *, has_draft: bool
-    ) -> Iterator[tuple[Any, ...]]:
-        """Return mlx-lm's generator of (token, log probabilities of the vocabulary, …), for a prompt that is read."""
+    def _new_cache(self, *, has_draft: bool) -> Cache:
+        """Return an empty KV cache; with a draft model, its layers come last."""
+        drafts = make_prompt_cache(self._draft) if has_draft else []
+        return [*make_prompt_cache(self._model), *drafts]
+
+    def _draw(
+        self,
+        model: Any,
+        generation: Generation,
+        sample: Sampler,
+        cache: Cache,
+        embeddings: Any,
+        tokens: Sequence[int],
+        *,
+        has_draft: bool,
+    ) -> Generator[tuple[Any, ...]]:
+        """Return mlx-lm's generator of (token, log probabilities of the vocabulary, …), which reads the last token.
+
+        `tokens`: those of the prompt, and after a pause of the answer so far.
+        """
         submit, options = generation.submit, self._options
-        last = mx.array(submit.prompt[-1:])
+        size = len(submit.prompt)
+        last = mx.array(list(tokens[-1:]))
         shared = {
-            "max_tokens": submit.max_tokens,
-            "sampler": sampler(sampling, submit.params.seed),
-            "logits_processors": generation.processors,
+            "max_tokens": submit.max_tokens - len(tokens) + size,
+            "sampler": sample,
+            "logits_processors": _preceded(generation.processors, tokens[size - 1 : -1]),
             "prompt_cache": cache,
             "kv_bits": options.kv_bits,
             "kv_group_size": options.kv_group_size,
             "quantized_kv_start": options.quantized_kv_start,
             "stream": self._stream,
         }
-        drawn: Iterator[tuple[Any, ...]]
+        drawn: Generator[tuple[Any, ...]]
         if has_draft:
             drawn = speculative_generate_step(
                 last, model, self._draft, num_draft_tokens=options.num_draft_tokens, **shared
@@ -123,11 +152,30 @@ class Alone:
 
     def cancel(self, id_: int) -> bool:
         """End a sequence and keep its KV cache for later prompts. Returns whether it was running here."""
+        if (paused := self._paused.pop(id_, None)) is not None:
+            paused.end()
+            return True
         running = self._running.pop(id_, None)
         if running is not None:
             running.close()
-            running.items.close()
+            running.end()
         return running is not None
+
+    def pause(self, id_: int) -> bool:
+        """Free the KV cache of a sequence, which is read again after `resume`; False where it cannot wait."""
+        running = self._running.get(id_)
+        if running is None or not running.can_wait:
+            return False
+        running.drop(self._new_cache(has_draft=running.has_draft))
+        self._paused[id_] = self._running.pop(id_)
+        return True
+
+    def resume(self, id_: int) -> bool:
+        """Let a sequence go on that was paused. Returns whether there is one."""
+        if (running := self._paused.pop(id_, None)) is None:
+            return False
+        self._running[id_] = running
+        return True
 
     @property
     def is_reading(self) -> bool:
@@ -147,15 +195,29 @@ class Alone:
                 may_read = False
                 self._running[id_] = self._running.pop(id_)  # the next piece is another's, if one waits
             try:
-                item = next(running.items)
+                item = running.step()
             except Exception as error:
                 if is_late(error):
                     raise
                 item = failure(error)  # alone, it harms no other
+            if item is None:
+                continue
             made.append((id_, item))
             if isinstance(item, ServerError) or (isinstance(item, Sampled) and item.finish is not None):
-                self._running.pop(id_).items.close()  # or it and its KV cache would stay until Python looks for cycles
+                self._running.pop(id_).end()
         return made
+
+
+def _preceded(processors: Sequence[Processor], tokens: Sequence[int]) -> list[Processor]:
+    """Return logits processors that are told of some tokens before those that mlx-lm tells them of."""
+    if not tokens:
+        return list(processors)
+    before = mx.array(list(tokens), dtype=mx.uint32)
+
+    def preceded(processor: Processor) -> Processor:
+        return lambda seen, logits: processor(mx.concatenate([before, seen.astype(mx.uint32)]), logits)
+
+    return [preceded(each) for each in processors]
 
 
 class _Reader:
@@ -167,6 +229,11 @@ class _Reader:
         self._draft = draft
         self._cache = cache
         self._options = options
+
+    @property
+    def has_draft(self) -> bool:
+        """Whether there is a draft model."""
+        return self._draft is not None
 
     def read(self, tokens: Sequence[int], embeddings: Any) -> mx.array:
         """Read tokens, and return the logits after each, not evaluated.
@@ -187,7 +254,7 @@ class _Reader:
 
 
 class _Running:
-    """One sequence that runs alone; `items` gives the next item each time it is advanced."""
+    """One sequence that runs alone."""
 
     def __init__(
         self,
@@ -195,58 +262,110 @@ class _Running:
         generation: Generation,
         reader: _Reader,
         embeddings: Any,
-        drawn: Iterator[tuple[Any, ...]],
+        draw: Callable[[Sequence[int]], Generator[tuple[Any, ...]]],
         cache: Cache,
         prefixes: PrefixCache | None,
         identity: Sequence[int],
         piece: int,
+        again: int,
     ) -> None:
-        """`embeddings`: of a prompt with images, else None; `drawn`: mlx-lm's generator, which reads the last token.
+        """`embeddings`: of a prompt with images, else None; `draw`: tokens -> mlx-lm's generator, which reads the last.
 
         `prefixes`: where the KV cache is kept at the end; None: it must not be reused. `identity`: what the prompt is
-        known by there. `piece`: tokens of the prompt that are read in a step at most.
+        known by there. `piece`: tokens of the prompt that are read in a step at most. `again`: tokens of the answer
+        that are read at once after a pause; one by one they are rounded as they were when they were drawn.
         """
         self._loaded = loaded
         self._generation = generation
         self._reader = reader
         self._embeddings = embeddings
-        self._drawn = drawn
+        self._draw = draw
+        self._drawn = draw(self._generation.submit.prompt)
         self._cache = cache
         self._prefixes = prefixes
         self._tokens = list(identity)
         self._piece = piece
-        self.is_reading = True
-        """Whether the next item is about a piece of the prompt."""
-        self.items = self._run()
+        self._again = again
+        self._done = generation.cached
+        """Tokens of the prompt that are read, but for its last."""
+        self._missing: deque[tuple[int, int]] = deque()
+        """The pieces, from one token to another, that were in the KV cache before a pause and are not any more."""
+        self._items = self._run()
+
+    @property
+    def has_draft(self) -> bool:
+        """Whether a draft model guesses ahead."""
+        return self._reader.has_draft
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether it can be paused: what a seed draws by is known only as long as no guess is dropped."""
+        return not self.has_draft or self._generation.submit.params.seed is None
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether the next step reads a piece of the prompt, or of what was read before a pause."""
+        return bool(self._missing) or self._done < len(self._generation.submit.prompt) - 1
+
+    def step(self) -> Item | None:
+        """Return the next item; None where something was read again."""
+        if self._missing:
+            start, end = self._missing.popleft()
+            self._read(start, end)
+            return None
+        return next(self._items)
+
+    def drop(self, empty: Cache) -> None:
+        """Free the KV cache, in whose place comes an empty one; the next steps read again what was in it."""
+        prompt = self._generation.submit.prompt
+        size, end = len(prompt), len(self._tokens)
+        cuts = [*range(0, self._done, self._piece), self._done]
+        if end > size:
+            if self.has_draft:  # its generator holds parts of the cache, and guesses: another one goes on
+                self._drawn.close()
+                self._drawn = self._draw([*prompt, *self._tokens[size:]])
+                end -= 1
+            cuts += [size, *range(size + self._again, end, self._again), end]
+        self._missing = deque(itertools.pairwise(sorted({*cuts})))
+        self._cache[:] = empty
+
+    def end(self) -> None:
+        """Let go of the KV cache, which would else stay until Python looks for cycles."""
+        self._items.close()
+
+    def _read(self, start: int, end: int) -> mx.array:
+        """Read tokens of the prompt, or of the answer, and return the logits after each."""
+        prompt = self._generation.submit.prompt
+        tokens = prompt[start:end] if start < len(prompt) else self._tokens[start:end]
+        embeddings = self._embeddings[start:end] if self._embeddings is not None and start < len(prompt) else None
+        return self._reader.read(tokens, embeddings)
 
     def _run(self) -> Generator[Item]:
         submit, cached = self._generation.submit, self._generation.cached
-        done, size = cached, len(submit.prompt)
-        yield Prefilled(done, size, cached)
-        while done < size - 1:
-            end = min(done + self._piece, size - 1)
-            embeddings = None if self._embeddings is None else self._embeddings[done:end]
-            logits = self._reader.read(submit.prompt[done:end], embeddings)
+        size = len(submit.prompt)
+        yield Prefilled(self._done, size, cached)
+        while (start := self._done) < size - 1:
+            end = min(start + self._piece, size - 1)
+            logits = self._read(start, end)
+            self._done = end
             if (wanted := submit.params.prompt_logprobs) is not None:
-                yield PromptScores(tuple(scored(logits, submit.prompt[done + 1 : end + 1], wanted)))
+                yield PromptScores(tuple(scored(logits, submit.prompt[start + 1 : end + 1], wanted)))
             del logits
-            done = end
-            self.is_reading = done < size - 1
-            yield Prefilled(done, size, cached)
-        self.is_reading, self._embeddings = False, None
+            yield Prefilled(end, size, cached)
         eos = self._loaded.tokenizer.eos_token_ids
-        for count, (token, logprobs, *_) in enumerate(self._drawn, 1):
+        for count, (token, logprobs, *_) in enumerate(iter(lambda: next(self._drawn), None), 1):
             token = int(token)
+            self._tokens.append(token)
             finish = "stop" if token in eos else "length" if count >= submit.max_tokens else None
             if count == 1:
                 yield Prefilled(len(submit.prompt), len(submit.prompt), cached)
             (likely,) = likeliest([Row(token, logprobs, self._generation.wanted(finish))])
             item = self._generation.item(token, likely, finish)
             if finish is not None or isinstance(item, Failed):
+                self._tokens.pop()
                 self.close()
                 yield item
                 return
-            self._tokens.append(token)
             yield item
 
     def close(self) -> None:

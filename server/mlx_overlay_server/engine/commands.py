@@ -1,4 +1,4 @@
-"""Commands to the engine's thread and what it answers: plain values, the same on every rank."""
+"""The commands to the engine's thread, and its answers. They are plain values, the same on every rank."""
 
 from __future__ import annotations
 
@@ -21,23 +21,27 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 ReadTokenizer = Callable[[str, str, Mapping[str, Any], Any], bytes]
-"""Has another process read a tokenizer, and waits for what `tokenizers.sent` returns there. Raises ServerError.
+"""Reads a tokenizer in another process, and returns what `tokenizers.sent` returned there. Raises ServerError.
 
-(key of the model, its folder, options for transformers, what its config.json says of end tokens)
+Its arguments: the model's key, its folder, options for transformers, and the end tokens in its config.json.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Make a model resident."""
+    """Load a model into memory."""
 
     key: str
+    """From `Engine.new_key`; the loaded model has it, too."""
     path: str
+    """The model's folder."""
     adapter_path: str | None = None
+    """A folder of LoRA weights."""
     draft_path: str | None = None
+    """The folder of a draft model for speculative decoding."""
     task: Task = "text"
     nbytes: int = 0
-    """Bytes of its weights; 0: unknown."""
+    """Bytes of the weights, for which running sequences leave room; 0: unknown."""
     tuning: Tuning = UNTUNED
 
 
@@ -53,26 +57,26 @@ class Submit:
     """Generate one sequence."""
 
     id: int
-    """From `Engine.new_id`; its items come back under it."""
+    """From `Engine.new_id`. Its items come back under it."""
     key: str
-    """The model's, `Loaded.key`."""
+    """The key of the model: `Loaded.key`."""
     prompt: tuple[int, ...]
     """Token ids, at least one."""
     params: Params
     max_tokens: int
-    """Tokens of the answer, at most."""
+    """The most tokens of the answer."""
     system: int = 0
-    """Tokens at the prompt's start whose KV cache is worth keeping for other conversations."""
+    """How many tokens at the prompt's start are worth keeping in the KV cache for other conversations."""
     constraint: Constraint | None = None
     budget: Budget | None = None
     images: tuple[Any, ...] = ()
-    """Pixel values, for mlx-lm."""
+    """Pixel values of the prompt's images, for models of mlx-lm."""
     shown: Shown | None = None
-    """What the model sees of the prompt's images, for mlx-vlm."""
+    """The prompt's images as a model of mlx-vlm sees them."""
     keeps_cache: bool = True
     """Whether its KV cache may serve later prompts."""
     matcher: Any = None
-    """The constraint's `Matcher`. A rank other than 0 gets None and makes its own."""
+    """The constraint's `Matcher`. Ranks other than 0 get None, and make their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +84,16 @@ class Encode:
     """Embed or rank some texts."""
 
     id: int
-    """From `Engine.new_id`; the result comes back under it."""
+    """From `Engine.new_id`. The result comes back under it."""
     key: str
-    """The model's, `LoadedEncoder.key`."""
+    """The key of the model: `LoadedEncoder.key`."""
     texts: tuple[Passage, ...]
-    """At least one, none of them empty."""
+    """The texts: at least one, and none of them empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """End a sequence, or drop texts, whose client has left."""
+    """End a sequence or drop texts, because nobody waits for them any more."""
 
     id: int
 
@@ -110,7 +114,7 @@ class Sampled(NamedTuple):
     top: tuple[tuple[int, float], ...]
     """(token, log probability), likeliest first."""
     finish: str | None
-    """Why it is the last: `stop` (an end mark, which is not part of the answer) or `length`; None when it is not."""
+    """Why it is the last token: `stop` (an end token, which is not part of the answer) or `length`; None for others."""
 
 
 class Prefilled(NamedTuple):
@@ -123,17 +127,17 @@ class Prefilled(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """A token of a prompt, as likely as the model finds it after those before it."""
+    """The log probability of one token of a prompt, given the tokens before it."""
 
     logprob: float
     rank: int
-    """Its place among all tokens, the likeliest being the first."""
+    """Its rank among all tokens; the likeliest one has 1."""
     top: tuple[tuple[int, float], ...]
     """(token, log probability), likeliest first."""
 
 
 class PromptScores(NamedTuple):
-    """The next tokens of a prompt that was read, from its second on."""
+    """The scores of the next tokens of a prompt, in order. The first token has none."""
 
     tokens: tuple[Scored, ...]
 
@@ -154,34 +158,34 @@ def is_last(item: Item) -> bool:
 
 
 class DiskStats(NamedTuple):
-    """What the engine keeps on disk, and what became of it."""
+    """Figures of the KV caches on disk."""
 
     nbytes: int = 0
     files: int = 0
     cap: int = 0
-    """Bytes that it may take; 0: nothing is kept on disk."""
+    """Bytes that they may take; 0: none are kept on disk."""
     written: int = 0
-    """Bytes written so far."""
+    """Bytes written since the start."""
     restored: int = 0
-    """Tokens whose KV caches were read so far."""
+    """Tokens whose KV caches have been read since the start."""
     failures: int = 0
-    """Writes that failed so far."""
+    """Writes that have failed since the start."""
 
 
 class Stats(NamedTuple):
-    """The engine's counts after its last step."""
+    """Figures of the engine after its last step."""
 
     active: int = 0
     """Sequences that read their prompts or generate."""
     waiting: int = 0
-    """Sequences that wait for room in a batch."""
+    """Sequences that wait for a place in a batch."""
     cache_bytes: int = 0
     cache_entries: int = 0
     running_bytes: int = 0
-    """Bytes that the running sequences are taken to need for their KV caches."""
+    """Bytes that the KV caches of running sequences are estimated to need."""
     steps: int = 0
     failures: int = 0
-    """Batches lost to an error."""
+    """Batches that errors have ended."""
     is_alive: bool = False
     last_failure: str | None = None
     disk: DiskStats = DiskStats()

@@ -25,7 +25,7 @@ _REASON_CHARACTERS = 400
 
 
 class Unreadable(Exception):
-    """A tokenizer that another process could not read, and why."""
+    """A tokenizer that another process could not read; the text says why."""
 
     def __init__(self, kind: str, text: str) -> None:
         """`kind` is the name of the error's type there."""
@@ -47,7 +47,7 @@ def is_late(error: BaseException) -> bool:
 
 
 def gpu_failure(error: BaseException) -> Unavailable | None:
-    """Return the error for clients if memory or time of the GPU have run out, or it failed; None for other errors."""
+    """Return the error for clients when the GPU failed, or ran out of memory or time; None for other errors."""
     if not isinstance(error, RuntimeError):
         return None
     text = str(error)
@@ -67,7 +67,7 @@ def gpu_failure(error: BaseException) -> Unavailable | None:
 
 
 def no_memory() -> Unavailable:
-    """Return the error for a sequence for which other programs leave no memory."""
+    """Return the error for a sequence that gets no memory because other programs use it."""
     return Unavailable(
         "other programs leave the machine too little memory for this request: try again later, or end some of them",
         code="insufficient_memory",
@@ -82,7 +82,7 @@ def failure(error: Exception) -> ServerError:
 
 
 def load_failure(error: BaseException, folder: str) -> ServerError:
-    """Return the error for the clients of a model in a folder that cannot be loaded."""
+    """Return the error for clients that wait for a model which cannot be loaded."""
     if isinstance(error, ServerError):
         return error
     cause = gpu_failure(error)
@@ -92,7 +92,7 @@ def load_failure(error: BaseException, folder: str) -> ServerError:
 
 
 def load_reason(error: BaseException, folder: str) -> str:
-    """Return in one line why a model cannot be loaded, for clients: without the paths of this machine."""
+    """Return in one line why a model cannot be loaded, without paths of this machine, for clients."""
     text = " ".join(str(error).replace(f"{folder}/", "").replace(folder, "its folder").split())
     if text and not _PATH.search(text) and len(text) <= _REASON_CHARACTERS:
         return text

@@ -1,7 +1,7 @@
-"""Looks at a model's folder before mlx-lm does, since folders come from anywhere.
+"""Checks a model's folder before mlx-lm opens it, since folders come from anywhere.
 
-mlx-lm and transformers open whatever has the right name. A named pipe would be waited on for ever, and a link to a
-device read without end.
+mlx-lm and transformers open every file that has the right name. A named pipe would block them for ever, and a link to a
+device never ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hf_overlay.progress import alive
 logger = logging.getLogger("mlx_overlay_server")
 
 MAX_CONFIG_BYTES = 128 * 2**20
-"""Bytes of any file that is not weights. The largest tokenizers known have about 40 MB."""
+"""The most bytes of a file that is not weights. The largest tokenizers known have about 40 MB."""
 _PIECE_BYTES = 1 << 22
 _WEIGHTS = ".safetensors"
 _CONFIGS = (".json", ".jsonl", ".jinja", ".txt", ".model", ".tiktoken", ".py")
@@ -32,18 +32,18 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "min_p": (0, 1),
     "repetition_penalty": (1e-3, 100),
 }
-"""The values of generation_config.json that are used, and what they may be."""
+"""The values of generation_config.json that are used, each with its smallest and largest sensible value."""
 
 
 class Unsuitable(Exception):
-    """A folder holds a file that must not be opened; the text says which and why, without the folder's path."""
+    """The folder holds a file that must not be opened. The text says which and why, without the folder's path."""
 
 
 def check(path: str) -> None:
-    """Make sure that all files which loading opens are regular, bounded in size and can be read.
+    """Check that every file that a load opens is a regular file of a sensible size, and can be read.
 
-    Takes as long as the disk does: call it where that may be given up on; it reports progress. Raises Unsuitable or
-    OSError.
+    This takes as long as the disk does, so call it where it can be given up on; it reports progress. Raises Unsuitable
+    or OSError.
     """
     modules = [name for name in _names(path) if name[0].isdigit()]  # of sentence-transformers, such as 1_Pooling
     for folder, prefix in ((path, ""), *((os.path.join(path, name), f"{name}/") for name in (_TEMPLATES, *modules))):
@@ -54,9 +54,9 @@ def check(path: str) -> None:
 
 
 def read_ahead(path: str) -> None:
-    """Read a model's weights once, so that the system has them in memory, and whoever reads them next does not wait.
+    """Read a model's weights once, so that the next reader finds them in the system's page cache.
 
-    Weights that would fill more than half of the memory are left out: they would be gone again. Raises OSError.
+    Weights larger than half of the memory are left out, since the page cache could not hold them. Raises OSError.
     """
     names = [name for name in _names(path) if name.endswith(_WEIGHTS)]
     size = sum(os.path.getsize(f"{path}/{name}") for name in names)
@@ -80,17 +80,17 @@ def _check_file(path: str, name: str) -> None:
     try:
         if stat.S_ISDIR(_regular(os.stat(path), name).st_mode):
             return
-        # Not to wait for the other end of a pipe, which may have taken the file's place.
+        # A pipe may have taken the file's place: do not wait for its other end.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except FileNotFoundError:  # a link to nowhere: it counts as not there
+    except FileNotFoundError:  # a broken link counts as no file
         return
     with os.fdopen(descriptor, "rb") as file:
         size = _regular(os.fstat(descriptor), name).st_size
         if name.endswith(_WEIGHTS):
-            file.read(8)  # a disk that is gone is noticed here, where that can be given up on
+            file.read(8)  # a disk that is gone fails here, where a load can be given up, and not on the engine's thread
         elif size > MAX_CONFIG_BYTES:
             raise Unsuitable(
-                f"{name} has {size / 2**20:.0f} MiB; more than {MAX_CONFIG_BYTES >> 20} is no configuration"
+                f"{name} has {size / 2**20:.0f} MiB; a file that is not weights may have {MAX_CONFIG_BYTES >> 20}"
             )
 
 
@@ -104,7 +104,7 @@ def _regular(status: os.stat_result, name: str) -> os.stat_result:
 def sampling_defaults(path: Path) -> dict[str, Any]:
     """Return a model's own sampling parameters, from its generation_config.json.
 
-    {} when the file is missing or unreadable. Values that cannot be meant are left out, with a line in the log.
+    They are {} when the file is missing or unreadable. Values that make no sense are left out, with a line in the log.
     """
     try:
         found = json.loads((path / "generation_config.json").read_text(encoding="utf-8"))
@@ -124,14 +124,18 @@ def _usable(found: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
             yield name, value
         else:
             logger.warning(
-                "%s/generation_config.json: %s is ignored: not a number from %g to %g", path, name, least, most
+                "%s/generation_config.json: %s is ignored, because it is not a number from %g to %g",
+                path,
+                name,
+                least,
+                most,
             )
 
 
 def end_tokens(value: Any, path: Path) -> int | list[int] | None:
-    """Return the `eos_token_id` of a configuration; None, with a line in the log, for what is not token ids."""
+    """Return the `eos_token_id` of a configuration; None where it is missing, or is no token ids, which is logged."""
     ids = value if isinstance(value, list) else [value]
     if value is None or all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in ids):
         return value  # type: ignore[no-any-return]
-    logger.warning("%s: eos_token_id is ignored: not token ids", path)
+    logger.warning("%s: eos_token_id is ignored, because it is not a token id or a list of them", path)
     return None

@@ -1,4 +1,4 @@
-"""One sequence while it generates: what was asked for, and what becomes of each token drawn for it."""
+"""One sequence while it is generated: its request, and what is made of each drawn token."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Generation:
         unseen: int | None = None,
         ends: Iterable[int] = (),
     ) -> None:
-        """`cached`: how many tokens of the prompt were reused from an earlier KV cache; `ends`: those that end answers.
+        """`cached`: tokens of the prompt whose KV cache was reused; `ends`: the tokens that end an answer.
 
-        `unseen`: how many tokens of the prompt mlx-lm leaves out when it calls logits processors; None: those cached.
+        `unseen`: tokens of the prompt that mlx-lm leaves out when it calls logits processors; None: the cached ones.
         """
         self.submit = submit
         self.cached = cached
@@ -35,17 +35,17 @@ class Generation:
         changes = processors(submit.params, sampling, submit.prompt, cached=left_out, ends=ends)
         self.guarded = Guarded(changes, submit.budget, matcher)
         self.processors = [self.guarded] if self.guarded else []
-        """Logits processors for mlx-lm: at most one, which stands for all of the request's."""
+        """The logits processors for mlx-lm: at most one, which stands for all of the request's."""
 
     def wanted(self, finish: str | None) -> int | None:
-        """Return how many of the likeliest tokens a token's item shall name; None: not even its own probability.
+        """Return how many alternatives to report with a token; None: not even the token's own log probability.
 
-        `finish` is why the token is the last, as in Sampled.
+        `finish` is that of Sampled.
         """
         return None if finish == "stop" else self.submit.params.logprobs
 
     def item(self, token: int, likely: Likely | None, finish: str | None) -> Item:
-        """Return what the event loop gets for a token; Failed when the request's own processors failed."""
+        """Return the item that reports a token; Failed when one of the request's processors has failed."""
         problem = self.guarded.problem
         if problem is not None and finish != "stop":
             return Failed(problem)
@@ -54,7 +54,7 @@ class Generation:
 
 
 def matcher_of(submit: Submit, loaded: Loaded) -> Matcher | None:
-    """Return what holds an answer to its grammar: the submitted matcher, or one made here on ranks without it."""
+    """Return the matcher of a sequence's grammar: the submitted one, or on ranks that have none a new one."""
     if submit.matcher is None and submit.constraint is not None:
         compiled = grammar.compiled(submit.constraint, loaded)
         return Matcher(submit.constraint, compiled, loaded.grammar_tokenizer.vocab_size)

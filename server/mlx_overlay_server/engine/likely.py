@@ -1,4 +1,4 @@
-"""Log probabilities of drawn tokens, and of the likeliest ones beside them, for all rows of a step at once."""
+"""Log probabilities of drawn tokens and of the likeliest alternatives, for all rows of a step at once."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from mlx_overlay_server.engine.commands import Scored
 
 
 class Row(NamedTuple):
-    """A drawn token, and how much shall be known about it."""
+    """A drawn token, and how many alternatives its request asks for."""
 
     token: int
     logprobs: mx.array
-    """Of the whole vocabulary, evaluated."""
+    """The log probabilities of the whole vocabulary, already computed."""
     wanted: int | None
-    """How many of the likeliest tokens are wanted; None: nothing."""
+    """How many of the likeliest tokens to return; None: not even the drawn token's own log probability."""
 
 
 class Likely(NamedTuple):
-    """The log probability of a drawn token, and those of the likeliest ones."""
+    """The log probability of a drawn token, and those of the likeliest tokens in its place."""
 
     logprob: float
     top: tuple[tuple[int, float], ...]
@@ -29,9 +29,10 @@ class Likely(NamedTuple):
 
 
 def likeliest(rows: Sequence[Row]) -> list[Likely | None]:
-    """Return what each row wants to know: None for those that want nothing.
+    """Return the log probabilities that each row asks for; None for rows that ask for none.
 
-    All rows take one evaluation, on the CPU's stream: on the GPU's it would wait behind the step queued already.
+    One evaluation serves all rows. It runs on the CPU's stream, because on the GPU's it would wait for the step that is
+    queued there already.
     """
     asking = [row for row in rows if row.wanted is not None]
     if not asking:
@@ -51,11 +52,11 @@ def likeliest(rows: Sequence[Row]) -> list[Likely | None]:
 
 
 _SCORED_AT_ONCE = 32
-"""Rows of logits that are scored at once: a vocabulary of 256,000 takes a megabyte for each."""
+"""Rows of logits that are scored at once, which bounds memory: one row of 256,000 tokens takes a megabyte."""
 
 
 def scored(logits: mx.array, tokens: Sequence[int], wanted: int) -> list[Scored]:
-    """Return how likely each token is by its row of logits, and the `wanted` likeliest ones in its place."""
+    """Return each token's log probability and rank by its row of logits, and the `wanted` likeliest tokens."""
     made: list[Scored] = []
     for start in range(0, len(tokens), _SCORED_AT_ONCE):
         ids = mx.array([[token] for token in tokens[start : start + _SCORED_AT_ONCE]])

@@ -21,14 +21,14 @@ from mlx_lm.processors import load_processor
 from mlx_lm.utils import load_adapters, load_model, sharded_load
 
 from mlx_overlay_server.chat.loaded import Loaded, context_length
-from mlx_overlay_server.engine import folder, mlx, tokenizers, vision
+from mlx_overlay_server.engine import folder, looking, mlx, mlx_tokenizers, tokenizers, vision
 from mlx_overlay_server.engine.commands import Load, ReadTokenizer
 from mlx_overlay_server.engine.disk.identity import identity
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
 from mlx_overlay_server.engine.runner import Runner
 from mlx_overlay_server.engine.seen import KEPT_BYTES
 from mlx_overlay_server.errors import Unavailable
-from mlx_overlay_server.memory import GROWTH, LEAST_TOKENS, Cost, Shares, advice
+from mlx_overlay_server.memory import GROWTH, LEAST_TOKENS, Cost, KvSize, Shares, advice
 from mlx_overlay_server.settings import EngineOptions
 
 logger = logging.getLogger("mlx_overlay_server")
@@ -36,7 +36,7 @@ logger = logging.getLogger("mlx_overlay_server")
 T = TypeVar("T")
 
 SLICE_BYTES = 1 << 28
-"""Bytes of weights that are read between two steps of other models."""
+"""Bytes of weights that are read before other models make a step."""
 
 
 def load(
@@ -47,19 +47,20 @@ def load(
     shares: Shares | None = None,
     read_tokenizer: ReadTokenizer | None = None,
 ) -> Generator[Runner | int | None, None, None]:
-    """Load a model: yield its bytes after each slice, and the runner at the end; in between None, to let others go on.
+    """Load a model in steps: yield the bytes of each slice of weights, and at the end the runner.
 
-    `shares`: how the memory is divided.
+    It yields None while it waits for something, so that other models can make steps. `shares` says how the memory is
+    divided. `read_tokenizer` reads the model's tokenizer in another process; None: it is read in this one.
 
-    `read_tokenizer` reads the model's tokenizer in another process; None: it is read in this one.
-    Raises what mlx-lm raises, Unsuitable for a folder that must not be loaded, TimeoutError when a part does not end.
+    Raises what mlx-lm raises, Unsuitable for a folder that must not be loaded, and TimeoutError for a part that takes
+    too long.
     """
     path = Path(command.path)
     identities: list[str] = []
     config_extra = {"trust_remote_code": options.trust_remote_code}
     draft = None
     checking = apart(partial(check, command, options))
-    if group is not None:  # all ranks take as many turns: none
+    if group is not None:  # the ranks must make equally many steps, so this does not yield while it waits
         wait([checking])
         checking.result()
         model, tokenizer, config = sharded_load(
@@ -79,7 +80,7 @@ def load(
         yield from turns(seeing, options.load_seconds)
         if result(seeing, options):
             model, config = vision.load(command.path)
-            logger.info("%s: runs by mlx-vlm, which its images need: one request after the other, not in a batch", path)
+            logger.info("%s runs with mlx-vlm, for images: it answers one request after the other, not a batch", path)
         else:
             model, config = load_model(path, lazy=True, trust_remote_code=options.trust_remote_code)
         if command.adapter_path is not None:
@@ -88,9 +89,9 @@ def load(
         if command.draft_path is not None:
             draft, _ = load_model(Path(command.draft_path), lazy=True, trust_remote_code=options.trust_remote_code)
         _check_quantised((model, draft), options)
-        nbytes, kv_bytes = _sizes((model, draft), options)
-        if shares is not None and not shares.has_room(nbytes, kv_bytes, context_length(config)):
-            raise _no_room(nbytes, kv_bytes, shares)
+        nbytes, kv = _sizes((model, draft), options)
+        if shares is not None and not shares.has_room(nbytes, kv, context_length(config)):
+            raise _no_room(nbytes, kv, shares)
         end_tokens = folder.end_tokens(config.get("eos_token_id"), path)
         reading = apart(partial(_read_tokenizer, read_tokenizer, command, config_extra, end_tokens))
         for part in slices([model, *([draft] if draft is not None else [])]):
@@ -99,7 +100,7 @@ def load(
         yield from turns(reading, options.load_seconds)
         read = result(reading, options)
     vocab_size = _vocab_size(config, read.tokenizer)
-    nbytes, kv_bytes = _sizes((model, draft), options)
+    nbytes, kv = _sizes((model, draft), options)
     cost, limit = (mlx.cost(config), shares.computing) if shares is not None else (Cost(), 0)
     is_seeing = isinstance(model, vision.SeeingModel)
     loaded = Loaded(
@@ -107,15 +108,15 @@ def load(
         path=command.path,
         tokenizer=read.tokenizer,
         marks=read.marks,
-        detokenizer=partial(mlx.detokenizer, read.tokenizer),
-        make_grammar_tokenizer=partial(mlx.grammar_tokenizer, read.tokenizer, vocab_size),
+        detokenizer=partial(mlx_tokenizers.detokenizer, read.tokenizer),
+        make_grammar_tokenizer=partial(mlx_tokenizers.grammar_tokenizer, read.tokenizer, vocab_size),
         letter=read.letter,
         whole=read.whole,
         longest_token=read.longest_token,
         nbytes=nbytes,
         vocab_size=vocab_size,
-        context=fitting(context_length(config), shares.tokens(nbytes, kv_bytes) if shares is not None else None, path),
-        kv_bytes=kv_bytes,
+        context=fitting(context_length(config), shares.tokens(nbytes, kv) if shares is not None else None, path),
+        kv=kv,
         defaults=folder.sampling_defaults(path),
         has_own_calls=read.has_own_calls,
         processor=None if group is not None or is_seeing else load_processor(model, config),
@@ -131,15 +132,25 @@ def load(
             group_size=options.kv_group_size,
             start=options.quantized_kv_start,
         )
-    yield Runner(loaded, model, draft, options, prefixes, fits=lambda context: cost.tokens(context, limit), group=group)
+    yield Runner(
+        loaded,
+        model,
+        draft,
+        options,
+        prefixes,
+        fits=lambda context: cost.tokens(context, limit),
+        look=looking.look(
+            config, mlx.cost(looking.vision_shape(config)), whole=mlx.cost(config) if is_seeing else Cost()
+        ),
+        group=group,
+    )
 
 
 def check(command: Load, options: EngineOptions) -> list[str]:
-    """Look at all files that a load opens, and read weights ahead where their disk may stop answering.
+    """Check all files that a load opens, and read weights ahead from disks that may stop answering.
 
-    Returns what tells them from those of other models, adapters and draft models.
-    What hangs here, hangs apart from the engine's thread, and is given up on after a time without progress: then it
-    raises TimeoutError.
+    Returns the identities of the model, the adapter and the draft model, which name their KV caches on disk. A disk
+    that hangs holds up only the thread that this runs in. Raises TimeoutError after `load_seconds` without progress.
     """
     patience = Patience(options.load_seconds)
     paths = (command.path, command.adapter_path, command.draft_path)
@@ -162,7 +173,7 @@ def _read_tokenizer(
 
 
 def apart(work: Callable[[], T]) -> Future[T]:
-    """Run something that may never end in a thread that nothing waits for, not even the end of the process."""
+    """Run a function that may never return, in a daemon thread that nothing waits for."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -176,14 +187,14 @@ def apart(work: Callable[[], T]) -> Future[T]:
 
 
 def turns(future: Future[Any], seconds: float) -> Iterator[None]:
-    """Let others take turns until something that runs apart has ended, or for some seconds."""
+    """Yield None until a future is done, or for some seconds."""
     deadline = time.monotonic() + seconds
     while not wait([future], timeout=0.005).done and time.monotonic() < deadline:
         yield None
 
 
 def result(future: Future[T], options: EngineOptions) -> T:
-    """Return what something that ran apart has returned. Raises what it raised, TimeoutError if it has not ended."""
+    """Return a future's result. Raises what the function raised, and TimeoutError if it has not returned yet."""
     if not future.done():
         raise _no_progress(options)
     return future.result()
@@ -198,24 +209,26 @@ def parameters(model: Any) -> list[mx.array]:
     return [value for _, value in tree_flatten(model.parameters())]
 
 
-def _sizes(models: Iterable[Any], options: EngineOptions) -> tuple[int, int]:
-    """Return the bytes of models' weights, and those that each token takes in their KV caches. Computes nothing.
+def _sizes(models: Iterable[Any], options: EngineOptions) -> tuple[int, KvSize]:
+    """Return the bytes of models' weights, and what a sequence takes in their KV caches. Computes nothing.
 
     What a model that sees keeps of images counts as weights, whether it is there or not.
     While a batch grows, MLX copies the KV cache of one layer after the other: room for one copy is part of the latter.
     """
-    nbytes = kv_bytes = 0
+    nbytes, kv = 0, KvSize()
     for each in models:
         if each is not None:
             nbytes += sum(part.nbytes for part in parameters(each))
             nbytes += KEPT_BYTES if isinstance(each, vision.SeeingModel) else 0
-            kept = mlx.kv_bytes(each, bits=options.kv_bits, group_size=options.kv_group_size)
-            kv_bytes += kept + kept // max(1, len(make_prompt_cache(each)))
-    return nbytes, kv_bytes
+            size = mlx.kv_size(
+                each, bits=options.kv_bits, group_size=options.kv_group_size, start=options.quantized_kv_start
+            )
+            kv = kv.beside(size.with_copy(len(make_prompt_cache(each))))
+    return nbytes, kv
 
 
 def _check_quantised(models: Iterable[Any], options: EngineOptions) -> None:
-    """Make sure that the KV caches are of a kind that can be quantised, where they are to be. Raises Unavailable."""
+    """Raise Unavailable if KV caches are to be quantised, and those of a model cannot be."""
     if options.kv_bits is None:
         return
     for each in models:
@@ -230,11 +243,11 @@ def _check_quantised(models: Iterable[Any], options: EngineOptions) -> None:
             )
 
 
-def _no_room(nbytes: int, kv_bytes: int, shares: Shares) -> Unavailable:
-    needed = (nbytes + kv_bytes * (LEAST_TOKENS + GROWTH)) / 1e9
+def _no_room(nbytes: int, kv: KvSize, shares: Shares) -> Unavailable:
+    needed = (nbytes + kv.nbytes(LEAST_TOKENS + GROWTH)) / 1e9
     return Unavailable(
-        f"the model needs {needed:.2f} GB, for its weights and one sequence of {LEAST_TOKENS} tokens; there are "
-        f"{shares.held / 1e9:.2f} GB; {advice()}",
+        f"the model needs {needed:.2f} GB, for its weights and one sequence of {LEAST_TOKENS} tokens, and "
+        f"may have {shares.held / 1e9:.2f} GB; {advice()}",
         code="model_too_large",
     )
 
@@ -259,7 +272,10 @@ def _vocab_size(config: dict[str, Any], tokenizer: Any) -> int:
 
 
 def fitting(context: int | None, fits: int | None, path: Path) -> int | None:
-    """Return a model's context, or how many tokens fit in memory where that is less; None: nobody knows."""
+    """Return the number of tokens that fit in memory if that is less than a model's context, else the context.
+
+    None: neither is known.
+    """
     if context is None or fits is None or fits >= context:
         return context if context is not None else fits
     logger.warning("%s: there is memory for %d tokens, of the %d that the model's context has", path, fits, context)

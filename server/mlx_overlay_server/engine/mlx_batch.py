@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
 
 from mlx_overlay_server.engine.mlx import Cache, leaves
+from mlx_overlay_server.engine.mlx_rows import RoomyKVCache, filled, roomy, with_room
 
 
 class Batch:
@@ -31,6 +32,9 @@ class Batch:
             stream=stream,
         )
         self._generator._prompt_batch = _PromptBatch.empty(model, self._generator.sampler)  # noqa: SLF001
+        self._rows = _Rows.empty(model, self._generator.sampler)
+        self._rows.most = size
+        self._generator._generation_batch = self._rows  # noqa: SLF001
         self._stream = stream
         self._is_smaller = False
         """Whether sequences have left those that generate since the batch was settled."""
@@ -83,6 +87,10 @@ class Batch:
         """Read up to so many tokens of each prompt, but for its last token. Returns BatchGenerator's responses."""
         return self._advance(tokens)
 
+    def expect(self, sequences: int) -> None:
+        """Note how many sequences generate when all prompts that wait are read: there is room for them from then on."""
+        self._rows.expected = min(sequences, self._rows.most)
+
     def begin(self) -> list[Any]:
         """Let the prompts that are read but for their last tokens generate. Returns BatchGenerator's responses."""
         return [part for part in self._advance(0) if part.end_of_prompt]
@@ -104,9 +112,8 @@ class Batch:
 
     def settle(self) -> None:
         """Let the batch take no more memory than it must, when nobody holds the KV caches of sequences that left it."""
-        if self._is_smaller:
-            self._is_smaller = False
-            _settle(self._generator._generation_batch.prompt_cache)  # noqa: SLF001 - its public methods copy it
+        self._rows.settle(is_smaller=self._is_smaller)
+        self._is_smaller = False
 
     def current(self, uid: int) -> int:
         """Return the token that a sequence drew in the step before, for the logits processors that a step calls.
@@ -114,24 +121,23 @@ class Batch:
         The first call in a step fetches the tokens of all sequences from the device, which waits for them.
         """
         if uid not in self._tokens:
-            rows = self._generator._generation_batch  # noqa: SLF001 - asking the arrays that processors get: a wait for each
-            tokens: Any = rows._current_tokens.tolist()  # noqa: SLF001
-            self._tokens = dict(zip(rows.uids, tokens, strict=True))
+            # Asking the arrays that processors get would be a wait for each.
+            tokens: Any = self._rows._current_tokens.tolist()  # noqa: SLF001
+            self._tokens = dict(zip(self._rows.uids, tokens, strict=True))
         return self._tokens[uid]
 
     def _advance(self, tokens: int) -> list[Any]:
         """Do what `BatchGenerator.next` does beside drawing: it finds no sequence that generates."""
         generator = self._generator
-        rows = generator._generation_batch  # noqa: SLF001 - the two halves have no names of their own
+        # The two halves have no names of their own.
         begun = generator._generation_batch = GenerationBatch.empty(generator.model, generator.sampler)  # noqa: SLF001
         generator.prefill_step_size = tokens
         try:
             told: list[Any] = generator.next()[0]
         finally:
-            generator._generation_batch = rows  # noqa: SLF001
+            generator._generation_batch = self._rows  # noqa: SLF001
         if len(begun):
-            rows.extend(begun)
-            _settle(rows.prompt_cache)
+            self._rows.extend(begun)
         return told
 
 
@@ -152,17 +158,70 @@ class _PromptBatch(PromptProcessingBatch):  # type: ignore[misc]
         return cache
 
 
+class _Rows(GenerationBatch):  # type: ignore[misc]
+    """The sequences of a batch that generate. Where memory is plenty, there is room for more of them."""
+
+    most: int
+    """Sequences that there ever are."""
+    expected: int = 0
+    """Sequences that there will be soon."""
+
+    def extend(self, batch: Any) -> None:
+        if not self.prompt_cache:
+            batch.prompt_cache = roomy(batch.prompt_cache)
+        self._make_room(len(self) + len(batch))
+        super().extend(batch)
+        _settle(self.prompt_cache)
+
+    def _make_room(self, rows: int) -> None:
+        """Make room for those that are expected, or at least for a quarter more, where so many rows are too many."""
+        layers = with_room(self.prompt_cache)
+        if not layers or rows <= layers[0].capacity:
+            return
+        wanted = min(max(self.expected, rows + rows // 4), self.most)
+        growth = wanted / layers[0].capacity  # beside which there must be two further copies, or `settle` would undo it
+        if _has_memory(self.prompt_cache, times=3 * growth - 1):
+            for layer in layers:
+                layer.resize(wanted)
+
+    def filter(self, keep: list[int]) -> None:
+        super().filter(filled(keep))
+        if not keep:
+            self._current_tokens = None  # or those of the last step would stay
+            self._current_logprobs: list[Any] = []
+
+    def settle(self, *, is_smaller: bool) -> None:
+        """Let the sequences take no more memory than they must.
+
+        `is_smaller`: whether others have left, whose KV caches nobody holds any more.
+        """
+        is_short = not _has_memory(self.prompt_cache, times=2)
+        rows = len(self) if is_short else max(len(self), self.expected)
+        for layer in with_room(self.prompt_cache):
+            if layer.is_too_large(rows) or (is_short and layer.has_room):
+                layer.resize(rows)
+        if is_smaller:
+            _settle(self.prompt_cache)
+
+
+def _has_memory(cache: Cache, *, times: float) -> bool:
+    """Return whether memory has room for so many further copies of a KV cache."""
+    nbytes: int = sum(layer.nbytes for layer in cache)
+    return mx.get_active_memory() + times * nbytes <= mx.get_memory_limit()
+
+
 def _settle(cache: Cache) -> None:
     """Compute KV caches that sequences have joined or left, where memory has no room for a second copy of them.
 
     mlx-lm makes new arrays for all sequences then, and computes those of all layers together, with the next step. Here
     it is done array by array: each frees what it is made from.
     """
-    if mx.get_active_memory() + 2 * sum(layer.nbytes for layer in cache) <= mx.get_memory_limit():
+    if _has_memory(cache, times=2):
         return
     for leaf in leaves(cache):
         for name in ("keys", "values"):
-            if isinstance(array := getattr(leaf, name, None), mx.array):
+            array = getattr(leaf, name, None)
+            if isinstance(array, mx.array) and not isinstance(leaf, RoomyKVCache):  # which does so by itself
                 setattr(leaf, name, mx.contiguous(array))  # the tokens without those that were longer
                 del array
                 mx.eval(getattr(leaf, name))

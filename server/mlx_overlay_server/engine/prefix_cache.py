@@ -135,12 +135,20 @@ class PrefixCache:
             if self.disk is not None:
                 entry.job = self.disk.stage(key, tokens, kept)
 
+    def would_keep(self, nbytes: int) -> bool:
+        """Return whether a KV cache of so many bytes would be kept."""
+        return nbytes <= self._most
+
+    @property
+    def _most(self) -> int:
+        """Bytes that all entries may have, beside what is on its way to the disk or from it."""
+        return min(self._max_bytes, self._room - (self.nbytes - self.kept))
+
     def expect(self, nbytes: int) -> bool:
         """Make room for a KV cache that will be read from disk. Returns whether there is any."""
-        room = min(self._max_bytes, self._room - (self.nbytes - self.kept))
-        if nbytes > room:
+        if not self.would_keep(nbytes):
             return False
-        self.trim(room - nbytes)
+        self.trim(self._most - nbytes)
         self.coming = nbytes
         return True
 

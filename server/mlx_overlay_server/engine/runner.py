@@ -19,6 +19,7 @@ from mlx_overlay_server.engine.arrays import Tokens
 from mlx_overlay_server.engine.commands import Encode, Item, Prefilled, Submit
 from mlx_overlay_server.engine.generation import Generation, matcher_of
 from mlx_overlay_server.engine.likely import Likely, Row, likeliest
+from mlx_overlay_server.engine.looking import NO_LOOK, Look
 from mlx_overlay_server.engine.mlx import Cache
 from mlx_overlay_server.engine.mlx_batch import Batch
 from mlx_overlay_server.engine.pace import Pace
@@ -28,6 +29,7 @@ from mlx_overlay_server.engine.ranks import slowest
 from mlx_overlay_server.engine.sampling import Sampler, Sampling, effective, sampler
 from mlx_overlay_server.engine.vision import SeeingModel
 from mlx_overlay_server.errors import Failed
+from mlx_overlay_server.memory import Images
 from mlx_overlay_server.settings import EngineOptions
 
 _MOST_STOPS = 4
@@ -67,12 +69,14 @@ class Runner:
         prefixes: PrefixCache,
         *,
         fits: Callable[[int], int] = lambda _: 1 << 30,
+        look: Look = NO_LOOK,
         group: Any = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`draft`: the model for speculative decoding, or None; `prefixes` is shared with the other models.
 
         `fits`: (tokens that come before) -> tokens that a pass may read, for the memory that it computes with.
+        `look`: what it takes to look at images.
         `group`: MLX's group of the ranks that run the same, or None; `clock` gives seconds.
         """
         self.loaded = loaded
@@ -85,6 +89,7 @@ class Runner:
         self._can_batch = draft is None and options.kv_bits is None and mlx.can_batch(model)
         self._can_trim = mlx.can_cut(model)
         self._fits = fits
+        self._look = look
         self._group = group
         self._clock = clock
         self._pace = Pace(options.prefill_step, options.max_stall_ms / 1000)
@@ -143,6 +148,8 @@ class Runner:
         if (paused := self._paused.pop(submit.id, None)) is not None:
             self._enter(paused)
             return
+        if self._alone.resume(submit.id):
+            return
         if isinstance(submit, Encode):
             raise ValueError("the model neither embeds nor ranks")
         sampling = self._sampling(submit)
@@ -158,6 +165,14 @@ class Runner:
             return False
         is_scored = submit.params.prompt_logprobs is not None  # which a batch does not compute
         return not self._can_batch or bool(submit.images) or is_scored or _is_seeded(submit, self._sampling(submit))
+
+    def images(self, submit: Submit | Encode) -> Images:
+        """Return what the images of a prompt take."""
+        if isinstance(submit, Encode) or not (submit.images or submit.shown):
+            return Images()
+        shown = submit.shown.arrays.items() if submit.shown is not None else ()
+        pixels = [array for name, array in shown if "pixel" in name]
+        return self._look.takes(len(submit.prompt), (*submit.images, *pixels))
 
     def _sampling(self, submit: Submit) -> Sampling:
         return effective(submit.params, self.loaded.defaults, self.loaded.vocab_size)
@@ -183,13 +198,12 @@ class Runner:
 
     def pause(self, id_: int) -> bool:
         """Free the memory of a sequence, whose tokens are read again after `add`; False where its kind cannot wait."""
-        sequence = self._sequences.get(id_)
-        if sequence is None or sequence.generation.submit.budget is not None:  # it counts what is drawn and dropped
-            return False
-        tokens: list[int] = []
-        if sequence.uid is not None:
+        if (sequence := self._sequences.get(id_)) is None:
+            return self._alone.pause(id_)
+        if sequence.uid is not None and id_ in self._unread:
+            self._drop(sequence, sequence.uid)
+        elif sequence.uid is not None:
             tokens = self._take_out(sequence, sequence.uid)
-        if len(tokens) > len(sequence.tokens):
             sequence.drawn += len(tokens) - len(sequence.tokens)
             sequence.tokens = np.asarray(tokens, dtype=np.int64)
         sequence.generation.guarded.draw_again()
@@ -261,9 +275,11 @@ class Runner:
             return
         if self._alone.cancel(id_) or (sequence := self._sequences.pop(id_, None)) is None:
             return
-        self._unread.pop(id_, None)
+        is_unread = self._unread.pop(id_, None) is not None
         tokens: list[int] = sequence.tokens[: sequence.prompt.done].tolist()
-        if sequence.uid is not None:
+        if sequence.uid is not None and is_unread and not self._prefixes.would_keep(self.loaded.kv.nbytes(len(tokens))):
+            self._drop(sequence, sequence.uid)  # taking it out copies it
+        elif sequence.uid is not None:
             tokens = self._take_out(sequence, sequence.uid)
         if sequence.cache is not None and len(tokens) > sequence.generation.cached:
             self._keep(sequence, sequence.cache, tokens)
@@ -281,6 +297,7 @@ class Runner:
 
     def _step_batch(self, *, may_read: bool) -> list[tuple[int, Item]]:
         """Read of the prompts, if that may be, and then draw a token for each sequence that generates."""
+        self._batch.expect(len(self._sequences))
         chosen = self._arrange() if may_read else NOTHING
         started = self._clock()
         made, reading = self._read_prompts(chosen) if chosen.ids else ([], 0.0)
@@ -353,6 +370,12 @@ class Runner:
         generation.guarded.read_last = lambda _: self._batch.current(uid)
         sequence.uid, sequence.base, sequence.cache = uid, done, None
         self._ids[uid] = submit.id
+
+    def _drop(self, sequence: _Sequence, uid: int) -> None:
+        """Drop a sequence from the batch, with its KV cache."""
+        self._batch.remove(uid)
+        del self._ids[uid]
+        sequence.uid = None
 
     def _take_out(self, sequence: _Sequence, uid: int) -> list[int]:
         """Take a sequence out of the batch, with its KV cache. Returns the tokens in that."""

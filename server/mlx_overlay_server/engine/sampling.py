@@ -1,4 +1,4 @@
-"""The choice of the next token: samplers and logits processors for mlx-lm, one set for each request."""
+"""How the next token is chosen: samplers and logits processors for mlx-lm, made for each request."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ from mlx_overlay_server.engine.failures import is_late
 Sampler = Callable[[mx.array], mx.array]
 Processor = Callable[[mx.array, mx.array], mx.array]
 Mask = Callable[[int | None, mx.array], mx.array]
-"""(the token that was drawn last, or None before the first; logits) -> logits. It must be called at each step."""
+"""Called at each step with the last drawn token (None before the first) and the logits; returns the logits with other
+values.
+"""
 
-_ALL = 1 << 30  # as a penalty's context size, in tokens: the whole answer
+_ALL = 1 << 30  # the context size of a penalty, in tokens, that covers every answer
 _NEVER = -1e4
 _LEAST = 1e-6
 """A temperature or top_p below this is greedy decoding: dividing by it overflows float32."""
@@ -45,7 +47,7 @@ class Sampling(NamedTuple):
 
 
 def effective(params: Params, defaults: Mapping[str, Any], vocab_size: int) -> Sampling:
-    """Return the sampling parameters of a request: its own values, else generation_config.json's, else OpenAI's."""
+    """Return a request's sampling parameters: its own, else those of generation_config.json, else OpenAI's defaults."""
 
     def of(given: float | None, name: str, otherwise: float) -> float:
         default = defaults.get(name)
@@ -64,7 +66,7 @@ def effective(params: Params, defaults: Mapping[str, Any], vocab_size: int) -> S
 
 
 def sampler(sampling: Sampling, seed: int | None) -> Sampler:
-    """Return a sampler: log probabilities of shape [batch, vocabulary] -> tokens of shape [batch]."""
+    """Return a sampler, which maps log probabilities of shape [batch, vocabulary] to tokens of shape [batch]."""
     if sampling.temperature == 0:
         return greedy_sampler  # type: ignore[no-any-return]
     return _shared(sampling[:4]) if seed is None else _seeded(sampling, seed)
@@ -72,15 +74,15 @@ def sampler(sampling: Sampling, seed: int | None) -> Sampler:
 
 @lru_cache(maxsize=256)
 def _shared(key: tuple[float, float, int, float]) -> Sampler:
-    """Return one object for equal parameters: BatchGenerator samples rows in one call only where they share it."""
+    """Return one sampler for equal parameters: BatchGenerator samples rows together only if they share it."""
     temperature, top_p, top_k, min_p = key
     sample = make_sampler(temperature, top_p=top_p, min_p=min_p, top_k=top_k)
-    # In float16, log probabilities over a low temperature are infinities, all alike.
+    # In float16, dividing log probabilities by a low temperature overflows to infinities, which are all equal.
     return lambda logprobs: sample(logprobs.astype(mx.float32))
 
 
 def _seeded(sampling: Sampling, seed: int) -> Sampler:
-    """Return a sampler with a random state of its own, so that its draws do not depend on what else runs."""
+    """Return a sampler with a random state of its own, so that its draws do not depend on other requests."""
     key = mx.random.key(seed % (1 << 64))
 
     def sample(logprobs: mx.array) -> mx.array:
@@ -106,17 +108,17 @@ def processors(
     cached: int = 0,
     ends: Iterable[int] = (),
 ) -> list[Processor]:
-    """Return the functions that change the logits of each step before masks and sampling, in order.
+    """Return the logits processors of a request, in the order in which they run, before masks and the sampler.
 
-    mlx-lm calls a processor with the tokens so far, of which the first `cached` of the prompt may be missing.
-    Presence and frequency penalties look at the answer alone, as OpenAI's and vLLM's do; repetition at the prompt, too.
-    `ends` are the tokens that end an answer.
+    mlx-lm calls a processor with the tokens so far; the first `cached` tokens of the prompt may be missing there.
+    Presence and frequency penalties count the answer alone, as OpenAI's and vLLM's do. The repetition penalty counts
+    the prompt, too. `ends` are the tokens that end an answer.
     """
     seen = len(prompt) - cached
     made: list[Processor] = []
     if params.logit_bias:
         tokens = mx.array(list(params.logit_bias))
-        # -100 is OpenAI's "never", which no model may outvote; a grammar may, and something must be left to draw.
+        # OpenAI's -100 bans a token, however likely it is. Not infinity: a grammar may leave nothing but banned tokens.
         values = mx.array([_NEVER if bias <= -100 else bias for bias in params.logit_bias.values()])
         made.append(lambda _, logits: logits.at[:, tokens].add(values.astype(logits.dtype)))
     if sampling.repetition_penalty != 1:
@@ -135,21 +137,21 @@ def processors(
 
 
 def _longer(size: int, ends: mx.array) -> Processor:
-    """Return a processor that lets no token of `ends` be drawn while fewer than `size` tokens are there.
+    """Return a processor that bans the tokens of `ends` while there are fewer than `size` tokens.
 
-    A grammar may still end the answer, when it leaves nothing else to draw.
+    A grammar that allows nothing else may still end the answer.
     """
     return lambda so_far, logits: logits.at[:, ends].add(_NEVER) if so_far.shape[0] < size else logits
 
 
 def last_of(tokens: mx.array) -> int:
-    """Return the last of a sequence's tokens, and wait for it to be computed."""
+    """Return the last of a sequence's tokens, and wait until it is computed."""
     last: Any = tokens[-1].item()
     return int(last)
 
 
 class Guarded:
-    """A request's logits processors and masks as one. An error in them ends that request, and not its batch."""
+    """All logits processors and masks of a request as one. An error in them ends that request alone, not its batch."""
 
     def __init__(self, changes: Sequence[Processor], budget: Budget | None, matcher: Matcher | None) -> None:
         self._changes = changes
@@ -160,19 +162,20 @@ class Guarded:
         self._is_first = True
         self._error: str | None = None
         self.read_last: Callable[[mx.array], int] = last_of
-        """Gives the last of a sequence's tokens. Reading it waits for the device, so it is done once for all masks; a
-        batch puts a function here that does it once for all of its sequences."""
+        """Returns the last of a sequence's tokens. It waits for the device, so it is called once for all masks; a batch
+        replaces it by a function that reads the last tokens of all its sequences at once.
+        """
 
     def __bool__(self) -> bool:
         return bool(self._changes or self._masks)
 
     def draw_again(self) -> None:
-        """Let the next call stand for the last one once more: what was drawn after that was dropped."""
+        """Make the next call repeat the last one, after whose token others were drawn that have been dropped."""
         self._is_first = True
 
     @property
     def problem(self) -> str | None:
-        """Why the sequence cannot continue; None while it can."""
+        """Why the sequence cannot go on; None while it can."""
         if self._matcher is not None and self._matcher.problem is not None:
             return f"the answer cannot follow its grammar any more: {self._matcher.problem}"
         return self._error
@@ -187,9 +190,9 @@ class Guarded:
                 for mask in self._masks:
                     logits = mask(last, logits)
         except Exception as error:
-            if is_late(error):  # reading the last token waits for the device
+            if is_late(error):  # reading the last token waits for the device, which may report an error of other work
                 raise
-            # Whatever else it is, the rows beside this one are well.
+            # Any other error concerns this row alone; the other rows of the batch go on.
             self._error = f"the engine failed: {type(error).__name__}"
         return logits
 
@@ -202,15 +205,14 @@ class ReasoningBudget:
         self._left: int | None = budget.tokens if budget.is_open else None
         """Tokens that the open reasoning block may still take; None: no block is open."""
         self._last: tuple[int, ...] = ()
-        self._forced = 0
 
     def __call__(self, last: int | None, logits: mx.array) -> mx.array:
         if last is not None:
             self._accept(last)
         if self._left is None or self._left > 0:
             return logits
-        forced = mx.arange(logits.shape[-1]) == self._budget.ends[self._forced]
-        self._forced = (self._forced + 1) % len(self._budget.ends)
+        ends = self._budget.ends
+        forced = mx.arange(logits.shape[-1]) == ends[_begun(self._last, ends)]
         return mx.where(forced, logits, -float("inf"))
 
     def _accept(self, token: int) -> None:
@@ -219,16 +221,21 @@ class ReasoningBudget:
         if self._left is None and self._last[-len(opens) :] == opens:
             self._left = self._budget.tokens
         elif self._left is not None and self._last[-len(ends) :] == ends:
-            self._left, self._forced = None, 0
+            self._left = None
         elif self._left is not None:
             self._left = max(0, self._left - 1)
+
+
+def _begun(tokens: tuple[int, ...], mark: tuple[int, ...]) -> int:
+    """Return how many tokens of a mark are there already: with how many of its first ones the tokens end."""
+    return next(size for size in range(len(mark) - 1, -1, -1) if not size or tokens[-size:] == mark[:size])
 
 
 class Matcher:
     """A mask of every token which the grammar does not allow next."""
 
     def __init__(self, constraint: Constraint, matcher: Any, vocab_size: int) -> None:
-        """`matcher` is a copy of its own of what `chat.grammar.compiled` made of the constraint's grammar."""
+        """`matcher` is a copy, of its own, of the grammar that `chat.grammar.compiled` returned."""
         from llguidance.numpy import allocate_token_bitmask
 
         self._matcher = matcher
@@ -264,19 +271,17 @@ class Matcher:
         return mx.where(mx.array(allowed), logits, -float("inf"))
 
     def _without_end(self, logits: mx.array) -> mx.array:
-        """Return logits with which reasoning cannot end the answer, which is still owed.
+        """Return logits with which reasoning cannot end the answer, whose constrained part is still to come.
 
-        The weight of an end goes to the next token of the reasoning's closing mark: a model that wants to stop there
-        closes its reasoning, where it would ramble if the end were only forbidden.
+        The weight of the end token moves to the next token of the reasoning's closing mark. A model that wants to stop
+        then closes its reasoning; if the end were only banned, it would ramble on.
         """
         if not self._stops:
             return logits
-        sizes = range(len(self._ends) - 1, -1, -1)
-        closed = next(size for size in sizes if not size or self._last[-size:] == self._ends[:size])
         stops = mx.array(self._stops)
         weight = mx.max(logits[:, stops], axis=-1)
         logits = logits.at[:, stops].add(-float("inf"))
-        return logits.at[:, self._ends[closed]].maximum(weight)
+        return logits.at[:, self._ends[_begun(self._last, self._ends)]].maximum(weight)
 
     def _accept(self, token: int) -> None:
         self._accepted += 1

@@ -1,7 +1,7 @@
-"""Reads models' tokenizers, and cuts out the part of each that turns answers into text.
+"""Reads models' tokenizers, and extracts the part of each that turns answers into text.
 
-The whole of a tokenizer is a transformers object, whose import takes a second and 40 MB. So it is read in a preparation
-process, where prompts are made, and the server's process gets the part, which needs none of that.
+A tokenizer is an object of transformers, whose import takes a second and 40 MB. So a preparation process reads it,
+where prompts are made, too. The server's process gets only the part for answers, which needs no transformers.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from mlx_lm.generate import make_text_state_machine
 from mlx_lm.utils import load_tokenizer
 
 from mlx_overlay_server.chat.loaded import Loaded
-from mlx_overlay_server.engine import mlx
+from mlx_overlay_server.engine import mlx_tokenizers
 from mlx_overlay_server.engine.failures import Unreadable
 
 
 @dataclass(frozen=True, eq=False)
 class AnswerTokenizer:
-    """The part of a tokenizer that turns the tokens of answers into text, with the names of mlx-lm's wrapper."""
+    """The part of a tokenizer that turns tokens into text, with the names of mlx-lm's TokenizerWrapper."""
 
     size: int
     """Tokens in its vocabulary."""
@@ -34,9 +34,9 @@ class AnswerTokenizer:
     tool_parser: Any
     response_initial_state: str | None
     json: str | None
-    """As the tokenizers library writes it; None: it is none of that library's."""
+    """The tokenizer as JSON of the tokenizers library; None where it is written in another way."""
     _detokenizer: Any
-    """As `mlx.own_detokenizer` returns it."""
+    """The detokenizer that `mlx_tokenizers.own_detokenizer` returned."""
     _whole: Any = None
     """The whole tokenizer, where there is no `json`."""
 
@@ -45,7 +45,7 @@ class AnswerTokenizer:
 
     @cached_property
     def backend_tokenizer(self) -> Any:
-        """The tokenizers library's own object, made at first use: probabilities, grammars and some models need it."""
+        """The tokenizers library's object, made at first use for log probabilities, grammars and some models."""
         from tokenizers import Tokenizer
 
         return None if self.json is None else Tokenizer.from_str(self.json)
@@ -64,10 +64,10 @@ class AnswerTokenizer:
 
 
 class Read(NamedTuple):
-    """What a model's tokenizer is to the server's process; the fields are Loaded's, but for the first two."""
+    """A model's tokenizer as it was read. All fields but the first two are fields of Loaded."""
 
     whole: bytes
-    """The whole of it, pickled, for preparation processes; b"": `tokenizer` is the whole."""
+    """The whole tokenizer, pickled, for preparation processes; b"" where `tokenizer` is the whole one."""
     tokenizer: Any
     marks: Any
     letter: tuple[int, ...]
@@ -78,15 +78,14 @@ class Read(NamedTuple):
 def read_here(path: str, options: Mapping[str, Any], end_tokens: Any) -> Read:
     """Read the tokenizer in a folder in this process, which has imported mlx-lm with transformers.
 
-    `options` are for transformers, `end_tokens` is what the model's config.json says of them.
+    `options` are for transformers; `end_tokens` are those of the model's config.json.
     """
     return described(load_tokenizer(Path(path), dict(options), end_tokens))
 
 
 def described(tokenizer: Any) -> Read:
-    """Describe a tokenizer that mlx-lm has read. `Read.tokenizer` is the whole."""
-    has_own_calls = tokenizer.has_tool_calling
-    mlx.prepare_tokenizer(tokenizer)
+    """Describe a tokenizer that mlx-lm has read; `tokenizer` of the result is the whole one."""
+    has_own_calls = mlx_tokenizers.prepare_tokenizer(tokenizer)
     return Read(
         b"",
         tokenizer,
@@ -98,10 +97,10 @@ def described(tokenizer: Any) -> Read:
 
 
 def cut(read: Read) -> Read:
-    """Return the same with the part in the whole's place."""
+    """Return the same with only the part for answers in `tokenizer`, and the whole one pickled in `whole`."""
     tokenizer = read.tokenizer
-    inner = mlx.backend(tokenizer)
-    json = None if inner is None else mlx.plain_json(inner)
+    inner = mlx_tokenizers.backend(tokenizer)
+    json = None if inner is None else mlx_tokenizers.plain_json(inner)
     part = AnswerTokenizer(
         len(tokenizer),
         set(tokenizer.eos_token_ids),
@@ -110,16 +109,16 @@ def cut(read: Read) -> Read:
         tokenizer.tool_parser,
         tokenizer.response_initial_state,
         json,
-        mlx.own_detokenizer(tokenizer),
+        mlx_tokenizers.own_detokenizer(tokenizer),
         tokenizer if json is None else None,
     )
     return read._replace(tokenizer=part, whole=pickle.dumps(tokenizer, pickle.HIGHEST_PROTOCOL))
 
 
 def sent(path: str, options: Mapping[str, Any], end_tokens: Any) -> tuple[bytes, Any]:
-    """Read a tokenizer for another process: return what `received` takes there, and the whole tokenizer; None: none.
+    """Read a tokenizer for another process, which hands the bytes to `received`; also return it (or None).
 
-    Runs code that comes with models, which may raise or call anything.
+    This may run code that comes with the model, which may raise or do anything.
     """
     whole = None
     try:
@@ -133,11 +132,11 @@ def sent(path: str, options: Mapping[str, Any], end_tokens: Any) -> tuple[bytes,
 
 
 def received(data: bytes) -> Read:
-    """Return what another process has sent. Raises Unreadable."""
+    """Return the tokenizer that another process has sent with `sent`. Raises Unreadable."""
     path, inner = pickle.loads(data)  # noqa: S301 - from our own program
     sys.path += [
         folder for folder in path if folder not in sys.path
-    ]  # a tokenizer may be code that came with its model
+    ]  # the tokenizer's class may be code that came with its model
     result = pickle.loads(inner)  # noqa: S301
     if isinstance(result, Unreadable):
         raise result
@@ -146,11 +145,11 @@ def received(data: bytes) -> Read:
 
 
 def with_whole(model: Loaded, tokenizer: Any) -> Loaded:
-    """Return a model as a preparation process has it: with the whole tokenizer in the place of its part."""
+    """Return a model for a preparation process: with the whole tokenizer instead of the part for answers."""
     return replace(
         model,
         tokenizer=tokenizer,
-        detokenizer=partial(mlx.detokenizer, tokenizer),
-        make_grammar_tokenizer=partial(mlx.grammar_tokenizer, tokenizer, model.vocab_size),
+        detokenizer=partial(mlx_tokenizers.detokenizer, tokenizer),
+        make_grammar_tokenizer=partial(mlx_tokenizers.grammar_tokenizer, tokenizer, model.vocab_size),
         whole=b"",
     )

@@ -28,21 +28,26 @@ from mlx_overlay_server.errors import Forbidden, ServerError, Unavailable, Unkno
 logger = logging.getLogger("mlx_overlay_server")
 
 LOOK_UPS = 4
-"""Processes that ask the Hub whether it has a model, at once; further ids wait."""
+"""How many processes ask the Hub at once whether it has a model; further ids wait."""
 DOWNLOADS = 4
-"""Models that are downloaded at once; further ones wait."""
+"""How many models are downloaded at once; further ones wait."""
 UNKNOWN_SECONDS = 30.0
 """Seconds for which the Hub is not asked again for a model that it does not have."""
-MODULES = "*_Dense/model.safetensors"
-"""The weights of a module of sentence-transformers, which mlx-lm does not download; all JSON files it does."""
+BESIDE = (
+    "*_Dense/model.safetensors",  # of modules of sentence-transformers
+    "kokoro*.safetensors",
+    "voices/*.safetensors",
+    "speech_tokenizer/*.safetensors",
+)
+"""Weights that mlx-lm does not download, and that other models need than its own; all JSON files it does."""
 _MAX_UNKNOWN = 10_000
 _MAX_ENDED = 20
-"""Downloads that have ended, which lists show."""
+"""How many ended downloads lists show."""
 State = Literal["waiting", "downloading", "done", "cancelled", "failed"]
-"""`waiting`: for the Hub's answer, or for a place among the downloads."""
+"""`waiting`: for the Hub's answer, or until fewer downloads run."""
 _NOT_FOUND = frozenset({"RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError"})
 _NO_ANSWER = frozenset({"TransportError", "ConnectionError", "Timeout"})
-"""What exceptions of httpx and requests are instances of when a host cannot be reached."""
+"""The types of errors in httpx and requests that mean that a host cannot be reached."""
 
 
 class Progress(NamedTuple):
@@ -51,7 +56,7 @@ class Progress(NamedTuple):
     id: str
     state: State
     done: int = 0
-    """Bytes that are there."""
+    """Bytes that have arrived."""
     total: int = 0
     """Bytes of all its files; 0 while that is not known."""
     message: str = ""
@@ -60,16 +65,17 @@ class Progress(NamedTuple):
 
 @dataclass(slots=True)
 class _Download:
-    """A download, or the look-up before it, for all who wait for one model."""
+    """A download, or the question to the Hub before it, shared by all who wait for one model."""
 
     now: Progress
     progress: Callable[[str], None] = lambda _: None
     is_wanted: bool = False
-    """Whether it goes on when nobody waits, also while the Hub is still asked."""
+    """Whether it goes on when no request waits for it, even before the Hub has answered."""
     waiting: int = 0
     """Number of callers that wait for it."""
     is_found: bool = False
-    """Whether the Hub has the model. From then on it goes on when nobody waits: the next request finds it there."""
+    """Whether the Hub has the model. From then on the download goes on even if no request waits for it.
+    """
     task: asyncio.Task[None] | None = None
 
 
@@ -84,16 +90,16 @@ class Downloader:
         self._look_ups = asyncio.Semaphore(LOOK_UPS)
         self._downloads = asyncio.Semaphore(DOWNLOADS)
         self._unknown: dict[str, float] = {}
-        """Ids that the Hub does not have -> when it said so, in monotonic seconds; oldest first."""
+        """Ids that the Hub does not have, with the time of its answer in monotonic seconds; oldest first."""
 
     @property
     def has_work(self) -> bool:
-        """Whether a model is being downloaded, or looked up."""
+        """Whether a model is being downloaded, or the Hub is being asked for one."""
         return bool(self._running)
 
     @property
     def shown(self) -> list[Progress]:
-        """The downloads that run, and the last ones that ended, in the order in which they began."""
+        """The running downloads and the last ones that ended, in the order in which they began."""
         return [*self._past.values(), *(each.now for each in self._running.values())]
 
     def progress_of(self, model_id: str) -> Progress | None:
@@ -102,14 +108,15 @@ class Downloader:
         return running.now if running is not None else self._past.get(model_id)
 
     def start(self, model_id: str) -> None:
-        """Begin to download a model, or go on with what there is of it; it goes on until it has ended.
+        """Begin to download a model, or continue an earlier download; requests need not wait for it.
 
-        Raises UnknownModel when the Hub said a moment ago that it has none, Unavailable when nothing is downloaded now.
+        Raises UnknownModel when the Hub has said a moment ago that it does not have the model, and Unavailable when
+        nothing is downloaded at the moment.
         """
         self._begin(model_id).is_wanted = True
 
     def cancel(self, model_id: str) -> bool:
-        """End a download; its files stay for the next one. Returns whether there was one."""
+        """End a download, and return whether there was one. Its files stay for the next one."""
         download = self._running.get(model_id)
         if download is None or download.task is None:
             return False
@@ -118,9 +125,10 @@ class Downloader:
         return True
 
     async def fetch(self, model_id: str, progress: Callable[[str], None]) -> None:
-        """Download a model.
+        """Download a model, and wait for it.
 
-        Raises UnknownModel when the Hub has none, Forbidden for one that is gated, Unavailable when it does not answer.
+        Raises UnknownModel when the Hub does not have it, Forbidden when it is gated, and Unavailable when the Hub does
+        not answer.
         """
         download = self._begin(model_id)
         progress(f"downloading {model_id}")
@@ -140,7 +148,7 @@ class Downloader:
                 download.task.cancel()
 
     def _begin(self, model_id: str) -> _Download:
-        """Return the download of a model, which begins now unless it runs. Raises UnknownModel and Unavailable."""
+        """Return the download of a model, and begin it unless it runs already. Raises UnknownModel and Unavailable."""
         if (why := self._session.why_no_downloads) is not None:
             raise Unavailable(f"{model_id} is not downloaded: {why}", code="download_refused")
         if self._is_unknown(model_id):
@@ -168,7 +176,7 @@ class Downloader:
                         __name__,
                         model_id,
                         environ=self._session.environment,
-                        # If this process is killed, the download goes on, and needs its tree.
+                        # The session's lock: should the server be killed, the download still needs the session's tree.
                         inherit=(self._session.owner_fd,),
                     )
                 )
@@ -178,7 +186,7 @@ class Downloader:
                     await self._fail(model_id, child, first)
                 await held.enter_async_context(self._downloads)  # the process waits for a line
             download.is_found = True
-            self._session.expect_model(model_id)  # only now: ids are what clients send, and must leave no folders
+            self._session.expect_model(model_id)  # only now: clients choose the ids, which must not leave folders
             child.write(b"\n")
             download.now = Progress(model_id, "downloading")
             async for report in reports:
@@ -193,7 +201,7 @@ class Downloader:
                 await self._fail(model_id, child, {})
 
     async def _fail(self, model_id: str, child: Child, report: Mapping[str, Any]) -> NoReturn:
-        """Raise the ServerError for what a process reported, or for its end without a report."""
+        """Raise the ServerError that stands for what the process reported, or for its end without a report."""
         error = failure(model_id, report, 0 if report else await child.wait())
         if isinstance(error, UnknownModel):
             self._remember_unknown(model_id)
@@ -213,12 +221,12 @@ class Downloader:
             logger.warning("%s", message)
 
     def _end(self, model_id: str, download: _Download, last: Progress) -> None:
-        """Keep what lists show of a download that has ended; of one that only requests waited for, if it began."""
+        """Remember an ended download for lists. One that only requests waited for is left out if it never began."""
         download.now = last
         self._forget(model_id, download)
         if not (
             download.is_wanted or download.is_found
-        ):  # ids are what clients send: they must not be seen, nor pile up
+        ):  # clients choose the ids: they must neither be shown to others nor pile up
             return
         self._past.pop(model_id, None)
         if len(self._past) >= _MAX_ENDED:
@@ -245,7 +253,7 @@ class Downloader:
 
 
 def failure(model_id: str, report: Mapping[str, Any], status: int) -> ServerError:
-    """Return the error for what a download's process reported, or for its end with `status` and without a report."""
+    """Return the error for a process's report, or for its end with `status` and without a report."""
     kind = report.get("error", "")
     if kind == "GatedRepoError":
         return Forbidden(
@@ -286,7 +294,7 @@ def patterns() -> list[str]:
 
 
 def main() -> int:
-    """Download the model named by the first argument, and report progress as JSON lines; runs in the process."""
+    """Run in the process: download the model named by the first argument, and report progress as JSON lines."""
     from huggingface_hub import HfApi, snapshot_download  # noqa: TID251 - the environment is the overlay's by now
     from huggingface_hub.utils import tqdm  # noqa: TID251
 
@@ -309,9 +317,9 @@ def main() -> int:
     try:
         HfApi().model_info(sys.argv[1])
         report(found=True)
-        if not sys.stdin.readline():  # waits for a place in the cache; '' means that the server has ended
+        if not sys.stdin.readline():  # waits until the server lets it begin; empty: the server has ended
             return 1
-        snapshot_download(sys.argv[1], allow_patterns=[*patterns(), MODULES], tqdm_class=Progress)
+        snapshot_download(sys.argv[1], allow_patterns=[*patterns(), *BESIDE], tqdm_class=Progress)
     except Exception as error:  # noqa: BLE001 - the boundary: the server reports any error to its client
         lines = str(error).strip().splitlines()
         kinds = [each.__name__ for each in type(error).__mro__]
@@ -321,7 +329,7 @@ def main() -> int:
 
 
 class _Nowhere:
-    """A file for tqdm's own progress bar, which nobody sees."""
+    """A file that drops everything: tqdm writes its own progress bar into it."""
 
     def write(self, _: str) -> None:
         pass

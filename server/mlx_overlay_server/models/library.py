@@ -1,4 +1,4 @@
-"""Lists the models of the overlay and finds the folder that each is loaded from, outside the event loop."""
+"""Lists the models of the overlay, and finds the folder of each. The disk is looked at outside of the event loop."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import hf_overlay
 from hf_overlay import Task
 
+from mlx_overlay_server import memory
 from mlx_overlay_server.chat.loaded import context_length
 from mlx_overlay_server.errors import InvalidRequest, Unavailable, UnknownModel
+from mlx_overlay_server.speech.values import OF_SPEECH
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -22,49 +24,50 @@ class Listed(NamedTuple):
 
     id: str
     created: int
-    """Unix seconds: when its newest file was written."""
+    """When its newest file was written, in Unix seconds."""
     context: int | None = None
     """Tokens that prompt and answer may have together, as its config.json says; None where it does not."""
     usable: int | None = None
-    """Tokens that they may have on this machine, with the server's limits; None: nobody knows."""
+    """Tokens that they may have on this machine, within the server's limits; None: nobody knows."""
     nbytes: int = 0
     """Bytes of its weights."""
     kv_bytes: int = 0
     """Bytes that each token takes in its KV cache, estimated from config.json; 0: unknown."""
     kind: Task = "text"
-    """What it does with text."""
+    """What it does."""
     architecture: str | None = None
     """The `model_type` of its config.json."""
     sees: bool = False
-    """Whether its config.json tells of a part for images."""
+    """Whether its config.json has a part for images."""
     size: int = 0
     """Bytes of all its files."""
     layer: str = "cache"
     """Where it was found: `map`, `custom` (a model path), `cache` or `tier`."""
     root: str = ""
-    """That map, model path, cache or tier."""
+    """The map, model path, cache or tier itself."""
     path: str = ""
-    """The folder it is loaded from."""
+    """The folder from which it is loaded."""
 
 
 class Located(NamedTuple):
-    """The folder of a model, the bytes of its weights, its id, and what it does."""
+    """The folder of a model, the bytes that it takes in memory, its id, and what it does."""
 
     path: str
     nbytes: int
+    """Bytes of its weights; of a model that transcribes or speaks, of its process."""
     id: str
-    """As the disk spells it: its volume may take several spellings of a name for one."""
+    """As the disk spells it. A volume may accept several spellings of a name."""
     task: Task = "text"
 
 
 class _NotHere(NamedTuple):
-    """No folder and no cached snapshot has the id; the Hub may."""
+    """The answer that no folder and no cached snapshot has the id. The Hub may have it."""
 
     id: str
     near: str
-    """The end of a sentence, which suggests another id; empty where none is close."""
+    """The end of a sentence, which suggests a similar id; empty where none is similar."""
     why: str
-    """The folders that were searched, which clients need not know; the id in it may hold anything."""
+    """The folders that were searched, for the log; clients need not know them. The id in it may contain anything."""
 
     def refusal(self) -> UnknownModel:
         message = f"there is no model {self.id!r} here{self.near}; GET /v1/models lists what there is"
@@ -72,7 +75,7 @@ class _NotHere(NamedTuple):
 
 
 Download = Callable[[str, Callable[[str], None]], Awaitable[None]]
-"""Downloads a model into the Hugging Face cache and reports its progress as text. Raises ServerError."""
+"""Downloads a model into the Hugging Face cache, and reports its progress as text. Raises ServerError."""
 
 
 class Library:
@@ -81,7 +84,7 @@ class Library:
     def __init__(
         self, session: hf_overlay.Session, download: Download | None, source: Callable[[str], str] = lambda name: name
     ) -> None:
-        """`download` is used for ids that are not found locally; None: the server is offline.
+        """`download` fetches models that are not found locally; None: the server is offline.
 
         `source` returns the id of the model that is loaded under a name.
         """
@@ -89,24 +92,28 @@ class Library:
         self._source = source
         self._download = download
         self._rows: dict[str, tuple[hf_overlay.Model, Listed]] = {}
-        """Each listed model, by its id, as it was found, and its row; worked out anew when any of its files changes."""
+        """Each listed model by its id, as it was found, with its row. A row is made anew when a file of the model
+        changes.
+        """
         self.progress: dict[str, str] = {}
         """The progress of each model that is being downloaded, as text."""
         self._looking: asyncio.Task[list[Listed]] | None = None
-        """The last look at all folders that has begun."""
+        """The look at all folders that began last."""
         self._next_look: asyncio.Task[list[Listed]] | None = None
-        """The one that begins when that has ended."""
+        """The look that begins when that one has ended."""
 
     async def listed(self) -> list[Listed]:
-        """Look at the folders and the cache, and return every model that can be loaded, by id; ids are unique.
+        """Look at the folders and the cache, and return every model that can be loaded.
 
-        Calls that come while another is looking share one look, which begins after that and so after all of them.
-        Raises Unavailable.
+        Ids are unique. Raises Unavailable.
+
+        Callers that come during a look share the next one, which begins after all of them came.
         """
         look = self._next_look
         if look is None or look.done():
             look = self._next_look = asyncio.create_task(self._look_after(self._looking))
-            look.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # all callers may have left
+            # Reads an error, of which asyncio would warn when all callers have left.
+            look.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         return await asyncio.shield(look)
 
     async def _look_after(self, other: asyncio.Task[list[Listed]] | None) -> list[Listed]:
@@ -129,7 +136,7 @@ class Library:
         return [row for _, row in self._rows.values()]
 
     async def locate(self, name: str) -> Located:
-        """Return where to load a model from, after downloading it if it is not found locally. Raises ServerError."""
+        """Return where to load a model from. It is downloaded if it is not found locally. Raises ServerError."""
         model_id = self._source(name)
         found = await asyncio.to_thread(self._locate, model_id)
         if isinstance(found, _NotHere):
@@ -155,13 +162,13 @@ class Library:
         return found if name == model_id else found._replace(id=name)
 
     async def problems(self) -> list[dict[str, str]]:
-        """Return what `hf-overlay doctor` finds now: for each problem `kind`, `where`, `what` and `advice`."""
+        """Return the problems that `hf-overlay doctor` finds now, each with `kind`, `where`, `what` and `advice`."""
         findings = await asyncio.to_thread(self._session.findings)
         return [finding._asdict() for finding in findings]
 
     @property
     def away(self) -> dict[str, str]:
-        """The ids of models that have gone away with their folder, as of the last look: id -> folder."""
+        """The models that have gone away with their folder, as of the last look: id -> folder."""
         return self._session.models_away
 
     async def known(self, model_id: str) -> Located | None:
@@ -179,19 +186,22 @@ class Library:
             raise Unavailable(str(error), field="model", code="model_away") from None
         except hf_overlay.IncompleteModel as error:
             logger.warning("%s", error)
-            message = f"{model_id} is here, but incomplete: {error.problem}"
+            message = f"{model_id} is here, but cannot be loaded: {error.problem}"
             raise Unavailable(message, field="model", code="model_incomplete") from None
         except hf_overlay.ModelNotFound as error:
             near = f"; did you mean {error.near}?" if error.near is not None else ""
             return _NotHere(model_id, near, " ".join(str(error).split()))
-        except hf_overlay.OverlayError as error:  # the overlay cannot be brought up to date: not now
+        except hf_overlay.OverlayError as error:  # the overlay cannot be brought up to date now
             raise Unavailable(str(error), field="model") from None
-        return Located(model.path, _weights(model), model.id, model.task)
+        needs = memory.SPEECH if model.task in OF_SPEECH else 0
+        return Located(model.path, _weights(model) + needs, model.id, model.task)
 
 
 def _weights(model: hf_overlay.Model) -> int:
-    """Return the bytes of a model's weights."""
-    return sum(file.size for file in model.files if file.name.endswith(".safetensors") and "/" not in file.name)
+    """Return the bytes of a model's weights. Models that speak have some in folders: voices, and what makes sound."""
+    is_deep = model.task in OF_SPEECH
+    files = [file for file in model.files if file.name.endswith(".safetensors") and (is_deep or "/" not in file.name)]
+    return sum(file.size for file in files)
 
 
 def _listed(model: hf_overlay.Model) -> Listed:
@@ -215,7 +225,7 @@ def _listed(model: hf_overlay.Model) -> Listed:
 
 
 def _config(path: str) -> Mapping[str, Any]:
-    """Return a folder's config.json; {} where it cannot be read now."""
+    """Return a folder's config.json; {} where it cannot be read."""
     try:
         with open(f"{path}/config.json", encoding="utf-8") as file:
             config = json.load(file)
@@ -225,9 +235,9 @@ def _config(path: str) -> Mapping[str, Any]:
 
 
 def _kv_bytes(config: Mapping[str, Any]) -> int:
-    """Estimate how many bytes each further token of a long sequence takes in a KV cache of 16-bit numbers; 0: unknown.
+    """Estimate the bytes that each token takes in a KV cache of 16-bit numbers, in a long sequence; 0: unknown.
 
-    Only layers of full attention grow with it. The engine knows better once it has loaded the model.
+    Only layers of full attention grow with the sequence. The engine works out the true number when it loads the model.
     """
     text = config.get("text_config")
     shape = {**config, **text} if isinstance(text, dict) else config
@@ -239,7 +249,7 @@ def _kv_bytes(config: Mapping[str, Any]) -> int:
     kinds = shape.get("layer_types")
     if isinstance(kinds, list) and kinds:
         layers = sum(kind == "full_attention" for kind in kinds)
-    if latent := size("kv_lora_rank"):  # one compressed vector for all heads
+    if latent := size("kv_lora_rank"):  # one compressed vector that all heads share
         return 2 * layers * (latent + size("qk_rope_head_dim"))
     head = size("head_dim") or (size("hidden_size") // heads if heads else 0)
     return 2 * 2 * layers * size("num_key_value_heads", "num_attention_heads") * head

@@ -1,4 +1,4 @@
-"""A model in memory, and one on its way there, as the pool keeps them and as lists show them."""
+"""Models in memory and loads under way, as the pool keeps them and as lists show them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from mlx_overlay_server.settings import UNTUNED, Tuning
 
 
 class Extras(NamedTuple):
-    """How one model is loaded: with LoRA weights, with a draft model, with options of its own."""
+    """What is loaded together with a model: LoRA weights, a draft model, and options of the engine of its own."""
 
     adapter_path: str | None = None
+    """A folder of LoRA weights."""
     draft: str | None = None
-    """The id of a smaller model of the same vocabulary."""
+    """The id of a draft model for speculative decoding."""
     tuning: Tuning = UNTUNED
 
 
@@ -35,29 +36,32 @@ class Resident:
     used: float
     """When it was last used, in monotonic seconds."""
     extras: Extras = PLAIN
-    """As it was loaded."""
+    """What it was loaded with."""
 
 
 @dataclass(slots=True, eq=False)
-class Load:
-    """A load of one model, which all requests for it share.
+class Loading:
+    """A model that is being loaded, for all requests that wait for it.
 
-    It looks for the model, which may download it, then waits for room, then loads.
+    First its folder is found, for which the model may be downloaded. Then it waits for room in memory. Then its weights
+    are read.
     """
 
     id: str
     number: int = 0
-    path: str = ""
-    """Its folder, once that is known."""
+    """Its place in the order in which loads began to wait for room."""
+    key: str | None = None
+    """The key under which the engine loads it, once its folder is known."""
     nbytes: int = 0
+    """Bytes of its weights, and of the draft model's."""
     since: float = 0
     """When it began to wait for room, in monotonic seconds."""
     has_room: bool = False
-    """Whether it has begun to read weights, and takes memory."""
+    """Whether its weights are being read, so that it takes memory."""
     is_given_up: bool = False
-    """Whether the model was to be unloaded before it was there."""
+    """Whether somebody has unloaded the model before it was in memory."""
     task: asyncio.Task[Resident | str] | None = None
-    """Ends with the model, or with the id that the disk spells otherwise, under which the model is loaded."""
+    """Returns the model in memory; or its id as the disk spells it, where that is not `id`: it is loaded under that."""
     _room: asyncio.Future[None] | None = None
 
     @property
@@ -72,13 +76,13 @@ class Load:
         return self._room
 
     def begin(self) -> None:
-        """End the wait for room: there is some."""
+        """End the wait, because there is room now."""
         self.has_room = True
         if self._room is not None:
             self._room.set_result(None)
 
     def refuse(self, error: ServerError) -> None:
-        """End the wait for room with an error."""
+        """End the wait with an error."""
         if self._room is not None:
             self._room.set_exception(error)
 

@@ -1,6 +1,6 @@
-"""Keeps models in memory: joins loads of one model, keeps to a memory budget, unloads idle models.
+"""Keeps models in memory: shares loads between requests, keeps weights within a budget, unloads idle models.
 
-`room` has the rules for who comes next and who leaves; here they are carried out.
+The rules for which load begins next, and which models leave for it, are in `room`; this module carries them out.
 Everything here runs on the event loop.
 """
 
@@ -15,16 +15,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from contextlib import asynccontextmanager
 from typing import Protocol
 
-from hf_overlay import Task
-
 from mlx_overlay_server import memory
-from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.encoding.loaded import AnyLoaded
+from mlx_overlay_server.engine.commands import Load
 from mlx_overlay_server.errors import Conflict, ServerError, Unavailable
 from mlx_overlay_server.models import room
 from mlx_overlay_server.models.library import Located
-from mlx_overlay_server.models.load import PLAIN, Extras, Load, Occupant, Resident
-from mlx_overlay_server.settings import Tuning
+from mlx_overlay_server.models.load import PLAIN, Extras, Loading, Occupant, Resident
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -38,22 +35,14 @@ class Source(Protocol):
 class Loader(Protocol):
     """The part of the engine that the pool uses."""
 
-    async def load(
-        self,
-        path: str,
-        *,
-        adapter_path: str | None = None,
-        draft_path: str | None = None,
-        task: Task = "text",
-        nbytes: int = 0,
-        tuning: Tuning = ...,
-    ) -> AnyLoaded: ...
+    def new_key(self, path: str) -> str: ...
+    async def load(self, command: Load) -> AnyLoaded: ...
     def unload(self, model: AnyLoaded) -> None: ...
-    def bytes_read(self, path: str) -> int: ...
+    def bytes_read(self, key: str) -> int: ...
 
 
 class Pool:
-    """The models in memory: hands them out, and loads and unloads them as needed."""
+    """The models in memory. It loads and unloads them as requests need them."""
 
     def __init__(
         self,
@@ -65,10 +54,10 @@ class Pool:
         pinned: tuple[str, ...] = (),
         extras: Mapping[str, Extras] | None = None,
     ) -> None:
-        """`budget`: bytes that weights may take, or what returns them once the machine is known.
+        """`budget`: bytes that weights may take, or a function that returns them once the machine is known.
 
-        `idle_ttl`: seconds until an idle model is unloaded, 0: never.
-        `pinned`: ids that are never unloaded; `extras`: what is loaded together with an id.
+        `idle_ttl`: seconds after which an idle model is unloaded, 0: never. `pinned`: ids of models that are never
+        unloaded. `extras`: what is loaded together with a model, by its id.
         """
         self._source = source
         self._loader = loader
@@ -76,18 +65,18 @@ class Pool:
         self._budget = 0 if callable(budget) else budget
         self._idle_ttl = idle_ttl
         self._idle_ttls: dict[str, float] = {}
-        """The seconds of models that have their own."""
+        """The same for models that have a value of their own, by id."""
         self._pinned = frozenset(pinned)
         self._arranged: frozenset[str] = frozenset()
-        """Those of them that `arrange` has pinned."""
+        """The ids that `arrange` has pinned."""
         self._extras = dict(extras or {})
         self._resident: dict[str, Resident] = {}
         self._users: Counter[str] = Counter()
-        """How many requests use a model or wait for it: while there are any, it is not unloaded."""
-        self._loads: dict[str, Load] = {}
+        """How many requests use a model or wait for it. A model that has any is not unloaded."""
+        self._loads: dict[str, Loading] = {}
         """The loads that requests can join, by the model's id."""
-        self._tasks: dict[asyncio.Task[Resident | str], Load] = {}
-        """All loads that have not ended, those that were cancelled included."""
+        self._tasks: dict[asyncio.Task[Resident | str], Loading] = {}
+        """All loads that have not ended, including those that were cancelled."""
         self._numbers = itertools.count()
 
     @property
@@ -102,7 +91,7 @@ class Pool:
 
     @property
     def pinned(self) -> frozenset[str]:
-        """Ids of models that are not unloaded for others, nor for being idle."""
+        """The ids of models that are never unloaded by themselves."""
         return self._pinned
 
     @property
@@ -112,7 +101,7 @@ class Pool:
 
     @property
     def occupants(self) -> list[Occupant]:
-        """All models in memory, and all on their way there, sorted by id."""
+        """All models that are in memory or being loaded, sorted by id."""
         now = time.monotonic()
         there = [
             Occupant(
@@ -132,7 +121,7 @@ class Pool:
                 users=self._users[load.id],
                 idle_seconds=None,
                 is_waiting=load.is_waiting,
-                read=self._loader.bytes_read(load.path) if load.has_room else 0,
+                read=self._loader.bytes_read(load.key) if load.key is not None else 0,
             )
             for load in self._loads.values()
         ]
@@ -143,29 +132,16 @@ class Pool:
         """Bytes that the weights of the resident models take."""
         return sum(each.model.nbytes for each in self._resident.values())
 
-    def is_resident(self, model_id: str) -> bool:
-        """Return whether a model is in memory, so that a request for it can start at once."""
-        return model_id in self._resident
-
-    def task_of(self, model_id: str) -> Task | None:
-        """Return what a model in memory does; None: it is not in memory."""
+    def model(self, model_id: str) -> AnyLoaded | None:
+        """Return a model that is in memory; None: it is not."""
         resident = self._resident.get(model_id)
-        return resident.model.task if resident is not None else None
-
-    def context_of(self, model_id: str) -> int | None:
-        """Return how many tokens a model in memory may have at once; None: it is not in memory, or nobody knows."""
-        resident = self._resident.get(model_id)
-        return resident.model.context if resident is not None else None
-
-    def sees(self, model_id: str) -> bool | None:
-        """Return whether a model in memory takes images; None: it is not in memory."""
-        resident = self._resident.get(model_id)
-        return None if resident is None else isinstance(resident.model, Loaded) and resident.model.sees
+        return resident.model if resident is not None else None
 
     @asynccontextmanager
     async def use(self, model_id: str) -> AsyncIterator[AnyLoaded]:
-        """Give a loaded model, which is not unloaded while the context is open. Raises ServerError."""
-        self._users[model_id] += 1  # before anything is awaited: it must not be unloaded between load and use
+        """Give a loaded model, which stays in memory while this context is open. Raises ServerError."""
+        # Before the first await, so that the model is not unloaded between its load and its use.
+        self._users[model_id] += 1
         try:
             found = self._resident.get(model_id) or await self._load(model_id)
             if isinstance(found, Resident):
@@ -176,7 +152,7 @@ class Pool:
         finally:
             self._users[model_id] -= 1
             if not self._users[model_id]:
-                del self._users[model_id]  # ids are what clients send: they must not pile up
+                del self._users[model_id]  # clients choose the ids, which must not pile up
             if (left := self._resident.get(model_id)) is not None:
                 left.used = time.monotonic()
                 self._drop_if_outdated(left)
@@ -189,34 +165,34 @@ class Pool:
                 self.pin(model_id)
 
     def unload(self, model_id: str, *, force: bool = False) -> None:
-        """Unload a model, or give up its load; what pinned it does so no longer. Nothing where it is not in memory.
+        """Unload a model, or cancel its load, and unpin it; do nothing where it is not in memory.
 
-        Raises Conflict for one that is in use; with `force`, its requests end with an error instead.
+        Raises Conflict for a model that requests use. With `force`, they end with an error instead.
         """
         if (users := self._users[model_id]) and not force:
-            requests = "1 request uses" if users == 1 else f"{users} requests use"
+            requests = "1 request" if users == 1 else f"{users} requests"
             raise Conflict(
-                f"{requests} {model_id}, or waits for it; stop that first, or unload it with `force`", code="model_busy"
+                f"{model_id} is in use by {requests}; stop them first, or unload it with `force`", code="model_busy"
             )
         self.unpin(model_id)
         if (load := self._loads.get(model_id)) is not None:
             load.is_given_up = True
             self._cancel(load)
         if (resident := self._resident.get(model_id)) is not None:
-            self._unload(resident, "as asked")
+            self._unload(resident, "by hand")
             self._admit()
 
     def pin(self, model_id: str) -> None:
-        """Let a model stay in memory once it is there."""
+        """Keep a model in memory once it is loaded."""
         self._pinned |= {model_id}
 
     def unpin(self, model_id: str) -> None:
-        """Let a model be unloaded again for others, or for being idle."""
+        """Let a model be unloaded again to make room, or when it is idle."""
         self._pinned -= {model_id}
         self._admit()
 
     async def sweep(self) -> None:
-        """Unload models that were idle for too long, for as long as the server runs."""
+        """Unload models that have been idle for too long. This runs as long as the server does."""
         while True:
             times = [seconds for seconds in (self._idle_ttl, *self._idle_ttls.values()) if seconds]
             await asyncio.sleep(min(10, *(seconds / 4 for seconds in times)) if times else 10)
@@ -227,9 +203,9 @@ class Pool:
                     self._unload(each, "idle")
 
     def arrange(self, *, extras: Mapping[str, Extras], pinned: Collection[str], idle_ttls: Mapping[str, float]) -> None:
-        """Follow what the configuration says of single models, by the names under which they are loaded.
+        """Take over what the configuration says of single models, by the names under which they are loaded.
 
-        A model whose extras have changed is unloaded once nobody uses it, and loaded otherwise the next time.
+        A model whose extras have changed is unloaded once no request uses it; its next load takes the new ones.
         """
         self._extras = dict(extras)
         for each in list(self._resident.values()):
@@ -240,20 +216,20 @@ class Pool:
         self._admit()
 
     def abort(self) -> None:
-        """Cancel loads that still run; whoever waits for them gets Unavailable."""
+        """Cancel all loads. Whoever waits for them gets Unavailable."""
         for task in self._tasks:
             task.cancel()
 
     async def close(self) -> None:
-        """Cancel loads that still run, and wait until they have ended."""
+        """Cancel all loads, and wait until they have ended."""
         self.abort()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _load(self, model_id: str) -> Resident | str:
-        """Load a model once, however many requests wait for it; or return the id under which to load it."""
+        """Load a model once, however many requests wait for it. Returns the model, or the id under which to load it."""
         load = self._loads.get(model_id)
         if load is None:
-            load = self._loads[model_id] = Load(model_id)
+            load = self._loads[model_id] = Loading(model_id)
             load.task = asyncio.create_task(self._run(load))
             self._tasks[load.task] = load
             load.task.add_done_callback(self._ended)
@@ -262,23 +238,23 @@ class Pool:
             return await asyncio.shield(load.task)
         except asyncio.CancelledError:
             if load.task.cancelled() and load.is_given_up:
-                raise Unavailable(f"the load of {model_id} was given up, as asked", code="model_unloaded") from None
+                raise Unavailable(f"the load of {model_id} was cancelled by hand", code="model_unloaded") from None
             if load.task.cancelled():
                 raise Unavailable("the server is shutting down") from None
             raise
 
     def _leave(self, model_id: str) -> None:
-        """Drop a load that has not begun and that nobody waits for any more.
+        """Cancel a load that nobody waits for any more, unless its weights are being read already.
 
-        One that has begun goes on while nobody else needs its room.
+        In that case it goes on until another load needs its room.
         """
         load = self._loads.get(model_id)
         if load is not None and not load.has_room and not self._users[model_id]:
             self._cancel(load)
         self._admit()
 
-    def _cancel(self, load: Load) -> None:
-        """End a load. A request for its model that comes from now on begins another one."""
+    def _cancel(self, load: Loading) -> None:
+        """Cancel a load. A later request for its model begins another one."""
         if self._loads.get(load.id) is load:
             del self._loads[load.id]
         if load.task is not None:
@@ -289,17 +265,17 @@ class Pool:
         if self._loads.get(load.id) is load:
             del self._loads[load.id]
         if not task.cancelled():
-            task.exception()  # whoever waited has got it; asyncio warns of errors that nobody has read
+            task.exception()  # mark the error as read, or asyncio warns of it; whoever waited has got it
         self._admit()
 
-    async def _run(self, load: Load) -> Resident | str:
+    async def _run(self, load: Loading) -> Resident | str:
         extras = self._extras.get(load.id, PLAIN)
         located = await self._source.locate(load.id)
-        if located.id != load.id:  # one model, which must not be in memory twice
+        if located.id != load.id:  # the disk spells the id otherwise: one model must not be in memory twice
             self._is_given_for(load.id, located.id)
             return located.id
         draft = await self._source.locate(extras.draft) if extras.draft is not None else None
-        load.path = located.path
+        load.key = self._loader.new_key(located.path)
         load.nbytes = located.nbytes + (draft.nbytes if draft is not None else 0)
         if self._find_budget is not None:
             self._budget = await self._find_budget()
@@ -307,28 +283,31 @@ class Pool:
         self._admit()
         await has_room
         model = await self._loader.load(
-            located.path,
-            adapter_path=extras.adapter_path,
-            draft_path=draft.path if draft is not None else None,
-            task=located.task,
-            nbytes=load.nbytes,
-            tuning=extras.tuning,
+            Load(
+                load.key,
+                located.path,
+                extras.adapter_path,
+                draft.path if draft is not None else None,
+                located.task,
+                load.nbytes,
+                extras.tuning,
+            )
         )
-        load.has_room = False  # from here on the resident model counts
+        load.has_room = False  # from here on, the resident model counts instead
         resident = Resident(load.id, model, load.number, time.monotonic(), extras)
         self._resident[load.id] = resident
         logger.info("loaded %s from %s in %.1f s", load.id, located.path, time.monotonic() - load.since)
         return resident
 
     def _is_given_for(self, given: str, model_id: str) -> None:
-        """Apply what was asked for under one spelling of an id to the id as the disk spells it."""
+        """Apply pins and extras that were given for one spelling of an id to the id as the disk spells it."""
         if given in self._pinned:
             self._pinned |= {model_id}
         if given in self._extras:
             self._extras.setdefault(model_id, self._extras[given])
 
     def _admit(self) -> None:
-        """Let loads begin for which there is room, or can be made, by the rules of `room`."""
+        """Let those loads begin that have room, or get it by unloading, by the rules of `room`."""
         while True:
             held = self._held()
             self._refuse(room.pinned_bytes(held))
@@ -339,13 +318,13 @@ class Pool:
                 return
             if given_up := [each.number for each in plan.leaving if each.is_loading]:
                 self._give_up(given_up, plan.load.id)
-                return  # their ends come here again
+                return  # when they have ended, this method is called again
             for each in plan.leaving:
                 self._unload(self._resident[each.id], f"room for {plan.load.id}")
             waiting[plan.load.number].begin()
 
     def _refuse(self, pinned: int) -> None:
-        """End waiting loads that can never fit beside the pinned models, with Unavailable."""
+        """End waiting loads that can never fit beside the pinned models."""
         for load in self._loads.values():
             if load.is_waiting and pinned + load.nbytes > self._budget:
                 held = f", of which pinned models hold {_gb(pinned)}" if pinned else ""
@@ -358,7 +337,7 @@ class Pool:
                 )
 
     def _held(self) -> list[room.Held]:
-        """Return all that takes room: resident models, and loads that have begun."""
+        """Return everything that takes room: models in memory, and loads whose weights are being read."""
         resident = [
             room.Held(
                 each.id,
@@ -387,14 +366,14 @@ class Pool:
         return resident + loading
 
     def _give_up(self, numbers: Collection[int], other: str) -> None:
-        """End loads under way that nobody waits for."""
+        """Cancel loads that nobody waits for, to make room for the model `other`."""
         for load in list(self._loads.values()):
             if load.has_room and load.number in numbers:
-                logger.info("gave up loading %s, which nobody waits for (room for %s)", load.id, other)
+                logger.info("cancelled the load of %s, which nobody waits for, to make room for %s", load.id, other)
                 self._cancel(load)
 
     def _drop_if_outdated(self, resident: Resident) -> None:
-        """Unload a model that was loaded otherwise than it would be now, unless it is in use."""
+        """Unload a model whose extras have changed since it was loaded, unless requests use it."""
         if not self._users[resident.id] and resident.extras != self._extras.get(resident.id, PLAIN):
             self._unload(resident, "the configuration has changed")
 
@@ -410,9 +389,9 @@ class Pool:
 async def preload(
     pool: Pool, model_ids: tuple[str, ...], warm_up: Callable[[AnyLoaded], Awaitable[None]] | None = None
 ) -> None:
-    """Load models before they are asked for, and call `warm_up` with each.
+    """Load models before requests ask for them, and call `warm_up` with each.
 
-    Failures are logged; a request for such a model tries again.
+    Errors are logged. The next request for such a model tries again.
     """
     for model_id in model_ids:
         try:

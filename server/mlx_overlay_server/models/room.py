@@ -22,9 +22,9 @@ class Held(NamedTuple):
     id: str
     nbytes: int
     number: int
-    """Rises from load to load, in the order in which they came."""
+    """Its place in the order in which loads came."""
     used: float
-    """When it was last used, in monotonic seconds."""
+    """When a request last used it, in monotonic seconds."""
     is_busy: bool
     """Whether requests use it or wait for it."""
     is_pinned: bool
@@ -49,7 +49,7 @@ class Plan(NamedTuple):
 
 
 def pinned_bytes(held: Iterable[Held]) -> int:
-    """Return the bytes that never become free."""
+    """Return the bytes of pinned models in memory, which never become free."""
     return sum(each.nbytes for each in held if each.is_pinned and not each.is_loading)
 
 
@@ -69,13 +69,13 @@ def plan(waiting: Sequence[Waiting], held: Sequence[Held], budget: int, now: flo
 
 
 def _delays(load: Waiting, older: Waiting, held: Iterable[Held], budget: int) -> bool:
-    """Return whether an older load would have to wait for the end of this one, too."""
+    """Return whether `older` would have to wait until `load` is unloaded, if `load` began first."""
     passed = sum(each.nbytes for each in held if each.is_pinned or (each.is_busy and each.number > older.number))
     return passed + older.nbytes + load.nbytes > budget
 
 
 def _leaving(load: Waiting, held: Sequence[Held], budget: int) -> tuple[Held, ...] | None:
-    """Return the models that must leave before a load can begin; None when that would not be enough."""
+    """Return the models that must leave before a load can begin; None when there would still be too little room."""
     free = budget - sum(each.nbytes for each in held)
     idle = [each for each in held if not each.is_busy and not each.is_pinned]
     leaving = []

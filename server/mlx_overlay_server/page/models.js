@@ -14,7 +14,7 @@ const USES = {
   disk: "Kept on disk for later ones",
 };
 /** Kinds of models that no chat can be had with. */
-export const NO_CHAT = new Set(["embedding", "reranker"]);
+export const NO_CHAT = new Set(["embedding", "reranker", "transcription", "speech"]);
 
 /** Models that the table shows at once, unless all are asked for: those on their way to memory, or in it, come first. */
 const MOST = 100;

@@ -1,7 +1,7 @@
-"""From a request to the sequences that answer it: prompt, grammar and limits, prepared in processes of their own.
+"""Turns a request into the sequences that answer it: prompt, grammar and limits, worked out in processes of their own.
 
-Templates, tokenizers, image decoders and grammars cannot be interrupted, and a request can make each of them run for
-minutes. A process can be killed: when its client leaves, when its time is over, and when the server stops.
+Templates, tokenizers, image decoders and grammar compilers cannot be interrupted, and a request can make each of them
+run for minutes. A process can be killed: when its client leaves, when its time is over, and when the server stops.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mlx_overlay_server.chat.events import PromptToken
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.reader import Reader
 from mlx_overlay_server.chat.requests import AnyRequest, ChatRequest, Params
-from mlx_overlay_server.encoding.loaded import AnyLoaded, LoadedEncoder, Passage
+from mlx_overlay_server.encoding.loaded import LoadedEncoder, Passage
 from mlx_overlay_server.encoding.requests import EmbedRequest, EncodeRequest
 from mlx_overlay_server.engine.commands import Submit
 from mlx_overlay_server.engine.handle import Engine
@@ -36,9 +36,9 @@ from mlx_overlay_server.turns import turn
 logger = logging.getLogger("mlx_overlay_server")
 
 HEAVY_BYTES = 1 << 18
-"""A request of this size, text and schemas together, is expected to be slow; so is each with an image."""
+"""A request of this many bytes of text and schemas is expected to be slow, as is every request with an image."""
 HEAVY_GRAMMAR = 1 << 14
-"""Characters of a grammar from which on it is expected to be slow; a schema with 500 properties has so many."""
+"""A grammar of this many characters is expected to be slow. A schema of 500 properties has as many."""
 
 
 _PICKLE_DEPTH = 10_000
@@ -46,52 +46,53 @@ _PICKLE_DEPTH = 10_000
 
 @dataclass(slots=True)
 class Answer:
-    """One answer of a request on its way: what the engine generates, and how its tokens become events."""
+    """One answer of a request: what the engine is to generate, and how its tokens become events."""
 
     submit: Submit
     reader: Reader
     echo: str = ""
     """Text that the answer begins with."""
     cached: int = 0
-    """Tokens of the prompt that came from the KV cache; known once the prompt is read."""
+    """Tokens of the prompt that came from the KV cache; known once the prompt has been read."""
     scored: list[PromptToken] = field(default_factory=list)
-    """The prompt's tokens with their log probabilities, as far as they are read, where they were asked for."""
+    """The prompt's tokens that have been read, with log probabilities; empty where nobody asked for them."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing but the prompt is wanted. The engine draws a token all the same."""
+        """Whether the request wants only its prompt read. The engine draws a token all the same."""
         return self.submit.params.max_tokens == 0
 
 
 class Preparation:
-    """Renders templates, decodes images, tokenizes and compiles grammars. All methods are the event loop's to call."""
+    """Renders templates, decodes images, tokenizes and compiles grammars. Call its methods on the event loop."""
 
     def __init__(self, engine: Engine, limits: Limits, first: Process | None = None) -> None:
-        """`first` is a process that was started already."""
+        """`first`: a process that has been started already."""
         self._engine = engine
         self._limits = limits
         self._lanes = Lanes(limits.preparation_seconds, first)
         self._grammars = Grammars()
-        self._known: dict[str, weakref.finalize[..., AnyLoaded]] = {}
-        """By the key of each model that the lanes know: what lets them forget it once it was unloaded."""
+        self._known: dict[str, weakref.finalize[..., Loaded | LoadedEncoder]] = {}
+        """For each model that the lanes know, by its key: the finalizer that lets them forget it after it was unloaded.
+        """
 
     def start(self) -> None:
-        """Start the processes, while the caller goes on."""
+        """Start the processes, and return while they import what they need."""
         self._loop = asyncio.get_running_loop()
         self._lanes.start()
 
     def abort(self) -> None:
-        """End all preparation with an error to its client."""
+        """Stop all preparation; its clients get an error."""
         self._lanes.abort()
 
     async def stop(self) -> None:
-        """Do the same, and end the processes."""
+        """Stop all preparation, and end the processes."""
         for each in self._known.values():
             each.detach()
         await self._lanes.stop()
 
     def read_tokenizer(self, key: str, path: str, options: Mapping[str, Any], end_tokens: Any) -> bytes:
-        """Read a model's tokenizer in a process: a `ReadTokenizer`, for any thread but the event loop's."""
+        """Read a model's tokenizer in a process. This is a `ReadTokenizer`; any other thread may call it."""
         arguments = pickle.dumps((path, options, end_tokens))
         return asyncio.run_coroutine_threadsafe(self._read_tokenizer(key, arguments), self._loop).result()
 
@@ -104,7 +105,7 @@ class Preparation:
     async def answers(self, model: Loaded, request: AnyRequest) -> list[Answer]:
         """Prepare every answer of a request, in the order of their indexes.
 
-        Raises InvalidRequest, also when that takes longer than it may, and Failed.
+        Raises InvalidRequest, also when that takes too long, and Failed.
         """
         field: Field = "messages" if isinstance(request, ChatRequest) else "prompts"
         prepared: list[Prepared] = await self._run("prepare", model, request, field)
@@ -129,12 +130,15 @@ class Preparation:
         return answers
 
     async def count_tokens(self, model: Loaded, request: ChatRequest) -> int:
-        """Count the tokens of a conversation's prompt. Raises as `answers` does."""
+        """Count the tokens of a conversation's prompt. Raises what `answers` raises."""
         count: int = await self._run("count_tokens", model, request, "messages")
         return count
 
     async def passages(self, model: LoadedEncoder, request: EncodeRequest) -> tuple[Passage, ...]:
-        """Prepare what a model reads for a request, in the order of its texts. Raises as `answers` does."""
+        """Prepare the texts of a request for a model that embeds or ranks, in their order.
+
+        Raises what `answers` raises.
+        """
         field: Field = "texts" if isinstance(request, EmbedRequest) else "documents"
         made: tuple[Passage, ...] = await self._run("passages", model, request, field)
         return made
@@ -150,7 +154,7 @@ class Preparation:
         )
         return await asyncio.to_thread(self._engine.matchers, constraint, model, grammar_, count)
 
-    async def _run(self, name: str, model: AnyLoaded, subject: Any, field: Field) -> Any:
+    async def _run(self, name: str, model: Loaded | LoadedEncoder, subject: Any, field: Field) -> Any:
         """Run one of the functions of `work.WORK` in a process."""
         await self._teach(model)
         await turn()
@@ -169,8 +173,8 @@ class Preparation:
             )
         return result.value
 
-    async def _teach(self, model: AnyLoaded) -> None:
-        """Let the processes get to know a model; they forget it after it was unloaded."""
+    async def _teach(self, model: Loaded | LoadedEncoder) -> None:
+        """Make a model known to the processes, which forget it after it was unloaded."""
         if model.key in self._known:
             return
         try:
@@ -198,8 +202,8 @@ class Preparation:
         )
 
 
-def _without_tokenizer(model: AnyLoaded) -> AnyLoaded:
-    """Return a model without the part of its tokenizer that a process replaces by the whole."""
+def _without_tokenizer(model: Loaded | LoadedEncoder) -> Loaded | LoadedEncoder:
+    """Return a model without the part of its tokenizer for answers, which a process replaces by the whole tokenizer."""
     if isinstance(model, LoadedEncoder) or not model.whole:
         return model
     nothing: Any = None
@@ -215,9 +219,10 @@ def _unread(seconds: float) -> ServerError:
 
 
 def _pickled(value: object) -> bytes:
-    """Pickle a request, whose JSON may be nested as deeply as the parser takes it: up to a thousand levels.
+    """Pickle a request.
 
-    Pickling takes a few levels of recursion for each.
+    Its JSON may be nested a thousand levels deep, as deep as the parser allows, and pickling recurses a few times for
+    each level. So the limit on recursion is raised meanwhile.
     """
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(max(limit, _PICKLE_DEPTH))
@@ -245,5 +250,5 @@ def _reader(model: Loaded, request: AnyRequest, prepared: Prepared) -> Reader:
 
 
 def _seeded(params: Params, number: int) -> Params:
-    """Give each answer of a seeded request a seed of its own."""
+    """Give each answer of a request with a seed a seed of its own."""
     return params if params.seed is None else replace(params, seed=params.seed + number)

@@ -1,4 +1,4 @@
-"""Compiled grammars, kept for the requests that come with the same schema."""
+"""Compiled grammars, kept for later requests with the same schema."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 KEPT = 32
-"""Compiled grammars that are kept. Large ones take some megabytes each."""
+"""How many compiled grammars are kept. Large ones take some megabytes each."""
 
 Key = tuple[str, str]
 """(key of the model, grammar)."""
 
 
 class Grammars:
-    """Compiles each grammar once, however many requests come with it, and keeps those used last."""
+    """Compiles each grammar once, however many requests need it, and keeps the ones used last."""
 
     def __init__(self) -> None:
         self._compiled: OrderedDict[Key, Any] = OrderedDict()
         self._compiling: dict[Key, asyncio.Lock] = {}
 
     async def get(self, key: Key, *, check: Callable[[], Awaitable[Any]], make: Callable[[], Any]) -> Any:
-        """Return a compiled grammar, of which each answer gets a copy. Raises what `check` and `make` raise.
+        """Return a compiled grammar, of which each answer uses a copy. Raises what `check` and `make` raise.
 
-        `check` finds out whether it can be compiled in the time there is; `make` then compiles it, in a thread.
+        `check` finds out whether the grammar compiles within the time limit. Then `make` compiles it, in a thread.
         """
         lock = self._compiling.setdefault(key, asyncio.Lock())
         try:
@@ -41,6 +41,6 @@ class Grammars:
                 self._compiling.pop(key, None)
 
     def forget(self, model: str) -> None:
-        """Drop the grammars of a model that was unloaded."""
+        """Drop the grammars of a model that has been unloaded."""
         for key in [key for key in self._compiled if key[0] == model]:
             del self._compiled[key]

@@ -1,4 +1,4 @@
-"""The schedule of the preparation processes: work that is quick never waits for work that is slow."""
+"""Schedules the work of the preparation processes, so that quick work never waits for slow work."""
 
 from __future__ import annotations
 
@@ -15,49 +15,49 @@ from mlx_overlay_server.preparer import Ended, Process
 logger = logging.getLogger("mlx_overlay_server")
 
 QUICK_SECONDS = 0.2
-"""Work that takes longer is slow: what is quick gets another process then."""
+"""Seconds after which work counts as slow, and quick work gets another process."""
 LONG_SECONDS = 1.0
-"""Work that takes longer is remembered as slow. A busy machine makes much of what is quick late, but not so late."""
+"""Seconds after which work is remembered as slow. A busy machine may delay quick work, but not by as much as this."""
 AT_REST = 2
-"""Processes that wait for work: one that does it, and a spare one for when that work turns out to be slow."""
+"""Processes that are kept: one that works, and a spare one for when its work turns out to be slow."""
 SPARE_SECONDS = 1.0
-"""How long after the first process the spare one starts: what it imports would take time from the first answer."""
+"""Seconds until the spare process starts after the first. Its imports would delay the first answer."""
 AT_MOST = 4
-"""Processes while there is slow work."""
+"""The most processes there are while work is slow."""
 SLOW = AT_MOST - AT_REST
-"""Pieces of slow work that run at once. Others wait for them."""
+"""Pieces of slow work that run at once; others wait."""
 REMEMBERED = 1024
-"""Pieces of work that were slow and are remembered, for when a client tries again."""
+"""How many pieces of slow work are remembered, for clients that try again."""
 SHRINK_SECONDS = 60.0
-"""How long more processes than `AT_REST` stay when there is no slow work any more."""
+"""Seconds until processes beyond `AT_REST` are ended after the last slow work."""
 
 
 READ_TOKENIZER = "read_tokenizer"
-"""The work of reading a model's tokenizer, for which the model need not be known."""
+"""The name of the work of reading a model's tokenizer. It needs no model that the process knows."""
 
 
 @dataclass(eq=False, slots=True)
 class Work:
-    """A piece of work, from when it comes until its result is there."""
+    """A piece of work, from its arrival until its result."""
 
     name: str
-    """The function's, in `work.WORK`, or READ_TOKENIZER."""
+    """The name of the function in `work.WORK`, or READ_TOKENIZER."""
     key: str
-    """The model's. For a function of `work.WORK`, `Lanes.learn` was called with it."""
+    """The key of the model. Before a function of `work.WORK` runs, `Lanes.learn` must have been called with it."""
     arguments: bytes
-    """The function's other arguments: a pickled tuple."""
+    """The function's other arguments, as a pickled tuple."""
     refused: Callable[[], ServerError]
-    """Makes the error for a client whose work takes longer than it may."""
+    """Returns the error for the client when the work takes too long."""
     is_slow: bool
-    """Whether it is expected to be slow, or was found to be."""
+    """Whether the work is expected to be slow, or has turned out to be."""
     seconds: float | None = None
-    """How long it may take; None: as long as a request's."""
+    """Seconds that it may take; None: those of the limit for requests."""
     result: asyncio.Future[Result] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     process: Process | None = None
-    """The process that it runs in; None while it waits."""
+    """The process in which it runs; None while it waits."""
 
     identity: int = 0
-    """A number that is the same for the same work."""
+    """A hash of what the work is, by which slow work is recognised when it comes again."""
 
     def __post_init__(self) -> None:
         """Compute the identity."""
@@ -65,10 +65,10 @@ class Work:
 
 
 class Lanes:
-    """The preparation processes, and the queues before them. All on the event loop."""
+    """The preparation processes, and the queues of work for them. Everything here runs on the event loop."""
 
     def __init__(self, seconds: float, first: Process | None = None) -> None:
-        """`seconds`: how long one piece of work may take; `first`: a process that was started already."""
+        """`seconds`: the time limit of one piece of work; `first`: a process that has been started already."""
         self._first = first
         self._seconds = seconds
         self._models: dict[str, tuple[bytes, bytes]] = {}
@@ -76,21 +76,21 @@ class Lanes:
         self._slow: deque[Work] = deque()
         self._running: set[Work] = set()
         self._known_slow: OrderedDict[int, None] = OrderedDict()
-        """Identities of work that was slow."""
+        """The identities of work that was slow."""
         self._processes: set[Process] = set()
-        """All of them, those that are starting included."""
+        """All processes, including those that are starting."""
         self._idle: list[Process] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._at_rest = 1
-        """Processes that wait for work now."""
+        """Processes that wait for work."""
         self._is_stopped = False
 
     def start(self) -> None:
-        """Start the first process, which imports what it needs for a second or two while the caller goes on."""
+        """Start the first process, and return while it imports what it needs, which takes a second or two."""
         self._grow(self._at_rest)
 
     def abort(self) -> None:
-        """End all work with an error to its client, and take no more."""
+        """Stop all work, whose clients get an error, and accept no more."""
         self._is_stopped = True
         for work in (*self._quick, *self._slow, *self._running):
             if not work.result.done():
@@ -101,23 +101,26 @@ class Lanes:
         self._slow.clear()
 
     async def stop(self) -> None:
-        """Do the same, and end the processes."""
+        """Stop all work, and end the processes."""
         self.abort()
         await asyncio.gather(*(process.close() for process in self._processes))
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def learn(self, key: str, model: bytes, tokenizer: bytes) -> None:
-        """Get to know a model, with `tokenizer` as for `Process.teach`: work may name it from now on."""
+        """Make a model known, so that work may name it; `tokenizer` is that of `Process.teach`."""
         self._models[key] = (model, tokenizer)
 
     def forget(self, key: str) -> None:
-        """Drop a model that no work names any more."""
+        """Forget a model that no work names any more."""
         self._models.pop(key, None)
         for process in self._processes:
             process.forget(key)
 
     async def run(self, work: Work) -> Result:
-        """Wait for a result. Work that nobody waits for any more is stopped. Raises ServerError."""
+        """Run a piece of work and return its result.
+
+        Work that nobody waits for any more is stopped. Raises ServerError.
+        """
         if self._is_stopped:
             raise Unavailable("the server is shutting down")
         work.is_slow = work.is_slow or work.identity in self._known_slow
@@ -131,24 +134,28 @@ class Lanes:
                     if work in queue:
                         queue.remove(work)
             elif work.result.cancelled() and work.is_slow and work in self._running:
-                work.process.kill()  # work that is still quick may end by itself, which costs no process
+                work.process.kill()  # quick work may end by itself, which spares a new process
 
-    # Who gets an idle process.
+    # Which work gets an idle process.
 
     def _dispatch(self) -> None:
-        """Give work to idle processes."""
+        """Give waiting work to idle processes."""
         if self._is_stopped:
             return
         has_slow = bool(self._slow) or any(work.is_slow and work.name != READ_TOKENIZER for work in self._running)
-        self._grow(AT_MOST if has_slow else self._at_rest)  # tokenizers are read one by one: the spare one is enough
+        self._grow(
+            AT_MOST if has_slow else self._at_rest
+        )  # tokenizers are read one after the other: the spare process is enough
         late = {work.identity for work in self._running if work.is_slow}
-        for work in [each for each in self._quick if each.identity not in late]:  # the same would be as late
+        for work in [
+            each for each in self._quick if each.identity not in late
+        ]:  # a further process would be no earlier
             if self._idle and (len(self._idle) > 1 or len(self._running) == self._slow_running):
                 self._quick.remove(work)
                 self._begin(work)
         while self._slow and len(self._idle) > 1 and self._slow_running < SLOW:
             self._begin(self._slow.popleft())
-        if len(self._idle) > 1:  # there is time to teach one, for when it is needed
+        if len(self._idle) > 1:  # an idle process can be taught the model now, before it is needed
             for process in self._idle:
                 for key in self._models.keys() - process.models:
                     self._idle.remove(process)
@@ -166,7 +173,7 @@ class Lanes:
         self._running.add(work)
         self._spawn(self._run(process, work))
 
-    # What happens in a process.
+    # How work runs in a process.
 
     async def _run(self, process: Process, work: Work) -> None:
         loop = asyncio.get_running_loop()
@@ -207,7 +214,7 @@ class Lanes:
         self._dispatch()
 
     def _is_late(self, process: Process, work: Work) -> None:
-        """Let what is quick have another process."""
+        """Count work as slow, so that quick work gets another process."""
         if work.result.done():  # nobody waits for it any more
             process.kill()
         else:
@@ -215,7 +222,7 @@ class Lanes:
             self._dispatch()
 
     def _is_long(self, process: Process, work: Work) -> None:
-        """Remember slow work, and let it begin anew in its turn where too much of it runs."""
+        """Remember work as slow; where too much slow work runs, make it wait for its turn and begin again."""
         self._remember(work.identity)
         if self._slow_running > SLOW and not work.result.done():
             process.kill()
@@ -225,7 +232,7 @@ class Lanes:
         self._dispatch()
 
     def _remember(self, identity: int) -> None:
-        """Keep the same work out of the way of what is quick, also that which waits already."""
+        """Mark the same work as slow from now on, also where it waits already."""
         self._known_slow[identity] = None
         while len(self._known_slow) > REMEMBERED:
             self._known_slow.popitem(last=False)
@@ -240,7 +247,7 @@ class Lanes:
             work.result.set_exception(work.refused())
 
     async def _ended(self, process: Process, work: Work | None) -> None:
-        """Replace a process that was killed, or that some work has ended."""
+        """Replace a process that was killed, or that its work has ended."""
         self._processes.discard(process)
         was_killed = process.is_killed
         self._dispatch()
@@ -248,7 +255,9 @@ class Lanes:
         if not was_killed:
             logger.error("a preparation process ended with status %d", status)
             if work is not None and not work.result.done():
-                work.result.set_exception(Failed("the request could not be prepared", code="internal_error"))
+                work.result.set_exception(
+                    Failed("the request could not be prepared; the server's log says why", code="internal_error")
+                )
 
     # How many processes there are.
 
@@ -261,7 +270,7 @@ class Lanes:
                 asyncio.get_running_loop().call_later(SHRINK_SECONDS, self._shrink)
 
     def _rest(self) -> None:
-        """Start the spare process, once no tokenizer is read any more: the first answer may wait for that."""
+        """Start the spare process, unless a tokenizer is being read, for which the first answer may wait."""
         if any(work.name == READ_TOKENIZER for work in self._running) and not (self._quick or self._is_stopped):
             asyncio.get_running_loop().call_later(SPARE_SECONDS, self._rest)
             return
@@ -293,7 +302,9 @@ class Lanes:
             if not self._processes:
                 for work in (*self._quick, *self._slow):
                     if not work.result.done():
-                        work.result.set_exception(Failed("the server cannot prepare requests", code="internal_error"))
+                        work.result.set_exception(
+                            Failed("the server cannot prepare requests; its log says why", code="internal_error")
+                        )
                 self._quick.clear()
                 self._slow.clear()
                 return

@@ -1,4 +1,4 @@
-"""The work of preparing a request: plain functions of plain values, which run in the preparation processes."""
+"""The work of preparing a request. The functions take and return plain values, and run in the preparation processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mlx_overlay_server.settings import Limits
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """One prompt of a request, ready for the engine: each of the request's `n` answers continues it."""
+    """One prompt of a request, ready for the engine. Each of the request's `n` answers continues it."""
 
     prompt: Prompt
     max_tokens: int
@@ -29,12 +29,14 @@ class Prepared:
     echo: str = ""
     """Text that the answers begin with."""
     constraint: Constraint | None = None
-    """Its grammar is not checked yet."""
+    """The grammar of the answers; whether it compiles has not been checked."""
     budget: Budget | None = None
 
 
 MAX_SCORES = 100_000
-"""Log probabilities of the tokens of a request's prompts, in all: as many as are encoded in a fraction of a second."""
+"""The most log probabilities of prompt tokens that a request may ask for. So many are encoded in a fraction of a
+second.
+"""
 
 
 def prepare(model: Loaded, request: AnyRequest, limits: Limits) -> list[Prepared]:
@@ -61,13 +63,13 @@ def count_tokens(model: Loaded, request: ChatRequest, limits: Limits) -> int:
 
 
 def check_grammar(model: Loaded, constraint: Constraint, limits: Limits) -> None:  # noqa: ARG001 - as all of these
-    """Raise InvalidRequest for a grammar that cannot be enforced. Takes as long as to compile it."""
+    """Raise InvalidRequest for a grammar that does not compile. This takes as long as compiling it."""
     grammar.compiled(constraint, model)
 
 
 def passages(model: LoadedEncoder, request: EncodeRequest, limits: Limits) -> tuple[Passage, ...]:
-    """Return what a model reads that embeds or ranks. Raises InvalidRequest."""
-    from mlx_overlay_server.encoding import texts  # a server that only chats needs none of it
+    """Return the texts of a request as a model that embeds or ranks reads them. Raises InvalidRequest."""
+    from mlx_overlay_server.encoding import texts  # imported here, because a server that only chats does not need it
 
     return tuple(texts.read(model, request, limits))
 
@@ -91,11 +93,11 @@ def _chat(model: Loaded, request: ChatRequest, limits: Limits) -> Prepared:
 
 
 def truncated(model: Loaded, request: ChatRequest, limit: int) -> ChatRequest:
-    """Return a request without as many of its oldest turns as it takes for its prompt to leave room for an answer.
+    """Return a request without its oldest turns, as many as must go for the prompt to leave room for an answer.
 
-    `limit`: tokens that a prompt may have. The room is what `max_tokens` says, a quarter of the limit without it, and
-    half of it at most. System messages at the start stay, and what is left begins with a user's message; of the last
-    one nothing is left out. Raises InvalidRequest.
+    `limit`: tokens that a prompt may have. The room is `max_tokens`, or without it a quarter of the limit; never more
+    than half of it. System messages at the start stay, what is left begins with a user's message, and the last user's
+    message and what follows it always stay. Raises InvalidRequest.
     """
     messages = request.messages
     first = next((at for at, turn in enumerate(messages) if turn.role != "system"), len(messages))
@@ -111,7 +113,7 @@ def truncated(model: Loaded, request: ChatRequest, limit: int) -> ChatRequest:
 
     if fits(first):
         return request
-    # The fewer turns, the shorter the prompt: the first start that fits is found in a few steps.
+    # The fewer turns are left, the shorter the prompt, so a binary search finds the first start that fits.
     at = bisect.bisect_left(starts, 1, hi=len(starts) - 1, key=fits)
     return replace(request, messages=(*messages[:first], *messages[starts[at] :]))
 
@@ -158,5 +160,5 @@ def _answer_limit(model: Loaded, request: AnyRequest, prompt: Sequence[int], lim
     context = _context(model, request)
     room = context - size if context is not None else 1 << 30
     if request.params.max_tokens == 0:
-        return 1  # to read a prompt to its end is to draw the next token
+        return 1  # the engine reads a prompt to its end by drawing the next token
     return min(request.params.max_tokens or limits.answer_tokens or room, room)

@@ -1,4 +1,4 @@
-"""What a model does with text, and which encoders mlx-omni-server takes."""
+"""What a model does, and which encoders and models of speech mlx-omni-server takes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_an_encoder_embeds_or_ranks(model_type: str, models: Path) -> None:
     found = _found(models, "m", {"model_type": model_type, "architectures": ["XModel"]})
     assert isinstance(found, Model)
     assert found.task == "embedding"
-    if model_type == "nomic_bert":
+    if model_type in ("gte", "nomic_bert"):
         return
     ranks = _found(models, "r", {"model_type": model_type, **HEAD, **ONE})
     assert isinstance(ranks, Model)
@@ -151,16 +151,24 @@ def test_embedding_gemma_has_its_projections_in_folders_or_among_its_weights(
 
 
 @pytest.mark.parametrize(
-    ("config", "why"),
+    ("model_type", "config", "why"),
     [
-        ({"auto_map": {"AutoModel": "x.Y"}, "activation_function": "swiglu", "num_experts": None}, None),
-        ({"num_experts": 8}, "num_experts '8'"),
-        ({"prenorm": True}, "prenorm 'True'"),
-        ({**HEAD, **ONE}, "nomic-bert that ranks"),
+        ("nomic_bert", {"auto_map": {"AutoModel": "x.Y"}, "activation_function": "swiglu", "num_experts": None}, None),
+        ("nomic_bert", {"num_experts": 8}, "num_experts '8'"),
+        ("nomic_bert", {"prenorm": True}, "prenorm 'True'"),
+        ("nomic_bert", {**HEAD, **ONE}, "nomic_bert that ranks"),
+        ("gte", {"auto_map": {"AutoModel": "x.Y"}, "position_embedding_type": "rope", "rope_scaling": None}, None),
+        ("gte", {"rope_parameters": {"rope_type": "default", "rope_theta": 160000.0}}, None),
+        ("gte", {"rope_parameters": {"rope_type": "dynamic"}}, "positions of type 'dynamic'"),
+        ("gte", {"rope_scaling": {"type": "ntk", "factor": 8.0}}, "rope_scaling"),
+        ("gte", {"position_embedding_type": "absolute"}, "position_embedding_type 'absolute'"),
+        ("gte", {"hidden_act": "mish"}, "'mish'"),
     ],
 )
-def test_which_nomic_bert_is_taken(config: dict[str, Any], why: str | None, models: Path) -> None:
-    found = _found(models, "m", {"model_type": "nomic_bert", "architectures": ["NomicBertModel"], **config})
+def test_which_encoders_with_rotary_positions_are_taken(
+    model_type: str, config: dict[str, Any], why: str | None, models: Path
+) -> None:
+    found = _found(models, "m", {"model_type": model_type, "architectures": ["XModel"], **config})
     assert isinstance(found, Model) == (why is None)
     assert why is None or (isinstance(found, Reject) and why in found.reason.text)
 
@@ -174,6 +182,57 @@ def test_only_who_asks_for_encoders_gets_them(models: Path) -> None:
         assert "mlx-omni-server embeds or ranks with it" in place.reason.text
     with hf_overlay.open_session([models], kind="mlx", encoders=True) as with_them:
         assert [(model.id, model.task) for model in with_them.models] == [("bert", "embedding")]
+
+
+TOKENIZER_12HZ = {"speech_tokenizer/config.json": {}, "speech_tokenizer/model.safetensors": "weights"}
+VOICES = {"voices/af_heart.safetensors": "a voice"}
+FEATURES: dict[str, Any] = {"preprocessor_config.json": {}}
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "task"),
+    [
+        ({"model_type": "whisper"}, FEATURES, "transcription"),
+        ({"model_type": "whisper"}, {"processor_config.json": {}}, "transcription"),
+        ({"model_type": "qwen3_asr"}, FEATURES, "transcription"),
+        ({"target": "nemo.collections.asr.models.rnnt_bpe_models.EncDecRNNTBPEModel"}, {}, "transcription"),
+        ({"model_type": "kokoro"}, VOICES, "speech"),
+        ({"model_type": "qwen3_tts"}, TOKENIZER_12HZ, "speech"),
+    ],
+)
+def test_a_model_transcribes_or_speaks(config: dict[str, Any], files: dict[str, Any], task: str, models: Path) -> None:
+    found = _found(models, "named-after-nothing", config, **files)
+    assert isinstance(found, Model)
+    assert found.task == task
+    (models / "named-after-nothing/model.safetensors").rename(models / "named-after-nothing/weights.safetensors")
+    again = Scanner((str(models),), str(models.parent / "hub"), kinds.installed(encoders=True)).scan()[0]
+    assert [each.task for each in again.models] == [task]  # mlx-audio takes weights under any name
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "why"),
+    [
+        ({"model_type": "whisper"}, {}, "has no preprocessor_config.json"),
+        ({"model_type": "kokoro"}, {}, "has no voices"),
+        ({"model_type": "qwen3_tts"}, {}, "has no speech_tokenizer/config.json"),
+        ({"target": "nemo.collections.asr.models.x.EncDecOtherModel"}, {}, "names no model_type"),
+        ({"model_type": "parakeet"}, {}, "'parakeet' is not one"),
+        ({"model_type": "kokoro_v9"}, VOICES, "'kokoro_v9' is not one"),
+    ],
+)
+def test_why_a_model_does_not_transcribe_or_speak(
+    config: dict[str, Any], files: dict[str, Any], why: str, models: Path
+) -> None:
+    found = _found(models, "kokoro-whisper", config, **files)
+    assert isinstance(found, Reject)
+    assert why in found.reason.text
+
+
+def test_mlx_lm_alone_transcribes_nothing(models: Path) -> None:
+    path = _make(models, "w", {"model_type": "whisper"}, FEATURES)
+    found = Scanner((str(models),), str(models.parent / "hub"), kinds.installed()).read(path, "w", str(models))
+    assert isinstance(found, Reject)
+    assert "mlx-omni-server transcribes or speaks with it" in found.reason.text
 
 
 def test_pooling_modes_have_an_older_form() -> None:

@@ -530,6 +530,9 @@ def test_why_tells_of_datasets_that_are_mapped_and_in_tiers(
     nowhere = hf_overlay("why", "datasets/org/none", "--below", tier)
     assert nowhere.status == 1
     assert f"{tier} (tier): holds no datasets/org/none\n" in nowhere.out
+    path = hf_overlay("path", "datasets/org/data", "--below", tier)
+    assert (path.status, path.out) == (2, "")
+    assert "hf-overlay why datasets/org/data" in path.err, "it is not called a model that does not exist"
 
 
 def test_plan_and_doctor_tell_of_tiers(
@@ -551,6 +554,16 @@ def test_a_malformed_map_is_a_usage_error(hf_overlay: Callable[..., Result], bad
     result = hf_overlay("ls", "--map", bad)
     assert result.status == 2
     assert result.err.count("\n") == 1
+
+
+def test_one_id_is_mapped_to_one_folder(hf_overlay: Callable[..., Result], tmp_path: Path) -> None:
+    """Neither of two is silently left out; the same folder twice is no matter."""
+    maps = [f"--map=org/name={lay_model(tmp_path / name)}" for name in ("a", "b")]
+    assert hf_overlay("ls", maps[0], maps[0]).status == 0
+    result = hf_overlay("ls", *maps)
+    assert result.status == 2
+    assert str(tmp_path / "a") in result.err
+    assert str(tmp_path / "b") in result.err
 
 
 def test_the_variable_names_tiers_as_path_does_and_the_flag_wins(

@@ -133,6 +133,16 @@ def test_files_that_others_put_into_a_session_do_not_disturb_it(tmp_path: Path) 
     assert not list((tmp_path / "sessions").glob("session-*"))
 
 
+@pytest.mark.parametrize("folder", ["", "hubs"])
+def test_what_belongs_nowhere_in_a_session_is_kept(tmp_path: Path, folder: str) -> None:
+    """P3: nobody knows what it is."""
+    environ = {"HOME": str(tmp_path), "HF_OVERLAY_DIR": str(tmp_path / "sessions")}
+    with hf_overlay.open_session(environ=environ) as session:
+        stray = session.path / folder / "weights.bin"
+        stray.write_bytes(b"unknown")
+    assert stray.read_bytes() == b"unknown"
+
+
 def test_several_who_clear_a_session_at_once_have_nothing_to_say(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import hf_overlay
 import pytest
-from hf_overlay.tree import files, shared
+from hf_overlay.hfcache import LinkedRepo
+from hf_overlay.tree import files, shared, usage
 from hf_overlay.tree.clear import clear_dead
 
 from tests.overlay.faults.seen import loaded, scanned
@@ -84,6 +85,21 @@ def test_sessions_lead_to_one_repo_which_outlives_them(
     assert loaded(second, MODEL)
     opened()
     assert listing(kept(sessions)[0]) == before
+
+
+def test_no_repo_is_removed_while_a_session_looks_for_some(
+    opened: Callable[[], tuple[ExitStack, hf_overlay.Session]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who removes them takes the lock alone."""
+    place, held = shared.Shared.place, []
+
+    def looked(self: shared.Shared, name: str, repo: LinkedRepo) -> object:
+        held.append(usage.is_held(f"{self.folder}/lock"))
+        return place(self, name, repo)
+
+    monkeypatch.setattr(shared.Shared, "place", looked)
+    opened()
+    assert held == [True]
 
 
 def test_a_session_whose_programs_may_write_without_a_word_has_repos_of_its_own(models: Path, sessions: Path) -> None:

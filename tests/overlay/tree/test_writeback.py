@@ -16,12 +16,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hf_overlay import config
+from hf_overlay import config, keeping
 from hf_overlay.catalog.catalog import Catalog
 from hf_overlay.messages import Messages
+from hf_overlay.patience import NoAnswer, Patience
 from hf_overlay.session import Session
+from hf_overlay.tree import moving
 from hf_overlay.tree.clear import Cleared, clear_dead
 from hf_overlay.tree.lease import Lease, sessions_folder
+from hf_overlay.tree.writeback import bring_home
 
 from tests.support.alone import check_stands_alone, contents
 from tests.support.folders import lay_model
@@ -129,11 +132,14 @@ def test_a_late_recovery_does_not_move_main_back(dead: Dead) -> None:
     assert (dead.repo("org/m") / f"snapshots/{OTHER}/config.json").read_bytes() == CONFIG
 
 
-def test_other_bytes_of_the_same_name_are_kept_and_reported(dead: Dead) -> None:
+@pytest.mark.parametrize("is_copy", [False, True], ids=["a blob", "a copy in a snapshot"])
+def test_other_bytes_of_the_same_name_are_kept_and_reported(dead: Dead, is_copy: bool) -> None:
     with dead.written() as hub:
         add_repo(dead.hub, "org/m", {"config.json": CONFIG})
-        add_repo(hub, "org/m", {"config.json": CONFIG})
-        (hub / "models--org--m/blobs" / etag("config.json", CONFIG)).write_bytes(b"of another size")
+        file = add_repo(hub, "org/m", {"config.json": CONFIG}) / "config.json"
+        if is_copy:
+            file.unlink()
+        file.write_bytes(b"of another size")
     (cleared,) = dead.clear()
     assert [Path(path).name for path in cleared.kept] == ["models--org--m"]
     assert dead.held()[b"of another size"] == 1, "P3 is broken: a download was deleted"
@@ -231,19 +237,56 @@ def test_a_forced_download_of_the_users_own_bytes_is_dropped_as_a_copy(dead: Dea
     assert contents(dead.hub) == {}, "a gigabyte twice serves nobody"
 
 
-@pytest.mark.parametrize("what", ["gone", "of another size"])
-def test_a_forced_download_is_kept_when_the_users_file_is(dead: Dead, what: str) -> None:
+@pytest.mark.parametrize("what", ["gone", "of another size", "on a disk that does not answer"])
+def test_a_forced_download_is_kept_when_the_users_file_is(
+    dead: Dead, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = lay_model(dead.models / "org/m", settled=True)
     weights = (folder / "model.safetensors").read_bytes()
     with dead.written() as hub:
         force(hub, "org/m", "model.safetensors", weights)
     if what == "gone":
         (folder / "model.safetensors").unlink()
-    else:
+    elif what == "of another size":
         (folder / "model.safetensors").write_bytes(b"changed by the user")
+    else:
+        with monkeypatch.context() as patched:
+            patched.setattr(Patience, "ask", _no_answer)
+            bring_home(str(dead.left()[0]), str(dead.hub))
     dead.clear()
     assert dead.held()[weights] == 1, "P3 is broken: the only copy was deleted"
     check_stands_alone(dead.hub)
+
+
+def test_what_programs_write_into_a_users_model_comes_home_and_leaves_no_session(dead: Dead) -> None:
+    """As vLLM does, which keeps weights there in a format of its own. Once more, and the cache has it already."""
+    lay_model(dead.models / "org/m", settled=True)
+    for _ in range(2):
+        with dead.written() as hub:
+            (snapshot,) = (hub / "models--org--m/snapshots").iterdir()
+            (snapshot / "np").mkdir()
+            (snapshot / "np/weights.npy").write_bytes(b"a copy")
+        assert [cleared.kept for cleared in dead.clear()] == [()]
+        assert dead.held()[b"a copy"] == 1, "P3 is broken: what a program wrote was deleted"
+    assert (dead.repo("org/m") / f"snapshots/{snapshot.name}/np/weights.npy").read_bytes() == b"a copy"
+    check_stands_alone(dead.hub)
+
+
+def test_what_programs_write_into_a_users_model_is_kept_where_the_cache_has_something_else_of_that_size(
+    dead: Dead,
+) -> None:
+    lay_model(dead.models / "org/m", settled=True)
+    for content in (b"a copy", b"a.copy"):
+        with dead.written() as hub:
+            (snapshot,) = (hub / "models--org--m/snapshots").iterdir()
+            (snapshot / "weights.npy").write_bytes(content)
+        kept = [cleared.kept for cleared in dead.clear()]
+    assert kept != [()], "P3 is broken: a session with a file that is nowhere else counts as brought home"
+    assert dead.held()[b"a.copy"] == 1, "P3 is broken: what a program wrote was deleted"
+
+
+def _no_answer(_patience: Patience, root: str, _function: object) -> None:
+    raise NoAnswer(root)
 
 
 def test_another_revision_of_a_users_model_comes_home_without_anything_of_ours(dead: Dead) -> None:
@@ -466,6 +509,62 @@ def in_memory() -> str | None:
 
 def no_room() -> BaseException:
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("how", [no_room, Killed], ids=["no room", "killed"])
+def test_a_copy_that_is_cut_never_has_its_files_name(
+    disk: Disk, how: Callable[[], BaseException], dead: Dead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between volumes, in the middle of the bytes."""
+    with dead.written() as hub:
+        add_repo(hub, "org/m", {"model.safetensors": b"weights"})
+    blob = dead.repo("org/m") / "blobs" / etag("model.safetensors", b"weights")
+
+    def cut(_fd: int) -> None:
+        raise how()
+
+    apart = tuple(str(tmp_path / name) for name in ("sessions", "home"))
+    with monkeypatch.context() as patch, disk.breaking(tmp_path, volumes=apart), suppress(Killed):
+        patch.setattr(moving, "_PIECE_BYTES", 3)
+        patch.setattr(os, "fsync", cut)
+        dead.clear()
+    assert not blob.exists(), "P4 is broken: half of a file is in the cache"
+    with disk.breaking(tmp_path, volumes=apart):
+        dead.clear()
+    assert blob.read_bytes() == b"weights", "P3 is broken"
+    assert dead.held()[b"weights"] == 1
+
+
+def test_no_folder_is_made_where_a_drive_belongs(dead: Dead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hide the drive when that comes."""
+    with dead.written() as hub:
+        add_repo(hub, "org/m", {"config.json": CONFIG})
+    monkeypatch.setattr(keeping, "_DRIVE", f"{tmp_path}/media/[^/]+")
+    stuck = bring_home(str(dead.left()[0]), f"{tmp_path}/media/drive/hub")
+    assert [f"{tmp_path}/media/drive, which is not there" in why for why in stuck.values()] == [True]
+    assert not (tmp_path / "media").exists()
+    dead.clear()
+    assert dead.held()[CONFIG] == 1
+
+
+def test_a_revision_of_which_the_bytes_are_home_and_the_links_are_not_stays_for_the_next_start(
+    dead: Dead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_repo(dead.hub, "org/m", {"other.json": b"{}"}, commit=OTHER)
+    with dead.written() as hub:
+        (hub / "models--org--m").unlink()  # as `hf cache rm` does from 1.32 on
+        add_repo(hub, "org/m", {"config.json": CONFIG}, commit=MAIN)
+
+    def fail(*_: object) -> None:
+        raise no_room()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "symlink", fail)
+        (cleared,) = dead.clear()
+    assert cleared.kept, "the links of the revision are worth keeping"
+    dead.clear()
+    assert (dead.repo("org/m") / f"snapshots/{MAIN}/config.json").read_bytes() == CONFIG
+    assert dead.left() == []
 
 
 @pytest.mark.parametrize("volumes", [(), ("sessions", "home")], ids=["one volume", "two volumes"])

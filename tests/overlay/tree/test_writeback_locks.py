@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hf_overlay.tree import usage
 from hf_overlay.tree.writeback import bring_home
 
 from tests.overlay.tree.test_writeback import CONFIG, MAIN, Dead
@@ -74,6 +75,24 @@ def test_a_link_to_a_blob_that_is_being_replaced_waits(dead: Dead) -> None:
     assert (dead.repo("org/m") / "snapshots" / revision.name / "config.json").read_bytes() == CONFIG
     assert dead.left() == []
     check_stands_alone(dead.hub)
+
+
+def test_a_client_that_takes_the_lock_after_we_looked_keeps_its_partial_file(
+    dead: Dead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"{ETAG}.incomplete"
+    with dead.written() as hub:
+        add_repo(hub, "org/m", {"config.json": CONFIG})
+        (hub / FOLDER / "blobs" / name).write_bytes(b"longer")
+    add_repo(dead.hub, "org/m", {"other.json": b"{}"}, commit=MAIN)
+    partial = dead.repo("org/m") / "blobs" / name
+    partial.write_bytes(b"x")
+    with held(dead):
+        monkeypatch.setattr(usage, "is_held", lambda _lock: False)
+        bring(dead)
+        assert partial.read_bytes() == b"x", "the client appends to it"
+    dead.clear()
+    assert partial.read_bytes() == b"longer"
 
 
 @pytest.mark.parametrize("there", [None, b"x", b"longer than ours"], ids=["none", "shorter", "longer"])

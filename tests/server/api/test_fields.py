@@ -9,6 +9,7 @@ import pytest
 from mlx_overlay_server.api.anthropic.wire import MessagesRequest
 from mlx_overlay_server.api.fields import Body, image, wrong_field
 from mlx_overlay_server.api.openai.wire import ChatCompletionRequest, CompletionRequest
+from mlx_overlay_server.api.responses.wire import ResponsesRequest
 from mlx_overlay_server.errors import InvalidRequest
 from pydantic import ValidationError
 
@@ -47,6 +48,7 @@ def _call(**more: Any) -> dict[str, Any]:
         ({"stop": ["a"] * 17}, "stop"),
         ({"stream": "maybe"}, "stream"),
         ({"stream_options": {"include_usage": "maybe"}}, "stream_options.include_usage"),
+        ({"stream_options": {"include_obfuscation": 5}}, "stream_options.include_obfuscation"),
         ({"stream_options": {"other": 1}}, "stream_options.other"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1"),
@@ -123,6 +125,11 @@ def test_what_is_not_known_is_refused_and_not_ignored(name: str) -> None:
     mistake = _mistake(ChatCompletionRequest, {**CHAT, name: 1})
     assert mistake.param == name
     assert mistake.message == f"`{name}` is not supported by this server"
+
+
+def test_what_can_only_be_false_is_refused_by_its_name() -> None:
+    mistake = _mistake(ResponsesRequest, {"input": "Hi", "background": True})
+    assert mistake.message == "`background` is not supported by this server; leave it out"
 
 
 def test_what_is_missing_is_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -12,25 +13,34 @@ from anthropic.types import message_count_tokens_params, message_create_params
 from anthropic.types.beta import message_count_tokens_params as beta_count_params
 from anthropic.types.beta import message_create_params as beta_create_params
 from mlx_overlay_server.api.anthropic.wire import CountRequest, MessagesRequest
+from mlx_overlay_server.api.audio.speech import SpeechBody
+from mlx_overlay_server.api.audio.transcriptions import TranscriptionForm, TranslationForm
 from mlx_overlay_server.api.fields import ModelBody
 from mlx_overlay_server.api.openai.embeddings import EmbeddingsRequest
 from mlx_overlay_server.api.openai.wire import ChatCompletionRequest, CompletionRequest
 from mlx_overlay_server.api.rerank.routes import RerankRequest
-from mlx_overlay_server.api.responses.wire import ResponsesRequest
+from mlx_overlay_server.api.responses.wire import CompactRequest, InputTokensRequest, ResponsesRequest
 from mlx_overlay_server.errors import InvalidRequest
 from openai.types import completion_create_params, embedding_create_params
+from openai.types.audio import speech_create_params, transcription_create_params, translation_create_params
 from openai.types.chat import completion_create_params as chat_create_params
-from openai.types.responses import response_create_params
+from openai.types.responses import input_token_count_params, response_compact_params, response_create_params
 from pydantic import ValidationError
+from starlette.datastructures import UploadFile
 
 BODIES: dict[str, type[ModelBody]] = {
     "chat": ChatCompletionRequest,
     "text": CompletionRequest,
     "responses": ResponsesRequest,
+    "input_tokens": InputTokensRequest,
+    "compact": CompactRequest,
     "messages": MessagesRequest,
     "count_tokens": CountRequest,
     "embeddings": EmbeddingsRequest,
     "rerank": RerankRequest,
+    "transcriptions": TranscriptionForm,
+    "translations": TranslationForm,
+    "speech": SpeechBody,
 }
 SDKS: dict[str, list[Any]] = {
     "chat": [
@@ -45,6 +55,8 @@ SDKS: dict[str, list[Any]] = {
         response_create_params.ResponseCreateParamsNonStreaming,
         response_create_params.ResponseCreateParamsStreaming,
     ],
+    "input_tokens": [input_token_count_params.InputTokenCountParams],
+    "compact": [response_compact_params.ResponseCompactParams],
     "messages": [
         message_create_params.MessageCreateParamsNonStreaming,
         message_create_params.MessageCreateParamsStreaming,
@@ -57,14 +69,25 @@ SDKS: dict[str, list[Any]] = {
     ],
     "embeddings": [embedding_create_params.EmbeddingCreateParams],
     "rerank": [],
+    "transcriptions": [
+        transcription_create_params.TranscriptionCreateParamsNonStreaming,
+        transcription_create_params.TranscriptionCreateParamsStreaming,
+    ],
+    "translations": [translation_create_params.TranslationCreateParams],
+    "speech": [speech_create_params.SpeechCreateParams],
 }
 LEAST: dict[str, dict[str, Any]] = {
     "chat": {"messages": [{"role": "user", "content": "Hi"}]},
     "text": {"prompt": "Hi"},
     "responses": {"input": "Hi"},
+    "input_tokens": {"input": "Hi"},
+    "compact": {"input": "Hi"},
     "messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
     "embeddings": {"input": "Hi"},
     "rerank": {"query": "Hi", "documents": ["Hi"]},
+    "transcriptions": {"file": UploadFile(io.BytesIO())},
+    "translations": {"file": UploadFile(io.BytesIO())},
+    "speech": {"input": "Hi", "voice": "anna"},
     "count_tokens": {"messages": [{"role": "user", "content": "Hi"}]},
 }
 STATUSES = {"done", "partly", "no effect", "refused"}

@@ -40,6 +40,12 @@ def test_an_application_is_completed_once_by_the_first_request_for_the_part(aske
     assert not completed or seen[0] == "completed"
 
 
-def test_a_start_imports_nothing_of_the_api_behind_the_page() -> None:
-    program = "import sys, mlx_overlay_server.app; print('mlx_overlay_server.api.manage' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"
+def test_a_start_imports_nothing_of_the_api_behind_the_page_nor_of_speech() -> None:
+    late = (
+        "mlx_overlay_server.api.manage",
+        "mlx_overlay_server.api.audio",
+        "mlx_audio",
+        "soundfile",
+    )
+    program = f"import sys, mlx_overlay_server.app; print(set({late}) & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "set()\n"

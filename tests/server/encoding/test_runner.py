@@ -19,6 +19,7 @@ from tests.server.encoding.encoding import encode, load
 from tests.server.engine.test_engine import run, say
 from tests.support.encoders import VOCABULARY, make_encoder
 from tests.support.models import make_model
+from tests.support.running import resident
 
 
 def _passages(*sizes: int) -> tuple[Passage, ...]:
@@ -76,7 +77,7 @@ def test_a_pass_that_fails_costs_its_own_requests_and_no_other_models(
     monkeypatch.setattr("mlx_overlay_server.engine.encoding.runner.batch_of", breaks_once)
 
     async def use(engine: Any) -> None:
-        model, chat = await engine.load(str(embeds), task="embedding"), await engine.load(str(chats))
+        model, chat = await resident(engine, embeds, task="embedding"), await resident(engine, chats)
         assert isinstance(model, LoadedEncoder)
         told = await asyncio.gather(engine.encode(model, _passages(3)), say(engine, chat), return_exceptions=True)
         assert isinstance(told[0], Failed)
@@ -94,8 +95,8 @@ def test_a_pass_that_fails_costs_its_own_requests_and_no_other_models(
 
 def test_a_model_is_not_asked_for_what_it_does_not_do(tmp_path: Path) -> None:
     async def use(engine: Any) -> None:
-        model = await engine.load(str(make_encoder(tmp_path / "m")), task="embedding")
-        chat = await engine.load(str(make_model(tmp_path / "chats", "I am fine.")))
+        model = await resident(engine, make_encoder(tmp_path / "m"), task="embedding")
+        chat = await resident(engine, make_model(tmp_path / "chats", "I am fine."))
         wrong = Submit(engine.new_id(), model.key, (4, 5), Params(), 3)
         (_, item), *_ = await engine.submit([wrong]).take()
         assert isinstance(item, (Failed, InvalidRequest))

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_overlay_server.chat.requests import Params
+from mlx_overlay_server.engine import mlx, system
 from mlx_overlay_server.engine.commands import Load, Unload
 from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.engine.ranks import Ranks
@@ -20,6 +21,7 @@ from mlx_overlay_server.memory import Machine, shares
 from mlx_overlay_server.settings import EngineOptions, Tuning
 
 from tests.support.models import make_random_model
+from tests.support.running import resident
 from tests.support.stage import Script, Stage, sequence, until
 
 RECOMMENDED = 17_179_869_184
@@ -109,6 +111,15 @@ def test_the_engine_says_how_the_memory_is_divided(mac: Mac) -> None:
     assert stage.stats.memory.prefixes == 10**9
 
 
+def test_on_a_mac_what_other_programs_leave_is_all_there_is(mac: Mac, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its GPU shares the memory with them; a card has its own."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(system, "free", lambda: 5 * 10**9)
+    assert mlx.reach() == mx.get_active_memory() + mx.get_cache_memory() + 5 * 10**9
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": "sm_90"})
+    assert mlx.reach() is None
+
+
 def test_a_smaller_limit_of_the_pool_stays(mac: Mac) -> None:
     mac.pool = 2**25
     Stage(EngineOptions()).play(_nothing)
@@ -188,7 +199,7 @@ def test_who_waits_for_an_engine_that_cannot_start_is_told(monkeypatch: pytest.M
 )
 def test_warming_up_takes_one_token_and_keeps_nothing(options: EngineOptions, model: Path) -> None:
     async def use(engine: Engine) -> None:
-        loaded = await engine.load(str(model))
+        loaded = await resident(engine, model)
         await engine.warm_up(loaded)
         assert engine.stats.steps > 0
         assert (engine.pending, engine.stats.cache_entries) == (0, 0)
@@ -202,8 +213,8 @@ def test_warming_up_takes_one_token_and_keeps_nothing(options: EngineOptions, mo
 def test_kv_caches_that_cannot_be_quantised_are_a_reason_not_to_load_a_model(model: Path) -> None:
     async def use(engine: Engine) -> None:
         with pytest.raises(Unavailable, match="divisible by the quantization group size 128"):
-            await engine.load(str(model), tuning=Tuning(kv_group_size=128))
-        await engine.load(str(model), tuning=Tuning(kv_bits=0, kv_group_size=128))
+            await resident(engine, model, tuning=Tuning(kv_group_size=128))
+        await resident(engine, model, tuning=Tuning(kv_bits=0, kv_group_size=128))
 
     _used(use, EngineOptions(kv_bits=8))
 

@@ -64,7 +64,7 @@ def test_an_end_that_the_model_begins_is_finished_and_not_begun_again() -> None:
     """The mark's first token is part of the reasoning until the second one makes it a mark."""
     answer = Answer(2, is_open=True, ends=(6, 7))
     answer.say([_SAID, 6])
-    answer.say([6, 7], freely=False)
+    answer.say([7], freely=False)
     answer.say([_SAID] * 5)
 
 

@@ -39,6 +39,7 @@ from mlx_overlay_server.errors import Failed, ServerError, Unavailable
 from mlx_overlay_server.settings import EngineOptions
 
 from tests.support.models import make_model, make_random_model
+from tests.support.running import resident
 from tests.support.stage import Script as StageScript
 from tests.support.stage import Stage, sequence, until
 
@@ -267,7 +268,7 @@ def _loop_test(folder: Path, use: Callable[[Engine, Loaded], Any], options: Engi
         engine.start()
         try:
             async with asyncio.timeout(60):
-                await use(engine, await engine.load(str(folder)))
+                await use(engine, await resident(engine, folder))
         finally:
             await engine.stop()
 
@@ -312,7 +313,7 @@ def test_an_aborted_engine_takes_nothing_more_and_frees_what_ran(endless: Path) 
         with pytest.raises(Unavailable, match="shutting down"):
             engine.submit(numbered(engine, model, [submit()]))
         with pytest.raises(Unavailable, match="shutting down"):
-            await engine.load(str(endless))
+            await resident(engine, endless)
         assert engine.pending == 0
         while engine.stats.active:  # bounded by the test's time
             await asyncio.sleep(0.001)

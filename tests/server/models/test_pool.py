@@ -8,15 +8,15 @@ from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
 import pytest
-from hf_overlay import Task
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.encoding.loaded import AnyLoaded
+from mlx_overlay_server.engine.commands import Load
 from mlx_overlay_server.errors import ServerError, Unavailable, UnknownModel
 from mlx_overlay_server.models import pool as pool_module
 from mlx_overlay_server.models.library import Located
 from mlx_overlay_server.models.load import Extras
 from mlx_overlay_server.models.pool import Pool, preload
-from mlx_overlay_server.settings import UNTUNED, Tuning
+from mlx_overlay_server.settings import Tuning
 
 from tests.support.processes import SECONDS
 
@@ -46,29 +46,23 @@ class Shelf:
             raise UnknownModel(f"there is no model {model_id}")
         return Located(f"/{model_id}", self.sizes[model_id], model_id)
 
-    async def load(
-        self,
-        path: str,
-        *,
-        adapter_path: str | None = None,
-        draft_path: str | None = None,
-        task: Task = "text",
-        nbytes: int = 0,
-        tuning: Tuning = UNTUNED,
-    ) -> Loaded:
-        self.loads.append((path[1:], adapter_path, draft_path))
-        self.tunings[path[1:]] = tuning
+    def new_key(self, path: str) -> str:
+        return path[1:]
+
+    async def load(self, command: Load) -> Loaded:
+        self.loads.append((command.path[1:], command.adapter_path, command.draft_path))
+        self.tunings[command.path[1:]] = command.tuning
         await self.held.wait()
         if self.failures:
             raise self.failures.pop()
-        nbytes = self.sizes[path[1:]] + (self.sizes[draft_path[1:]] if draft_path else 0)
-        return Loaded(path[1:], path, _NOTHING, _NOTHING, _NOTHING, _NOTHING, nbytes, 0, None, {})
+        nbytes = sum(self.sizes[path[1:]] for path in (command.path, command.draft_path) if path)
+        return Loaded(command.key, command.path, _NOTHING, _NOTHING, _NOTHING, _NOTHING, nbytes, 0, None, {})
 
     def unload(self, model: AnyLoaded) -> None:
         self.unloads.append(model.key)
 
-    def bytes_read(self, path: str) -> int:
-        return 7 if path[1:] in self.loaded else 0
+    def bytes_read(self, key: str) -> int:
+        return 7 if key in self.loaded else 0
 
     @property
     def loaded(self) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.encoding.loaded import AnyLoaded
+from mlx_overlay_server.engine.commands import Load
 from mlx_overlay_server.errors import ServerError, Unavailable
 from mlx_overlay_server.models.library import Located
 from mlx_overlay_server.models.pool import Pool
@@ -31,14 +32,17 @@ class Shelf:
     async def locate(self, model_id: str) -> Located:
         return Located(f"/{model_id}", self._nbytes, model_id)
 
-    async def load(self, path: str, **_: Any) -> Loaded:
+    def new_key(self, path: str) -> str:
+        return path
+
+    async def load(self, command: Load) -> Loaded:
         await self.go_on.wait()
         if self._failure is not None:
             raise self._failure
         model: Any = SimpleNamespace(nbytes=self._nbytes)
         return model  # type: ignore[no-any-return]
 
-    def bytes_read(self, path: str) -> int:
+    def bytes_read(self, key: str) -> int:
         return 0
 
     def unload(self, model: AnyLoaded) -> None:

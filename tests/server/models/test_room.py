@@ -7,15 +7,14 @@ import random
 from collections.abc import Mapping
 
 import pytest
-from hf_overlay import Task
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from mlx_overlay_server.chat.loaded import Loaded
+from mlx_overlay_server.engine.commands import Load
 from mlx_overlay_server.models import room
 from mlx_overlay_server.models.pool import Pool
 from mlx_overlay_server.models.room import PATIENCE_SECONDS, Held, Waiting, plan
-from mlx_overlay_server.settings import UNTUNED, Tuning
 
 from tests.server.models.test_pool import BUDGET, Shelf, run, settled, used
 from tests.support.processes import SECONDS
@@ -165,23 +164,14 @@ class _Shelf(Shelf):
         super().__init__(sizes)
         self.gates: dict[str, asyncio.Event] = {}
 
-    async def load(
-        self,
-        path: str,
-        *,
-        adapter_path: str | None = None,
-        draft_path: str | None = None,
-        task: Task = "text",
-        nbytes: int = 0,
-        tuning: Tuning = UNTUNED,
-    ) -> Loaded:
-        gate = self.gates[path] = asyncio.Event()
+    async def load(self, command: Load) -> Loaded:
+        gate = self.gates[command.path] = asyncio.Event()
         try:
             await gate.wait()
         finally:
-            if self.gates.get(path) is gate:
-                del self.gates[path]
-        return await super().load(path, adapter_path=adapter_path, draft_path=draft_path)
+            if self.gates.get(command.path) is gate:
+                del self.gates[command.path]
+        return await super().load(command)
 
 
 _NAMES = ("one", "two", "three", "four")

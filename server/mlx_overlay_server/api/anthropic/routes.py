@@ -18,7 +18,8 @@ from mlx_overlay_server.api.transport import answer
 from mlx_overlay_server.chat.events import Event
 from mlx_overlay_server.chat.requests import ChatRequest
 from mlx_overlay_server.errors import ServerError
-from mlx_overlay_server.service import Batch, Service, Ticket
+from mlx_overlay_server.service import Batch, Service
+from mlx_overlay_server.ticket import Ticket
 
 _STREAM = "With `stream`: named server-sent events, `message_start` to `message_stop`; `error` ends one that fails."
 

@@ -1,1 +1,1 @@
-"""The API behind the page: what the server holds and does, and what a person may tell it to do."""
+"""The API behind the page: what the server holds and does, and what a person can have it do."""

@@ -1,4 +1,4 @@
-"""The answers of the API behind the page, and what they are made of."""
+"""The answers of the API behind the page, and how they are made."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Place = Literal["resident", "loading", "downloading", "on disk", "away"]
 
 
 class DownloadState(TypedDict):
-    """How far a download is, or how it ended."""
+    """How far a download is, or how it has ended."""
 
     model: str
     state: Literal["waiting", "downloading", "done", "cancelled", "failed"]
     done: int
-    """Bytes."""
+    """Bytes that have arrived."""
     total: int
-    """Bytes; 0 while that is not known."""
+    """Bytes of all its files; 0 while that is not known."""
     message: str
-    """Why it failed, and what to do; else empty."""
+    """Why it failed, and what to do; empty if it did not fail."""
 
 
 class Downloads(TypedDict):
@@ -40,38 +40,40 @@ class Downloads(TypedDict):
 
 
 class ModelInMemory(TypedDict):
-    """A model that is in memory, or on its way there."""
+    """A model that is in memory, or is being loaded."""
 
     id: str
     state: Place
     note: str
-    """What it waits for, while it is on its way; else empty."""
+    """What its load is waiting for; empty once it is in memory."""
     pinned: bool
     bytes: int
-    """Of its weights in memory; 0 while that is not known."""
+    """Bytes of its weights; 0 while that is not known."""
     read: int
-    """Bytes of its weights that were read so far, while it is loaded."""
+    """Bytes of its weights that have been read, while it is being loaded."""
     users: int
     """Requests that use it or wait for it."""
     idle_seconds: float | None
-    """Since it was last used; null while it is in use, or on its way."""
+    """Seconds since a request last used it; null while one does, or while it is being loaded."""
 
 
 class MemoryUse(TypedDict):
-    """One use of the memory."""
+    """One of the uses that share the memory."""
 
     use: str
-    """`weights`, `running` (KV caches of requests that run), or KV caches for later prompts: `kept`, and `disk`."""
+    """`weights`, `running` (KV caches of running requests), `kept` (KV caches for later prompts), or `disk` (the same
+    on disk).
+    """
     bytes: int
     limit: int | None
     """Bytes that it may take; null until the machine is known."""
 
 
 class Memory(TypedDict):
-    """What takes the memory that MLX may use, and what is kept on the disk."""
+    """The uses of the memory that MLX may take, and what is kept on the disk."""
 
     usable: int | None
-    """Bytes; null until the machine is known."""
+    """Bytes that MLX may take; null until the machine is known."""
     uses: list[MemoryUse]
 
 
@@ -79,15 +81,15 @@ class Activity(TypedDict):
     """What the server is doing."""
 
     tokens_per_second: float
-    """Of all requests together, over the last seconds."""
+    """Tokens that all requests together have got per second lately."""
     first_token_seconds: float | None
-    """The median of the last requests; null before the first."""
+    """Median seconds to the first token of the last requests; null before the first."""
     running: int
-    """Sequences that are read or generated."""
+    """Sequences that are being read or generated."""
     waiting: int
     """Sequences that wait for room."""
     requests: int
-    """Requests that are open."""
+    """Requests that have not ended."""
 
 
 class ServerStatus(TypedDict):
@@ -98,7 +100,7 @@ class ServerStatus(TypedDict):
     uptime_seconds: float
     state: State
     message: str
-    """What is wrong, when something is; else empty."""
+    """What is wrong with the server; empty if nothing is."""
     offline: bool
     """Whether the server downloads nothing."""
     memory: Memory
@@ -122,25 +124,25 @@ class ModelEntry(TypedDict):
 
     id: str
     kind: str
-    """What it makes: `text`, …"""
+    """What it does: `text`, `embedding`, `reranker`, `transcription` or `speech`."""
     architecture: str | None
     """The `model_type` of its config.json."""
     source: ModelSource
     bytes: int
-    """Of all its files; 0 where nobody knows."""
+    """Bytes of all its files; 0 where that is not known."""
     context_length: int | None
-    """Tokens of prompt and answer together; null where its config.json does not say."""
+    """Tokens that prompt and answer may have together; null where its config.json does not say."""
     usable_context: int | None
-    """Those that fit in memory, within the server's limits; null where nobody knows."""
+    """Those of them that fit in memory and in the server's limits; null where that is not known."""
     images: bool
-    """Whether requests may have images; of a model that is not in memory, what its config.json lets one expect."""
+    """Whether requests may have images. For a model that is not in memory, this is a guess from its config.json."""
     aliases: list[str]
-    """Further names that it answers to."""
+    """The other names that it answers to."""
     default: bool
     """Whether it answers to unknown names."""
     state: Place
     pinned: bool
-    """Whether it stays in memory once it is there."""
+    """Whether it stays in memory once it is loaded."""
 
 
 class ModelEntries(TypedDict):
@@ -166,7 +168,7 @@ class Problems(TypedDict):
 
 
 class RequestEntry(TypedDict):
-    """One request; nothing of its text."""
+    """One request, without any of its text."""
 
     id: str
     client: str
@@ -175,19 +177,19 @@ class RequestEntry(TypedDict):
     started: float
     """Unix seconds."""
     seconds: float
-    """From the request to its end, or until now."""
+    """Seconds from the request to its end, or until now."""
     tokens_in: int
     """Tokens of its prompts that have been read."""
     tokens_cached: int
-    """Those of them that were in the KV cache before."""
+    """Those of them whose KV cache was reused."""
     tokens_out: int
     first_token_seconds: float | None
     tokens_per_second: float | None
     outcome: Outcome
     reason: str | None
-    """Why the answer ended, or the code of the error; null while it runs."""
+    """Why the answer ended, or the code of the error; null while the request runs."""
     note: str
-    """What it is doing, while it runs; else empty."""
+    """What the request is waiting for or doing; empty once it has ended."""
 
 
 class RequestEntries(TypedDict):
@@ -198,7 +200,7 @@ class RequestEntries(TypedDict):
 
 
 class Done(TypedDict):
-    """The answer to what was told to be done."""
+    """The answer to a request that had the server do something."""
 
     done: Literal[True]
 
@@ -265,10 +267,10 @@ def _in_memory(occupant: Occupant, service: Service) -> ModelInMemory:
 
 
 def models_of(service: Service, listed: Iterable[Listed]) -> ModelEntries:
-    """Return every model there is, those that are away included, sorted by id."""
+    """Return every model, including those that are away, sorted by id."""
     states: Mapping[str, Place] = {each.id: _in_memory(each, service)["state"] for each in service.pool.occupants}
     known = {each.id: each for each in listed}
-    for name in states.keys() - known.keys():  # profiles with weights of their own
+    for name in states.keys() - known.keys():  # profiles that are loaded in a way of their own
         if (source := known.get(service.live.source(name))) is not None:
             known[name] = source._replace(id=name)
     found = [_entry(each, service, states.get(each.id, "on disk")) for each in known.values()]
@@ -281,6 +283,7 @@ def models_of(service: Service, listed: Iterable[Listed]) -> ModelEntries:
 
 
 def _entry(listed: Listed, service: Service, state: Place) -> ModelEntry:
+    model = service.pool.model(listed.id)
     return {
         "id": listed.id,
         "kind": listed.kind,
@@ -289,7 +292,7 @@ def _entry(listed: Listed, service: Service, state: Place) -> ModelEntry:
         "bytes": listed.size,
         "context_length": listed.context,
         "usable_context": listed.usable,
-        "images": listed.sees if (sees := service.pool.sees(listed.id)) is None else sees,
+        "images": model.sees if model is not None else listed.sees,
         "aliases": service.live.names(listed.id),
         "default": service.is_default(listed.id),
         "state": state,

@@ -31,10 +31,11 @@ from mlx_overlay_server.api.openai.stream import data_event
 from mlx_overlay_server.api.transport import EventStream, answer, comment, unless_gone
 from mlx_overlay_server.errors import Conflict, NotFound, Unavailable
 from mlx_overlay_server.models.download import Downloader
-from mlx_overlay_server.service import Service, Ticket
+from mlx_overlay_server.service import Service
+from mlx_overlay_server.ticket import Ticket
 
 EVENT_SECONDS = 0.25
-"""Seconds between two looks at a download that somebody watches."""
+"""Seconds between two looks at a download that a client watches."""
 _DONE: Done = {"done": True}
 _EVENTS = "The download's state whenever it has changed, as server-sent events; the last one says how it ended."
 
@@ -51,18 +52,18 @@ class ModelToLoad(ModelNamed):
     """A model to load."""
 
     pin: bool = False
-    """Keep it in memory."""
+    """Whether to keep it in memory."""
 
 
 class ModelToUnload(ModelNamed):
     """A model to unload."""
 
     force: bool = False
-    """Also while requests use it, which end with an error then."""
+    """Whether to unload it even while requests use it; those end with an error."""
 
 
 class ModelToPin(ModelNamed):
-    """A model to keep in memory, or no longer."""
+    """A model to pin, or to unpin."""
 
     pinned: bool
 
@@ -85,22 +86,22 @@ def _add_lists(routes: APIRouter, service: Service, downloader: Downloader | Non
 
     @routes.get("/models", responses=documented(ModelEntries, ErrorAnswer))
     async def models() -> Response:
-        """List every model with its source, size and state; the folders are looked at now."""
+        """List every model with its source, size and state. The folders are looked at anew."""
         return answer(models_of(service, await service.entries()))
 
     @routes.get("/problems", responses=documented(Problems, ErrorAnswer))
     async def problems() -> Response:
-        """Return what `hf-overlay doctor` finds: folders that are left out, and other problems, with what to do."""
+        """Return what `hf-overlay doctor` finds: folders left out and other problems, each with what to do."""
         return answer({"problems": await service.library.problems()})
 
     @routes.get("/requests", responses=documented(RequestEntries, ErrorAnswer))
     async def requests() -> Response:
-        """List the requests that run, and the last 200 that ended; nothing of their text is kept."""
+        """List the running requests and the last 200 that ended. Their text is not kept."""
         return answer(requests_of(service))
 
     @routes.post("/requests/{request_id}/stop", responses=documented(Done, ErrorAnswer))
     async def stop(request_id: str) -> Response:
-        """End a request that runs; its client gets an error with the code `request_stopped`."""
+        """Stop a running request. Its client gets an error with the code `request_stopped`."""
         if not service.recent.stop(request_id):
             raise NotFound(f"no request {request_id} is running; it may have ended", code="request_not_found")
         return answer(_DONE)
@@ -109,20 +110,20 @@ def _add_lists(routes: APIRouter, service: Service, downloader: Downloader | Non
 def _add_models(routes: APIRouter, service: Service) -> None:
     @routes.post("/models/load", responses=documented(Done, ErrorAnswer))
     async def load(body: ModelToLoad, request: Request) -> Response:
-        """Load a model that is here, and answer when it is in memory. It is not downloaded."""
+        """Load a model that is on this machine, and answer when it is in memory. It is not downloaded."""
         model_id = await _found(service, body.model)
         loaded = await unless_gone(request, _loaded(service, model_id, body.pin))
         return Response(status_code=CLIENT_GONE) if loaded is None else answer(loaded)
 
     @routes.post("/models/unload", responses=documented(Done, ErrorAnswer))
     async def unload(body: ModelToUnload) -> Response:
-        """Unload a model, or give up its load, and pin it no longer."""
+        """Unload a model, or cancel its load, and unpin it."""
         service.pool.unload(service.live.target(body.model).id, force=body.force)
         return answer(_DONE)
 
     @routes.post("/models/pin", responses=documented(Done, ErrorAnswer))
     async def pin(body: ModelToPin) -> Response:
-        """Keep a model in memory once it is there, or no longer; until the server ends."""
+        """Pin a model, so that it stays in memory once it is loaded, or unpin it. A pin ends with the server."""
         if body.pinned:
             service.pool.pin(await _found(service, body.model))
         else:
@@ -131,7 +132,7 @@ def _add_models(routes: APIRouter, service: Service) -> None:
 
 
 async def _found(service: Service, name: str) -> str:
-    """Return the name under which a model is loaded that is here: its id as the disk spells it, or a profile's."""
+    """Return the name under which a model of this machine is loaded: its id as the disk spells it, or a profile's."""
     loaded_as = service.live.target(name).id
     source = service.live.source(loaded_as)
     found = await service.library.here(source)
@@ -157,7 +158,10 @@ def _add_downloads(routes: APIRouter, service: Service, downloader: Downloader |
 
     @routes.post("/downloads", responses=documented(DownloadState, ErrorAnswer))
     async def start(body: ModelNamed) -> Response:
-        """Download a model into the Hugging Face cache, or go on with what there is of it; the answer does not wait."""
+        """Download a model into the Hugging Face cache, or continue an earlier download.
+
+        The answer does not wait for the end.
+        """
         if await service.library.known(body.model) is not None:
             raise Conflict(f"{body.model} is here already", code="model_here")
         online().start(body.model)
@@ -165,7 +169,7 @@ def _add_downloads(routes: APIRouter, service: Service, downloader: Downloader |
 
     @routes.post("/downloads/cancel", responses=documented(DownloadState, ErrorAnswer))
     async def cancel(body: ModelNamed) -> Response:
-        """End a download; what it has fetched stays, and the next one goes on from there."""
+        """Cancel a download. Its files stay, and the next download of the model continues from there."""
         if not online().cancel(body.model):
             raise _not_downloading(body.model)
         return answer(_state(online(), body.model))
@@ -195,7 +199,7 @@ def _not_downloading(model_id: str) -> NotFound:
 
 
 async def _watched(service: Service, downloader: Downloader, model_id: str) -> AsyncGenerator[bytes]:
-    """Yield a download's state each time that it has changed, until it has ended or the server stops."""
+    """Yield a download's state whenever it changes, until the download has ended or the server stops."""
     last = None
     while not service.is_closing and (now := downloader.progress_of(model_id)) is not None:
         if now != last:

@@ -21,7 +21,8 @@ from mlx_overlay_server.api.transport import dumps, refusal, unless_gone
 from mlx_overlay_server.encoding.requests import EmbedRequest
 from mlx_overlay_server.errors import Field as FieldName
 from mlx_overlay_server.errors import InvalidRequest, ServerError
-from mlx_overlay_server.service import Encodings, Service, Ticket
+from mlx_overlay_server.service import Encodings, Service
+from mlx_overlay_server.ticket import Ticket
 from mlx_overlay_server.turns import turn
 
 if TYPE_CHECKING:

@@ -31,7 +31,8 @@ class StreamOptions(Body):
     """Options for what a stream holds beside the answer."""
 
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: bool | None = None
+    """Padding against those who measure what passes on a network; asks for nothing here."""
 
 
 class _SamplingBody(ModelBody):

@@ -16,7 +16,8 @@ from mlx_overlay_server.api.fields import Body, Count, ModelBody
 from mlx_overlay_server.api.rerank.errors import RerankErrorAnswer
 from mlx_overlay_server.api.transport import answer, unless_gone
 from mlx_overlay_server.encoding.requests import RankRequest
-from mlx_overlay_server.service import Encodings, Service, Ticket
+from mlx_overlay_server.service import Encodings, Service
+from mlx_overlay_server.ticket import Ticket
 from mlx_overlay_server.turns import turn
 
 MAX_DOCUMENTS = 2048

@@ -32,7 +32,8 @@ from mlx_overlay_server.api.transport import answer, comment, unless_gone
 from mlx_overlay_server.chat.events import Done, Event, Logprobs, Text
 from mlx_overlay_server.chat.requests import ChatRequest
 from mlx_overlay_server.errors import InvalidRequest, PromptTooLong, ServerError
-from mlx_overlay_server.service import Batch, Service, Ticket, gathered
+from mlx_overlay_server.service import Batch, Service, gathered
+from mlx_overlay_server.ticket import Ticket
 from mlx_overlay_server.turns import turn
 
 _STREAM = "With `stream`: named server-sent events, `response.created` to `response.completed` or another end."

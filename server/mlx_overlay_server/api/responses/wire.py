@@ -53,7 +53,7 @@ class ReasoningOptions(Part):
 
 
 class ResponseStreamOptions(Part):
-    """Options of a stream, which ask for nothing here."""
+    """Options of a stream: padding against those who measure what passes on a network, which asks for nothing here."""
 
     include_obfuscation: bool | None = None
 

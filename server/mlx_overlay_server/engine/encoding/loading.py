@@ -16,13 +16,13 @@ from mlx_overlay_server.chat.loaded import context_length
 from mlx_overlay_server.encoding.loaded import LoadedEncoder, Way
 from mlx_overlay_server.engine import mlx
 from mlx_overlay_server.engine.commands import Load
-from mlx_overlay_server.engine.encoding import bert, facts, gemma, modernbert, nomic
+from mlx_overlay_server.engine.encoding import bert, facts, gemma, modernbert, rotary
 from mlx_overlay_server.engine.encoding.causal import Causal
 from mlx_overlay_server.engine.encoding.facts import Facts
 from mlx_overlay_server.engine.encoding.pooling import Pooling
 from mlx_overlay_server.engine.encoding.runner import EncodingRunner
 from mlx_overlay_server.engine.loading import apart, check, fitting, parameters, result, slices, turns
-from mlx_overlay_server.memory import Shares
+from mlx_overlay_server.memory import KvSize, Shares
 from mlx_overlay_server.settings import EngineOptions
 
 
@@ -53,8 +53,8 @@ def load(
     yield from turns(reading, options.load_seconds)
     known = result(reading, options)
     nbytes = sum(part.nbytes for part in parameters(model))
-    kv_bytes = 0 if is_encoder else mlx.kv_bytes(model, bits=None, group_size=64)
-    fits = shares.tokens(nbytes, kv_bytes) if shares is not None else None
+    kv = KvSize() if is_encoder else mlx.kv_size(model, bits=None, group_size=64, start=0)
+    fits = shares.tokens(nbytes, kv) if shares is not None else None
     context = fitting(_context(config, known), fits, path)
     whole: Any = model if is_encoder else Causal(model, _answers(command, model, known))
     pooling = Pooling(known, getattr(model, "dense", ())) if command.task == "embedding" else None
@@ -68,7 +68,7 @@ def load(
         prompts=known.prompts,
         default_prompt=known.default_prompt,
         lowers=known.lowers,
-        kv_bytes=kv_bytes,
+        kv=kv,
         trusts_code=options.trust_remote_code,
     )
     yield EncodingRunner(loaded, whole, pooling, options)
@@ -83,7 +83,7 @@ def _classes(config: dict[str, Any]) -> tuple[Any, Any]:
         return gemma.classes(config)
     if not _is_encoder(config):
         return mlx.headless_classes(config)
-    module: Any = {"modernbert": modernbert, "nomic_bert": nomic}.get(config["model_type"], bert)
+    module: Any = {"gte": rotary, "modernbert": modernbert, "nomic_bert": rotary}.get(config["model_type"], bert)
     return module.Model, module.ModelArgs
 
 

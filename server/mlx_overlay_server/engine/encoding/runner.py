@@ -20,6 +20,7 @@ from mlx_overlay_server.engine.encoding.pooling import Pooling
 from mlx_overlay_server.engine.encoding.queue import Place, Queue
 from mlx_overlay_server.engine.mlx import Cache
 from mlx_overlay_server.engine.pace import Pace
+from mlx_overlay_server.memory import Images
 from mlx_overlay_server.settings import EngineOptions
 
 Row = npt.NDArray[np.float32]
@@ -112,6 +113,10 @@ class EncodingRunner:
     def runs_alone(self, _: Encode | Submit) -> bool:
         """Return that no text runs beside a batch."""
         return False
+
+    def images(self, _: Encode | Submit) -> Images:
+        """Return what images take: there are none."""
+        return Images()
 
     def add(self, command: Encode | Submit) -> None:
         """Take on a request. Raises ValueError for one that is not for such a model."""

@@ -1,0 +1,1 @@
+"""OpenAI's routes for sound: recordings to text, and text to speech."""
