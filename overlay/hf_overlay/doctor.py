@@ -13,6 +13,7 @@ from hf_overlay.catalog.catalog import Catalog
 from hf_overlay.catalog.files import BROKEN, Unfit, contents, list_folder
 from hf_overlay.catalog.plan import fold, resolve
 from hf_overlay.errors import SessionError
+from hf_overlay.messages import Messages
 from hf_overlay.models import Code, Reject
 from hf_overlay.patience import NoAnswer
 from hf_overlay.tree import files, held, lease
@@ -218,15 +219,15 @@ def _cache(catalog: Catalog) -> Iterator[Finding]:
         yield Finding("cache", hub, "the Hugging Face cache does not answer", ADVICE[Code.NO_ANSWER])
         return
     yield from findings
-    catalog.examine_cache()
-    for path, reason in catalog.unscannable.items():
+    catalog.real_cache.entries()
+    for path, reason in catalog.real_cache.unscannable.items():
         yield Finding(
             "cache",
             path,
             f"makes every scan of the plain cache fail: {reason}",
             "Left out here. Download that model again.",
         )
-    for reject in catalog.cache().rejects:
+    for reject in catalog.real_cache.models().rejects:
         yield _rejected(reject)
 
 
@@ -274,7 +275,7 @@ def _deletions() -> Iterator[Finding]:
 
 def _stale(sessions: str) -> Iterator[Finding]:
     try:
-        paths = lease.sessions_in(sessions)
+        paths = lease.sessions_in(sessions, Messages())
     except SessionError as error:
         yield Finding("sessions", sessions, str(error), f"Set {config.DIRECTORY_VARIABLE} to a folder of your own.")
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,11 +12,10 @@ from hf_overlay import config, configfile
 from hf_overlay.catalog.catalog import Catalog
 from hf_overlay.config import Settings
 from hf_overlay.errors import SessionError, UsageError
+from hf_overlay.messages import Messages
 from hf_overlay.session import Session, session_error
 from hf_overlay.tree import clear, held, lease, shared
 from hf_overlay.tree.lease import Lease
-
-logger = logging.getLogger("hf_overlay")
 
 
 @contextmanager
@@ -33,6 +31,7 @@ def open_session(
     encoders: bool = False,
     hold_downloads: bool = False,
     announces: bool = False,
+    messages: Messages | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[Session]:
     """Open an overlay and give its session; the overlay is removed when the context ends.
@@ -63,11 +62,13 @@ def open_session(
       that, later sessions show it, and the first start that can moves it to the real cache.
     - `announces`: the caller calls `Session.expect_model` before each download. Then, as with the gateway or offline,
       the session shares the links to the user's models with other sessions, which makes its start and end quicker.
+    - `messages`: gets what people should know; None: Python's logger `hf_overlay` gets it.
 
     Raises UsageError for arguments that make no sense, such as a file as model path; SessionError when the overlay
     cannot be made; OverlayError for `mlx` where mlx-lm is not installed.
     """
     environ = os.environ if environ is None else environ
+    messages = Messages() if messages is None else messages
     settings = config.load(
         [os.fspath(path) for path in model_paths],
         environ,
@@ -85,19 +86,19 @@ def open_session(
         raise config.ended(settings.hub_cache, environ)
     catalog = Catalog(settings, index=config.index_folder(environ))
     if settings.roots:
-        logger.info("model paths: %s", ", ".join(settings.roots))
+        messages.info(f"model paths: {', '.join(settings.roots)}")
     elif not settings.below and not settings.maps:
-        logger.info("using HuggingFace cache only")
+        messages.info("using HuggingFace cache only")
     if settings.below:
-        logger.info("below the Hugging Face cache: %s", ", ".join(settings.below))
+        messages.info(f"below the Hugging Face cache: {', '.join(settings.below)}")
     sessions = lease.sessions_folder(environ)
     for folder in (sessions, settings.hf_home):
         if config.expand(folder, environ) != folder:
             raise UsageError(f"programs would expand the $NAME in {folder}; set HF_OVERLAY_DIR, or HF_HOME, to another")
     try:
-        clear.clear_earlier(environ, catalog.patience)
-        clear.clear_dead(sessions, catalog.patience)
-        others = lease.sessions_in(sessions, warn=False)
+        clear.clear_earlier(environ, catalog.patience, messages)
+        clear.clear_dead(sessions, catalog.patience, messages)
+        others = lease.sessions_in(sessions)
         owner = Lease.acquire(sessions, settings)
     except OSError as error:
         raise session_error(sessions, error) from error
@@ -110,9 +111,10 @@ def open_session(
                     catalog,
                     environ,
                     owner,
+                    messages,
                     shares=_shares(settings, gateway or announces or config.is_offline(environ)),
                 )
-                _remove_unused(owner.path)
+                _remove_unused(owner.path, messages)
             except OSError as error:
                 raise session_error(owner.path, error) from error
             if gateway:
@@ -122,7 +124,7 @@ def open_session(
         if session is not None:
             session.stop()
         owner.release()
-        clear.clear_ended(sessions, owner.path, others, catalog.patience)
+        clear.clear_ended(sessions, owner.path, others, catalog.patience, messages)
 
 
 def _shares(settings: Settings, is_announced: bool) -> bool:
@@ -130,18 +132,18 @@ def _shares(settings: Settings, is_announced: bool) -> bool:
     return is_announced and not config.is_overlay(settings.hub_cache)
 
 
-def _remove_unused(session: str) -> None:
+def _remove_unused(session: str, messages: Messages) -> None:
     """Once a day, remove shared repos that have not been used for long, in a thread that nothing waits for."""
     try:
         if shared.is_due(os.path.dirname(session)):
-            remove = partial(_quietly, partial(shared.remove_unused, session))
+            remove = partial(_quietly, partial(shared.remove_unused, session), messages)
             threading.Thread(target=remove, name="removes unused repos", daemon=True).start()
     except OSError:  # none was shared yet, or the disk is full
         return
 
 
-def _quietly(function: Callable[[], None]) -> None:
+def _quietly(function: Callable[[], None], messages: Messages) -> None:
     try:
         function()
     except (OSError, SessionError) as error:
-        logger.debug("unused repos stay for now: %s", error)
+        messages.debug(f"unused repos stay for now: {error}")

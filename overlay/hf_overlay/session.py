@@ -4,7 +4,6 @@ settings -> catalog (what is on the disk) -> plan (what the tree must hold) -> t
 """
 
 import errno
-import logging
 import os
 import threading
 import time
@@ -13,10 +12,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_overlay import config, hfcache
-from hf_overlay.catalog import weights
+from hf_overlay.catalog import reading
 from hf_overlay.catalog.catalog import Catalog, incomplete_text
 from hf_overlay.catalog.plan import Plan, resolve
 from hf_overlay.config import Settings
+from hf_overlay.downloads import Downloads
 from hf_overlay.errors import (
     OverlayError,
     SessionError,
@@ -24,10 +24,10 @@ from hf_overlay.errors import (
     privacy_advice,
 )
 from hf_overlay.hfcache import LinkedRepo
-from hf_overlay.models import Layer, Model
+from hf_overlay.messages import Messages
+from hf_overlay.models import Model
 from hf_overlay.patience import NoAnswer
 from hf_overlay.tiers import MergedRepo
-from hf_overlay.tree import blobstore, clear, writeback
 from hf_overlay.tree.lease import Lease
 from hf_overlay.tree.publish import Tree, home_entries
 from hf_overlay.tree.shared import Shared
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
     from hf_overlay.doctor import Finding
     from hf_overlay.gateway.server import Gateway
-
-logger = logging.getLogger("hf_overlay")
 
 
 class Changes(NamedTuple):
@@ -52,20 +50,22 @@ class Changes(NamedTuple):
 class Session:
     """An open overlay. Made by `open_session`; safe to use from several threads."""
 
-    def __init__(self, catalog: Catalog, environ: Mapping[str, str], owner: Lease, *, shares: bool = False) -> None:
+    def __init__(
+        self, catalog: Catalog, environ: Mapping[str, str], owner: Lease, messages: Messages, *, shares: bool = False
+    ) -> None:
         """`shares`: the repos of the user's models are those of all sessions; clients must announce what they write."""
         self._environ = dict(environ)
         self._owner = owner
+        self._messages = messages
         self._catalog = catalog
         self._lock = threading.Lock()
         self._changed: dict[str, float] = {}
-        self._shares_blobs = config.shares_blobs(environ)
-        self._noted: dict[str, Mapping[str, str]] = {}
-        """The Xet hashes that are noted for the session's end: repo folder -> etag -> hash."""
-        self._noting = threading.Lock()
         self._gateway: Gateway | None = None
         sessions = os.path.dirname(owner.path)
         self._tree = Tree(owner.path, Shared(sessions, catalog.settings.hub_cache) if shares else None)
+        self._downloads = Downloads(
+            owner.path, catalog, self._tree, self._lock, messages, shares_blobs=config.shares_blobs(environ)
+        )
         self._has_home = self._is_home_silent = False
         plan = catalog.plan(case_insensitive=self._tree.is_case_insensitive)
         self._publish(plan)
@@ -130,7 +130,7 @@ class Session:
         """
         if self.settings.holds_downloads:
             return None
-        problem = self._catalog.why_not_kept()
+        problem = self._catalog.real_cache.why_not_kept()
         if problem is None:
             return None
         return (
@@ -179,10 +179,12 @@ class Session:
             if together is None:
                 raise
             model = together
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("%s comes from the %s: %s", model_id, _origin(model), model.path)
+        if self._messages.are_detailed:
+            from hf_overlay.catalog.explain import origin
+
+            self._messages.debug(f"{model_id} comes from the {origin(model)}: {model.path}")
             for candidate in self._catalog.explain(model_id)[1:]:
-                logger.debug("%s: %s %s", model_id, candidate.path, candidate.reason.text)
+                self._messages.debug(f"{model_id}: {candidate.path} {candidate.reason.text}")
         return model
 
     def refresh(self, *, only_settled: bool = False) -> Changes:
@@ -196,7 +198,7 @@ class Session:
         with self._lock:
             before = self._published
             self._restore()
-            self._bring_home()
+            self._downloads.bring_home()
             self._scan(only_settled=only_settled)
             plan = self._catalog.plan(case_insensitive=self._tree.is_case_insensitive)
             after = before if plan is self._plan else _answering(self._catalog, plan)
@@ -252,6 +254,10 @@ class Session:
         if self._gateway is not None:
             self._gateway.cut()
 
+    def warn(self, text: str) -> None:
+        """Tell people what is wrong."""
+        self._messages.warning(text)
+
     @property
     def is_there(self) -> bool:
         """Whether the tree is there; when something has removed it, a refresh makes it again."""
@@ -283,7 +289,7 @@ class Session:
 
     def is_cached(self, model_id: str) -> bool:
         """Whether the real cache holds a loadable copy now."""
-        return self._catalog.is_cached(model_id)
+        return self._catalog.real_cache.has(model_id)
 
     def is_folder(self, path: str, root: str) -> bool:
         """Whether there is a folder at `path`, in the model path `root`; False while its disk does not answer."""
@@ -302,7 +308,7 @@ class Session:
             return False
         root = self.settings.hub_cache if made is None else f"{self._tree.hub}/{folder}"
         try:
-            return self._catalog.patience.ask(root, partial(_has_copy, f"{self._tree.hub}/{folder}"))
+            return self._catalog.patience.ask(root, partial(reading.has_copy, f"{self._tree.hub}/{folder}"))
         except OSError:
             return False
 
@@ -312,43 +318,7 @@ class Session:
         What it writes beside a model of the user's lands in a repo of this session's own. `xet_hashes` are those of the
         files that it asks for, by their etags: what is downloaded may be a file that another repo has (see blobstore).
         """
-        if self._tree.is_closed(folder):
-            with self._lock:
-                if self._tree.is_closed(folder):
-                    self._let_write(folder)
-            return
-        if not hfcache.is_hub_repo(folder):  # ids are what clients send, and must neither be made nor noted
-            return
-        if self._catalog.why_not_kept() is not None:
-            return
-        hub = self.settings.hub_cache
-        ask = partial(self._catalog.patience.ask, hub)
-        self._note(folder, xet_hashes or {})
-        try:
-            if all(ask(partial(os.path.isdir, f"{self._tree.hub}/{each}")) for each in (hfcache.LOCKS, folder)):
-                return
-            with self._lock:
-                self._tree.expect(folder, hub, ask)
-        except OSError as error:
-            logger.debug("%s is downloaded into the session and moved later: %s", folder, error)
-
-    def _note(self, folder: str, xet_hashes: Mapping[str, str]) -> None:
-        """Have what is downloaded into a repo shared with other repos at the session's end."""
-        with self._noting:
-            noted = self._noted.get(folder)
-            if not self._shares_blobs or (noted is not None and xet_hashes.items() <= noted.items()):
-                return
-            try:
-                blobstore.note(self._owner.path, folder, xet_hashes)
-            except OSError as error:
-                logger.debug("%s will share no files with other repos: %s", folder, error)
-            self._noted[folder] = {**(noted or {}), **xet_hashes}
-
-    def _let_write(self, folder: str) -> None:
-        try:
-            self._tree.let_write(folder)
-        except OSError as error:
-            logger.debug("%s cannot be written to for now: %s", folder, error)
+        self._downloads.expect(folder, xet_hashes or {})
 
     def expect_model(self, model_id: str) -> None:
         """Let a model that a program in `environment` is about to download land in the real cache.
@@ -366,20 +336,9 @@ class Session:
         except OSError as error:
             raise session_error(self._owner.path, error) from error
 
-    def _bring_home(self) -> None:
-        """Move what programs have finished downloading of repos that tiers hold, too, to the real cache."""
-        if not self.settings.below or self._catalog.why_not_kept() is not None:
-            return
-        try:
-            hub = self.settings.hub_cache
-            bring = partial(writeback.bring_home_finished, self._owner.path, hub)
-            self._catalog.patience.ask(hub, bring, seconds=clear.STALL_SECONDS)
-        except OSError as error:
-            logger.debug("downloads stay in the session for now: %s", error)
-
     def _publish(self, plan: Plan) -> None:
         for warning in self._catalog.warnings(self._fate_of_downloads()):
-            logger.warning("%s", warning)
+            self._messages.warning(warning)
         try:
             self._link_home()
             self._tree.publish(plan, is_there=self.is_folder)
@@ -395,7 +354,9 @@ class Session:
             names = patience.ask(home, partial(home_entries, home))
         except NoAnswer:
             if not self._is_home_silent:
-                logger.warning("HF_HOME %s does not answer; programs that log in with what it holds will wait", home)
+                self._messages.warning(
+                    f"HF_HOME {home} does not answer; programs that log in with what it holds will wait"
+                )
             self._is_home_silent = True
             return
         self._tree.link_home(home, names)
@@ -416,33 +377,11 @@ def _path(path: str) -> "Path":
     return Path(path)
 
 
-def _has_copy(repo: str) -> bool:
-    try:
-        snapshot = hfcache.snapshot(repo, hfcache.main_commit(repo, any_single=True))
-    except hfcache.NoSnapshot:
-        return False
-    return hfcache.is_other_repo(os.path.basename(repo)) or any(
-        name.endswith(weights.SUFFIXES) and os.path.isfile(f"{inside}/{name}")
-        for inside, _, names in os.walk(snapshot)
-        for name in names
-    )
-
-
 def _answering(catalog: Catalog, plan: Plan) -> dict[str, Model]:
     """The user's models, by id: those before the real cache, and those in tiers that stand for the Hub's."""
     in_front = {model_id: resolution.winner for model_id, resolution in resolve(catalog.sources).items()}
     linked = (repo.model for repo in plan.linked_repos.values())
     return {model.id: model for model in linked if model.kind == "models"} | in_front
-
-
-def _origin(model: Model) -> str:
-    names: Mapping[Layer, str] = {
-        "map": f"map to {model.root}",
-        "custom": f"model path {model.root}",
-        "cache": "Hugging Face cache",
-        "tier": f"folder {model.root} below the cache",
-    }
-    return names[model.source]
 
 
 def session_error(path: str, error: OSError) -> SessionError:

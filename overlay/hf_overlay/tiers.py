@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
-from hf_overlay import hfcache
+from hf_overlay import hfcache, records
 from hf_overlay.errors import check_descriptors
 from hf_overlay.hfcache import Parts
 from hf_overlay.models import CachedRepo, File, Model, Revision
@@ -95,7 +95,7 @@ def _files(snapshot: str) -> tuple[File, ...]:
         except OSError:  # a broken link
             continue
         if os.path.isfile(path):
-            files.append(File(name, status.st_size, status.st_mtime_ns, hfcache.blob_name(path)))
+            files.append(File(name, status.st_size, status.st_mtime_ns, records.blob_name(path)))
     return tuple(files)
 
 
@@ -243,7 +243,7 @@ class _Parts(NamedTuple):
         listed = (
             (f"{commit}/{name}", (blob, blobs[blob]))
             for commit, listing in self.trees.items()
-            for name, blob in hfcache.listed_blobs(listing).items()
+            for name, blob in records.listed_blobs(listing).items()
             if blob in blobs
         )
         return self._replace(files=_first((*self.files.items(), *listed)))

@@ -40,7 +40,7 @@ def running(environ: Mapping[str, str]) -> list[Address]:
     """
     sessions = lease.sessions_folder(environ)
     found: list[tuple[float, Address]] = []
-    for path in lease.sessions_in(sessions, warn=False):
+    for path in lease.sessions_in(sessions):
         try:
             with open(os.path.join(path, _FILE), encoding="utf-8") as file:
                 address = Address(**json.load(file))

@@ -416,6 +416,31 @@ sys.exit(cli.main())
         assert process.wait(SECONDS / 4) == 128 + signal.SIGINT
 
 
+@pytest.mark.parametrize("command", [["run", "--", "true"], ["serve"]])
+def test_garbage_is_collected_again_once_the_overlay_is_open(
+    environ: dict[str, str], sessions: Path, command: list[str]
+) -> None:
+    """At the start it is left, which saves milliseconds; from then on it may be for months."""
+    tells = """
+import gc, os, signal, sys
+from hf_overlay import session
+from hf_overlay.command import cli, run
+def told(function, then=None):
+    def tell(*arguments, **options):
+        print(function.__name__, gc.isenabled())
+        if then:
+            os.kill(os.getpid(), then)
+        return function(*arguments, **options)
+    return tell
+session.Session.__init__ = told(session.Session.__init__)
+session.Session.offer = told(session.Session.offer, signal.SIGTERM)
+run._wait = told(run._wait)
+sys.exit(cli.main())
+"""
+    done = finish([PYTHON, "-c", tells, *command], environ)
+    assert (done.status, done.lines()) == (0, ["__init__ False", f"{'_wait' if 'run' in command else 'offer'} True"])
+
+
 # As on macOS: nothing tells who sent a signal.
 WITHOUT_SIGWAITINFO = """
 import signal, sys

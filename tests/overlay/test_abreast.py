@@ -62,6 +62,12 @@ def test_a_disk_that_keeps_each_look_waiting_is_slow_and_one_that_works_is_not()
     assert len(threads) > 2
 
 
+def test_a_disk_is_not_slow_because_a_look_waited_for_the_processor() -> None:
+    local = Abreast()
+    list(local.each(lambda number: time.sleep(0.1) if number == 2 else None, range(200)))
+    assert not local.is_slow
+
+
 def test_looks_are_reported_by_the_thread_that_asks_and_never_after_it_is_done() -> None:
     reports: list[int] = []
     go_on = threading.Event()
@@ -109,7 +115,7 @@ def test_a_slow_disk_shows_the_same_as_a_quick_one(models: Path, hub: Path, monk
 
     def found() -> object:
         catalog = Catalog(config.load([str(models)], {"HOME": str(hub.parents[2])}, "/", kind="any"))
-        return catalog.sources, catalog.cache(), [each.name for each in catalog.examine_cache()]
+        return catalog.sources, catalog.real_cache.models(), [each.name for each in catalog.real_cache.entries()]
 
     quick = found()
     monkeypatch.setattr(abreast, "_WAIT_SECONDS", -1)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hf_overlay import hfcache
+from hf_overlay import hfcache, records
 
 from tests.support.hfcache import add_repo
 
@@ -109,7 +109,7 @@ def record(
 
 
 def identity(folder: Path, mtimes_ns: dict[str, int]) -> object:
-    return hfcache.local_dir_identity(str(folder), mtimes_ns)
+    return records.local_dir_identity(str(folder), mtimes_ns)
 
 
 def test_a_local_dir_has_the_commit_and_etags_of_its_records(tmp_path: Path) -> None:
@@ -137,8 +137,8 @@ def test_a_file_written_over_a_second_after_its_record_is_another(tmp_path: Path
 
 def test_a_blobs_name_is_an_etag_only_if_it_looks_like_one(repo: Path) -> None:
     file = repo / "snapshots" / COMMIT / "config.json"
-    assert hfcache.blob_name(str(file)) == os.path.basename(os.readlink(file))
+    assert records.blob_name(str(file)) == os.path.basename(os.readlink(file))
     (file.parent / "plain").touch()
     (file.parent / "odd").symlink_to("../../blobs/odd")
-    assert hfcache.blob_name(str(file.parent / "plain")) is None
-    assert hfcache.blob_name(str(file.parent / "odd")) is None
+    assert records.blob_name(str(file.parent / "plain")) is None
+    assert records.blob_name(str(file.parent / "odd")) is None

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hf_overlay import config, hfcache, keeping, tiers
+from hf_overlay import config, hfcache, tiers
 from hf_overlay.catalog import kinds
 from hf_overlay.catalog.away import Away, away_after
-from hf_overlay.catalog.files import reason_of
 from hf_overlay.catalog.index import Index
-from hf_overlay.catalog.memo import Memo
-from hf_overlay.catalog.plan import Entry, Plan, Resolution, fold, plan, resolve
-from hf_overlay.catalog.repos import examine_all
+from hf_overlay.catalog.plan import Plan, Resolution, fold, plan, resolve
+from hf_overlay.catalog.realcache import RealCache
 from hf_overlay.catalog.scan import Scanner
-from hf_overlay.catalog.spelling import Spellings
+from hf_overlay.catalog.settling import settled
+from hf_overlay.catalog.spelling import Spellings, check_id
 from hf_overlay.config import Settings
 from hf_overlay.errors import (
     IncompleteModel,
-    InvalidModelId,
     ModelNotFound,
-    OverlayError,
-    SessionError,
     SourceAway,
     UsageError,
 )
@@ -62,18 +58,11 @@ class Catalog:
             index=None if index is None else Index(index, kinds.version(self.types)),
         )
         self._warned: set[str] = set()
-        self._cache_problem: str | None = None
-        """Why nothing in the real cache can be seen."""
-        self._not_kept: str | None = None
-        """Why the real cache keeps no download."""
-        self._examined: Memo[hfcache.Examined] = Memo()
-        self._own_repos: Memo[CachedRepo] = Memo()
+        self.real_cache = RealCache(settings.hub_cache, self._scanner, self.patience)
         self._made: dict[str, LinkedRepo | MergedRepo] = {}
         """Repos of the last plan that are made in the tree, by entry name."""
         self._in_tiers: dict[str, frozenset[str]] = {}
         """By tier, the names of the repos that the last plan found in it."""
-        self.unscannable: dict[str, str] = {}
-        """Cached repos that were left out because one of them makes every cache scan fail: path -> why."""
         self._away: dict[str, Away] = {}
         self._excluded: set[str] = set()
         """The ids to exclude, as the user's folders spell them."""
@@ -122,8 +111,7 @@ class Catalog:
         found = tuple(map(self._without_excluded, scanned))
         scanned_before, self._scanned = self._scanned, found
         if only_settled and found != scanned_before:
-            last, taken = _by_key(scanned_before), _by_key(self._layers)
-            found = tuple(_settled(source, last, taken) for source in found)
+            found = settled(found, before=scanned_before, taken=self._layers)
         before, self._layers = self._layers, found
         away = away_after(
             self._away,
@@ -141,7 +129,11 @@ class Catalog:
     def _without_excluded(self, source: Source) -> Source:
         if not self._excluded:
             return source
-        out = [model for model in source.models if hfcache.full_id(_repo_name(model)) in self._excluded]
+        out = [
+            model
+            for model in source.models
+            if hfcache.full_id(hfcache.repo_folder(model.id, model.kind)) in self._excluded
+        ]
         if not out:
             return source
         reason = Reason(Code.EXCLUDED, "is left out by --exclude")
@@ -161,7 +153,7 @@ class Catalog:
         if in_front is not None or not roots or name in self._made:
             return in_front
         hub = self.settings.hub_cache
-        is_cached = self.is_cached(repo_id) if kind == "models" else self.is_folder(f"{hub}/{name}", hub)
+        is_cached = self.real_cache.has(repo_id) if kind == "models" else self.is_folder(f"{hub}/{name}", hub)
         return None if is_cached else roots[0]
 
     @property
@@ -182,15 +174,6 @@ class Catalog:
         rejects = (reject for source in self.sources for reject in source.rejects if reject.id == model_id)
         return next((reject for reject in rejects if reject.reason.code in HELD_BACK), None)
 
-    def is_cached(self, model_id: str) -> bool:
-        """Whether the real cache holds a loadable copy now; False while nothing tells what mlx-lm loads."""
-        try:
-            return isinstance(self._scanner.read_cached(model_id), Model)
-        except SessionError:
-            raise
-        except OverlayError:
-            return False
-
     def is_folder(self, path: str, root: str) -> bool:
         """Whether there is a folder at `path`, which is in the model path or cache `root`; False without an answer."""
         try:
@@ -206,15 +189,9 @@ class Catalog:
             return False
         return True
 
-    def cache(self) -> Source:
-        """The real cache's models, from a scan made now."""
-        cache = self._scanner.scan_cache()
-        self._judge_cache(cache.problem.text if cache.problem is not None else None)
-        return cache
-
     def resolutions(self) -> dict[str, Resolution]:
         """For each id there is, sorted, the model that answers to it. The real cache is scanned now."""
-        cache = self.cache()
+        cache = self.real_cache.models()
         return resolve([*self.sources, cache._replace(models=tuple(map(self._as_spelled, cache.models))), *self.below])
 
     def _as_spelled(self, model: Model) -> Model:
@@ -229,7 +206,7 @@ class Catalog:
         """
         behind = self._behind()
         names = {each.name for each in behind if isinstance(each, CachedRepo)}
-        sources, cached = self.sources, self.examine_cache(names)
+        sources, cached = self.sources, self.real_cache.entries(names)
         given = (sources, cached, behind, case_insensitive)
         if self._planned is not None and self._planned[0] == given:
             return self._planned[1]
@@ -257,48 +234,6 @@ class Catalog:
             folders = (model for model in source.models if os.path.dirname(os.path.dirname(model.path)) not in places)
             behind += [tiers.of_model(model) or model for model in folders]
         return behind
-
-    def examine_cache(self, in_tiers: Collection[str] = ()) -> list[Entry]:
-        """The entries of the real cache that an overlay can show. The rest is in `unscannable` afterwards.
-
-        Of repos that tiers hold as well, by their names, all that they hold is read.
-        """
-        hub, memo = self.settings.hub_cache, self._examined.next_round()
-        repos_memo = self._own_repos.next_round()
-        problem = None
-        repos: dict[str, CachedRepo] = {}
-        try:
-            entries, examined, self._examined, repos, self._own_repos = self.patience.ask(
-                hub, partial(examine_all, hub, memo, self._scanner.held, frozenset(in_tiers), repos_memo)
-            )
-        except OSError as error:
-            problem = _cache_problem(error)
-            entries, examined = dict(self._scanner.held), {}
-        self._judge_cache(problem)
-        if self._not_kept is not None:
-            entries.pop(hfcache.LOCKS, None)  # clients cannot write there; they make one of their own
-        self.unscannable = {path: repo.problem for path, repo in examined.items() if repo.problem is not None}
-        return [
-            Entry(name, path, examined[path].commits if path in examined else (), repos.get(name))
-            for name, path in entries.items()
-            if path not in self.unscannable
-        ]
-
-    def why_not_kept(self) -> keeping.Problem | None:
-        """Why the real cache keeps no download now; None when it does."""
-        hub = self.settings.hub_cache
-        try:
-            return self.patience.ask(hub, partial(keeping.problem, hub))
-        except NoAnswer:
-            return keeping.Problem("unusable", "does not answer", "check its drive or server, or unmount it")
-
-    def _judge_cache(self, problem: str | None) -> None:
-        """Note what warnings say about the real cache, which could not be read for the reason `problem`."""
-        found = self.why_not_kept()
-        if found is not None and found.kind == "away":
-            problem = f"is away: it {found.text}; {found.advice}"
-        self._cache_problem = problem
-        self._not_kept = found.text if found is not None else None
 
     def find(self, model_id: str) -> Model:
         """The model that answers to an id, which may be any string.
@@ -388,13 +323,7 @@ class Catalog:
                     now[f"{reject.path} {reject.reason.text}; it is left out"] = None
         for reject, path in self._substituted():
             now[f"{reject.path} is incomplete; until it is whole, {reject.id} comes from {path}"] = None
-        end = f"; {downloads}" if downloads is not None else ""
-        if self._cache_problem is not None:
-            now[f"Hugging Face cache {self.settings.hub_cache} {self._cache_problem}; going on without it{end}"] = None
-        elif self._not_kept is not None and downloads is not None:
-            now[f"Hugging Face cache {self.settings.hub_cache} {self._not_kept}{end}"] = None
-        for path, reason in self.unscannable.items():
-            now[f"{path} would make every scan of the cache fail ({reason}); it is left out"] = None
+        now |= dict.fromkeys(self.real_cache.warnings(downloads))
         for path, other in self._hidden.items():
             now[f"{path} differs from {other} in case only, one name on the overlay's volume; it is left out"] = None
         for root in self._away:
@@ -444,43 +373,9 @@ class Catalog:
         return ModelNotFound(f"no model {model_id}: {'; '.join(lost)}{hint}", near=near)
 
 
-def _settled(source: Source, last: Mapping[_Key, Model], taken: Mapping[_Key, Model]) -> Source:
-    """The source in which each model that changed since the scan before is as it was `taken`, or left out."""
-    moving = [model for model in source.models if last.get(_key(model)) != model]
-    if not moving:
-        return source
-    models = (taken.get(_key(model)) if model in moving else model for model in source.models)
-    reason = Reason(Code.INCOMPLETE, "has just changed: still being copied?")
-    rejects = (Reject(model.path, model.id, reason, model.root) for model in moving if _key(model) not in taken)
-    return source._replace(
-        models=tuple(model for model in models if model is not None), rejects=(*source.rejects, *rejects)
-    )
-
-
-_Key = tuple[str, str]
-
-
-def _key(model: Model) -> _Key:
-    """What tells models apart: one folder may be mapped to several ids."""
-    return _repo_name(model), model.path
-
-
-def _by_key(sources: Iterable[Source]) -> dict[_Key, Model]:
-    return {_key(model): model for source in sources for model in source.models}
-
-
-def _repo_name(model: Model) -> str:
-    return hfcache.repo_folder(model.id, model.kind)
-
-
 def _of_id(sources: Iterable[Source], model_id: str) -> Iterator[Model]:
     for source in sources:
         yield from (model for model in source.models if model.id == model_id and model.kind == "models")
-
-
-def _cache_problem(error: OSError) -> str:
-    reason = reason_of(error)
-    return reason.text if reason.code is Code.NO_ANSWER else f"cannot be read: {error.strerror}"
 
 
 def incomplete_text(reject: Reject) -> str:
@@ -489,17 +384,3 @@ def incomplete_text(reject: Reject) -> str:
     if reject.reason.code is Code.INCOMPLETE:
         what = f"is incomplete ({reject.reason.text}); copy it again"
     return f"{reject.id} in {reject.path} {what}, or --exclude {reject.id} lets the Hub answer"
-
-
-def check_id(model_id: str) -> None:
-    """Raise InvalidModelId for an id that could lead out of the folder it is looked up in. Touches no disk."""
-    parts = model_id.split("/")
-    if model_id.startswith("/"):
-        problem = "is an absolute path"
-    elif "\0" in model_id or "\\" in model_id:
-        problem = "has a NUL or a backslash in it"
-    elif any(part in ("", ".", "..") for part in parts):
-        problem = "has an empty part, `.` or `..` in it"
-    else:
-        return
-    raise InvalidModelId(f"model id {model_id!r} {problem}; give it as org/name")

@@ -1,6 +1,6 @@
 """Why each place answers to an id, or does not: pure functions of what was found there."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from hf_overlay.catalog.plan import resolve
@@ -107,3 +107,14 @@ def _shadowed(loser: Model, winner: Model) -> Reason:
     if loser.source == "tier" and loser.commit is not None and winner.source in ("cache", "tier"):
         text += f"; its revision {loser.commit[:12]} is shown beside that one"
     return Reason(Code.SHADOWED, text)
+
+
+def origin(model: Model) -> str:
+    """The layer that a model comes from, as messages call it."""
+    names: Mapping[Layer, str] = {
+        "map": f"map to {model.root}",
+        "custom": f"model path {model.root}",
+        "cache": "Hugging Face cache",
+        "tier": f"folder {model.root} below the cache",
+    }
+    return names[model.source]

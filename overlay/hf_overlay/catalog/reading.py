@@ -5,7 +5,7 @@ import re
 import time
 from typing import Any, Literal, NamedTuple
 
-from hf_overlay import hfcache
+from hf_overlay import hfcache, records
 from hf_overlay.catalog import speech, tasks, weights
 from hf_overlay.catalog.files import Contents, Listing, Unfit, contents, list_folder, read_json
 from hf_overlay.catalog.kinds import ModelTypes, may_be_tokenizer
@@ -81,7 +81,7 @@ def read_folder(
     if inside.has_links or not _is_settled(model):
         return Found(model, inside.junk, None)
     watched = [*inside.folders, *(f"{path}/{name}" for name in _MARKERS if name in listing.files)]
-    watched += hfcache.local_dir_records(path) if model.commit is not None else ()
+    watched += records.local_dir_records(path) if model.commit is not None else ()
     return Found(model, inside.junk, tuple(watched))
 
 
@@ -132,6 +132,19 @@ def read_mapped(folder: str, mapped: Map, listing: Listing, problems: Problems) 
         commit=commit,
         kind=mapped.kind,
         task=_task(path, mapped.id, config, files, is_strict=False),
+    )
+
+
+def has_copy(repo: str) -> bool:
+    """Whether a cached repo holds its main revision: of a model, with weights. Raises OSError."""
+    try:
+        snapshot = hfcache.snapshot(repo, hfcache.main_commit(repo, any_single=True))
+    except hfcache.NoSnapshot:
+        return False
+    return hfcache.is_other_repo(os.path.basename(repo)) or any(
+        name.endswith(weights.SUFFIXES) and os.path.isfile(f"{inside}/{name}")
+        for inside, _, names in os.walk(snapshot)
+        for name in names
     )
 
 
@@ -201,8 +214,8 @@ def _task(path: str, model_id: str, config: dict[str, Any], files: tuple[File, .
 def _identified(path: str, files: tuple[File, ...], commit: str | None) -> tuple[tuple[File, ...], str | None]:
     """The files with the Hub's etags, and its commit, where the user's folder proves them."""
     if commit is not None:
-        return tuple(file._replace(etag=hfcache.blob_name(f"{path}/{file.name}")) for file in files), commit
-    known = hfcache.local_dir_identity(path, {file.name: file.mtime_ns for file in files})
+        return tuple(file._replace(etag=records.blob_name(f"{path}/{file.name}")) for file in files), commit
+    known = records.local_dir_identity(path, {file.name: file.mtime_ns for file in files})
     if known is None:
         return files, None
     return tuple(file._replace(etag=known[1][file.name]) for file in files), known[0]

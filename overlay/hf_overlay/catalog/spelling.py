@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from hf_overlay import hfcache
 from hf_overlay.catalog.plan import composed, fold
+from hf_overlay.errors import InvalidModelId
 from hf_overlay.models import HELD_BACK, Source
 from hf_overlay.patience import Patience
 
@@ -70,3 +71,17 @@ def _is_same(path: str, other: str) -> bool:
         return os.path.samefile(path, other)
     except FileNotFoundError:
         return False
+
+
+def check_id(model_id: str) -> None:
+    """Raise InvalidModelId for an id that could lead out of the folder it is looked up in. Touches no disk."""
+    parts = model_id.split("/")
+    if model_id.startswith("/"):
+        problem = "is an absolute path"
+    elif "\0" in model_id or "\\" in model_id:
+        problem = "has a NUL or a backslash in it"
+    elif any(part in ("", ".", "..") for part in parts):
+        problem = "has an empty part, `.` or `..` in it"
+    else:
+        return
+    raise InvalidModelId(f"model id {model_id!r} {problem}; give it as org/name")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from hf_overlay import config, configfile
 from hf_overlay.catalog import kinds
 from hf_overlay.catalog.catalog import Catalog
-from hf_overlay.command.output import print_findings, print_json, print_table, say, size
+from hf_overlay.command.output import Lines, print_findings, print_json, print_table, say, size
 from hf_overlay.command.parser import make_parser
 from hf_overlay.config import ConfigFile, Settings
 from hf_overlay.errors import OverlayError, UsageError
@@ -78,7 +78,7 @@ def _status(parser: argparse.ArgumentParser, options: argparse.Namespace, comman
 
 
 def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
-    from hf_overlay.command import run as launch  # sessions and logging, which no other command needs
+    from hf_overlay.command import run as launch  # sessions, which few commands need
 
     if not command:
         raise UsageError("nothing to run; put the program after --, as in: hf-overlay run -- python my_script.py")
@@ -91,15 +91,13 @@ def _run(options: argparse.Namespace, command: Sequence[str]) -> int:
         exclude=options.exclude,
         offline=options.offline,
         hold_downloads=options.hold_downloads,
-        verbosity=_verbosity(options),
+        messages=_messages(options),
     )
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from hf_overlay.command import run as launch
     from hf_overlay.command import serve as service
 
-    launch.log_to_stderr(_verbosity(options))
     return service.serve(
         options.model_path,
         below=options.below,
@@ -109,6 +107,7 @@ def _serve(options: argparse.Namespace) -> int:
         offline=options.offline,
         hold_downloads=options.hold_downloads,
         interval_seconds=options.interval,
+        messages=_messages(options),
     )
 
 
@@ -247,7 +246,7 @@ def _clean(options: argparse.Namespace) -> int:
 
     patience = Patience()
     folders = lease.all_sessions_folders(os.environ)
-    cleared = [each for folder in folders for each in clear.clear_dead(folder, patience)]
+    cleared = [each for folder in folders for each in clear.clear_dead(folder, patience, Lines(0))]
     if options.json:
         return print_json([{"session": each.path, "kept": list(each.kept)} for each in cleared])
     for each in cleared:
@@ -350,8 +349,8 @@ def _warn(catalog: Catalog, options: argparse.Namespace) -> None:
             say(f"warning: {warning}")
 
 
-def _verbosity(options: argparse.Namespace) -> int:
-    return -1 if options.quiet else 1 if options.verbose else 0
+def _messages(options: argparse.Namespace) -> Lines:
+    return Lines(-1 if options.quiet else 1 if options.verbose else 0)
 
 
 def _is_case_insensitive(folder: str) -> bool:

@@ -6,8 +6,10 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from hf_overlay.messages import Messages
 from hf_overlay.text import printable
 
 if TYPE_CHECKING:
@@ -57,3 +59,29 @@ def size(nbytes: float) -> str:
 def say(text: str) -> None:
     """Tell a person something: one line on stderr."""
     print(f"hf-overlay: {printable(text)}", file=sys.stderr)
+
+
+class Lines(Messages):
+    """Says all that a session tells. Where nobody reads stderr any more, it is lost."""
+
+    def __init__(self, verbosity: int) -> None:
+        """`verbosity`: -1 for nothing, 0 for what is going on and for warnings, 1 for details, too."""
+        self._verbosity = verbosity
+
+    @property
+    def are_detailed(self) -> bool:
+        return self._verbosity > 0
+
+    def debug(self, text: str) -> None:
+        self._say(text, 1)
+
+    def info(self, text: str) -> None:
+        self._say(text, 0)
+
+    def warning(self, text: str) -> None:
+        self._say(f"warning: {text}", 0)
+
+    def _say(self, text: str, verbosity: int) -> None:
+        if self._verbosity >= verbosity:
+            with suppress(OSError):
+                say(text)

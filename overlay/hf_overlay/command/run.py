@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import signal
 import sys
@@ -13,9 +12,9 @@ from types import FrameType
 
 from hf_overlay import descriptors
 from hf_overlay.config import Kind, is_offline
+from hf_overlay.messages import Messages
 from hf_overlay.opening import open_session
 from hf_overlay.session import Session
-from hf_overlay.text import printable
 
 _FROM_KEYBOARD = (signal.SIGINT, signal.SIGQUIT)
 _FORWARDED = (
@@ -47,13 +46,12 @@ def run(
     exclude: Sequence[str],
     offline: bool,
     hold_downloads: bool,
-    verbosity: int,
+    messages: Messages,
 ) -> int:
     """Run `command` in a session of its own; returns its exit status, 128 + N when signal N ended it.
 
     As a shell does: 127 when there is no such program, 126 when it cannot be run. Raises OverlayError.
     """
-    log_to_stderr(verbosity)
     open_files = descriptors.raise_limit()
     environ = {**os.environ, "HF_HUB_OFFLINE": "1"} if offline else dict(os.environ)
     child: int | None = None
@@ -95,6 +93,7 @@ def run(
             gateway=not is_offline(environ),
             hold_downloads=hold_downloads,
             environ=environ,
+            messages=messages,
         ) as session:
             gc.enable()  # the gateway may answer for days
             os.set_inheritable(session.owner_fd, True)
@@ -171,19 +170,3 @@ def _is_in_foreground() -> bool:
         return False
     finally:
         os.close(terminal)
-
-
-def log_to_stderr(verbosity: int) -> None:
-    """Show what sessions say as the command's own lines: -1 errors only, 0 start-up and warnings, 1 everything."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Formatter())
-    logger = logging.getLogger("hf_overlay")
-    logger.addHandler(handler)
-    logger.setLevel({-1: logging.ERROR, 0: logging.INFO}.get(verbosity, logging.DEBUG))
-    logger.propagate = False
-
-
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        level = "warning: " if record.levelno == logging.WARNING else ""
-        return printable(f"hf-overlay: {level}{record.getMessage()}")

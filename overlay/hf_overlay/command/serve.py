@@ -1,7 +1,6 @@
 """`hf-overlay serve` and `hf-overlay env`: one overlay for shells, notebooks and programs with no command line."""
 
 import gc
-import logging
 import os
 import shlex
 import signal
@@ -12,15 +11,15 @@ from types import FrameType
 from typing import NamedTuple
 
 from hf_overlay import config, descriptors
+from hf_overlay.command.output import Lines
 from hf_overlay.config import Kind
 from hf_overlay.errors import OverlayError
+from hf_overlay.messages import Messages
 from hf_overlay.opening import open_session
 from hf_overlay.patience import Patience
 from hf_overlay.session import Session
 from hf_overlay.tree import clear, lease
 from hf_overlay.tree.lease import Owner
-
-logger = logging.getLogger("hf_overlay")
 
 
 def serve(
@@ -33,6 +32,7 @@ def serve(
     offline: bool,
     hold_downloads: bool,
     interval_seconds: float,
+    messages: Messages,
 ) -> int:
     """Keep an overlay up, following the folders, until a signal ends it; returns 0. Raises OverlayError.
 
@@ -59,23 +59,24 @@ def serve(
             gateway=not config.is_offline(environ),
             hold_downloads=hold_downloads,
             environ=environ,
+            messages=messages,
         ) as session:
             gc.enable()  # this may go on for months
             session.offer()
-            logger.info('serving %s; in another shell: eval "$(hf-overlay env)"', session.hub_cache)
+            messages.info(f'serving {session.hub_cache}; in another shell: eval "$(hf-overlay env)"')
             trouble = ""
             while not stop.wait(interval_seconds):
                 try:
                     changes = session.refresh(only_settled=True)
                 except OverlayError as error:
                     if str(error) != trouble:  # once, not at every turn
-                        logger.warning("%s", error)
+                        messages.warning(str(error))
                     trouble = str(error)
                     continue
                 trouble = ""
                 for what, ids in zip(changes._fields, changes, strict=True):
                     for model_id in ids:
-                        logger.info("%s: %s", what, model_id)
+                        messages.info(f"{what}: {model_id}")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -99,7 +100,7 @@ def offered(environ: Mapping[str, str]) -> Offer:
     sessions = lease.sessions_folder(environ)
     clear.check_answers(sessions, Patience())
     owners = []
-    for path in lease.sessions_in(sessions):
+    for path in lease.sessions_in(sessions, Lines(0)):
         owner = lease.read_owner(path)
         if owner is None or not owner.service:
             continue

@@ -1,17 +1,14 @@
 """Decides who answers for a model on the gateway: the user's folder, the real Hub, or nobody for now."""
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from hf_overlay import hfcache
-from hf_overlay.catalog.catalog import check_id
+from hf_overlay.catalog.spelling import check_id
 from hf_overlay.config import Settings
 from hf_overlay.errors import InvalidModelId, OutOfFiles, SessionError
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.tiers import MergedRepo
-
-logger = logging.getLogger("hf_overlay")
 
 SETTLE_SECONDS = 5
 """Seconds. Any client asks the Hub sooner than this after it has looked into its cache."""
@@ -73,6 +70,9 @@ class Overlay(Protocol):
     def has_copy(self, folder: str) -> bool:
         """Return whether clients find `main` of a repo in their cache; `folder` is its folder's name."""
 
+    def warn(self, text: str) -> None:
+        """Tell people what is wrong."""
+
 
 class Hub:
     """Decides for each model id who answers, by what the overlay holds."""
@@ -88,7 +88,7 @@ class Hub:
         except OutOfFiles as error:  # no file descriptor is free, so nobody knows what is there
             return Unavailable(str(error), False)
         except SessionError as error:
-            logger.warning("%s", error)
+            self._overlay.warn(str(error))
         return self.find(repo_id, kind)
 
     def find(self, repo_id: str, kind: str = "models") -> LinkedRepo | Unavailable | None:

@@ -18,18 +18,15 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import os
 import stat
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from hf_overlay import hfcache
+from hf_overlay import hfcache, records
 from hf_overlay.progress import alive
 from hf_overlay.tree import files, usage
-
-logger = logging.getLogger("hf_overlay")
 
 _RECORD = "expected"
 """File in a session's folder: the repos that clients were about to download, with the Xet hashes of files by etag."""
@@ -62,10 +59,8 @@ def share(session: str, hub: str, since: float) -> None:
             is_held = usage.is_held(f"{hub}/{hfcache.LOCKS}/{repo}/{hfcache.lock_name(etag)}")
             if is_held or not _is_file(blob, since - _CLOCK_SECONDS):
                 continue
-            try:
+            with suppress(OSError):
                 _share(hub, blob, xet_hash, f"{hub}/{repo}/blobs/{aside}")
-            except OSError as error:
-                logger.debug("%s is not shared with other repos: %s", blob, error)
 
 
 def has_record(session: str) -> bool:
@@ -92,19 +87,17 @@ def _noted(session: str) -> dict[str, dict[str, str]]:
         except (ValueError, TypeError):  # cut short by a full disk
             continue
         if isinstance(repo, str) and hfcache.is_hub_repo(repo) and isinstance(xet_hashes, dict):
-            found.setdefault(repo, {}).update(hfcache.checked_hashes(xet_hashes))
+            found.setdefault(repo, {}).update(records.checked_hashes(xet_hashes))
     return found
 
 
 def _listed(repo: str) -> dict[str, str]:
     """The Xet hashes by etag that a client wrote down when it listed the files of a repo's revisions."""
     found: dict[str, str] = {}
-    try:
+    with suppress(OSError):  # no file of which the hash is not known is shared
         for entry in files.entries(f"{repo}/trees"):
             if entry.name.endswith(".json") and entry.is_file(follow_symlinks=False):
-                found |= hfcache.listed_xet_hashes(files.read(entry.path))
-    except OSError as error:
-        logger.debug("%s: %s", repo, error)
+                found |= records.listed_xet_hashes(files.read(entry.path))
     return found
 
 

@@ -5,7 +5,6 @@ is a question that is given up on (see patience): the session then stays as it i
 is in the middle of it, and waits for the disk, holds the session's lock, so that nobody else clears it meanwhile.
 """
 
-import logging
 import os
 import time
 from collections.abc import Collection, Mapping
@@ -16,17 +15,15 @@ from typing import NamedTuple
 from hf_overlay import config, hfcache
 from hf_overlay.config import OWNER_FILE
 from hf_overlay.errors import OUT_OF_FILES, OutOfFiles, SessionError
+from hf_overlay.messages import Messages
 from hf_overlay.patience import NoAnswer, Patience
 from hf_overlay.tree import announced, blobstore, files, lease, shared, store, usage, writeback
-
-logger = logging.getLogger("hf_overlay")
 
 LINGER_SECONDS = 1.0
 """Longer than what a program started for itself takes to end after it, and another process to look at a lock."""
 STALL_SECONDS = 3.0
 """A disk that takes so long to write a few megabytes does not answer."""
-_STILL_USED = "a program still uses the overlay at %s; it is cleared at a later start"
-_STAYS = "the overlay at %s stays, with what was downloaded into it, until a later start: %s"
+_STILL_USED = "a program still uses the overlay at {}; it is cleared at a later start"
 
 
 class Cleared(NamedTuple):
@@ -60,44 +57,47 @@ def check_answers(sessions: str, patience: Patience) -> None:
         ) from None
 
 
-def clear_dead(sessions: str, patience: Patience | None = None) -> list[Cleared]:
+def clear_dead(sessions: str, patience: Patience | None = None, messages: Messages | None = None) -> list[Cleared]:
     """Clear every session that is over: its owner is known to be dead, and no program uses its tree.
 
     Raises OSError, or SessionError when the folder of all sessions is not to be trusted, or does not answer.
     """
     patience = patience or Patience()
     check_answers(sessions, patience)
-    return [each for each in _clear_over(sessions, patience) if each.path not in each.kept]
+    cleared = _clear_over(sessions, patience, messages or Messages())
+    return [each for each in cleared if each.path not in each.kept]
 
 
-def clear_earlier(environ: Mapping[str, str], patience: Patience) -> None:
+def clear_earlier(environ: Mapping[str, str], patience: Patience, messages: Messages) -> None:
     """Clear dead sessions where earlier versions made them; what is wrong there is said, and keeps nothing back."""
     for folder in lease.all_sessions_folders(environ)[:-1]:
         try:
-            clear_dead(folder, patience)
+            clear_dead(folder, patience, messages)
         except (OSError, SessionError) as error:
-            logger.warning("sessions in %s are not cleared: %s", folder, error)
+            messages.warning(f"sessions in {folder} are not cleared: {error}")
 
 
-def clear_ended(sessions: str, path: str, others: Collection[str], patience: Patience) -> None:
+def clear_ended(sessions: str, path: str, others: Collection[str], patience: Patience, messages: Messages) -> None:
     """Clear a session that this process has let go of, and those that are over since; `others` were there before it."""
     deadline = time.monotonic() + LINGER_SECONDS
-    while path not in {each.path for each in _clear_over(sessions, patience, others, own=path)}:
+    while path not in {each.path for each in _clear_over(sessions, patience, messages, others, own=path)}:
         if not os.path.lexists(path):
             return
         if time.monotonic() > deadline:
-            logger.info(_STILL_USED, path)
+            messages.info(_STILL_USED.format(path))
             return
         time.sleep(0.02)
 
 
-def _clear_over(sessions: str, patience: Patience, others: Collection[str] = (), own: str = "") -> list[Cleared]:
+def _clear_over(
+    sessions: str, patience: Patience, messages: Messages, others: Collection[str] = (), own: str = ""
+) -> list[Cleared]:
     """As `clear_dead`, with those that could not be cleared: what is kept of each is all of it.
 
     Messages name neither `others`, of which there were some already, nor `own` as one that is still used.
     """
     cleared: list[Cleared] = []
-    for disk, paths in _by_disk(sessions, warn=not own).items():
+    for disk, paths in _by_disk(sessions, messages if not own else None).items():
         try:
             patience.ask(disk, partial(os.path.isdir, disk))  # first without a lock, to leave the session to others
             found = patience.ask(disk, partial(_clear_each, sessions, paths, os.getpid()), seconds=STALL_SECONDS)
@@ -106,21 +106,23 @@ def _clear_over(sessions: str, patience: Patience, others: Collection[str] = (),
             if isinstance(error, NoAnswer):
                 why = f"{disk} does not answer; check that drive or server, or unmount it"
             for path in sorted(set(paths) - set(others)):
-                logger.warning(_STAYS, path, why)
+                messages.warning(
+                    f"the overlay at {path} stays, with what was downloaded into it, until a later start: {why}"
+                )
             cleared += [Cleared(path, (path,)) for path in paths]
             continue
         for warning in found.warnings:
-            logger.warning("%s", warning)
+            messages.warning(warning)
         for path in sorted(found.used - {*others, own}):
-            logger.info(_STILL_USED, path)
+            messages.info(_STILL_USED.format(path))
         cleared += found.cleared
     return cleared
 
 
-def _by_disk(sessions: str, *, warn: bool) -> dict[str, list[str]]:
+def _by_disk(sessions: str, messages: Messages | None) -> dict[str, list[str]]:
     """The sessions without a living owner, by a path on the disk that may keep whoever clears them waiting."""
     by_disk: dict[str, list[str]] = {}
-    for path in lease.sessions_in(sessions, warn=warn):
+    for path in lease.sessions_in(sessions, messages):
         with lease.dead(sessions, path) as is_dead:
             if not is_dead:
                 continue

@@ -37,6 +37,16 @@ def read(path: str) -> bytes:
         return file.read()
 
 
+def write(path: str, content: bytes, mode: int) -> None:
+    """Make a file. Raises OSError, also where one is there."""
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, mode)
+    try:
+        if os.write(fd, content) != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+    finally:
+        os.close(fd)
+
+
 def has_payload(repo: str) -> bool:
     """Whether a repo folder holds a byte that was downloaded; refs, listings and links do not count."""
     return any(has_bytes(f"{repo}/{folder}") for folder in ("blobs", "snapshots", hfcache.VIEWS))

@@ -25,7 +25,7 @@ def shown(sessions: str, hub_cache: str, patience: Patience) -> Iterator[dict[st
     """
     with ExitStack() as locks:
         found: list[tuple[float, dict[str, str]]] = []
-        for path in lease.sessions_in(sessions, warn=False):
+        for path in lease.sessions_in(sessions):
             fd = lease.share(sessions, path)
             if fd is None:
                 continue

@@ -8,7 +8,6 @@ left alone. The program that `hf-overlay run` starts inherits the lock; its tree
 import errno
 import fcntl
 import json
-import logging
 import os
 import re
 import time
@@ -19,10 +18,9 @@ from typing import NamedTuple
 from hf_overlay import hfcache
 from hf_overlay.config import DIRECTORY_VARIABLE, OWNER_FILE, Settings, earlier_folders, own_folder
 from hf_overlay.errors import SessionError
+from hf_overlay.messages import Messages
 from hf_overlay.tree import files
 from hf_overlay.trust import why_untrusted
-
-logger = logging.getLogger("hf_overlay")
 
 _PREFIX = "session-"
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
@@ -206,10 +204,10 @@ def share(sessions: str, path: str) -> int | None:
     return fd
 
 
-def sessions_in(sessions: str, *, warn: bool = True) -> list[str]:
+def sessions_in(sessions: str, messages: Messages | None = None) -> list[str]:
     """The paths of all session folders, living or dead, without those that another user may have put there.
 
-    `warn` names each of the latter in a warning. Raises OSError, or SessionError when other users may write to
+    `messages` gets a warning for each of the latter. Raises OSError, or SessionError when other users may write to
     `sessions` itself.
     """
     try:
@@ -221,8 +219,8 @@ def sessions_in(sessions: str, *, warn: bool = True) -> list[str]:
     for path in paths:
         if (why := why_untrusted(path)) is None:
             trusted.append(path)
-        elif warn:
-            logger.warning("the session at %s %s; it is ignored: look at it, and remove it", path, why)
+        elif messages is not None:
+            messages.warning(f"the session at {path} {why}; it is ignored: look at it, and remove it")
     return trusted
 
 

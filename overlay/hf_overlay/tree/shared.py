@@ -22,7 +22,6 @@ machine was started, is looked at link by link before it is used.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import time
 from binascii import crc32
@@ -87,7 +86,7 @@ class Shared:
             placed = Placed(repo, f"{_LEADS_THERE}{folder}", tuple([f"{path}/{inner}" for inner in repo.watched]))
             if store.is_untouched(placed) and _is_fresh(path):
                 return placed
-            parts = self._parts(name, repo)
+            parts = repo.parts_with({_CACHE: self._hub_cache, _NAME: name})
             if not os.path.isdir(path):
                 self._make(path, parts, repo)
             if (store.is_untouched(placed) and _is_fresh(path)) or _is_exact(path, parts, repo):
@@ -107,15 +106,6 @@ class Shared:
         finally:
             if os.path.isdir(aside):
                 files.remove(aside)
-
-    def _parts(self, name: str, repo: LinkedRepo) -> Parts:
-        """What a shared repo is made of."""
-        parts = repo.parts
-        recorded = {**json.loads(dict(parts.files)[hfcache.ORIGIN]), _CACHE: self._hub_cache, _NAME: name}
-        origin = json.dumps(recorded).encode()
-        return parts._replace(
-            files=tuple((where, origin if where == hfcache.ORIGIN else content) for where, content in parts.files)
-        )
 
 
 def is_shared(placed: Placed) -> bool:
@@ -200,7 +190,7 @@ def adopt(session: str) -> None:
         return
     sessions = os.path.dirname(session)
     with _locked(f"{sessions}/{FOLDER}", fcntl.LOCK_EX):
-        others = [other for other in lease.sessions_in(sessions, warn=False) if other != session]
+        others = [other for other in lease.sessions_in(sessions) if other != session]
         used = {folder for other in others for folder, _ in _led_to(other)}
         for path, name in found.items():
             if os.path.basename(path) not in used:
@@ -240,7 +230,7 @@ def remove_unused(session: str, *, after: float = KEPT_SECONDS) -> None:
     owner = lease.read_owner(session)
     with _locked(folder, fcntl.LOCK_EX):
         os.utime(_touched(f"{folder}/cleaned"))
-        used = {name for each in lease.sessions_in(sessions, warn=False) for name, _ in _led_to(each)}
+        used = {name for each in lease.sessions_in(sessions) for name, _ in _led_to(each)}
         for number, entry in enumerate(files.entries(folder)):
             if entry.name in used or not entry.is_dir(follow_symlinks=False) or entry.name.startswith(_GONE):
                 continue

@@ -192,8 +192,7 @@ def build(parts: Parts, watched: Iterable[str], path: str, *, mode: int = 0o666)
     for where, target in parts.links:
         os.symlink(target, f"{path}/{where}")
     for where, content in parts.files:
-        with open(os.open(f"{path}/{where}", os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, mode), "wb") as file:
-            file.write(content)
+        files.write(f"{path}/{where}", content, mode)
         os.utime(f"{path}/{where}", ns=(_UNTOUCHED_NS, _UNTOUCHED_NS))
     mark_untouched(path, watched)
 

@@ -81,7 +81,7 @@ def _is_done(pid: int, session: str, asker: int) -> bool:
 def _caches(sessions: Collection[str]) -> Processes:
     """The real caches of all sessions beside the given ones, each with the process that opened the session."""
     for folder in {os.path.dirname(path) for path in sessions}:
-        for path in lease.sessions_in(folder, warn=False):
+        for path in lease.sessions_in(folder):
             if (owner := lease.read_owner(path)) is not None:
                 yield 0, os.fsencode(owner.hub_cache)
 

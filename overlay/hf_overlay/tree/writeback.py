@@ -18,11 +18,8 @@ from functools import partial
 from hf_overlay import hfcache, keeping
 from hf_overlay.patience import Patience
 from hf_overlay.progress import alive
-from hf_overlay.tree import files, store, usage
+from hf_overlay.tree import files, moving, store, usage
 from hf_overlay.tree.files import has_payload
-
-_PIECE_BYTES = 1 << 23
-"""Bytes that are written between two signs of life. A disk that takes seconds for them does not answer."""
 
 
 class _Place:
@@ -173,11 +170,11 @@ def _merge(repo: str, place: _Place, *, link: str | None = None) -> None:
             continue
         if link is not None:
             if not name.endswith(".incomplete"):
-                _share(path, f"{target}/blobs/{name}", place.aside, link)
+                moving.share(path, f"{target}/blobs/{name}", place.aside, link)
         elif name.endswith(".incomplete"):
             _move_incomplete(path, f"{target}/blobs/{name}", f"{place.locks[0]}/{hfcache.lock_name(name)}", aside)
         elif not os.path.exists(f"{target}/blobs/{name}"):
-            _move(path, f"{target}/blobs/{name}", aside)
+            moving.move(path, f"{target}/blobs/{name}", aside)
         elif os.path.getsize(f"{target}/blobs/{name}") == os.path.getsize(path):
             os.unlink(path)  # named by its content: the cache has it already
     if own is not None:
@@ -205,7 +202,7 @@ def _merge(repo: str, place: _Place, *, link: str | None = None) -> None:
             # A client's listing says what else belongs to a revision of which tiers have the rest.
             is_part = folder == "trees" and is_merged and os.path.isdir(f"{target}/snapshots/{commit}")
             if (commit in complete or is_part) and not _is_newer(wanted, path):
-                _write(wanted, content, aside)
+                moving.write(wanted, content, aside)
 
 
 def _move_written(view: str, snapshot: str, aside: str) -> None:
@@ -216,8 +213,8 @@ def _move_written(view: str, snapshot: str, aside: str) -> None:
         if os.path.islink(path) or not os.path.getsize(path):
             continue
         if not os.path.lexists(wanted):
-            _move(path, wanted, aside)
-        elif os.path.isfile(wanted) and _has_same_bytes(path, wanted):
+            moving.move(path, wanted, aside)
+        elif os.path.isfile(wanted) and moving.has_same_bytes(path, wanted):
             os.unlink(path)
 
 
@@ -254,7 +251,7 @@ def _merge_snapshot(snapshot: str, commit: str, place: _Place, *, is_used: bool)
                 os.unlink(path)  # one commit's file is one file
             continue
         if not is_link:  # clients copy where they cannot link
-            _move(path, wanted, place.aside)
+            moving.move(path, wanted, place.aside)
             continue
         link = os.readlink(path)
         blob = os.path.normpath(os.path.join(os.path.dirname(wanted), link))
@@ -281,7 +278,7 @@ def _move_incomplete(path: str, target: str, lock: str, aside: str) -> None:
         if not is_ours:
             return
         if not os.path.exists(target) or os.path.getsize(target) < os.path.getsize(path):
-            _move(path, target, aside)
+            moving.move(path, target, aside)
         else:
             os.unlink(path)
 
@@ -309,78 +306,6 @@ def _locked(lock: str) -> Iterator[bool]:
                 os.unlink(lock)
     finally:
         os.close(fd)
-
-
-def _move(path: str, target: str, aside: str) -> None:
-    """Rename a file, or between volumes copy it aside, sync and rename, so that under its name it is complete."""
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    try:
-        os.rename(path, target)
-        return
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-    _copy(path, target, aside)
-    os.unlink(path)
-
-
-def _copy(path: str, target: str, aside: str) -> None:
-    """Copy a file aside, sync and rename, so that under its name it is complete. Raises OSError."""
-    try:
-        _copy_pieces(path, aside)
-        files.sync(aside)
-        os.rename(aside, target)
-    except OSError:
-        if os.path.exists(aside):
-            os.unlink(aside)
-        raise
-
-
-def _share(path: str, target: str, aside: str, link: str) -> None:
-    """Have the file under another name as well, or a copy of it on another volume, and a link to that in its place."""
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    if not os.path.exists(target):
-        try:
-            os.link(path, target)
-        except OSError:
-            _copy(path, target, aside)
-    elif os.path.getsize(target) != os.path.getsize(path):
-        return
-    if os.path.lexists(link):
-        os.unlink(link)
-    os.symlink(target, link)
-    os.replace(link, path)
-
-
-def _copy_pieces(path: str, target: str) -> None:
-    """Copy a file, each piece to the disk itself: so a slow one shows that it answers."""
-    with open(path, "rb") as source, open(target, "wb") as copy:
-        while piece := source.read(_PIECE_BYTES):
-            copy.write(piece)
-            copy.flush()
-            os.fsync(copy.fileno())
-            alive()
-    import shutil  # with all compressors, which starts need not wait for
-
-    shutil.copystat(path, target)
-
-
-def _has_same_bytes(path: str, other: str) -> bool:
-    with open(path, "rb") as file, open(other, "rb") as other_file:
-        while True:
-            piece = file.read(_PIECE_BYTES)
-            if piece != other_file.read(_PIECE_BYTES):
-                return False
-            if not piece:
-                return True
-            alive()
-
-
-def _write(path: str, content: bytes, aside: str) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(aside, "wb") as file:
-        file.write(content)
-    os.replace(aside, path)
 
 
 def _drop_copies(linked_repo: str) -> None:

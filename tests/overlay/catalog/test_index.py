@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from hf_overlay import config
-from hf_overlay.catalog import reading
+from hf_overlay.catalog import kinds, reading
 from hf_overlay.catalog.catalog import Catalog
 from hf_overlay.catalog.index import Index
 from hf_overlay.models import Model, Reject
@@ -31,7 +31,7 @@ def cataloged(root: Path, index: Path | None, environ: Mapping[str, str] | None 
 
 
 def seen(catalog: Catalog) -> tuple[list[Model], list[Reject]]:
-    sources = (*catalog.sources, catalog.cache())
+    sources = (*catalog.sources, catalog.real_cache.models())
     return [each for source in sources for each in source.models], [
         each for source in sources for each in source.rejects
     ]
@@ -63,6 +63,28 @@ def test_an_unchanged_model_is_not_read_again_by_a_later_process(
     assert seen(cataloged(models, index)) == first
     assert not [path for path in opened if path.startswith((str(models), str(hub)))]
     assert [model.id for model in first[0]] == ["org/name", "org/cached"]
+
+
+@pytest.mark.mlx_lm
+def test_the_source_of_mlx_lm_is_read_for_new_models_alone(
+    models: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes a start longer than all else, with a few models."""
+    given = config.load([str(models)], {"HOME": str(models.parent)}, "/", kind="mlx")
+    read: list[str] = []
+    known = kinds._Known
+
+    def note(mlx_lm: str) -> kinds._Known:
+        read.append(mlx_lm)
+        return known(mlx_lm)
+
+    monkeypatch.setattr(kinds, "_Known", note)
+    for new, times in (["org/first"], 1), ([], 0), (["org/second"], 1):
+        for each in new:
+            lay_model(models / each, settled=True)
+        read.clear()
+        found, _ = seen(Catalog(given, index=str(index)))
+        assert (set(new) <= {model.id for model in found}, len(read)) == (True, times), new
 
 
 def rewritten(model: Path, name: str, content: bytes) -> None:

@@ -16,6 +16,7 @@ from hf_overlay import doctor
 from hf_overlay.command import serve
 from hf_overlay.config import OWNER_FILE
 from hf_overlay.errors import OverlayError
+from hf_overlay.messages import Messages
 from hf_overlay.tree import lease
 
 from tests.support.folders import temporary_folder
@@ -120,7 +121,7 @@ def test_a_session_that_others_may_write_to_is_ignored(
 ) -> None:
     session = plant(folder, {})
     session.chmod(0o700 | bits)
-    assert lease.sessions_in(str(folder)) == []
+    assert lease.sessions_in(str(folder), Messages()) == []
     assert [str(session) in record.getMessage() for record in caplog.records] == [True]
     session.chmod(0o700)
     assert lease.sessions_in(str(folder)) == [str(session)]

@@ -12,7 +12,7 @@ from typing import Any
 import hf_overlay
 import pytest
 from hf_overlay import config, keeping
-from hf_overlay.tree import files, lease, writeback
+from hf_overlay.tree import files, lease, moving
 
 from tests.overlay.faults.seen import CACHED, said
 from tests.support.folders import lay_model
@@ -110,7 +110,7 @@ def test_a_download_is_on_the_disk_itself_before_its_source_goes(
     monkeypatch.setattr(os, "rename", two_volumes)
     monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
     monkeypatch.setattr(fcntl, "fcntl", full)
-    writeback._move(source, target, aside)
+    moving.move(source, target, aside)
     assert done == ["synced", "renamed"]
     assert (Path(source).exists(), Path(target).read_bytes()) == (False, b"weights")
 

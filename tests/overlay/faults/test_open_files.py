@@ -118,7 +118,12 @@ def test_no_look_at_the_disk_takes_it_for_an_answer(
         nonlocal left
         left = failing
         catalog = Catalog(settings)
-        return catalog.sources, catalog.plan(case_insensitive=False), catalog.cache(), catalog.warnings("kept")
+        return (
+            catalog.sources,
+            catalog.plan(case_insensitive=False),
+            catalog.real_cache.models(),
+            catalog.warnings("kept"),
+        )
 
     expected = look(0)
     monkeypatch.setattr(*call, fails)

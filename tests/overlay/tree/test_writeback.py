@@ -18,9 +18,10 @@ from tempfile import TemporaryDirectory
 import pytest
 from hf_overlay import config, keeping
 from hf_overlay.catalog.catalog import Catalog
+from hf_overlay.messages import Messages
 from hf_overlay.patience import NoAnswer, Patience
 from hf_overlay.session import Session
-from hf_overlay.tree import writeback
+from hf_overlay.tree import moving
 from hf_overlay.tree.clear import Cleared, clear_dead
 from hf_overlay.tree.lease import Lease, sessions_folder
 from hf_overlay.tree.writeback import bring_home
@@ -53,7 +54,7 @@ class Dead:
         settings = config.load([str(self.models)], self.environ, "/")
         owner = Lease.acquire(str(self.sessions), settings)
         try:
-            yield Session(Catalog(settings), self.environ, owner).hub_cache
+            yield Session(Catalog(settings), self.environ, owner, Messages()).hub_cache
         finally:
             owner.release()
 
@@ -524,7 +525,7 @@ def test_a_copy_that_is_cut_never_has_its_files_name(
 
     apart = tuple(str(tmp_path / name) for name in ("sessions", "home"))
     with monkeypatch.context() as patch, disk.breaking(tmp_path, volumes=apart), suppress(Killed):
-        patch.setattr(writeback, "_PIECE_BYTES", 3)
+        patch.setattr(moving, "_PIECE_BYTES", 3)
         patch.setattr(os, "fsync", cut)
         dead.clear()
     assert not blob.exists(), "P4 is broken: half of a file is in the cache"
