@@ -5,7 +5,7 @@ OverlayError            an expected failure (the command exits with 1)
 │   └── InvalidModelId  an id that could lead out of the folder it is looked up in
 ├── ModelNotFound       no folder and no cached snapshot has this id
 │   ├── SourceAway      the model's folder is on a drive that is not there now
-│   └── IncompleteModel the user's folder of this id lacks a part of its weights
+│   └── IncompleteModel the user's folder of this id lacks a part of its weights, or cannot be read
 └── SessionError        the tree could not be built or switched
     └── OutOfFiles      no file descriptor is free, so nothing could be looked at
 """
@@ -48,7 +48,7 @@ class SourceAway(ModelNotFound):
 
 
 class IncompleteModel(ModelNotFound):
-    """The user's folder of this id lacks a part of its weights, and no other place has the model whole."""
+    """The user's folder of this id lacks a part, or cannot be read, and no other place has the model whole."""
 
     def __init__(self, text: str, *, problem: str) -> None:
         super().__init__(text)

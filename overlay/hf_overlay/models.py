@@ -42,6 +42,10 @@ class Code(StrEnum):
     """An id that cannot stand in a cache; the model can be loaded by path."""
 
 
+HELD_BACK = frozenset({Code.INCOMPLETE, Code.NO_PERMISSION, Code.UNREADABLE, Code.BAD_CONFIG, Code.BROKEN_LINK})
+"""Why a folder that is there for an id cannot be loaded for now: nothing is downloaded in its place."""
+
+
 class Reason(NamedTuple):
     """A code for programs, with a text for people."""
 

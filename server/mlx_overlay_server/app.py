@@ -136,7 +136,7 @@ async def _log_memory(engine: Engine, budget: int | None) -> None:
     )
     if budget is not None and budget > shares.weights:
         logger.warning(
-            "--memory-budget leaves too little memory for running requests: %.1f GB or less would not",
+            "--memory-budget leaves too little memory for running requests; set it to %.1f GB or less",
             shares.weights / 1e9,
         )
 

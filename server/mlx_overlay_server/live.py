@@ -97,6 +97,6 @@ class Live:
         if now := sorted(changed & CHANGING):
             logger.info("the configuration has changed: %s", ", ".join(now))
         if later := sorted(changed - CHANGING):
-            logger.warning("changed in the configuration, for which a restart is needed: %s", ", ".join(later))
+            logger.warning("the configuration has changed, and these settings need a restart: %s", ", ".join(later))
         for follow in self.followers:
             follow(settings)

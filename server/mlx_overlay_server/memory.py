@@ -153,6 +153,10 @@ class Cost(NamedTuple):
     pair: int = 0
     """For each token that it reads and each that this one attends to; 0: attention needs no memory for them."""
 
+    def nbytes(self, tokens: int) -> int:
+        """Return what a pass over so many tokens computes with, when nothing comes before them."""
+        return self.token * tokens + self.pair * tokens**2
+
     def tokens(self, context: int, limit: int) -> int:
         """Return how many tokens a pass may read after so many others, when it may compute with `limit` bytes."""
         if not self.token and not self.pair:

@@ -40,7 +40,7 @@ def resolved(text: str, ids: Iterable[str], *, where: str = "here") -> str:
         return found[0]
     if not found:
         if not known:
-            raise ModelNotFound(f"no model {where} is called {text!r}: there is none at all")
+            raise ModelNotFound(f"no model {where} is called {text!r}: there are no models")
         raise ModelNotFound(f"no model {where} is called {text!r}; there are {_listed(known)}")
     raise InvalidModelId(f"{text!r} may be {_listed(found)}; write more of its name")
 

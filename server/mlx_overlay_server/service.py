@@ -229,7 +229,11 @@ class Service:
     def _admitted(self, request: AnyRequest | EncodeRequest | SpeechRequest) -> Iterator[None]:
         """Take a place among the open requests. Raises InvalidRequest, Unavailable or Overloaded."""
         if isinstance(request, ChatRequest) and (count := len(request.messages)) > self.limits.messages:
-            raise InvalidRequest(f"{count} messages are more than {self.limits.messages}", field="messages")
+            raise InvalidRequest(
+                f"the conversation has {count} messages, and this server takes {self.limits.messages}: send fewer, or "
+                "raise --max-messages",
+                field="messages",
+            )
         if self._is_closing:
             raise Unavailable("the server is shutting down")
         if self._open >= self.engine.options.batch_size + self.limits.waiting_requests:

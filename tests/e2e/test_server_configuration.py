@@ -75,7 +75,7 @@ def test_edits_take_effect_at_the_next_request(server: Server, file: Path, home:
 
     file.write_text(start.replace("acme/one", "acme/two").replace("model_path = [", 'model_path = ["/elsewhere", '))
     assert _ask(server, "short")[1] == "Two."
-    assert "for which a restart is needed: model_path\n" in server.log()
+    assert "these settings need a restart: model_path\n" in server.log()
 
     quantised = "kv_bits = 8\nkv_group_size = 32\nquantized_kv_start = 0\n"
     file.write_text(f'{start}[server.profile.small]\nmodel = "acme/one"\n{quantised}')

@@ -293,7 +293,7 @@ def test_an_incomplete_model_is_refused_with_the_reason_and_not_downloaded(onlin
     online.hub.add_repo("acme/cut", files_of(tmp_path / "made", HUBS))
     status, error = refused(online.server, "acme/cut")
     assert (status, error["code"]) == (503, "model_incomplete")
-    assert "acme/cut is here, but incomplete: model.safetensors holds " in error["message"]
+    assert "acme/cut is here, but cannot be loaded: model.safetensors holds " in error["message"]
     assert str(online.drive) not in error["message"], "a client is told of the server's folders"
     assert "acme/cut" not in ids(online.server)
     assert not online.hub.requests, "the Hub's answers for a folder that is half there"

@@ -125,6 +125,24 @@ def test_an_incomplete_folder_is_not_the_real_hubs_to_answer_unless_it_is_exclud
         assert Hub(session).refresh_and_find("org/name") is None
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_folder_that_cannot_be_used_is_not_the_real_hubs_to_answer(models: Path, sessions: Path, name: str) -> None:
+    """P2: the user has the model, although its config.json is cut, or its weights are on a drive that is away."""
+    file = lay_model(models / "org/name") / name
+    file.unlink()
+    if name == "config.json":
+        file.write_bytes(b'{"model_type": "lla')
+    else:
+        file.symlink_to("/no/such/drive/model.safetensors")
+    with hf_overlay.open_session([models]) as session:
+        found = Hub(session).refresh_and_find("org/name")
+        assert isinstance(found, Unavailable)
+        assert f"org/name in {models}/org/name {name} is " in found.message
+        assert "; correct that, or --exclude org/name lets the Hub answer" in found.message
+        with pytest.raises(hf_overlay.IncompleteModel):
+            session.resolve("org/name")
+
+
 def test_what_answers_for_an_incomplete_folder_is_said_once(
     models: Path, sessions: Path, hub: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

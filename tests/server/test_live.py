@@ -64,7 +64,7 @@ def test_an_edit_counts_from_the_next_request_on_and_a_mistake_leaves_the_last_g
         "the configuration has changed: alias",
         "the configuration stays as it was: /config.toml:3: that is wrong",
         "the configuration has changed: alias",
-        "changed in the configuration, for which a restart is needed: max_batch, model_path, port",
+        "the configuration has changed, and these settings need a restart: max_batch, model_path, port",
     ]
 
 

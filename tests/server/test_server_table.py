@@ -38,7 +38,7 @@ chat_template_kwargs = {{ enable_thinking = false }}
 [server.key.ann]
 hash = "{HASH}"
 models = ["code"]
-rate = 60
+rate = 1
 """
 MISTAKES = {
     "a name that is close": ("[server]\n\nprot = 1\n", 3, "no setting 'prot'; write port"),
@@ -97,7 +97,7 @@ def test_it_sets_what_flags_set_and_profiles_and_keys(home: Path, file: Path) ->
         "org/a": Profile(model="org/a", pin=True, idle_ttl=0),
         "code": Profile(model="org/b", temperature=0, chat_template_kwargs={"enable_thinking": False}),
     }
-    assert settings.keys == (Key(name="ann", digest=HASH, models=("code",), rate=60),)
+    assert settings.keys == (Key(name="ann", digest=HASH, models=("code",), rate=1),)
 
 
 def test_flags_beat_the_environment_which_beats_the_file(home: Path, file: Path) -> None:

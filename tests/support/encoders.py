@@ -27,6 +27,7 @@ _NAMES = {
     "xlm-roberta": "XLMRoberta",
     "gemma3_text": "Gemma3Text",
     "nomic_bert": "NomicBert",
+    "gte": "Gte",
 }
 TYPES = tuple(_NAMES)
 
@@ -123,6 +124,9 @@ def _config(model_type: str, head: str, labels: int) -> dict[str, Any]:
         "num_attention_heads": HEADS,
         "intermediate_size": INNER,
     }
+    if model_type == "gte":
+        own = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "type_vocab_size": 1, "rope_theta": 10000}
+        return config | own | {"layer_norm_type": "layer_norm", "position_embedding_type": "rope", "rope_scaling": None}
     if model_type == "modernbert":
         local = {"local_attention": 8, "global_attn_every_n_layers": 2, "classifier_pooling": "mean"}
         return config | local | {"hidden_activation": "gelu", "norm_eps": 1e-5}
@@ -141,6 +145,8 @@ def _shapes(model_type: str, *, ranks: bool, labels: int) -> Iterator[tuple[str,
         yield from _of_modernbert(ranks=ranks, labels=labels)
     elif model_type == "nomic_bert":
         yield from _of_nomic_bert()
+    elif model_type == "gte":
+        yield from _of_gte()
     elif model_type in ("gemma3_text", "qwen3"):
         yield from _of_decoder("model." if ranks else "", is_gemma=model_type == "gemma3_text")
         if ranks:
@@ -227,6 +233,19 @@ def _of_nomic_bert() -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from ((f"{layer}.mlp.{name}.weight", (INNER, HIDDEN)) for name in ("fc11", "fc12"))
         yield f"{layer}.mlp.fc2.weight", (HIDDEN, INNER)
         yield from ((f"{layer}.{norm}.{name}", (HIDDEN,)) for norm in ("norm1", "norm2") for name in ("weight", "bias"))
+
+
+def _of_gte() -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "embeddings.word_embeddings.weight", (len(VOCABULARY), HIDDEN)
+    yield "embeddings.token_type_embeddings.weight", (1, HIDDEN)
+    yield from _norm("embeddings.LayerNorm")
+    for number in range(LAYERS):
+        layer = f"encoder.layer.{number}"
+        yield from _linear(f"{layer}.attention.qkv_proj", 3 * HIDDEN, HIDDEN)
+        yield from _linear(f"{layer}.attention.o_proj", HIDDEN, HIDDEN)
+        yield f"{layer}.mlp.up_gate_proj.weight", (2 * INNER, HIDDEN)
+        yield from _linear(f"{layer}.mlp.down_proj", HIDDEN, INNER)
+        yield from (each for norm in ("attn_ln", "mlp_ln") for each in _norm(f"{layer}.{norm}"))
 
 
 def _of_decoder(prefix: str, *, is_gemma: bool) -> Iterator[tuple[str, tuple[int, ...]]]:

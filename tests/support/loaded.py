@@ -11,7 +11,7 @@ from typing import Any
 from mlx_lm.generate import make_text_state_machine
 from mlx_lm.tokenizer_utils import load
 from mlx_overlay_server.chat.loaded import Loaded
-from mlx_overlay_server.engine import mlx
+from mlx_overlay_server.engine import mlx_tokenizers
 
 
 def loaded(folder: Path, *, template: str | None = None, defaults: Mapping[str, Any] | None = None) -> Loaded:
@@ -21,14 +21,14 @@ def loaded(folder: Path, *, template: str | None = None, defaults: Mapping[str, 
     if template is not None:
         tokenizer.chat_template = template
         tokenizer.has_chat_template = True
-    has_own_calls = mlx.prepare_tokenizer(tokenizer)
+    has_own_calls = mlx_tokenizers.prepare_tokenizer(tokenizer)
     return Loaded(
         key=f"0:{folder}",
         path=str(folder),
         tokenizer=tokenizer,
         marks=make_text_state_machine(tokenizer),
-        detokenizer=partial(mlx.detokenizer, tokenizer),
-        make_grammar_tokenizer=partial(mlx.grammar_tokenizer, tokenizer, config["vocab_size"]),
+        detokenizer=partial(mlx_tokenizers.detokenizer, tokenizer),
+        make_grammar_tokenizer=partial(mlx_tokenizers.grammar_tokenizer, tokenizer, config["vocab_size"]),
         nbytes=0,
         letter=tuple(tokenizer.encode("a", add_special_tokens=False)),
         has_own_calls=has_own_calls,

@@ -77,11 +77,11 @@ def a_tokenizer_says_what_a_model_s_marks_are(folder: Path) -> None:
 
 def a_tokenizer_without_marks_for_calls_takes_those_of_json(folder: Path) -> None:
     from mlx_lm.generate import make_text_state_machine
-    from mlx_overlay_server.engine import mlx
+    from mlx_overlay_server.engine import mlx_tokenizers
 
     tokenizer = _tokenizer(folder)
     assert not tokenizer.has_tool_calling
-    mlx.prepare_tokenizer(tokenizer)
+    mlx_tokenizers.prepare_tokenizer(tokenizer)
     assert tokenizer.has_tool_calling
     call = tokenizer.tool_parser('\n{"name": "f", "arguments": {"x": 1}}\n', None)
     assert call == {"name": "f", "arguments": {"x": 1}}
@@ -104,12 +104,12 @@ def each_detokenizer_is_a_new_one_with_the_methods_that_are_used(folder: Path) -
 
 def a_naive_detokenizer_is_known_by_its_class(folder: Path) -> None:
     from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
-    from mlx_overlay_server.engine import mlx
+    from mlx_overlay_server.engine import mlx_tokenizers
 
     tokenizer = _tokenizer(folder)
     naive = TokenizerWrapper(tokenizer._tokenizer, NaiveStreamingDetokenizer)
     assert isinstance(naive.detokenizer, NaiveStreamingDetokenizer)
-    made = mlx.detokenizer(naive)
+    made = mlx_tokenizers.detokenizer(naive)
     assert not isinstance(made, NaiveStreamingDetokenizer)
     for token in tokenizer.encode("né", add_special_tokens=False):
         made.add_token(token)
@@ -118,11 +118,11 @@ def a_naive_detokenizer_is_known_by_its_class(folder: Path) -> None:
 
 
 def the_wrapped_tokenizer_is_one_that_llguidance_takes(folder: Path) -> None:
-    from mlx_overlay_server.engine import mlx
+    from mlx_overlay_server.engine import mlx_tokenizers
 
     tokenizer = _tokenizer(folder)
-    mlx.prepare_tokenizer(tokenizer)
-    assert mlx.grammar_tokenizer(tokenizer, len(tokenizer)).vocab_size == len(tokenizer)
+    mlx_tokenizers.prepare_tokenizer(tokenizer)
+    assert mlx_tokenizers.grammar_tokenizer(tokenizer, len(tokenizer)).vocab_size == len(tokenizer)
 
 
 def caches_that_can_batch_have_merge_and_the_others_have_not(_: Path) -> None:

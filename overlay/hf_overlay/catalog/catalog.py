@@ -28,7 +28,7 @@ from hf_overlay.errors import (
     UsageError,
 )
 from hf_overlay.hfcache import LinkedRepo
-from hf_overlay.models import CachedRepo, Code, Layer, Model, Reason, Reject, Source
+from hf_overlay.models import HELD_BACK, CachedRepo, Code, Layer, Model, Reason, Reject, Source
 from hf_overlay.patience import NoAnswer, Patience
 from hf_overlay.tiers import MergedRepo
 
@@ -176,11 +176,11 @@ class Catalog:
         return found
 
     def incomplete(self, model_id: str) -> Reject | None:
-        """The user's folder of this id that was left out because a part of it is missing; None when there is none."""
+        """The user's folder of this id that cannot be loaded for now (HELD_BACK); None when there is none."""
         if model_id in self._excluded:
             return None
         rejects = (reject for source in self.sources for reject in source.rejects if reject.id == model_id)
-        return next((reject for reject in rejects if reject.reason.code is Code.INCOMPLETE), None)
+        return next((reject for reject in rejects if reject.reason.code in HELD_BACK), None)
 
     def is_cached(self, model_id: str) -> bool:
         """Whether the real cache holds a loadable copy now; False while nothing tells what mlx-lm loads."""
@@ -484,11 +484,11 @@ def _cache_problem(error: OSError) -> str:
 
 
 def incomplete_text(reject: Reject) -> str:
-    """The sentence for a person whose folder lacks a part of its weights."""
-    return (
-        f"{reject.id} in {reject.path} is incomplete ({reject.reason.text}); copy it again, "
-        f"or --exclude {reject.id} lets the Hub answer"
-    )
+    """The sentence for a person whose folder lacks a part of its weights, or cannot be read."""
+    what = f"{reject.reason.text}; correct that"
+    if reject.reason.code is Code.INCOMPLETE:
+        what = f"is incomplete ({reject.reason.text}); copy it again"
+    return f"{reject.id} in {reject.path} {what}, or --exclude {reject.id} lets the Hub answer"
 
 
 def check_id(model_id: str) -> None:

@@ -26,7 +26,7 @@ from hf_overlay.models import File, Model
 from hf_overlay.progress import alive
 from hf_overlay.trust import why_untrusted
 
-_FORMAT = 3
+_FORMAT = 4
 """To be raised by each change of what is kept, or of what a scan makes of a folder."""
 _FILES = Model._fields.index("files")
 _KEPT_SECONDS = 90 * 86_400

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from hf_overlay import hfcache
 from hf_overlay.catalog.plan import composed, fold
-from hf_overlay.models import Code, Source
+from hf_overlay.models import HELD_BACK, Source
 from hf_overlay.patience import Patience
 
 
@@ -34,7 +34,7 @@ class Spellings:
     def _places(self) -> dict[str, list[_Place]]:
         places: dict[str, list[_Place]] = {}
         for source in self._sources:
-            incomplete = (reject for reject in source.rejects if reject.reason.code is Code.INCOMPLETE)
+            incomplete = (reject for reject in source.rejects if reject.reason.code in HELD_BACK)
             models = (each for each in source.models if each.kind == "models")
             found = [(each.id, each.path) for each in models] + [(each.id, each.path) for each in incomplete]
             for model_id, path in found:

@@ -13,7 +13,9 @@ from hf_overlay.catalog import speech
 from hf_overlay.catalog.files import Unfit, read_json, read_list
 from hf_overlay.models import Code, Task
 
-ENCODERS = frozenset({"bert", "camembert", "distilbert", "modernbert", "mpnet", "nomic_bert", "roberta", "xlm-roberta"})
+ENCODERS = frozenset(
+    {"bert", "camembert", "distilbert", "gte", "modernbert", "mpnet", "nomic_bert", "roberta", "xlm-roberta"}
+)
 """Values of `model_type` that mlx-omni-server loads beside those of mlx-lm."""
 ACTIVATIONS = frozenset({"gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"})
 """Values of `hidden_act` that it knows."""
@@ -22,20 +24,31 @@ MODULES = "modules.json"
 POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
 _INDEX = "model.safetensors.index.json"
-_OF_NOMIC_BERT: Mapping[str, object] = {
-    "activation_function": "swiglu",
-    "causal": False,
-    "mlp_fc1_bias": False,
-    "mlp_fc2_bias": False,
-    "num_experts": 0,
-    "parallel_block": False,
-    "prenorm": False,
-    "qkv_proj_bias": False,
-    "rotary_emb_fraction": 1.0,
-    "rotary_emb_interleaved": False,
-    "use_rms_norm": False,
+_SETTINGS: Mapping[str, Mapping[str, object]] = {
+    "gte": {
+        "layer_norm_type": "layer_norm",
+        "logn_attention_scale": False,
+        "position_embedding_type": "rope",
+        "rope_scaling": None,
+    },
+    "nomic_bert": {
+        "activation_function": "swiglu",
+        "causal": False,
+        "mlp_fc1_bias": False,
+        "mlp_fc2_bias": False,
+        "num_experts": 0,
+        "parallel_block": False,
+        "prenorm": False,
+        "qkv_proj_bias": False,
+        "rotary_emb_fraction": 1.0,
+        "rotary_emb_interleaved": False,
+        "use_rms_norm": False,
+    },
 }
-"""The settings that mlx-omni-server has of those that a config.json of the type `nomic_bert` may hold."""
+"""By type, the settings that mlx-omni-server has of those that a config.json may hold.
+
+What was code of these models' own is part of transformers now, so an `auto_map` asks for nothing else.
+"""
 
 _EMBEDDING = frozenset({"Transformer", "Pooling", "Normalize", "Dense"})
 _RANKING = frozenset({"Transformer", "LogitScore"})
@@ -163,17 +176,26 @@ def _problem_of_encoder(config: Mapping[str, Any], listed: Collection[Module] | 
     architecture = _architecture(config)
     if listed is None and not architecture.endswith(("Model", _HEAD)):
         return f"is a {architecture[:80] or 'model without architectures'} without {MODULES}: it embeds nothing"
-    if config["model_type"] == "nomic_bert":  # what was code of its own is part of transformers now
+    if (settings := _SETTINGS.get(config["model_type"])) is not None:
         if _has_head(config):
-            return "is a nomic-bert that ranks, which mlx-omni-server does not have"
-        other = [key for key, value in _OF_NOMIC_BERT.items() if config.get(key, value) not in (value, None)]
-        return f"config.json asks for {other[0]} {str(config[other[0]])[:80]!r}" if other else None
+            return f"is a {config['model_type']} that ranks, which mlx-omni-server does not have"
+        other = [key for key, value in settings.items() if config.get(key, value) not in (value, None)]
+        if other:
+            return f"config.json asks for {other[0]} {str(config[other[0]])[:80]!r}"
+        rope = config.get("rope_parameters")
+        if isinstance(rope, dict) and rope.get("rope_type", "default") != "default":
+            return f"config.json asks for positions of type {str(rope['rope_type'])[:80]!r}"
+        return _problem_of_activation(config) if config["model_type"] == "gte" else None
     if "auto_map" in config:
         return "config.json asks to run its own code (auto_map)"
     if config.get("position_embedding_type", "absolute") != "absolute":
         return f"config.json asks for positions of type {str(config['position_embedding_type'])[:80]!r}"
     if config.get("is_decoder"):
         return "config.json asks for a decoder of a type that is loaded as an encoder alone"
+    return _problem_of_activation(config)
+
+
+def _problem_of_activation(config: Mapping[str, Any]) -> str | None:
     named = next((config[key] for key in ("hidden_act", "hidden_activation", "activation") if key in config), "gelu")
     return None if named in ACTIVATIONS else f"config.json asks for the activation {str(named)[:80]!r}"
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mlx_overlay_server.chat.events import ToolCall
-from mlx_overlay_server.chat.opening import NAMES, PREFIX, SEPARATOR, WRAPPER
+from mlx_overlay_server.chat.opening import MARK, NAMES, PREFIX, SEPARATOR, SPACE, WRAPPER
 from mlx_overlay_server.chat.requests import Tool, described
 
 LONGEST = 1 << 17
@@ -26,18 +26,26 @@ _CLOSERS = "}])>`,; \t\r\n"
 """What may follow a call: brackets too many, and what stands between calls."""
 _FIRST = re.compile(WRAPPER)
 _LAST = re.compile(rf"(?:{WRAPPER})\Z")
+_MARKS = re.compile(rf"(?:\s|{MARK})+")
 _TAGGED = re.compile(
-    r"<(?:function|invoke)(?:=|\s+name=)\s*[\"']?([^\s\"'<>]+)[\"']?\s*>(.*?)(?=</?(?:function|invoke)\b|\Z)", re.S
+    rf"<{SPACE}(?:function|invoke)(?:=|\s+name=)\s*[\"']?([^\s\"'<>]+)[\"']?\s*>"
+    rf"(.*?)(?=</?{SPACE}(?:function|invoke)\b|\Z)",
+    re.DOTALL,
 )
 _TAG = re.compile(
-    r"<(?:parameter|param)(?:=|\s+name=)\s*[\"']?([^\"'<>]+?)[\"']?\s*>(.*?)(?=</?(?:parameter|param)\b|\Z)", re.S
+    rf"<{SPACE}param(?:eter)?(?:=|\s+name=)\s*[\"']?([^\"'<>]+?)[\"']?(?:\s+string=\"\w+\")?\s*>"
+    rf"(.*?)(?=</?{SPACE}param(?:eter)?\b|\Z)",
+    re.DOTALL,
 )
-_CLOSED = re.compile(r"</(?:function|invoke)>")
+_CLOSED = re.compile(rf"</{SPACE}(?:function|invoke)>")
 _KEYED = re.compile(r"<arg_key>\s*([^<>]+?)\s*(?:</\w+>\s*)?<arg_value>(.*?)(?=</?arg_|\Z)", re.S)
 _HEADED = re.compile(rf"(?:function<｜tool▁sep｜>)?([\w.:-]+)\s*(?:{SEPARATOR}\s*)?(?=\{{)")
+_QUOTE = '<|"|>'
 _QUOTED = re.compile(r"<\|\"\|>(.*?)<\|\"\|>|<escape>(.*?)<escape>", re.S)
 """Texts as Gemma quotes them."""
-_PREFIXED = re.compile(rf"{PREFIX}(.+?)(?::\d+)?")
+_BRACKET = re.compile(r"[{}\[\]<>\"]")
+_PREFIXED = re.compile(rf"{PREFIX}(.+?)(?::\d+|\.call)?")
+_GEMMA = re.compile(r"call:([\w.:-]+?)\{(.*)\}", re.DOTALL)
 
 Parser = Callable[[str, list[dict[str, Any]]], Any]
 """A parser of mlx-lm's: (text of a block, tools in OpenAI's form) -> one call or a list of them. It raises anything."""
@@ -96,7 +104,7 @@ def unmarked(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
     text = _bare(text)
     if not declared or len(text) > LONGEST:
         return []
-    for form in (_json, _tagged, _keyed, _headed, _python):
+    for form in (_json, _tagged, _keyed, _headed, _python, _unquoted):
         try:
             calls = [_fitting(call, declared) for call in form(text, declared)]
         except (ValueError, TypeError, LookupError, AttributeError, SyntaxError, RecursionError, MemoryError):
@@ -104,6 +112,11 @@ def unmarked(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
         if calls:
             return calls
     return []
+
+
+def is_marks(text: str) -> bool:
+    """Return whether a text consists of marks for calls, with nothing between them."""
+    return bool(text.strip()) and _MARKS.fullmatch(text) is not None
 
 
 def before_text(text: str, tools: Sequence[Tool]) -> tuple[list[ToolCall], str]:
@@ -203,18 +216,22 @@ def _tagged(text: str, declared: Mapping[str, Tool]) -> Iterator[tuple[str, Any]
     for name, inside in _TAGGED.findall(text):
         tool = declared[_name(name, declared)]
         properties = (tool.parameters or {}).get("properties") or {}
-        yield name, {key: _converted(value, properties.get(key)) for key, value in _TAG.findall(inside)}
+        if inside.lstrip().startswith("{"):
+            yield name, inside.strip()
+        else:
+            yield name, {key: _converted(value, properties.get(key)) for key, value in _TAG.findall(inside)}
 
 
 def _keyed(text: str, declared: Mapping[str, Tool]) -> Iterator[tuple[str, Any]]:
     """Yield (name, arguments) of a call whose keys and values are tags, as GLM's are."""
     name, mark, inside = text.partition("<arg_key>")
-    tool = declared[_name(name.strip(), declared)]
+    name = _bare(name)
+    tool = declared[_name(name, declared)]
     properties = (tool.parameters or {}).get("properties") or {}
     pairs = _KEYED.findall(mark + inside)
     if not pairs or len(pairs) != inside.count("<arg_value>"):
         raise _NoCall
-    yield name.strip(), {key: _converted(value, properties.get(key)) for key, value in pairs}
+    yield name, {key: _converted(value, properties.get(key)) for key, value in pairs}
 
 
 def _converted(text: str, schema: Any) -> Any:
@@ -260,6 +277,11 @@ def _python(text: str, declared: Mapping[str, Tool]) -> Iterator[tuple[str, Any]
 
 def _python_call(node: ast.Call, declared: Mapping[str, Tool]) -> tuple[str, Any]:
     name = ast.unparse(node.func)
+    if name == "print" and name not in declared:  # Gemma 3's way to see what a call returns
+        (inner,) = node.args
+        if not isinstance(inner, ast.Call):
+            raise _NoCall
+        return _python_call(inner, declared)
     arguments = {keyword.arg: _value(keyword.value) for keyword in node.keywords}
     if None in arguments:  # **kwargs
         raise _NoCall
@@ -269,6 +291,23 @@ def _python_call(node: ast.Call, declared: Mapping[str, Tool]) -> tuple[str, Any
         (key,) = schema.get("required") or schema["properties"]
         arguments = {key: _value(value), **arguments}
     return name, arguments
+
+
+def _unquoted(text: str, declared: Mapping[str, Tool]) -> Iterator[tuple[str, Any]]:
+    """Yield (name, arguments) of a call in Gemma 4's form whose texts lack their quotes: `call:find{city:New York}`.
+
+    It is certain where each key is one that the tool declares, and no value has brackets or quotes.
+    """
+    found = _GEMMA.fullmatch(text)
+    if found is None:
+        raise _NoCall
+    properties = (declared[_name(found[1], declared)].parameters or {})["properties"]
+    keys = "|".join(map(re.escape, properties))
+    parts = re.split(rf"(?:^|,)\s*({keys}):", found[2])
+    values = [part.strip().removeprefix(_QUOTE).removesuffix(_QUOTE) for part in parts[2::2]]
+    if parts[0].strip() or len(set(parts[1::2])) < len(values) or any(_BRACKET.search(value) for value in values):
+        raise _NoCall
+    yield found[1], {key: _converted(value, properties[key]) for key, value in zip(parts[1::2], values, strict=True)}
 
 
 def _parsed(text: str) -> ast.Module:

@@ -10,25 +10,22 @@ from mlx_overlay_server.chat.requests import Tool
 
 NAMES = ("name", "function", "tool", "tool_name", "function_name")
 """What models call the name of a tool in JSON."""
-_WRAPPERS = (
-    *("tool_call", "tool_calls", "tools", "function_call", "function_calls", "TOOLCALL", "seed:tool_call"),
-    *(
-        "minimax:tool_call",
-        "longcat_tool_call",
-        "|tool_call|",
-        "|/tool_call|",
-        "|python_tag|",
-        "|tool_call_start|",
-        "|tool_call_end|",
-    ),
-    *("|tool_calls_section_begin|", "|tool_calls_section_end|", "|tool_call_begin|", "|tool_call_end|"),
-    *("|tool_call", "tool_call|", "start_function_call", "end_function_call"),
-    *("｜tool▁calls▁begin｜", "｜tool▁calls▁end｜", "｜tool▁call▁begin｜", "｜tool▁call▁end｜"),
-)
+_WRAPPERS = """
+    tool_call tool_calls tools tool_use tool_sep TOOLCALL function_call function_calls
+    seed:tool_call minimax:tool_call longcat_tool_call atem:function_calls antml:function_calls
+    |tool_call| |/tool_call| |tool_call |function_call| tool_call| start_function_call end_function_call
+    |python_tag| |python_start| |python_end| |eom_id|
+    |tool_call_start| |tool_call_end| |tool_calls_section_begin| |tool_calls_section_end| |tool_call_begin|
+    |START_ACTION| |END_ACTION| |action_start| |plugin| |action_end| |tools_prefix| |tools_suffix|
+    ｜DSML｜function_calls ｜DSML｜tool_calls
+    ｜tool▁calls▁begin｜ ｜tool▁calls▁end｜ ｜tool▁call▁begin｜ ｜tool▁call▁end｜
+"""
 """Marks of other models' forms, which models write that have seen them."""
-_MARK = "|".join((rf"</?(?:{'|'.join(map(re.escape, _WRAPPERS))})>", r"\[/?TOOL_CALLS\]"))
-WRAPPER = rf"{_MARK}|```\w*"
-"""Pattern of what may stand around a call: marks, and the fences of code."""
+MARK = "|".join((rf"</?(?:{'|'.join(map(re.escape, _WRAPPERS.split()))})>", r"\[/?TOOL_CALLS\]", "```tool_code"))
+WRAPPER = rf"{MARK}|```\w*|functools(?=\s*\[)"
+"""Pattern of what may stand around a call: marks, the fences of code, and Phi's word before a list."""
+SPACE = r"(?:\w+:|｜DSML｜)?"
+"""Pattern of what models put before the names of tags."""
 SEPARATOR = r"(?:(?:\[CALL_ID\]\w+)?\[ARGS\]|:|<\|tool_call_argument_begin\|>|<｜tool▁sep｜>|```json)"
 """Pattern of what stands between a name and an object."""
 PREFIX = r"(?:call:)?(?:(?:functions|tools|default_api|google:mcp)[.:])?"
@@ -57,19 +54,20 @@ class Opening:
         name = "(?&name)"
         keys = "|".join(NAMES)
         quoted = rf"[\"']{name}[\"']"
-        envelope = r"(?:[\"']type[\"']\s*:\s*[\"']function[\"']\s*,\s*)?(?:[\"']?function[\"']?\s*:\s*\{\s*)?"
-        tag = rf"<(?:function|invoke)(?:=|\s+name=)\s*[\"']?{name}[\"']?\s*>"
+        before = r"(?:[\"'](?:type|id|tool_call_id)[\"']\s*:\s*[\"'][\w-]*[\"']\s*,\s*)?"
+        envelope = rf"{before}(?:[\"']?function[\"']?\s*:\s*\{{\s*)?"
+        tag = rf"<{SPACE}(?:function|invoke)(?:=|\s+name=)\s*[\"']?{name}[\"']?\s*>"
         heads = (
             rf"(?:\[\s*)?\{{\s*{envelope}[\"']?(?:{keys})[\"']?\s*:\s*{quoted}",
             rf"(?:\[\s*)?\{{\s*{quoted}\s*:\s*\{{",
-            rf"(?:\[\s*)?{name}\s*\(",
+            rf"(?:\[\s*)?(?:print\s*\(\s*)?{name}(?:\.call)?\s*\(",
             rf"{name}(?::\d+)?\s*(?:{SEPARATOR}\s*)?\{{",
-            rf"{name}\s*<arg_key>",
+            rf"{name}\s*(?:<tool_sep>\s*)?<arg_key>",
             tag,
         )
         head = "|".join(heads)
         self._pattern = regex.compile(rf"{known}(?:\s|{WRAPPER})*(?:{head})")
-        self._marked = regex.compile(rf"{known}(?:{tag}|(?:{_MARK})(?:\s|{WRAPPER})*(?:{head}))")
+        self._marked = regex.compile(rf"{known}(?:{tag}|(?:{MARK})(?:\s|{WRAPPER})*(?:{head}))")
 
     def may_follow(self, text: str) -> bool:
         """Return whether an answer that begins with a text, and what may come after it, can be a call."""

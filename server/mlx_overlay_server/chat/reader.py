@@ -93,7 +93,8 @@ class Reader:
             _ = self._detokenizer.last_segment
         self._stops = StopStrings(stop)
         self._least = min_tokens
-        has_header = has_marks and not is_call and (not is_formatted or bool(tools))  # else a grammar rules it out
+        # A grammar rules headers out, but for that of a call, and what goes on has its own already.
+        has_header = has_marks and not (is_call or continues_text) and (not is_formatted or bool(tools))
         self._name = (model.tokenizer.response_initial_state if has_header else None) or "normal"
         """The part that the last text belongs to: normal, reasoning, tool, or one that names the addressee."""
         if is_reasoning:
@@ -262,7 +263,9 @@ class Reader:
         if not text:
             return
         assert self._opening is not None  # noqa: S101 - nothing else holds text back
-        if is_cut and self._opening.is_part(text):
+        if (is_cut and self._opening.is_part(text)) or (
+            calls.is_marks(text) and (self._calls or self._name == "tool")  # marks around those of a call
+        ):
             return
         found, rest = ([], text) if is_cut else (calls.unmarked(text, self._tools), "")
         if not found and not is_cut:

@@ -1,6 +1,6 @@
-"""Coding agents: what each needs in its environment and its arguments to use a model of a server. Pure functions.
+"""What each coding agent needs in its environment and arguments to use a model of a server. Pure functions.
 
-Nothing is written to a file: an agent that is started without `launch` is as it was.
+Nothing is written to files, so an agent that is started without `launch` is not affected.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 PATIENCE_MS = 3 * 3_600_000
-"""Milliseconds that an agent waits: a long prompt on a slow machine is read for many minutes."""
+"""Milliseconds that an agent waits for an answer. A slow machine reads a long prompt for many minutes."""
 _COMPACT = 0.75
-"""The part of the context at which an agent sums up its conversation, which leaves room for the answer."""
+"""The part of the context that, once filled, makes an agent sum up its conversation. The rest is for the answer."""
 _CLAUDE_LEAST = 100_000
-"""The smallest window that Claude Code takes from CLAUDE_CODE_AUTO_COMPACT_WINDOW."""
+"""The smallest window that Claude Code accepts in CLAUDE_CODE_AUTO_COMPACT_WINDOW."""
 _CLAUDE_ANSWER = 20_000
-"""Tokens of an answer that Claude Code leaves room for at most, before it takes a percentage of what is left."""
+"""The most tokens of an answer that Claude Code reserves, before it takes a percentage of the rest."""
 
 
 class Endpoint(NamedTuple):
@@ -41,12 +41,12 @@ class Start:
     """How an agent is started."""
 
     arguments: list[str] = field(default_factory=list)
-    """Before those that the user gives."""
+    """The agent's arguments that come before those of the user."""
     environ: dict[str, str] = field(default_factory=dict)
     unset: tuple[str, ...] = ()
-    """Variables that would lead it elsewhere."""
+    """Variables to remove, because they would lead the agent to another server or model."""
     files: dict[str, str] = field(default_factory=dict)
-    """The text of files that are there while it runs, by the variable that names each."""
+    """Temporary files, which exist while the agent runs: the variable that names each -> its text."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class Agent:
 
     program: str
     context: int
-    """Tokens of context below which it is of no use: its own prompt takes a good part of them."""
+    """The least tokens of context with which it is useful. Its own prompt takes a good part of them."""
     install: str
     """The command that installs it."""
     start: Callable[[Endpoint], Start]
 
 
 def environment(start: Start, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the whole environment of an agent, but for its files."""
+    """Return the whole environment of an agent, except for the variables of its files."""
     return {name: value for name, value in environ.items() if name not in start.unset} | start.environ
 
 
@@ -75,19 +75,19 @@ def _claude(at: Endpoint) -> Start:
         "ANTHROPIC_BASE_URL": at.url,
         "ANTHROPIC_AUTH_TOKEN": at.api_key,
         "API_TIMEOUT_MS": str(PATIENCE_MS),
-        # Its watchdogs end streams that are silent for 5 minutes, and it does not count pings.
+        # Its watchdogs end streams that are silent for 5 minutes, and they do not count pings.
         "CLAUDE_STREAM_IDLE_TIMEOUT_MS": str(PATIENCE_MS),
-        # Another one ends agents of its own that work in the background, after 10 minutes without a message.
+        # Another watchdog ends its background agents after 10 minutes without a message.
         "CLAUDE_ASYNC_AGENT_STALL_TIMEOUT_MS": str(PATIENCE_MS),
         "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(at.answer),
         "CLAUDE_CODE_AUTO_COMPACT_WINDOW": str(max(at.context, _CLAUDE_LEAST)),
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     }
     if at.context < _CLAUDE_LEAST:
-        # As a percentage of a larger context: of its true one, it would keep 13,000 tokens free beside the answer.
+        # The percentage is of a larger context: of the true one, it would keep 13,000 tokens free beside the answer.
         percent = (at.context - at.answer) * 100 // (_CLAUDE_LEAST - min(at.answer, _CLAUDE_ANSWER))
         environ["CLAUDE_AUTOCOMPACT_PCT_OVERRIDE"] = str(max(1, percent))
-    else:  # of models that it does not know, it takes 200,000 tokens for the context
+    else:  # for models that it does not know, it assumes a context of 200,000 tokens
         environ["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] = str(at.context)
     return Start([], environ, unset=("ANTHROPIC_API_KEY", "CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX"))
 

@@ -1,4 +1,4 @@
-"""`mlx-omni-server bench`: how fast a model reads and answers on this machine, as a table to paste."""
+"""`mlx-omni-server bench`: measures how fast a model reads and answers on this machine, and prints a table to paste."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HEADER = ("streams", "prompt", "first token (median)", "first token (last)", "p
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Measure a model with the server that runs, or with one that runs for as long as this takes."""
+    """Measure a model with the running server, or with one that is started for it."""
     with ExitStack() as held:
         if options.url is not None or running():
             server = client(options)
@@ -44,7 +44,7 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def table(rounds: list[Round]) -> list[str]:
-    """Return the lines of a table in Markdown, which is also one to read in a terminal."""
+    """Return the lines of a table in Markdown, which can also be read in a terminal."""
     rows = [
         (
             str(each.streams),

@@ -1,4 +1,4 @@
-"""What commands ask of a running server, over HTTP."""
+"""The requests of commands to a running server, over HTTP."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from mlx_overlay_server.settings import API_KEY_VARIABLE, Settings
 DEFAULT_URL = f"http://{Settings().host}:{Settings().port}"
 _SECONDS = 30.0
 _NO_KEY = 401
-"""The status of an answer to a request whose key is missing or wrong."""
+"""The status of an answer to a request with a missing or a wrong key."""
 
 
 class Refused(OverlayError):
-    """The server refused a request; the message is its own."""
+    """The server refused a request. The message is the server's own."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -38,7 +38,7 @@ class Client:
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self.url = url
         self.api_key = api_key
-        # Never by a proxy: the server is on this machine, or on one that was named.
+        # Never through a proxy: the server is on this machine, or was named by its address.
         self._opener = build_opener(ProxyHandler({}))
 
     def get(self, path: str) -> Any:
@@ -72,7 +72,7 @@ class Client:
 
 
 def client(options: argparse.Namespace) -> Client:
-    """Return the server that a command is about. Raises OverlayError where none runs, or several do."""
+    """Return the server that a command is about. Raises OverlayError where none runs, or where several do."""
     api_key = options.api_key or os.environ.get(API_KEY_VARIABLE) or None
     if options.url is not None:
         try:
@@ -92,9 +92,10 @@ def client(options: argparse.Namespace) -> Client:
 
 
 def running() -> list[str]:
-    """Return the URLs of the servers that run here."""
+    """Return the URLs of this user's running servers."""
     found: list[str] = []
-    with suppress(OSError, OverlayError):  # where there are no sessions to trust, there is none of ours
+    # A folder of sessions that cannot be trusted has no server of this user's in it.
+    with suppress(OSError, OverlayError):
         found = [each.url for each in address.running(os.environ)]
     return found
 

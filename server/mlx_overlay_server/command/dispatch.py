@@ -1,4 +1,4 @@
-"""Runs one command: its module is imported here, and errors become exit codes here and nowhere else."""
+"""Runs one command. Its module is imported here, and only here errors become exit codes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mlx_overlay_server.command.output import say
 from mlx_overlay_server.command.parser import make_parser
 
 _TAKE_MORE = ("service", "launch")
-"""Commands that hand what follows `--` to another program."""
+"""Commands that pass what follows `--` on to another program."""
 _MODULES = {"ps": "resident", "stop": "resident", "config": "settings"}
-"""The modules of commands that have another name."""
+"""The modules of commands whose names differ from the commands'."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -27,10 +27,10 @@ def run(arguments: Sequence[str]) -> int:
     parser = make_parser(only=name)
     options = parser.parse_args(arguments[:split])
     options.more = list(arguments[split + 1 :])
-    signals.raise_stopped()  # a command that is ended tidies up
+    signals.raise_stopped()  # so that a command which is ended clears up
     try:
         if options.more and name not in _TAKE_MORE:
-            raise UsageError(f"{name} hands nothing on; leave out -- and the rest")
+            raise UsageError(f"{name} starts no other program; leave out -- and what follows it")
         module = import_module(f"mlx_overlay_server.command.{_MODULES.get(name, name)}")
         command: Callable[[argparse.Namespace], int] = getattr(module, name)
         status = command(options)
@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     except OverlayError as error:
         say(f"error: {error}")
         return 2 if isinstance(error, UsageError) else 1
-    except BrokenPipeError:  # `mlx-omni-server ls | head`
+    except BrokenPipeError:  # the reader has gone, as in `mlx-omni-server ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""`mlx-omni-server doctor`: problems with folders and cache, as `hf-overlay doctor` finds them, and with serving."""
+"""`mlx-omni-server doctor`: finds problems with folders and cache, as `hf-overlay doctor` does, and with serving."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from mlx_overlay_server.command.output import print_findings, say, size
 from mlx_overlay_server.settings import API_KEY_VARIABLE
 
 _SECONDS = 120
-"""Seconds that MLX may take to be imported."""
+"""Seconds that importing MLX may take."""
 _ROOM = """
 from mlx_overlay_server import memory
 from mlx_overlay_server.engine.mlx import machine
 print(memory.shares(machine()).weights)
 """
-"""A program that prints the bytes that the weights of models may take on this machine."""
+"""A program that prints how many bytes the weights of models may take on this machine."""
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """Print each problem with what to do about it; the exit code is 1 where there is any."""
+    """Print each problem with what to do about it. The exit code is 1 if there is any."""
     catalog = models.catalog(options)
     findings = [*overlay.examine(catalog, os.environ), *_engine(models.listed(catalog)), *_servers(options)]
     if not findings and not options.json:
@@ -37,7 +37,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def _engine(found: Sequence[Model]) -> Iterator[Finding]:
-    """MLX, and the models that it cannot hold."""
+    """Yield problems with MLX, and models that are too large for this machine."""
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-c", _ROOM], capture_output=True, text=True, check=False, timeout=_SECONDS
@@ -65,7 +65,7 @@ def _engine(found: Sequence[Model]) -> Iterator[Finding]:
 
 
 def _servers(options: argparse.Namespace) -> Iterator[Finding]:
-    """The servers that run here, and how they fare."""
+    """Yield problems of the running servers."""
     api_key = options.api_key or os.environ.get(API_KEY_VARIABLE) or None
     for url in [options.url] if options.url else running():
         try:

@@ -1,4 +1,4 @@
-"""`mlx-omni-server key`: API keys with names, of which the configuration file holds nothing but the hash."""
+"""`mlx-omni-server key`: makes API keys with names. The configuration file holds only their hashes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PREFIX = "mlx-"
 
 
 def key(options: argparse.Namespace) -> int:
-    """Make a key, or list those there are."""
+    """Make a key, or list the existing ones."""
     file = configfile.read(os.environ)
     keys = configuration.parse(file).keys
     return _add(options, file, keys) if options.action == "add" else _ls(options, file, keys)
@@ -45,7 +45,7 @@ def _add(options: argparse.Namespace, file: ConfigFile, keys: tuple[Key, ...]) -
     text = "\n".join(lines) + "\n"
     before = file.text or ""
     added = text if not before or before.endswith("\n") else f"\n{text}"
-    configuration.parse(configfile.parse(file.path, before + added))  # it must still be a good file
+    configuration.parse(configfile.parse(file.path, before + added))  # the file must still be valid afterwards
     _append(Path(file.path), added)
     say(f"this is the key {name!r}, shown this once; its hash is in {file.path}")
     print(made)
@@ -53,7 +53,7 @@ def _add(options: argparse.Namespace, file: ConfigFile, keys: tuple[Key, ...]) -
 
 
 def _append(path: Path, text: str) -> None:
-    """Add to the end of a file, and to nothing else in it. Raises OverlayError."""
+    """Append lines to a file. Nothing else in it changes. Raises OverlayError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:

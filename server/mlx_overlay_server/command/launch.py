@@ -1,7 +1,7 @@
-"""`mlx-omni-server launch AGENT`: a coding agent that uses a model of this machine.
+"""`mlx-omni-server launch AGENT`: starts a coding agent that uses a model of this machine.
 
-A server is started unless one runs, a model is chosen that is able to do the work, and the agent gets what it needs in
-its own environment.
+It starts a server unless one runs, chooses a model that is suited, and gives the agent what it needs in its own
+environment.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _SUGGESTED = (
     (6e9, "mlx-community/Qwen3-8B-4bit"),
     (0, "mlx-community/Qwen3-4B-Instruct-2507-4bit"),
 )
-"""Models that call tools well, by the bytes of memory for weights that they take, the largest first."""
+"""Models that call tools well, by the bytes of memory that their weights take, largest first."""
 _UNKNOWN_CONTEXT = 32_000
-"""The context of a model that is named by the user, and of which nobody knows it."""
+"""The context that is assumed for a model which the user has named, where nobody knows it."""
 
 
 class Candidate(NamedTuple):
-    """A model of the server, and what an agent may want to know of it."""
+    """A model of the server, with what an agent needs to know about it."""
 
     id: str
     context: int | None
@@ -46,7 +46,7 @@ class Candidate(NamedTuple):
     calls_tools: bool
 
     def why_not(self, agent: Agent) -> str | None:
-        """Return why an agent cannot use it; None when it can."""
+        """Return why an agent cannot use the model; None when it can."""
         if not self.calls_tools:
             return "its chat template has no tools"
         if self.context is None:
@@ -84,14 +84,14 @@ def _server(options: argparse.Namespace, held: ExitStack) -> Client:
 
 
 def _run(command: list[str], environ: dict[str, str]) -> int:
-    """Run a program in the foreground, whose signals are its own."""
-    # A handler that does nothing, and not SIG_IGN, which the program would inherit.
+    """Run a program in the foreground. Signals are left to it."""
+    # a handler that does nothing; the program would inherit SIG_IGN
     before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         process = subprocess.Popen(command, env=environ)
         try:
             status = process.wait()
-        except KeyboardInterrupt:  # SIGTERM: whoever ends the command ends the agent
+        except KeyboardInterrupt:  # SIGTERM, to end the command, ends the agent
             process.terminate()
             status = process.wait()
     finally:
@@ -100,7 +100,7 @@ def _run(command: list[str], environ: dict[str, str]) -> int:
 
 
 def _model(server: Client, agent: Agent, wanted: str | None) -> Candidate:
-    """Return the model that an agent gets: the one that is wanted, or the best that is able. Raises OverlayError."""
+    """Return the model for an agent: the wanted one, or the best that is suited. Raises OverlayError."""
     entries = server.get("/manage/v1/models")["models"]
     found = [_candidate(each) for each in entries if each["state"] != "away" and each["kind"] == "text"]
     if wanted is not None:
@@ -130,7 +130,7 @@ def _none(found: list[Candidate], agent: Agent) -> str:
 
 
 def _suggestion(server: Client) -> str:
-    """Return a model that fits in the server's memory."""
+    """Return a model that fits into the server's memory."""
     uses = server.get("/manage/v1/status")["memory"]["uses"]
     room = next((each["limit"] for each in uses if each["use"] == "weights"), None) or 0
     return next(id_ for least, id_ in _SUGGESTED if room >= least)

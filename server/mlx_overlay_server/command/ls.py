@@ -1,4 +1,4 @@
-"""`mlx-omni-server ls`: the models that requests can name."""
+"""`mlx-omni-server ls`: lists the models that requests can name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures a server over HTTP: how long streams wait for their first token, and how fast they read and answer."""
+"""Measures a server over HTTP: the time to the first token, and the speed of reading and answering."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from hf_overlay import OverlayError
 from mlx_overlay_server.command.client import Client, Refused
 
 SECONDS = 3600.0
-"""Longest wait for the next part of a stream."""
+"""The longest wait for the next part of a stream."""
 _WORDS = ("time", "year", "people", "way", "day", "thing", "life", "child", "world", "school", "family", "country")
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One stream as its client saw it. Times are in seconds since it was sent."""
+    """One stream, as its client saw it. Times are in seconds since the request was sent."""
 
     first: float
-    """Its first token."""
+    """When its first token came."""
     last: float
     prompt: int
     """Tokens of its prompt."""
@@ -37,24 +37,24 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Some streams at once."""
+    """The figures of some streams that ran at once."""
 
     streams: int
     prompt: int
     """Tokens of the longest prompt."""
     first_p50: float
     first_max: float
-    """Seconds until the first token."""
+    """The longest time to a first token, in seconds."""
     prefill: float
-    """Tokens of all prompts per second, until the last stream has its first token."""
+    """Tokens of all prompts per second, until the last stream had its first token."""
     decode: float
-    """Tokens of one stream per second, from its first to its last, the median."""
+    """Tokens per second of one stream, from its first token to its last; the median of all streams."""
     total: float
-    """Tokens of all answers per second, from the first to the last of all."""
+    """Tokens of all answers per second, from the first token of all to the last."""
 
 
 def measured(server: Client, model: str, streams: int, *, prompt_tokens: int, tokens: int) -> Round:
-    """Run some streams at once, with prompts that no cache has. Raises OverlayError."""
+    """Run some streams at once, with prompts that are in no cache. Raises OverlayError."""
     done: list[Stream] = []
     failed: list[OverlayError] = []
 
@@ -75,7 +75,7 @@ def measured(server: Client, model: str, streams: int, *, prompt_tokens: int, to
 
 
 def summary(done: Sequence[Stream]) -> Round:
-    """Return what some streams that were sent at once add up to."""
+    """Return the figures of some streams that ran at once."""
     first = [each.first for each in done]
     spans = [
         (each.tokens - 1) / (each.last - each.first) for each in done if each.tokens > 1 and each.last > each.first
@@ -94,12 +94,12 @@ def summary(done: Sequence[Stream]) -> Round:
 
 
 def _prompt(tokens: int) -> str:
-    """Return a text of about so many tokens, of which no other begins alike: words of one token each."""
+    """Return a text of about so many tokens that begins like no other one: words of one token each."""
     return " ".join([f"{random.getrandbits(64):x}", *random.choices(_WORDS, k=max(1, tokens - 16))])  # noqa: S311
 
 
 def _stream(server: Client, model: str, prompt: str, tokens: int) -> Stream:
-    """Run one stream to its end. Raises Refused, or OverlayError where it breaks off."""
+    """Run one stream to its end. Raises Refused, and OverlayError where it breaks off."""
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     headers = {"Content-Type": "application/json"}

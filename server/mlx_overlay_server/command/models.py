@@ -1,4 +1,4 @@
-"""The models that a command's options name: the folders, the cache, and what is in them."""
+"""Finds the models in the folders and caches that a command's options name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_overlay.config import Settings
 
 
 def settings(options: argparse.Namespace) -> Settings:
-    """Return where models are, as serving with the same options would find them. Raises UsageError."""
+    """Return where models are, as serving with the same options would look for them. Raises UsageError."""
     return config.load(
         options.model_paths,
         os.environ,

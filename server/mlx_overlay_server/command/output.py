@@ -1,4 +1,4 @@
-"""How commands print: data to stdout, everything else to stderr, nothing that could steer a terminal."""
+"""Output of commands: results on stdout, everything else on stderr, without control characters of terminals."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["is_terminal", "print_findings", "print_json", "print_table", "say", 
 
 
 def say(text: str) -> None:
-    """Tell a person something: one line on stderr."""
+    """Print one line for a person on stderr."""
     print(f"{PROGRAM}: {printable(text)}", file=sys.stderr)
 
 
 def is_terminal() -> bool:
-    """Return whether a person sees stderr change as it is written."""
+    """Return whether a person watches stderr on a terminal."""
     return sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""The command line of `mlx-omni-server`: its commands and their options beside those for serving."""
+"""The command line of `mlx-omni-server`: its commands with their options, beside the options for serving."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TEXTS = {
 }
 
 AGENTS = ("claude", "codex", "opencode", "aider")
-"""What `launch` starts."""
+"""The help about the agents that `launch` starts."""
 
 _LAUNCH_EXAMPLES = """\
 What follows -- are arguments of the agent. A server is started where none runs, and ends with the agent. None of your
@@ -49,8 +49,9 @@ examples:
 def make_parser(only: str = "", *, with_options: bool = True) -> argparse.ArgumentParser:
     """Return the parser of the whole command line, for `main` and for shell completion.
 
-    `only` names the one command whose options to make; empty: serving, and all of them. Without `with_options`, the
-    commands are just named, as in the help for serving: their options take longer to make than all else.
+    `only` names the one command whose options are made; empty: those of serving and of all commands. Without
+    `with_options`, commands are only named, as in the help for serving, because making their options takes longer than
+    everything else.
     """
     parser = argparse.ArgumentParser(prog=options.PROGRAM) if only else options.make_parser()
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands beside serving")
@@ -185,4 +186,4 @@ _OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "launch": _launch,
     "completion": _completion,
 }
-"""What adds the options of each command to its parser."""
+"""The functions that add each command's options to its parser."""

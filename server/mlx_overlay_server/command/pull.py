@@ -1,6 +1,6 @@
-"""`mlx-omni-server pull`: a model from the Hub into the real Hugging Face cache, never into a user's folder.
+"""`mlx-omni-server pull`: downloads a model from the Hub into the real Hugging Face cache, never into a user's folder.
 
-A download that was stopped is continued by the next one: files that are complete are not fetched again.
+After a download that was stopped, files that are complete are not fetched again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mlx_overlay_server.progress import Bar
 
 
 def pull(options: argparse.Namespace) -> int:
-    """Download a model unless it is here, and print the folder that it is loaded from."""
+    """Download a model unless it is here, and print the folder from which it is loaded."""
     model = _here(options)
     if was_here := model is not None:
         say(f"{options.id} is here already")
@@ -65,13 +65,13 @@ def _download(options: argparse.Namespace) -> None:
 
 
 async def _fetch(session: Session, model_id: str) -> int:
-    """Download a model as the server does, with a bar; returns its bytes. Raises OverlayError."""
+    """Download a model as the server does, with a bar, and return its bytes. Raises OverlayError."""
     total = 0
     async with children.running(
         "mlx_overlay_server.models.download",
         model_id,
         environ=session.environment,
-        inherit=(session.owner_fd,),  # if this process is killed, the download goes on, and needs its tree
+        inherit=(session.owner_fd,),  # the session's lock: should this process be killed, the download needs its tree
     ) as child:
         with Bar(model_id) as bar:
             async for line in child.lines():

@@ -1,4 +1,4 @@
-"""`mlx-omni-server ps` and `stop`: the models in the running server's memory."""
+"""`mlx-omni-server ps` and `stop`: list and unload models in the running server's memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mlx_overlay_server.names import resolved
 
 
 def ps(options: argparse.Namespace) -> int:
-    """List the models that are in memory or on their way there."""
+    """List the models that are in memory or being loaded."""
     server = client(options)
     models = server.get("/manage/v1/status")["models"]
     if options.json:

@@ -1,4 +1,4 @@
-"""`mlx-omni-server service`: the server started at login, by the units that `hf-overlay service --server` writes."""
+"""`mlx-omni-server service`: starts the server at login, by the units that `hf-overlay service --server` writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mlx-omni-server config`: the settings in force, each with the flag, variable or line that it comes from."""
+"""`mlx-omni-server config`: prints the settings in force, each with the flag, variable or line that it comes from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OF_THE_OVERLAY = ("model_path", "below", "exclude", "map")
 
 
 def config(options: argparse.Namespace) -> int:
-    """Print the settings that serving with the same options would have; of keys no more than that there are some."""
+    """Print the settings that serving with the same options would have. Of keys, only their existence is printed."""
     file = configfile.read(os.environ)
     given = places.in_force(
         options.model_paths, options.exclude, os.environ, file, below=options.below, maps=dict(options.maps)
@@ -50,7 +50,7 @@ def config(options: argparse.Namespace) -> int:
 
 
 def _shown(name: str, value: Any) -> Any:
-    """Return a setting's value for whoever may look over a shoulder."""
+    """Return a setting's value as it may be shown to anybody."""
     if isinstance(value, Key):
         return {"models": list(value.models) or "all", "rate": value.rate or "any"}
     if isinstance(value, Profile):
@@ -63,7 +63,7 @@ def _shown(name: str, value: Any) -> Any:
 
 
 def _lines(name: str, value: Any, origin: str) -> list[tuple[str, str, str]]:
-    """Return a setting as the lines of a table: one for each value."""
+    """Return the lines of a table for a setting: one for each of its values."""
     if isinstance(value, Mapping):
         value = [f"{key}={each}" for key, each in value.items()]
     values = value if isinstance(value, list) else [value]

@@ -1,4 +1,4 @@
-"""A server of a command's own, which runs for as long as the command does."""
+"""A server that a command starts, and that runs as long as the command does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LISTENING = " listening on "
 
 
 def folder_options(options: argparse.Namespace) -> list[str]:
-    """Return a command's options about folders as the server takes them."""
+    """Return a command's options about folders, as options for the server."""
     return [
         *(word for path in options.model_paths for word in ("--model-path", path)),
         *(word for path in options.below for word in ("--below", path)),
@@ -35,7 +35,7 @@ def folder_options(options: argparse.Namespace) -> list[str]:
 def server(options: argparse.Namespace, more: Sequence[str] = ()) -> Iterator[Client]:
     """Run a server on a free port of this machine, with a key that nobody else knows. Raises OverlayError.
 
-    Its log goes to a file that is gone with it; where it does not start, the last line is the error's.
+    Its log goes to a file that is removed with it. If it does not start, the log's last line is in the error.
     """
     key = secrets.token_urlsafe(16)
     command = [sys.executable, "-P", "-m", "mlx_overlay_server", "--port", "0", "--host", "127.0.0.1"]
@@ -46,7 +46,7 @@ def server(options: argparse.Namespace, more: Sequence[str] = ()) -> Iterator[Cl
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # Ctrl-C is for the command, which ends the server when it is done with it
+            start_new_session=True,  # Ctrl-C is for the command, which then ends the server
         )
         try:
             yield Client(_listening(process, log.fileno()), key)
@@ -59,7 +59,7 @@ def server(options: argparse.Namespace, more: Sequence[str] = ()) -> Iterator[Cl
 
 
 def _listening(process: subprocess.Popen[bytes], log: int) -> str:
-    """Return the URL of a server that begins to listen. Raises OverlayError where it does not."""
+    """Return the URL of a server once it listens. Raises OverlayError where it does not."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         ended = process.poll()

@@ -90,7 +90,7 @@ def _check_file(path: str, name: str) -> None:
             file.read(8)  # a disk that is gone fails here, where a load can be given up, and not on the engine's thread
         elif size > MAX_CONFIG_BYTES:
             raise Unsuitable(
-                f"{name} has {size / 2**20:.0f} MiB; more than {MAX_CONFIG_BYTES >> 20} is no configuration"
+                f"{name} has {size / 2**20:.0f} MiB; a file that is not weights may have {MAX_CONFIG_BYTES >> 20}"
             )
 
 
@@ -124,7 +124,11 @@ def _usable(found: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Any]]:
             yield name, value
         else:
             logger.warning(
-                "%s/generation_config.json: %s is ignored: not a number from %g to %g", path, name, least, most
+                "%s/generation_config.json: %s is ignored, because it is not a number from %g to %g",
+                path,
+                name,
+                least,
+                most,
             )
 
 
@@ -133,5 +137,5 @@ def end_tokens(value: Any, path: Path) -> int | list[int] | None:
     ids = value if isinstance(value, list) else [value]
     if value is None or all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in ids):
         return value  # type: ignore[no-any-return]
-    logger.warning("%s: eos_token_id is ignored: not token ids", path)
+    logger.warning("%s: eos_token_id is ignored, because it is not a token id or a list of them", path)
     return None

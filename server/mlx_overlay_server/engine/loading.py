@@ -21,7 +21,7 @@ from mlx_lm.processors import load_processor
 from mlx_lm.utils import load_adapters, load_model, sharded_load
 
 from mlx_overlay_server.chat.loaded import Loaded, context_length
-from mlx_overlay_server.engine import folder, looking, mlx, tokenizers, vision
+from mlx_overlay_server.engine import folder, looking, mlx, mlx_tokenizers, tokenizers, vision
 from mlx_overlay_server.engine.commands import Load, ReadTokenizer
 from mlx_overlay_server.engine.disk.identity import identity
 from mlx_overlay_server.engine.prefix_cache import PrefixCache
@@ -80,7 +80,7 @@ def load(
         yield from turns(seeing, options.load_seconds)
         if result(seeing, options):
             model, config = vision.load(command.path)
-            logger.info("%s: runs by mlx-vlm, which its images need: one request after the other, not in a batch", path)
+            logger.info("%s runs with mlx-vlm, for images: it answers one request after the other, not a batch", path)
         else:
             model, config = load_model(path, lazy=True, trust_remote_code=options.trust_remote_code)
         if command.adapter_path is not None:
@@ -108,8 +108,8 @@ def load(
         path=command.path,
         tokenizer=read.tokenizer,
         marks=read.marks,
-        detokenizer=partial(mlx.detokenizer, read.tokenizer),
-        make_grammar_tokenizer=partial(mlx.grammar_tokenizer, read.tokenizer, vocab_size),
+        detokenizer=partial(mlx_tokenizers.detokenizer, read.tokenizer),
+        make_grammar_tokenizer=partial(mlx_tokenizers.grammar_tokenizer, read.tokenizer, vocab_size),
         letter=read.letter,
         whole=read.whole,
         longest_token=read.longest_token,
@@ -139,7 +139,9 @@ def load(
         options,
         prefixes,
         fits=lambda context: cost.tokens(context, limit),
-        look=looking.look(config, mlx.cost(looking.vision_shape(config))),
+        look=looking.look(
+            config, mlx.cost(looking.vision_shape(config)), whole=mlx.cost(config) if is_seeing else Cost()
+        ),
         group=group,
     )
 
@@ -244,8 +246,8 @@ def _check_quantised(models: Iterable[Any], options: EngineOptions) -> None:
 def _no_room(nbytes: int, kv: KvSize, shares: Shares) -> Unavailable:
     needed = (nbytes + kv.nbytes(LEAST_TOKENS + GROWTH)) / 1e9
     return Unavailable(
-        f"the model needs {needed:.2f} GB, for its weights and one sequence of {LEAST_TOKENS} tokens; there are "
-        f"{shares.held / 1e9:.2f} GB; {advice()}",
+        f"the model needs {needed:.2f} GB, for its weights and one sequence of {LEAST_TOKENS} tokens, and "
+        f"may have {shares.held / 1e9:.2f} GB; {advice()}",
         code="model_too_large",
     )
 

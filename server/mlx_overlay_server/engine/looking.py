@@ -22,6 +22,8 @@ class Look(NamedTuple):
     """Pixel values that make one patch."""
     cost: Cost = Cost()
     """Of a pass over the patches of one image."""
+    whole: Cost = Cost()
+    """Of the pass over the prompt, for models that may have to read it at once; nothing for others."""
 
     def takes(self, size: int, images: Iterable[Any]) -> Images:
         """Return what the images of a prompt of `size` tokens take; `images` are NumPy arrays of pixel values."""
@@ -31,20 +33,20 @@ class Look(NamedTuple):
             if self.patch:
                 count = math.prod(image.shape[:-3]) if image.ndim > 3 else 1
                 patches = image.size // count // self.patch
-                looking += count * (self.cost.token * patches + self.cost.pair * patches**2)
-        return Images(kept=self.token * size, looking=looking)
+                looking += count * self.cost.nbytes(patches)
+        return Images(kept=self.token * size, looking=max(looking, self.whole.nbytes(size)))
 
 
 NO_LOOK = Look()
 """Of a model that sees nothing."""
 
 
-def look(config: Mapping[str, Any], cost: Cost) -> Look:
-    """Return what a model takes to look at images. `cost`: of a pass of its part for images, as `mlx.cost` has it."""
+def look(config: Mapping[str, Any], cost: Cost, *, whole: Cost) -> Look:
+    """Return what a model takes to look at images. `cost` and `whole` are those of `Look`, as `mlx.cost` has them."""
     text, vision = (_part(config, name) for name in ("text_config", "vision_config"))
     hidden = _number({**config, **text}, "hidden_size")
     side, frames = _number(vision, "patch_size", "spatial_patch_size"), _number(vision, "temporal_patch_size")
-    return Look(hidden * _NUMBER, _CHANNELS * side * side * max(1, frames), cost)
+    return Look(hidden * _NUMBER, _CHANNELS * side * side * max(1, frames), cost, whole)
 
 
 def vision_shape(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -87,6 +87,10 @@ class Batch:
         """Read up to so many tokens of each prompt, but for its last token. Returns BatchGenerator's responses."""
         return self._advance(tokens)
 
+    def expect(self, sequences: int) -> None:
+        """Note how many sequences generate when all prompts that wait are read: there is room for them from then on."""
+        self._rows.expected = min(sequences, self._rows.most)
+
     def begin(self) -> list[Any]:
         """Let the prompts that are read but for their last tokens generate. Returns BatchGenerator's responses."""
         return [part for part in self._advance(0) if part.end_of_prompt]
@@ -108,9 +112,8 @@ class Batch:
 
     def settle(self) -> None:
         """Let the batch take no more memory than it must, when nobody holds the KV caches of sequences that left it."""
-        if self._is_smaller:
-            self._is_smaller = False
-            self._rows.settle()
+        self._rows.settle(is_smaller=self._is_smaller)
+        self._is_smaller = False
 
     def current(self, uid: int) -> int:
         """Return the token that a sequence drew in the step before, for the logits processors that a step calls.
@@ -156,33 +159,52 @@ class _PromptBatch(PromptProcessingBatch):  # type: ignore[misc]
 
 
 class _Rows(GenerationBatch):  # type: ignore[misc]
-    """The sequences of a batch that generate. As far as memory allows, there is room for more of them."""
+    """The sequences of a batch that generate. Where memory is plenty, there is room for more of them."""
 
     most: int
     """Sequences that there ever are."""
+    expected: int = 0
+    """Sequences that there will be soon."""
 
     def extend(self, batch: Any) -> None:
         if not self.prompt_cache:
             batch.prompt_cache = roomy(batch.prompt_cache)
-        rows = len(self) + len(batch)
-        for layer in with_room(self.prompt_cache) if _has_memory(self.prompt_cache, times=3) else ():
-            if layer.capacity < rows:
-                layer.resize(min(2 * rows, self.most))
+        self._make_room(len(self) + len(batch))
         super().extend(batch)
         _settle(self.prompt_cache)
 
+    def _make_room(self, rows: int) -> None:
+        """Make room for those that are expected, or at least for a quarter more, where so many rows are too many."""
+        layers = with_room(self.prompt_cache)
+        if not layers or rows <= layers[0].capacity:
+            return
+        wanted = min(max(self.expected, rows + rows // 4), self.most)
+        growth = wanted / layers[0].capacity  # beside which there must be two further copies, or `settle` would undo it
+        if _has_memory(self.prompt_cache, times=3 * growth - 1):
+            for layer in layers:
+                layer.resize(wanted)
+
     def filter(self, keep: list[int]) -> None:
         super().filter(filled(keep))
+        if not keep:
+            self._current_tokens = None  # or those of the last step would stay
+            self._current_logprobs: list[Any] = []
 
-    def settle(self) -> None:
-        """Let the sequences take no more memory than they must, when nobody holds the KV caches of those that left."""
+    def settle(self, *, is_smaller: bool) -> None:
+        """Let the sequences take no more memory than they must.
+
+        `is_smaller`: whether others have left, whose KV caches nobody holds any more.
+        """
+        is_short = not _has_memory(self.prompt_cache, times=2)
+        rows = len(self) if is_short else max(len(self), self.expected)
         for layer in with_room(self.prompt_cache):
-            if layer.is_too_large:
-                layer.resize(layer.rows)
-        _settle(self.prompt_cache)
+            if layer.is_too_large(rows) or (is_short and layer.has_room):
+                layer.resize(rows)
+        if is_smaller:
+            _settle(self.prompt_cache)
 
 
-def _has_memory(cache: Cache, *, times: int) -> bool:
+def _has_memory(cache: Cache, *, times: float) -> bool:
     """Return whether memory has room for so many further copies of a KV cache."""
     nbytes: int = sum(layer.nbytes for layer in cache)
     return mx.get_active_memory() + times * nbytes <= mx.get_memory_limit()
@@ -197,12 +219,9 @@ def _settle(cache: Cache) -> None:
     if _has_memory(cache, times=2):
         return
     for leaf in leaves(cache):
-        if isinstance(leaf, RoomyKVCache):
-            if leaf.has_room:
-                leaf.resize(leaf.rows)
-            continue
         for name in ("keys", "values"):
-            if isinstance(array := getattr(leaf, name, None), mx.array):
+            array = getattr(leaf, name, None)
+            if isinstance(array, mx.array) and not isinstance(leaf, RoomyKVCache):  # which does so by itself
                 setattr(leaf, name, mx.contiguous(array))  # the tokens without those that were longer
                 del array
                 mx.eval(getattr(leaf, name))

@@ -49,10 +49,9 @@ class RoomyKVCache(BatchKVCache):  # type: ignore[misc]
         """Whether the arrays could be smaller."""
         return self.rows < self.capacity or self._idx + self.step < self.keys.shape[2]
 
-    @property
-    def is_too_large(self) -> bool:
-        """Whether most of the arrays is room: of the rows, or of the tokens beyond those that every cache has."""
-        return 3 * self.rows < self.capacity or 2 * (self._idx + self.step) < self.keys.shape[2]
+    def is_too_large(self, rows: int) -> bool:
+        """Return whether the arrays have far more rows than so many, or far more tokens than there are."""
+        return 3 * rows < self.capacity or 2 * (self._idx + self.step) < self.keys.shape[2]
 
     def resize(self, rows: int, *, before: int = 0, after: int = 1) -> None:
         """Move to arrays with so many rows, and room for more tokens `before` and `after` those that there are.

@@ -13,6 +13,8 @@ _MARGIN = 0.9
 """Share of the time that a pass is planned to take: the next may be slower than the last."""
 _HALF_CONTEXT = 8192
 """Tokens after which a pass may read half of the most: attention takes memory for each that comes before."""
+_PAYS = 5
+"""A pass may take so many times as long as one over a single token, even where that is longer than is wanted."""
 _BAND = 1024
 """Contexts that are within so many tokens of each other, or twice as long at most, count as equally slow."""
 
@@ -68,12 +70,12 @@ class Pace:
 
         Where decoding takes more than half of the time that is wanted, as many sequences do on a slow machine, reading
         takes as long as decoding: else each prompt would be read in many small passes, with a decoding step for each.
-        Likewise a pass takes three times as long as the smallest would, however long that is: a third is not for its
-        tokens, but for going through the model's weights.
+        Likewise a pass takes several times as long as the smallest would, however long that is: as much as the
+        smallest is not for its tokens, but for going through the model's weights.
         """
         if not is_decoding:
             return 4 * self._wanted
-        return max(self._wanted - self._decode, self._decode, 3 * self._least)
+        return max(self._wanted - self._decode, self._decode, _PAYS * self._least)
 
     def _rate(self, band: int) -> float | None:
         """Return the rate of a band of contexts: its own, or half of the next shorter one's."""

@@ -5,9 +5,12 @@ A process in a container is ended when its control group has used what that may 
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _UNLIMITED = 1 << 60
 """Limits from here on are none: version 1 of control groups writes them so."""
@@ -21,19 +24,50 @@ class Group(NamedTuple):
     """What it may still take, files that the system only keeps in memory for later not counted as taken."""
 
 
+class _Statistics(ctypes.Structure):
+    """Numbers of pages, as macOS gives them: `vm_statistics64` of <mach/vm_statistics.h>, the rest without names."""
+
+    _fields_ = [
+        ("free", ctypes.c_uint32),
+        ("active", ctypes.c_uint32),
+        ("inactive", ctypes.c_uint32),
+        ("wired", ctypes.c_uint32),
+        ("rest", ctypes.c_uint32 * 34),
+    ]
+
+
+_HOST_VM_INFO64 = 4
+"""Of <mach/host_info.h>."""
+
+
 def limit(root: Path = Path("/")) -> int | None:
     """Return how many bytes the control groups of this process may have; None: as many as the machine has."""
     return min((group.limit for group in _groups(root)), default=None)
 
 
 def free(root: Path = Path("/")) -> int | None:
-    """Return how many bytes can be taken now without another program's memory being paged out; None: nobody knows."""
+    """Return how many bytes can be taken now without memory being paged out that programs use; None: nobody knows."""
+    if sys.platform == "darwin":
+        return mac_free(ctypes.CDLL(None), os.sysconf("SC_PAGE_SIZE"))
     known = [group.free for group in _groups(root)]
     for line in _lines(root / "proc/meminfo"):
         name, _, rest = line.partition(":")
         if name == "MemAvailable":
             known.append(int(rest.split()[0]) * 1024)
     return min(known, default=None)
+
+
+def mac_free(library: Any, page: int) -> int | None:
+    """Return the same on macOS: what nobody has, and what nobody has used lately.
+
+    `library` is the C library, `page` the bytes of a page.
+    """
+    statistics = _Statistics()
+    count = ctypes.c_uint32(ctypes.sizeof(statistics) // 4)
+    host = library.mach_host_self()
+    if library.host_statistics64(host, _HOST_VM_INFO64, ctypes.byref(statistics), ctypes.byref(count)):
+        return None
+    return int(statistics.free + statistics.inactive) * page
 
 
 def _groups(root: Path) -> Iterator[Group]:

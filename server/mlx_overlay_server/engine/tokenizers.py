@@ -18,7 +18,7 @@ from mlx_lm.generate import make_text_state_machine
 from mlx_lm.utils import load_tokenizer
 
 from mlx_overlay_server.chat.loaded import Loaded
-from mlx_overlay_server.engine import mlx
+from mlx_overlay_server.engine import mlx_tokenizers
 from mlx_overlay_server.engine.failures import Unreadable
 
 
@@ -36,7 +36,7 @@ class AnswerTokenizer:
     json: str | None
     """The tokenizer as JSON of the tokenizers library; None where it is written in another way."""
     _detokenizer: Any
-    """The detokenizer that `mlx.own_detokenizer` returned."""
+    """The detokenizer that `mlx_tokenizers.own_detokenizer` returned."""
     _whole: Any = None
     """The whole tokenizer, where there is no `json`."""
 
@@ -85,7 +85,7 @@ def read_here(path: str, options: Mapping[str, Any], end_tokens: Any) -> Read:
 
 def described(tokenizer: Any) -> Read:
     """Describe a tokenizer that mlx-lm has read; `tokenizer` of the result is the whole one."""
-    has_own_calls = mlx.prepare_tokenizer(tokenizer)
+    has_own_calls = mlx_tokenizers.prepare_tokenizer(tokenizer)
     return Read(
         b"",
         tokenizer,
@@ -99,8 +99,8 @@ def described(tokenizer: Any) -> Read:
 def cut(read: Read) -> Read:
     """Return the same with only the part for answers in `tokenizer`, and the whole one pickled in `whole`."""
     tokenizer = read.tokenizer
-    inner = mlx.backend(tokenizer)
-    json = None if inner is None else mlx.plain_json(inner)
+    inner = mlx_tokenizers.backend(tokenizer)
+    json = None if inner is None else mlx_tokenizers.plain_json(inner)
     part = AnswerTokenizer(
         len(tokenizer),
         set(tokenizer.eos_token_ids),
@@ -109,7 +109,7 @@ def cut(read: Read) -> Read:
         tokenizer.tool_parser,
         tokenizer.response_initial_state,
         json,
-        mlx.own_detokenizer(tokenizer),
+        mlx_tokenizers.own_detokenizer(tokenizer),
         tokenizer if json is None else None,
     )
     return read._replace(tokenizer=part, whole=pickle.dumps(tokenizer, pickle.HIGHEST_PROTOCOL))
@@ -149,7 +149,7 @@ def with_whole(model: Loaded, tokenizer: Any) -> Loaded:
     return replace(
         model,
         tokenizer=tokenizer,
-        detokenizer=partial(mlx.detokenizer, tokenizer),
-        make_grammar_tokenizer=partial(mlx.grammar_tokenizer, tokenizer, model.vocab_size),
+        detokenizer=partial(mlx_tokenizers.detokenizer, tokenizer),
+        make_grammar_tokenizer=partial(mlx_tokenizers.grammar_tokenizer, tokenizer, model.vocab_size),
         whole=b"",
     )

@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from mlx_overlay_server.encoding.loaded import AnyLoaded
 from mlx_overlay_server.engine.admission import Admission
 from mlx_overlay_server.engine.commands import (
     Cancel,
@@ -31,22 +30,19 @@ from mlx_overlay_server.engine.commands import (
     Unload,
     is_last,
 )
-from mlx_overlay_server.engine.failures import failure, first_line, is_late, load_failure, no_memory
-from mlx_overlay_server.engine.loads import path_of
+from mlx_overlay_server.engine.failures import failure, first_line, is_late, no_memory
+from mlx_overlay_server.engine.incoming import Incoming, Reports
 from mlx_overlay_server.engine.outbox import Outbox
-from mlx_overlay_server.errors import PromptTooLong, ServerError, Unavailable
+from mlx_overlay_server.errors import PromptTooLong, Unavailable
 from mlx_overlay_server.imports import UNUSED, left_out
 from mlx_overlay_server.memory import GROWTH, SPARE, Shares, shares
 from mlx_overlay_server.settings import EngineOptions
 
 if TYPE_CHECKING:
-    from mlx_overlay_server.engine.encoding.runner import EncodingRunner
+    from mlx_overlay_server.engine.incoming import AnyRunner
     from mlx_overlay_server.engine.prefix_cache import PrefixCache
     from mlx_overlay_server.engine.ranks import Ranks
     from mlx_overlay_server.engine.restoring import Restoring
-    from mlx_overlay_server.engine.runner import Runner
-
-    AnyRunner = Runner | EncodingRunner
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -70,7 +66,7 @@ GROWTH_STEPS = 64
 """Steps between two looks at whether running sequences have grown into the memory of kept KV caches."""
 
 
-class Handle(Protocol):
+class Handle(Reports, Protocol):
     """Where commands come from and results go. Its methods may be called from the engine's thread."""
 
     options: EngineOptions
@@ -79,9 +75,6 @@ class Handle(Protocol):
     def take(self, seconds: float) -> list[Command]: ...
     def wake(self) -> None: ...
     def post(self, items: list[tuple[int, Item]], stats: Stats) -> None: ...
-    def reading(self, key: str) -> AbstractContextManager[None]: ...
-    def has_read(self, key: str, nbytes: int) -> None: ...
-    def settle(self, key: str, result: AnyLoaded | ServerError) -> None: ...
     def end(self, reason: str) -> None: ...
     def finish(self) -> None: ...
 
@@ -97,11 +90,7 @@ class Worker:
         self._commands: deque[Command] = deque()
         """Commands that were taken and not carried out yet."""
         self._runners: dict[str, AnyRunner] = {}
-        self._loading: dict[str, Iterator[AnyRunner | int | None]] = {}
-        self._coming: dict[str, int] = {}
-        """Key of each load that waits for memory or goes on -> the bytes of its weights."""
-        self._begun: set[str] = set()
-        """Keys of the loads that do not wait for memory any more."""
+        self._incoming = Incoming(engine)
         self._owner: dict[int, str] = {}
         """Each sequence's id -> the key of its model."""
         self._steps = self._failures = 0
@@ -134,7 +123,7 @@ class Worker:
             logger.error("the engine has failed: %s", reason)
             self._engine.end(reason)
         self._runners.clear()
-        self._loading.clear()
+        self._incoming.clear()
         self._engine.finish()
         if self._restoring is not None:
             self._restoring.tier.close(DISK_SECONDS)
@@ -202,9 +191,9 @@ class Worker:
                 return False
             self._apply(command)
         self._admit()
-        for key, steps in list(self._loading.items()):
+        for key in self._incoming:
             if self._may_load(key):
-                self._go_on_loading(key, steps)
+                self._go_on_loading(key)
         others = self._taken() - self._prefixes.nbytes + self._admission.running_bytes
         self._prefixes.bound(self._held - others)  # what is kept of a sequence that ends is copied while it is there
         for key, runner in list(self._runners.items()):
@@ -219,7 +208,7 @@ class Worker:
 
     def _seconds(self) -> float:
         """Return how many seconds the next turn may wait for commands. Empties MLX's pool when that is due."""
-        has_waiting = bool(self._commands or self._loading or self._admission.waiting)
+        has_waiting = bool(self._commands or self._incoming or self._admission.waiting)
         if has_waiting or any(runner.is_busy for runner in self._runners.values()):
             self._worked_at = self._clock()
             return 0
@@ -239,10 +228,9 @@ class Worker:
 
     def _apply(self, command: Command) -> None:
         if isinstance(command, Load):
-            self._loading[command.key] = self._load(command)
-            self._coming[command.key] = command.nbytes
+            self._incoming.add(command.key, self._load(command), command.nbytes)
         elif isinstance(command, Unload):
-            if self._forget_load(command.key):  # nobody waits for it any more
+            if self._incoming.drop(command.key):  # nobody waits for it any more
                 self._clear_memory()
             if (runner := self._runners.pop(command.key, None)) is not None:
                 ids = self._forget(command.key)
@@ -307,8 +295,7 @@ class Worker:
             self._owner[command.id] = command.key
             self._wait(command)
             return
-        images = runner.images(command)
-        fits = runner.loaded.kv.tokens(self._held - self._weights - sum(images))
+        fits = runner.loaded.kv.tokens(self._held - self._weights - runner.images(command).kept)
         room = 1 << 62 if fits is None else fits - GROWTH
         size = len(command.prompt)
         if size >= room:
@@ -339,7 +326,7 @@ class Worker:
 
     def _pause(self) -> None:
         """Where answers have outgrown the memory, take it from kept KV caches, then from sequences that began last."""
-        taken = self._taken() - sum(nbytes for key, nbytes in self._coming.items() if key not in self._begun)
+        taken = self._weights + self._incoming.begun_bytes + self._prefixes.nbytes
         if excess := self._admission.excess(taken):
             before = self._prefixes.nbytes
             self._prefixes.free(excess)
@@ -364,23 +351,17 @@ class Worker:
 
     def _taken(self) -> int:
         """Return the bytes of weights, those that are coming included, and of kept KV caches."""
-        return self._weights + sum(self._coming.values()) + self._prefixes.nbytes
+        return self._weights + self._incoming.nbytes + self._prefixes.nbytes
 
     def _may_load(self, key: str) -> bool:
         """Return whether a load may go on. It waits until sequences leave it memory; meanwhile none begins in that."""
-        if key not in self._begun:
+        if not self._incoming.has_begun(key):
             if excess := self._admission.excess(self._taken()):
                 self._prefixes.free(excess)
             if self._admission.has_begun and self._admission.excess(self._taken()):
                 return False
-            self._begun.add(key)
+            self._incoming.begin(key)
         return True
-
-    def _forget_load(self, key: str) -> bool:
-        """Forget a load that has ended. Returns whether there was one."""
-        self._coming.pop(key, None)
-        self._begun.discard(key)
-        return self._loading.pop(key, None) is not None
 
     def _load(self, command: Load) -> Iterator[AnyRunner | int | None]:
         if command.task != "text":
@@ -393,30 +374,19 @@ class Worker:
         options = command.tuning.applied(self._options)
         return load(command, options, self._ranks.group, self._prefixes, self._memory, read)
 
-    def _go_on_loading(self, key: str, steps: Iterator[AnyRunner | int | None]) -> None:
+    def _go_on_loading(self, key: str) -> None:
         """Load one slice of a model; sequences of other models go on between slices."""
         try:
-            with self._engine.reading(key):
-                made = next(steps)
+            made = self._incoming.step(key)
         except (Exception, SystemExit) as error:  # loading runs the model's code; some of mlx-lm's calls sys.exit
             if is_late(error):
                 raise
-            self._end_load(key, error)
+            self._incoming.fail(key, error)
             self._clear_memory()
             return
-        if isinstance(made, int):
-            self._engine.has_read(key, made)
-        elif made is not None:
-            self._forget_load(key)
+        if made is not None:
             self._runners[key] = made
             self._engine.settle(key, made.loaded)
-
-    def _end_load(self, key: str, error: BaseException) -> None:
-        """Give up a load because of an error."""
-        self._forget_load(key)
-        path = path_of(key)
-        logger.warning("cannot load %s: %s", path, str(error).strip() or type(error).__name__)
-        self._engine.settle(key, load_failure(error, path))
 
     def _step(self, key: str, runner: AnyRunner) -> None:
         self._steps += 1
@@ -452,8 +422,8 @@ class Worker:
         for runner in self._runners.values():
             runner.reset()
         if is_late(error):
-            for key in list(self._loading):
-                self._end_load(key, error)
+            for key in self._incoming:
+                self._incoming.fail(key, error)
             for key in self._runners:
                 self._prefixes.drop(key)
             mlx.drain()

@@ -186,7 +186,7 @@ class Library:
             raise Unavailable(str(error), field="model", code="model_away") from None
         except hf_overlay.IncompleteModel as error:
             logger.warning("%s", error)
-            message = f"{model_id} is here, but incomplete: {error.problem}"
+            message = f"{model_id} is here, but cannot be loaded: {error.problem}"
             raise Unavailable(message, field="model", code="model_incomplete") from None
         except hf_overlay.ModelNotFound as error:
             near = f"; did you mean {error.near}?" if error.near is not None else ""

@@ -170,16 +170,16 @@ class Pool:
         Raises Conflict for a model that requests use. With `force`, they end with an error instead.
         """
         if (users := self._users[model_id]) and not force:
-            requests = "1 request uses" if users == 1 else f"{users} requests use"
+            requests = "1 request" if users == 1 else f"{users} requests"
             raise Conflict(
-                f"{requests} {model_id}, or waits for it; stop that first, or unload it with `force`", code="model_busy"
+                f"{model_id} is in use by {requests}; stop them first, or unload it with `force`", code="model_busy"
             )
         self.unpin(model_id)
         if (load := self._loads.get(model_id)) is not None:
             load.is_given_up = True
             self._cancel(load)
         if (resident := self._resident.get(model_id)) is not None:
-            self._unload(resident, "as asked")
+            self._unload(resident, "by hand")
             self._admit()
 
     def pin(self, model_id: str) -> None:
@@ -238,7 +238,7 @@ class Pool:
             return await asyncio.shield(load.task)
         except asyncio.CancelledError:
             if load.task.cancelled() and load.is_given_up:
-                raise Unavailable(f"the load of {model_id} was given up, as asked", code="model_unloaded") from None
+                raise Unavailable(f"the load of {model_id} was cancelled by hand", code="model_unloaded") from None
             if load.task.cancelled():
                 raise Unavailable("the server is shutting down") from None
             raise
@@ -369,7 +369,7 @@ class Pool:
         """Cancel loads that nobody waits for, to make room for the model `other`."""
         for load in list(self._loads.values()):
             if load.has_room and load.number in numbers:
-                logger.info("gave up loading %s, which nobody waits for (room for %s)", load.id, other)
+                logger.info("cancelled the load of %s, which nobody waits for, to make room for %s", load.id, other)
                 self._cancel(load)
 
     def _drop_if_outdated(self, resident: Resident) -> None:

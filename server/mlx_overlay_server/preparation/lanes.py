@@ -255,7 +255,9 @@ class Lanes:
         if not was_killed:
             logger.error("a preparation process ended with status %d", status)
             if work is not None and not work.result.done():
-                work.result.set_exception(Failed("the request could not be prepared", code="internal_error"))
+                work.result.set_exception(
+                    Failed("the request could not be prepared; the server's log says why", code="internal_error")
+                )
 
     # How many processes there are.
 
@@ -300,7 +302,9 @@ class Lanes:
             if not self._processes:
                 for work in (*self._quick, *self._slow):
                     if not work.result.done():
-                        work.result.set_exception(Failed("the server cannot prepare requests", code="internal_error"))
+                        work.result.set_exception(
+                            Failed("the server cannot prepare requests; its log says why", code="internal_error")
+                        )
                 self._quick.clear()
                 self._slow.clear()
                 return

@@ -48,7 +48,7 @@ def test_an_encoder_embeds_or_ranks(model_type: str, models: Path) -> None:
     found = _found(models, "m", {"model_type": model_type, "architectures": ["XModel"]})
     assert isinstance(found, Model)
     assert found.task == "embedding"
-    if model_type == "nomic_bert":
+    if model_type in ("gte", "nomic_bert"):
         return
     ranks = _found(models, "r", {"model_type": model_type, **HEAD, **ONE})
     assert isinstance(ranks, Model)
@@ -151,16 +151,24 @@ def test_embedding_gemma_has_its_projections_in_folders_or_among_its_weights(
 
 
 @pytest.mark.parametrize(
-    ("config", "why"),
+    ("model_type", "config", "why"),
     [
-        ({"auto_map": {"AutoModel": "x.Y"}, "activation_function": "swiglu", "num_experts": None}, None),
-        ({"num_experts": 8}, "num_experts '8'"),
-        ({"prenorm": True}, "prenorm 'True'"),
-        ({**HEAD, **ONE}, "nomic-bert that ranks"),
+        ("nomic_bert", {"auto_map": {"AutoModel": "x.Y"}, "activation_function": "swiglu", "num_experts": None}, None),
+        ("nomic_bert", {"num_experts": 8}, "num_experts '8'"),
+        ("nomic_bert", {"prenorm": True}, "prenorm 'True'"),
+        ("nomic_bert", {**HEAD, **ONE}, "nomic_bert that ranks"),
+        ("gte", {"auto_map": {"AutoModel": "x.Y"}, "position_embedding_type": "rope", "rope_scaling": None}, None),
+        ("gte", {"rope_parameters": {"rope_type": "default", "rope_theta": 160000.0}}, None),
+        ("gte", {"rope_parameters": {"rope_type": "dynamic"}}, "positions of type 'dynamic'"),
+        ("gte", {"rope_scaling": {"type": "ntk", "factor": 8.0}}, "rope_scaling"),
+        ("gte", {"position_embedding_type": "absolute"}, "position_embedding_type 'absolute'"),
+        ("gte", {"hidden_act": "mish"}, "'mish'"),
     ],
 )
-def test_which_nomic_bert_is_taken(config: dict[str, Any], why: str | None, models: Path) -> None:
-    found = _found(models, "m", {"model_type": "nomic_bert", "architectures": ["NomicBertModel"], **config})
+def test_which_encoders_with_rotary_positions_are_taken(
+    model_type: str, config: dict[str, Any], why: str | None, models: Path
+) -> None:
+    found = _found(models, "m", {"model_type": model_type, "architectures": ["XModel"], **config})
     assert isinstance(found, Model) == (why is None)
     assert why is None or (isinstance(found, Reject) and why in found.reason.text)
 

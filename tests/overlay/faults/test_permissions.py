@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hf_overlay
 import pytest
+from hf_overlay.gateway.hub import Hub, Unavailable
 from huggingface_hub import scan_cache_dir
 
 from tests.overlay.faults.seen import CACHED, WEIGHTS, ids, loaded, opened, refused, said, scanned
@@ -48,6 +49,8 @@ def test_an_unreadable_folder_is_said_once_each_time_and_hides_itself_alone(
                 assert said(caplog) == []
                 assert ids(session) == scanned(session) == others
                 assert loaded(session, "org/open")
+                if inner != "group":
+                    assert isinstance(Hub(session).find(inner), Unavailable), "P2: it would be downloaded instead"
             session.refresh()
             assert ids(session) == everything
             assert said(caplog) == []
@@ -83,7 +86,7 @@ def test_an_unreadable_file_that_must_be_read_hides_its_model_alone(models: Path
     lay_model(models / "org/open")
     with closed(models / "org/closed" / name), hf_overlay.open_session([models]) as session:
         assert ids(session) == scanned(session) == ["org/open"]
-        with pytest.raises(hf_overlay.ModelNotFound, match="cannot be read: permission denied"):
+        with pytest.raises(hf_overlay.IncompleteModel, match="cannot be read: permission denied"):
             session.resolve("org/closed")
 
 

@@ -66,6 +66,8 @@ def test_they_lead_to_one_file(session: Path, hub: Path) -> None:
         assert shared(hub) == [ONE, TWO]
     lines = [f"{repo_folder(repo_id)}/blobs/{ETAG}\n" for repo_id in (ONE, TWO)]
     assert (hub / f"blobs/0f/{XET}.refs").read_text() == "".join(lines)
+    for beside in ("refs", "lock"):
+        assert (hub / f"blobs/0f/{XET}.{beside}").stat().st_mode & 0o777 == 0o666, "all users of a cache write there"
     assert (hub / f"blobs/0f/{XET}").stat().st_nlink == 1
     assert (hub / f"blobs/0f/{XET}").stat().st_mode & 0o777 in (0o400, 0o444)
 
@@ -149,6 +151,17 @@ def test_what_a_client_is_at_waits(session: Path, hub: Path, lock: str, monkeypa
         share(session, hub)
         assert ONE not in shared(hub)
     share(session, hub)
+    assert shared(hub) == [ONE, TWO]
+
+
+def test_a_lock_that_is_held_for_a_moment_is_waited_for(
+    session: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (hub / "blobs/0f").mkdir()
+    with (hub / f"blobs/0f/{XET}.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        monkeypatch.setattr(time, "sleep", lambda _seconds: held.close())
+        share(session, hub)
     assert shared(hub) == [ONE, TWO]
 
 

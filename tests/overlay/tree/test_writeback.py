@@ -16,10 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hf_overlay import config
+from hf_overlay import config, keeping
 from hf_overlay.catalog.catalog import Catalog
 from hf_overlay.patience import NoAnswer, Patience
 from hf_overlay.session import Session
+from hf_overlay.tree import writeback
 from hf_overlay.tree.clear import Cleared, clear_dead
 from hf_overlay.tree.lease import Lease, sessions_folder
 from hf_overlay.tree.writeback import bring_home
@@ -507,6 +508,62 @@ def in_memory() -> str | None:
 
 def no_room() -> BaseException:
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("how", [no_room, Killed], ids=["no room", "killed"])
+def test_a_copy_that_is_cut_never_has_its_files_name(
+    disk: Disk, how: Callable[[], BaseException], dead: Dead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between volumes, in the middle of the bytes."""
+    with dead.written() as hub:
+        add_repo(hub, "org/m", {"model.safetensors": b"weights"})
+    blob = dead.repo("org/m") / "blobs" / etag("model.safetensors", b"weights")
+
+    def cut(_fd: int) -> None:
+        raise how()
+
+    apart = tuple(str(tmp_path / name) for name in ("sessions", "home"))
+    with monkeypatch.context() as patch, disk.breaking(tmp_path, volumes=apart), suppress(Killed):
+        patch.setattr(writeback, "_PIECE_BYTES", 3)
+        patch.setattr(os, "fsync", cut)
+        dead.clear()
+    assert not blob.exists(), "P4 is broken: half of a file is in the cache"
+    with disk.breaking(tmp_path, volumes=apart):
+        dead.clear()
+    assert blob.read_bytes() == b"weights", "P3 is broken"
+    assert dead.held()[b"weights"] == 1
+
+
+def test_no_folder_is_made_where_a_drive_belongs(dead: Dead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hide the drive when that comes."""
+    with dead.written() as hub:
+        add_repo(hub, "org/m", {"config.json": CONFIG})
+    monkeypatch.setattr(keeping, "_DRIVE", f"{tmp_path}/media/[^/]+")
+    stuck = bring_home(str(dead.left()[0]), f"{tmp_path}/media/drive/hub")
+    assert [f"{tmp_path}/media/drive, which is not there" in why for why in stuck.values()] == [True]
+    assert not (tmp_path / "media").exists()
+    dead.clear()
+    assert dead.held()[CONFIG] == 1
+
+
+def test_a_revision_of_which_the_bytes_are_home_and_the_links_are_not_stays_for_the_next_start(
+    dead: Dead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_repo(dead.hub, "org/m", {"other.json": b"{}"}, commit=OTHER)
+    with dead.written() as hub:
+        (hub / "models--org--m").unlink()  # as `hf cache rm` does from 1.32 on
+        add_repo(hub, "org/m", {"config.json": CONFIG}, commit=MAIN)
+
+    def fail(*_: object) -> None:
+        raise no_room()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "symlink", fail)
+        (cleared,) = dead.clear()
+    assert cleared.kept, "the links of the revision are worth keeping"
+    dead.clear()
+    assert (dead.repo("org/m") / f"snapshots/{MAIN}/config.json").read_bytes() == CONFIG
+    assert dead.left() == []
 
 
 @pytest.mark.parametrize("volumes", [(), ("sessions", "home")], ids=["one volume", "two volumes"])

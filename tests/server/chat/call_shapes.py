@@ -65,6 +65,7 @@ SHAPES = [
     Shape("another model's marks", f"<function_call>{_OSLO}</function_call>", [OSLO]),
     Shape("the prompt's marks", f"<tools>\n{_OSLO}\n</tools>", [OSLO]),
     Shape("Mistral's mark", f"[TOOL_CALLS][{_OSLO}]", [OSLO]),
+    Shape("Phi's word", f"functools[{_OSLO}]", [OSLO]),
     Shape("Llama's mark", '<|python_tag|>{"name": "weather", "parameters": {"city": "Oslo"}}', [OSLO]),
     # Several at once.
     Shape("a list in a block", _block(f"[{_OSLO}, {_NOW}]"), [OSLO, NOW]),
@@ -154,6 +155,56 @@ def _kimi(*names: str, end: str = "<|tool_calls_section_end|>") -> str:
     return f"<|tool_calls_section_begin|>{''.join(map(_KIMI.format, names))}{end}"
 
 
+_DSML = '<｜DSML｜{0}>\n<｜DSML｜invoke name="weather">\n<｜DSML｜parameter name="city" string="true">Oslo</｜DSML｜parameter>\n<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜{0}>'
+
+OF_OTHERS = [
+    Shape("DeepSeek 3.2", f"I look.\n\n{_DSML.format('function_calls')}", [THREE], "I look.\n\n"),
+    Shape("DeepSeek 4", _DSML.format("tool_calls"), [THREE]),
+    Shape("DeepSeek 3.2, an object", '<｜DSML｜invoke name="weather">\n{"city": "Oslo"}\n</｜DSML｜invoke>', [OSLO]),
+    Shape("Gemma 3", '```tool_code\nprint(default_api.weather(city="Oslo"))\n```', [OSLO]),
+    Shape(
+        "Gemma 3, after text", 'I look.\n```tool_code\n[weather(city="Oslo"), clock()]\n```', [OSLO, NOW], "I look.\n"
+    ),
+    Shape("Llama 3.1", '<function=weather>{"city": "Oslo"}</function><|eom_id|>', [OSLO]),
+    Shape("Llama 3.1, its own tools", '<|python_tag|>weather.call(city="Oslo")', [OSLO]),
+    Shape("Llama 4", '<|python_start|>[weather(city="Oslo", days=3)]<|python_end|>', [THREE]),
+    Shape(
+        "Command R7B",
+        '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "weather", "parameters": {"city": "Oslo"}}\n]<|END_ACTION|>',
+        [OSLO],
+    ),
+    Shape("Phi 4", f"<|tool_call|>[{_OSLO}]<|/tool_call|>", [OSLO]),
+    Shape("Granite", f"<|tool_call|>[{_OSLO}]", [OSLO]),
+    Shape(
+        "InternLM",
+        'I look.<|action_start|><|plugin|>\n{"name": "weather", "parameters": {"city": "Oslo"}}<|action_end|>',
+        [OSLO],
+        "I look.",
+    ),
+    Shape("Apertus", '<|tools_prefix|>[{"weather": {"city": "Oslo"}}, {"clock": {}}]<|tools_suffix|>', [OSLO, NOW]),
+    Shape("GigaChat", f"<|function_call|>{_OSLO}", [OSLO]),
+    Shape(
+        "Hunyuan",
+        "<tool_calls>\n<tool_call>weather<tool_sep>\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call>\n</tool_calls>",
+        [OSLO],
+    ),
+    Shape("Olmo", '<function_calls>\nweather(city="Oslo")\nclock()\n</function_calls>', [OSLO, NOW]),
+    Shape(
+        "Seed",
+        "<seed:tool_call>\n<function=weather>\n<parameter=city>Oslo</parameter>\n</function>\n</seed:tool_call>",
+        [OSLO],
+    ),
+    Shape(
+        "Muse",
+        '<atem:function_calls>\n<atem:invoke name="weather">\n<atem:parameter name="city">Oslo</atem:parameter>\n</atem:invoke>\n</atem:function_calls>',
+        [OSLO],
+    ),
+    # What is none.
+    Shape("a mark that is talked about", "The tag is <tools>", [], "The tag is <tools>"),
+    Shape("print of something else", "print(1)", [], "print(1)"),
+]
+"""Answers in the forms of other models, for which the model's own marks were never taught."""
+
 OF_PARSERS = {
     "qwen3_coder": [
         Shape("no closing mark of the only parameter", _block("<function=weather>\n<parameter=city>\nOslo\n</function>"), [OSLO]),
@@ -194,7 +245,12 @@ OF_PARSERS = {
         Shape("spaces", f"<|tool_call>call:weather{{city: {_QUOTE}Oslo{_QUOTE}, days: 3}}<tool_call|>", [THREE]),
         Shape("a prefix", f"<|tool_call>call:google:mcp:weather{{city:{_QUOTE}Oslo{_QUOTE}}}<tool_call|>", [OSLO]),
         Shape("no opening mark", f"call:weather{{city:{_QUOTE}Oslo{_QUOTE}}}<tool_call|>", [OSLO]),
-        Shape("text without quotes", "<|tool_call>call:weather{city:Oslo}<tool_call|>", [], "call:weather{city:Oslo}"),
+        Shape("text without quotes", "<|tool_call>call:weather{city:Oslo}<tool_call|>", [OSLO]),
+        Shape("two without quotes", "<|tool_call>call:weather{city:New York, NY, days:3}<tool_call|>", [("weather", {"city": "New York, NY", "days": 3})]),
+        Shape("half its quotes", f"<|tool_call>call:weather{{city:{_QUOTE}Oslo}}<tool_call|>", [OSLO]),
+        Shape("brackets without quotes", "<|tool_call>call:weather{city:a}b}<tool_call|>", [], "call:weather{city:a}b}"),
+        Shape("one key twice", "<|tool_call>call:weather{city:a,city:b}<tool_call|>", [], "call:weather{city:a,city:b}"),
+        Shape("a key that the tool lacks", "<|tool_call>call:weather{town:Oslo}<tool_call|>", [], "call:weather{town:Oslo}"),
     ],
     "function_gemma": [
         Shape("a bracket in text", "<start_function_call>call:weather{city:<escape>a}b<escape>}<end_function_call>", [("weather", {"city": "a}b"})]),

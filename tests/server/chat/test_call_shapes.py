@@ -17,7 +17,7 @@ from mlx_overlay_server.chat.opening import Opening
 from mlx_overlay_server.chat.reader import Reader, Token
 from mlx_overlay_server.chat.requests import Tool
 
-from tests.server.chat.call_shapes import OF_PARSERS, OSLO, SHAPES, TOOLS, Shape
+from tests.server.chat.call_shapes import OF_OTHERS, OF_PARSERS, OSLO, SHAPES, TOOLS, Shape
 
 MARKS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
 _all = pytest.mark.parametrize("shape", SHAPES, ids=[shape.name for shape in SHAPES])
@@ -78,6 +78,20 @@ def _cut_anywhere(shape: Shape, model: Loaded, marks: Sequence[str], finish: Fin
         assert {name for name, _ in _calls(events)} <= declared, where
         names = [name for name, _ in _calls(events)]
         assert not shape.calls or names == [name for name, _ in shape.calls][: len(names)], where
+
+
+@pytest.mark.parametrize("shape", OF_OTHERS, ids=[shape.name for shape in OF_OTHERS])
+def test_a_call_in_another_model_s_form_is_read_and_shows_none_of_its_marks(shape: Shape, model: Loaded) -> None:
+    for size in (*range(1, len(shape.says), 3), len(shape.says)):
+        reader, is_whole = Reader(model, tools=TOOLS), size == len(shape.says)
+        events = [event for byte in shape.says[:size].encode() for event in reader.feed([Token(byte)])]
+        events += reader.feed([], "stop" if is_whole else "length")
+        calls, text = _calls(events), _joined(events, Text)
+        if is_whole:
+            assert (calls, text) == (shape.calls, shape.text)
+        elif shape.calls:
+            text = text.rstrip("<`")  # one letter is no mark yet
+            assert (calls, shape.text.startswith(text)) == (shape.calls[: len(calls)], True), shape.says[:size]
 
 
 @_all

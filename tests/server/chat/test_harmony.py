@@ -14,7 +14,7 @@ from mlx_overlay_server.chat.events import FinishReason, Reasoning, Text, ToolCa
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.reader import Reader, Token
 from mlx_overlay_server.chat.requests import Tool
-from mlx_overlay_server.engine import mlx
+from mlx_overlay_server.engine import mlx_tokenizers
 
 from tests.server.chat.call_shapes import OSLO, THREE, TOOLS
 
@@ -52,7 +52,7 @@ def speaking(model: Loaded) -> Loaded:
     tokenizer = copy.deepcopy(model.tokenizer)
     known: set[str] = set(tokenizer.get_vocab())  # type: ignore[attr-defined]
     tokenizer.add_tokens(sorted(harmony.TOKENS - known), special_tokens=True)  # type: ignore[attr-defined]
-    assert mlx.prepare_tokenizer(tokenizer)
+    assert mlx_tokenizers.prepare_tokenizer(tokenizer)
     return replace(model, tokenizer=tokenizer, marks=make_text_state_machine(tokenizer))
 
 
@@ -80,6 +80,10 @@ def test_json_that_a_grammar_enforces_has_no_header(tools: Sequence[Tool], speak
     says = '{"url": "/mail?to=ann<b"}'
     reader = Reader(speaking, tools=tools, is_formatted=True)
     assert reader.feed(map(Token, says.encode()), "stop") == [Text(says)]
+
+
+def test_text_that_goes_on_has_its_header_already(speaking: Loaded) -> None:
+    assert Reader(speaking, continues_text=True).feed(map(Token, b" and so on")) == [Text(" and so on")]
 
 
 def test_a_call_ends_the_turn(speaking: Loaded) -> None:

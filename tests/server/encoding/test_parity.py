@@ -24,6 +24,7 @@ MODES = {
     "camembert": ("mean",),
     "distilbert": ("max",),
     "gemma3_text": ("mean",),
+    "gte": ("cls",),
     "modernbert": ("mean",),
     "mpnet": ("mean_sqrt_len_tokens",),
     "nomic_bert": ("mean",),
@@ -36,6 +37,7 @@ VECTORS = {
     "camembert": [[-0.10353, -0.1523, 0.04634, 0.15166], [-0.12121, -0.17368, 0.01575, 0.0298]],
     "distilbert": [[-0.08997, 0.31551, 0.19987, 0.32852], [-0.05811, 0.10156, 0.30992, 0.07018]],
     "gemma3_text": [[-0.0749, 0.10312, 0.0783, 0.54259], [0.21467, 0.10335, -0.28661, -0.10045]],
+    "gte": [[0.1274, -0.09962, 0.17395, -0.10476], [0.09726, -0.07379, 0.16151, -0.10329]],
     "modernbert": [[0.10018, 0.02541, -0.10702, -0.37724], [-0.31679, -0.02731, 0.06951, 0.15195]],
     "mpnet": [[0.01196, 0.21551, -0.21494, 0.34067], [-0.02396, 0.15937, 0.02453, 0.30594]],
     "nomic_bert": [[0.06674, -0.15244, 0.37141, -0.42024], [0.06634, -0.15562, 0.38582, -0.4258]],
@@ -64,6 +66,28 @@ def _sigmoid(row: Any) -> float:
 def test_vectors(model_type: str, tmp_path: Path) -> None:
     rows = embedded(make_encoder(tmp_path / "m", model_type, modes=MODES[model_type]), *TEXTS)
     np.testing.assert_allclose(rows[:, :4], VECTORS[model_type], atol=2e-5)
+
+
+def test_a_gte_with_the_names_that_transformers_gives_its_weights(tmp_path: Path) -> None:
+    folder = make_encoder(tmp_path / "m", "gte", modes=MODES["gte"])
+    made = {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        for old, new in OF_GTE:
+            name = name.replace(old, new)
+        joined = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "up_gate_proj": ("up_proj", "gate_proj")}
+        old, parts = next(((old, parts) for old, parts in joined.items() if f".{old}." in name), ("", ("",)))
+        for part, own in zip(parts, np.split(value, len(parts)), strict=True):
+            made[f"gte.{name.replace(old, part) if old else name}"] = np.ascontiguousarray(own)
+    save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
+    np.testing.assert_allclose(embedded(folder, *TEXTS)[:, :4], VECTORS["gte"], atol=2e-5)
+
+
+OF_GTE = (
+    ("encoder.layer.", "layers."),
+    (".attention.", ".self_attn."),
+    (".attn_ln.", ".post_attention_layernorm."),
+    (".mlp_ln.", ".post_mlp_layernorm."),
+)
 
 
 @pytest.mark.parametrize("model_type", SCORES)

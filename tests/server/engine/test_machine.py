@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_overlay_server.chat.requests import Params
+from mlx_overlay_server.engine import mlx, system
 from mlx_overlay_server.engine.commands import Load, Unload
 from mlx_overlay_server.engine.handle import Engine
 from mlx_overlay_server.engine.ranks import Ranks
@@ -108,6 +109,15 @@ def test_the_engine_says_how_the_memory_is_divided(mac: Mac) -> None:
     stage = Stage(EngineOptions(cache_bytes=10**9)).play(_nothing)
     assert stage.stats.memory is not None
     assert stage.stats.memory.prefixes == 10**9
+
+
+def test_on_a_mac_what_other_programs_leave_is_all_there_is(mac: Mac, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its GPU shares the memory with them; a card has its own."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(system, "free", lambda: 5 * 10**9)
+    assert mlx.reach() == mx.get_active_memory() + mx.get_cache_memory() + 5 * 10**9
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": "sm_90"})
+    assert mlx.reach() is None
 
 
 def test_a_smaller_limit_of_the_pool_stays(mac: Mac) -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import BatchKVCache, KVCache
-from mlx_overlay_server.engine.mlx_rows import filled, roomy
+from mlx_overlay_server.engine.mlx_rows import RoomyKVCache, filled, roomy
+from mlx_overlay_server.settings import EngineOptions
+
+from tests.support.models import make_random_model
+from tests.support.running import Running
 
 _NUMBERS = itertools.count(1)
 
@@ -43,7 +49,7 @@ _STEPS = st.one_of(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3), steps=st.lists(_STEPS, max_size=12))
 def test_rows_hold_what_was_put_into_them(lengths: list[int], steps: list[tuple[str, Any]]) -> None:
     first = _batch(lengths)
@@ -100,6 +106,28 @@ def test_one_that_joins_and_one_that_leaves_do_not_move_the_others() -> None:
     for _ in range(8):
         batch.extend(_batch([90]))
         mx.eval(batch.keys, batch.values)
+        left = batch.extract(3)
         batch.filter(filled([0, 1, 2, *range(4, batch.rows)]))
+        mx.eval(left.state)
         mx.eval(batch.keys, batch.values)
     assert mx.get_peak_memory() - before < batch.nbytes / 4
+
+
+def test_a_burst_has_room_made_for_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not for each that joins: the sequences before it would be copied each time."""
+    running = Running(make_random_model(tmp_path / "endless"), EngineOptions(prefill_step=64))
+    resized: list[int] = []
+    original = RoomyKVCache.resize
+
+    def resize(cache: RoomyKVCache, rows: int, **more: int) -> None:
+        resized.append(rows)
+        original(cache, rows, **more)
+
+    monkeypatch.setattr(RoomyKVCache, "resize", resize)
+    for number in range(20):
+        running.add([97 + number, *range(97, 97 + 29)], max_tokens=20 + number)
+    running.finish()
+    layers = len(running.runner._model.layers)
+    assert resized[:layers] == [20] * layers
+    assert len(resized) <= 4 * layers, "half of them have left, then half of those"
+    running.runner.close()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlx_overlay_server.engine import system
@@ -52,3 +55,30 @@ def test_without_a_container_what_the_machine_has_is_free(tmp_path: Path) -> Non
 
 def test_where_the_system_says_nothing_nothing_is_known(tmp_path: Path) -> None:
     assert (system.limit(tmp_path), system.free(tmp_path)) == (None, None)
+
+
+# Numbers such as a Mac with 16 GB has. The kernel counts speculative pages as free; `vm_stat` prints them apart.
+_PAGES = {"free": 28_048, "active": 367_417, "inactive": 358_731, "wired": 187_256}
+
+
+class _Library:
+    """The C library of macOS, as far as it is asked."""
+
+    def __init__(self, error: int = 0) -> None:
+        self._error = error
+
+    def mach_host_self(self) -> int:
+        return 2563
+
+    def host_statistics64(self, host: int, flavor: int, statistics: Any, count: Any) -> int:
+        assert (host, flavor, count._obj.value) == (2563, 4, 38), "38 numbers are what every macOS gives"
+        ctypes.memmove(statistics, struct.pack("=4I", *_PAGES.values()), 16)
+        return self._error
+
+
+def test_on_macos_what_nobody_has_used_lately_is_free() -> None:
+    assert system.mac_free(_Library(), 16384) == (28_048 + 358_731) * 16384
+
+
+def test_where_macos_says_nothing_nothing_is_known() -> None:
+    assert system.mac_free(_Library(error=5), 16384) is None

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import load
-from mlx_overlay_server.engine import mlx, tokenizers
+from mlx_overlay_server.engine import mlx_tokenizers, tokenizers
 from mlx_overlay_server.engine.failures import Unreadable, load_failure
 
 from tests.support.models import make_model
@@ -67,7 +67,7 @@ def test_the_part_says_what_the_whole_says(whole: Any, data: st.DataObject) -> N
     assert part.eos_token_ids == whole.eos_token_ids
     texts = []
     for tokenizer in (part, whole):
-        detokenizer = mlx.detokenizer(tokenizer)
+        detokenizer = mlx_tokenizers.detokenizer(tokenizer)
         texts.append("")
         for token in tokens:
             detokenizer.add_token(token)

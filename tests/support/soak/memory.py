@@ -19,7 +19,7 @@ from typing import NamedTuple
 import mlx.core as mx
 from mlx_overlay_server.chat.loaded import Loaded
 from mlx_overlay_server.chat.requests import Params
-from mlx_overlay_server.engine import mlx
+from mlx_overlay_server.engine import mlx, worker
 from mlx_overlay_server.engine.commands import Cancel, Command, Item, Load, Sampled, Submit, Unload
 from mlx_overlay_server.engine.disk import tier
 from mlx_overlay_server.engine.disk.store import rounded
@@ -186,10 +186,10 @@ def _sequence(stage: Stage, id_: int, key: str, draw: Random, prompts: list[tupl
 
 @contextmanager
 def _machine(usable: int, disk: Path) -> Iterator[None]:
-    """Let MLX say that there are so many bytes, and KV caches be kept in a folder."""
-    real, folder = mlx.machine, tier.folder
-    mlx.machine, tier.folder = lambda: Machine(usable), lambda: str(disk)
+    """Let MLX say that there are so many bytes, and KV caches be kept in a folder, however slow the disk is."""
+    real = mlx.machine, tier.folder, worker.DISK_SECONDS
+    mlx.machine, tier.folder, worker.DISK_SECONDS = lambda: Machine(usable), lambda: str(disk), 60.0
     try:
         yield
     finally:
-        mlx.machine, tier.folder = real, folder
+        mlx.machine, tier.folder, worker.DISK_SECONDS = real

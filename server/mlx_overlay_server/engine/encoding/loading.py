@@ -16,7 +16,7 @@ from mlx_overlay_server.chat.loaded import context_length
 from mlx_overlay_server.encoding.loaded import LoadedEncoder, Way
 from mlx_overlay_server.engine import mlx
 from mlx_overlay_server.engine.commands import Load
-from mlx_overlay_server.engine.encoding import bert, facts, gemma, modernbert, nomic
+from mlx_overlay_server.engine.encoding import bert, facts, gemma, modernbert, rotary
 from mlx_overlay_server.engine.encoding.causal import Causal
 from mlx_overlay_server.engine.encoding.facts import Facts
 from mlx_overlay_server.engine.encoding.pooling import Pooling
@@ -83,7 +83,7 @@ def _classes(config: dict[str, Any]) -> tuple[Any, Any]:
         return gemma.classes(config)
     if not _is_encoder(config):
         return mlx.headless_classes(config)
-    module: Any = {"modernbert": modernbert, "nomic_bert": nomic}.get(config["model_type"], bert)
+    module: Any = {"gte": rotary, "modernbert": modernbert, "nomic_bert": rotary}.get(config["model_type"], bert)
     return module.Model, module.ModelArgs
 
 
