@@ -125,6 +125,17 @@ def test_a_killed_sessions_download_comes_home_with_the_next_start(tier: Path, h
     assert not (hub / REPO / "refs").exists(), "the revision is not whole at home"
 
 
+def test_between_a_snapshot_and_a_tiers_file_is_a_link_of_ours(tier: Path, sessions: Path) -> None:
+    """P1: clients take the first link for the blob, and unlink what it leads to."""
+    with hf_overlay.open_session([], below=[tier]) as session:
+        (snapshot,) = (session.hub_cache / REPO / "snapshots").iterdir()
+        for file in snapshot.iterdir():
+            blob = Path(os.path.realpath(snapshot), os.readlink(file))
+            assert blob.is_symlink()
+            assert blob.parent.resolve().is_relative_to(session.path)
+            assert blob.resolve().is_relative_to(tier)
+
+
 def test_a_revision_that_a_client_deletes_is_back_with_the_next_refresh(tier: Path, hub: Path, sessions: Path) -> None:
     """As a user's folder is; the tier keeps it."""
     with hf_overlay.open_session([], below=[tier]) as session:

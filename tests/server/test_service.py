@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -28,6 +27,8 @@ from mlx_overlay_server.ticket import Ticket
 
 MODEL = "acme/plain"
 REQUEST = TextRequest(model=MODEL, prompts=("a", "b"))
+_NOTHING: Any = None
+LOADED = Loaded(MODEL, "/", _NOTHING, _NOTHING, _NOTHING, _NOTHING, 0, 0, None, {})
 
 
 class FakeReader:
@@ -67,11 +68,11 @@ class FakePool:
     """Has every model."""
 
     def model(self, _: str) -> AnyLoaded | None:
-        return cast("Loaded", SimpleNamespace(task="text"))
+        return LOADED
 
     @asynccontextmanager
     async def use(self, _: str) -> AsyncIterator[Loaded]:
-        yield cast("Loaded", None)
+        yield LOADED
 
 
 class SlowPool(FakePool):
@@ -80,7 +81,7 @@ class SlowPool(FakePool):
     @asynccontextmanager
     async def use(self, _: str) -> AsyncIterator[Loaded]:
         await asyncio.get_running_loop().create_future()
-        yield cast("Loaded", None)
+        yield LOADED
 
 
 class SlowPreparation:

@@ -260,8 +260,8 @@ def _as_dict(message: Message) -> dict[str, Any]:
     if message.reasoning:
         turn["reasoning_content"] = message.reasoning
     if message.calls:
-        if message.reasoning and not message.text:
-            turn["thinking"] = message.reasoning  # gpt-oss's name for it, which its template refuses beside a text
+        if message.reasoning and message.text:
+            turn["thinking"] = ""  # transformers gives reasoning this name, too, which gpt-oss's template refuses here
         turn["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
             for call in message.calls

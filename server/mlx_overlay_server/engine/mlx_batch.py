@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
 
 from mlx_overlay_server.engine.mlx import Cache, leaves
-from mlx_overlay_server.engine.mlx_rows import RoomyKVCache, filled, roomy, with_room
+from mlx_overlay_server.engine.mlx_rows import RoomyKVCache, filled, plain, roomy, with_room
 
 
 class Batch:
@@ -161,6 +161,7 @@ class _PromptBatch(PromptProcessingBatch):  # type: ignore[misc]
 class _Rows(GenerationBatch):  # type: ignore[misc]
     """The sequences of a batch that generate. Where memory is plenty, there is room for more of them."""
 
+    prompt_cache: Cache
     most: int
     """Sequences that there ever are."""
     expected: int = 0
@@ -169,9 +170,20 @@ class _Rows(GenerationBatch):  # type: ignore[misc]
     def extend(self, batch: Any) -> None:
         if not self.prompt_cache:
             batch.prompt_cache = roomy(batch.prompt_cache)
+        self._choose(batch)
         self._make_room(len(self) + len(batch))
         super().extend(batch)
+        if batch.prompt_cache is not self.prompt_cache:
+            batch.prompt_cache.clear()  # or what joins would be there twice until all of it is copied
         _settle(self.prompt_cache)
+
+    def _choose(self, batch: Any) -> None:
+        """Have no room where memory is short, before others join: arrays with room are there beside what joins them."""
+        both = (self, batch)
+        row = max(sum(layer.nbytes for layer in each.prompt_cache) // max(1, len(each)) for each in both)
+        needed = 2 * row * sum(map(len, both))
+        is_short = mx.get_active_memory() + needed > mx.get_memory_limit()
+        self.prompt_cache = plain(self.prompt_cache) if is_short else roomy(self.prompt_cache)
 
     def _make_room(self, rows: int) -> None:
         """Make room for those that are expected, or at least for a quarter more, where so many rows are too many."""

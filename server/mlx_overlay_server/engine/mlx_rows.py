@@ -145,6 +145,22 @@ def _roomy(layer: Any) -> Any:
     return RoomyKVCache(layer) if type(layer) is BatchKVCache and not layer.empty() else layer
 
 
+def plain(cache: Cache) -> Cache:
+    """Return the KV cache of a batch with mlx-lm's own, which have no room, in place of those that have."""
+    return [_plain(layer) for layer in cache]
+
+
+def _plain(layer: Any) -> Any:
+    if isinstance(layer, CacheList):
+        return CacheList(*map(_plain, layer.caches))
+    if not isinstance(layer, RoomyKVCache):
+        return layer
+    own = BatchKVCache([0] * layer.rows)
+    own.keys, own.values = layer.keys_and_values()
+    own.offset, own.left_padding, own._idx = layer.offset, layer.left_padding, layer.size()  # noqa: SLF001 - as it does
+    return own
+
+
 def with_room(cache: Cache) -> list[RoomyKVCache]:
     """Return the layers of a KV cache that have room."""
     return [leaf for leaf in leaves(cache) if isinstance(leaf, RoomyKVCache)]

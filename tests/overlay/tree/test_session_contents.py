@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.support.folders import lay_model
-from tests.support.hfcache import listing
+from tests.support.hfcache import add_repo, listing
 from tests.support.sessions import new_name
 
 REPO = "models--org--m"
@@ -131,6 +131,18 @@ def test_files_that_others_put_into_a_session_do_not_disturb_it(tmp_path: Path) 
         session.expect_model("org/three")
         assert {"models--org--two", "models--org--three"} <= set(os.listdir(session.hub_cache))
     assert not list((tmp_path / "sessions").glob("session-*"))
+
+
+def test_what_lands_in_a_folder_that_was_made_for_it_stays_there(tmp_path: Path) -> None:
+    """P3: at the session's end, only those that are empty go."""
+    environ = {"HOME": str(tmp_path), "HF_OVERLAY_DIR": str(tmp_path / "sessions")}
+    with hf_overlay.open_session(environ=environ) as session:
+        for model_id in ("org/fetched", "org/announced"):
+            session.expect_model(model_id)
+        add_repo(session.hub_cache, "org/fetched", {"config.json": b"{}"})
+    hub = tmp_path / ".cache/huggingface/hub"
+    assert [path.read_bytes() for path in hub.glob("models--org--fetched/snapshots/*/config.json")] == [b"{}"]
+    assert not (hub / "models--org--announced").exists()
 
 
 @pytest.mark.parametrize("folder", ["", "hubs"])

@@ -142,6 +142,20 @@ def test_a_user_can_neither_add_to_a_shared_repo_nor_delete_in_it(
     assert listing(repo) == before
 
 
+def test_a_users_model_has_one_revision_also_where_clients_may_write_beside_it(
+    opened: Callable[[], tuple[ExitStack, hf_overlay.Session]],
+) -> None:
+    """P1: with two, releases up to 1.31 delete the files of one where all links end."""
+    _, session = opened()
+    session.expect_model(MODEL)
+    repo = led_to(session)
+    assert repo.is_relative_to(session.path), "it is the session's own"
+    with respected():
+        (repo / "refs/main").write_text("c" * 40)
+        with pytest.raises(PermissionError):
+            (repo / "snapshots" / ("c" * 40)).mkdir()
+
+
 def attempts(path: Path) -> Iterator[Callable[[], object]]:
     """What a client may do to something in a repo."""
     yield partial(path.rename, path.with_name("other"))

@@ -100,3 +100,14 @@ def test_the_answer_s_beginning_is_continued_only_where_it_ends_in_text(tmp_path
     assert written(_said("a")).endswith("[assistant||a")
     assert written(_said("a", "", "call_1")).endswith("[assistant||a|call_1=find;]<next>")
     assert written(asked).endswith("[user||Hi|]<next>")
+
+
+def test_gpt_oss_s_template_gets_no_reasoning_beside_a_text_before_a_call(model: Loaded) -> None:
+    template = (
+        "{% for m in messages %}{% if m.thinking and m.content and m.tool_calls %}{{ raise_exception('both') }}"
+        "{% endif %}[{{ m.thinking }}|{{ m.content }}|{% for call in m.tool_calls or [] %}{{ call.function.name }}"
+        "{% endfor %}]{% endfor %}"
+    )
+    turns = (Message("user", ("Hi",)), _said("", "r", "call_1"), _said("a", "s", "call_2"))
+    asked = ChatRequest("org/m", messages=turns, chat_template=template)
+    assert model.tokenizer.decode(list(render(model, asked).tokens)) == "[|Hi|][r||find][|a|find]"

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import BatchKVCache, KVCache
 from mlx_overlay_server.engine.mlx_rows import RoomyKVCache, filled, roomy
@@ -50,6 +50,7 @@ _STEPS = st.one_of(
 
 
 @settings(max_examples=40)
+@example(lengths=[1, 4], steps=[("leave", {1}), ("draw", 1), ("join", [300]), ("leave", {1}), ("draw", 256)])
 @given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3), steps=st.lists(_STEPS, max_size=12))
 def test_rows_hold_what_was_put_into_them(lengths: list[int], steps: list[tuple[str, Any]]) -> None:
     first = _batch(lengths)

@@ -353,22 +353,6 @@ def test_a_load_that_everybody_left_ends_idle() -> None:
     run(scenario())
 
 
-def test_who_leaves_while_waiting_for_room_lets_the_others_go_on() -> None:
-    async def scenario() -> None:
-        shelf = Shelf({"a": 60, "b": 60, "small": 40})
-        pool = Pool(shelf, shelf, budget=BUDGET)
-        async with pool.use("a"):
-            leaving = asyncio.create_task(used(pool, "b"))
-            await settled()
-            leaving.cancel()
-            await settled()
-            assert leaving.cancelled()
-        await used(pool, "small")
-        assert "small" in pool.resident
-
-    run(scenario())
-
-
 def test_close_ends_loads_and_tells_those_who_wait() -> None:
     async def scenario() -> None:
         shelf = Shelf()

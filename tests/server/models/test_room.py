@@ -77,9 +77,9 @@ def test_a_small_model_does_not_wait_behind_a_large_one() -> None:
     run(scenario())
 
 
-def test_a_load_that_everybody_left_before_it_began_is_dropped() -> None:
+def test_a_load_that_everybody_left_before_it_began_is_dropped_and_others_go_on() -> None:
     async def scenario() -> None:
-        shelf = Shelf({"a": 60, "b": 60})
+        shelf = Shelf({"a": 60, "b": 60, "small": 40})
         pool = Pool(shelf, shelf, budget=BUDGET)
         async with pool.use("a"):
             leaving = asyncio.create_task(used(pool, "b"))
@@ -87,8 +87,8 @@ def test_a_load_that_everybody_left_before_it_began_is_dropped() -> None:
             leaving.cancel()
             await settled()
             assert pool.loading == []
-        await settled()
-        assert (shelf.loaded, shelf.unloads) == (["a"], [])
+        await used(pool, "small")
+        assert (shelf.loaded, shelf.unloads) == (["a", "small"], [])
 
     run(scenario())
 
