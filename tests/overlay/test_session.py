@@ -138,6 +138,26 @@ def test_an_unchanged_refresh_touches_nothing(models: Path, hub: Path, sessions:
         assert hfcache.listing(session.path) == before
 
 
+def test_a_refresh_looks_again_only_for_folders_of_what_changed(
+    models: Path, sessions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each such look takes a thread, since a disk may hang: a thousand of them took ten times the rest of a refresh."""
+    for name in ("org/a", "org/b", "org/changed"):
+        lay_model(models / name)
+    looked: list[str] = []
+    is_folder = hf_overlay.Session.is_folder
+
+    def recorded(session: hf_overlay.Session, path: str, root: str) -> bool:
+        looked.append(path)
+        return is_folder(session, path, root)
+
+    with hf_overlay.open_session([models]) as session:
+        lay_model(models / "org/changed", {"config.json": b'{"model_type": "llama", "n": 1}'})
+        monkeypatch.setattr(hf_overlay.Session, "is_folder", recorded)
+        assert session.refresh().changed == ("org/changed",)
+    assert looked == [str(models / "org/changed")]
+
+
 def test_refresh_brings_back_what_a_client_deleted(models: Path, hub: Path, sessions: Path) -> None:
     lay_model(models / "org/name")
     with hf_overlay.open_session([models]) as session:

@@ -123,7 +123,8 @@ class Tree:
             gone = {
                 name
                 for name, each in self._placed.items()
-                if not all(is_there(path, root) for path, root in each.repo.sources)
+                # What is placed as before was found a moment ago, and each further look takes a thread.
+                if placed.get(name) != each and not all(is_there(path, root) for path, root in each.repo.sources)
             }
             self._switch(entries)
             self._placed = placed
