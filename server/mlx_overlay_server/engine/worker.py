@@ -55,7 +55,6 @@ POOL_SECONDS = 2.0
 Between the requests of one client it is worth keeping: the next one needs buffers of the same sizes.
 """
 
-
 DISK_POLL_SECONDS = 0.25
 """Seconds between two looks at whether a disk that is read has stopped answering."""
 
