@@ -49,6 +49,9 @@ def _run_command(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # `hf-overlay ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # such as a full disk that the output goes to
+        say(f"error: {error}")
+        return 1
     except KeyboardInterrupt:
         return 130
 

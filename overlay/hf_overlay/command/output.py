@@ -33,7 +33,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
 
 
 def _bold(text: str) -> str:
-    is_plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()  # None: it is closed
+    is_plain = not is_terminal or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return text if is_plain else f"\033[1m{text}\033[0m"
 
 

@@ -451,6 +451,19 @@ def test_a_pipe_that_closes_early_is_no_error(models: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize(
+    ("to", "status", "said"),
+    [(">/dev/full", 1, "hf-overlay: error: [Errno 28] No space left on device\n"), (">&-", 0, "")],
+    ids=["a full disk", "a closed output"],
+)
+def test_output_that_cannot_be_written_ends_without_a_traceback(models: Path, to: str, status: int, said: str) -> None:
+    lay_model(models / "org/name")
+    command = f"{sys.executable} -m hf_overlay ls --model-path {models} {to}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (status, said)
+
+
 def test_finding_models_imports_none_of_the_heavy_libraries(models: Path) -> None:
     """`hf-overlay ls` starts in milliseconds: no mlx_lm (2 s), transformers, huggingface_hub (0.4 s)."""
     lay_model(models / "org/name")
