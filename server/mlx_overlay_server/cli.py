@@ -70,7 +70,7 @@ def _serve(arguments: Sequence[str]) -> int:
     status = run.serve(live)
     if "mlx" in sys.modules:
         # A thread may wait for lost ranks for ever, and a normal exit under MLX's own threads has aborted processes.
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
             stream.flush()
         os._exit(status)
     return status

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -255,3 +257,15 @@ def test_a_host_that_this_machine_has_no_address_of_is_told(home: Path) -> None:
     assert done.lines() == []
     assert done.err.splitlines()[-1].startswith("error: cannot listen on 192.0.2.1:0: ")
     assert done.err.endswith("; correct --host\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize(
+    ("to", "status", "said"),
+    [(">/dev/full", 1, "mlx-omni-server: error: [Errno 28] No space left on device\n"), (">&-", 0, "")],
+    ids=["a full disk", "a closed output"],
+)
+def test_output_that_cannot_be_written_ends_without_a_traceback(to: str, status: int, said: str) -> None:
+    command = f"{sys.executable} -m mlx_overlay_server config {to}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (status, said)

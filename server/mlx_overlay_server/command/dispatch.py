@@ -34,13 +34,18 @@ def run(arguments: Sequence[str]) -> int:
         module = import_module(f"mlx_overlay_server.command.{_MODULES.get(name, name)}")
         command: Callable[[argparse.Namespace], int] = getattr(module, name)
         status = command(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it may be closed
+            sys.stdout.flush()
         return status
     except OverlayError as error:
         say(f"error: {error}")
         return 2 if isinstance(error, UsageError) else 1
-    except BrokenPipeError:  # the reader has gone, as in `mlx-omni-server ls | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:  # such as a full disk that the output goes to
+        if sys.stdout is not None:  # or Python would try to write it again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader has gone, as in `mlx-omni-server ls | head`
+            return 0
+        say(f"error: {error}")
+        return 1
     except KeyboardInterrupt:
         return 130
