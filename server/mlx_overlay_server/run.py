@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import hf_overlay
 from hf_overlay import descriptors
 
-from mlx_overlay_server import address, logs, signals
+from mlx_overlay_server import address, garbage, logs, signals
 from mlx_overlay_server.imports import absent
 from mlx_overlay_server.listening import listen, url
 from mlx_overlay_server.live import Live
@@ -168,6 +168,7 @@ def _server_class() -> Any:
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if not self.should_exit:
+                garbage.begin()
                 logger.info("listening on %s (open it in a browser; OpenAI clients: %s/v1)", self._url, self._url)
 
     return Server

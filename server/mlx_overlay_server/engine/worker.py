@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
+from mlx_overlay_server import garbage
 from mlx_overlay_server.engine.admission import Admission
 from mlx_overlay_server.engine.commands import (
     Cancel,
@@ -385,6 +386,7 @@ class Worker:
             return
         if made is not None:
             self._runners[key] = made
+            garbage.keep()
             self._engine.settle(key, made.loaded)
 
     def _step(self, key: str, runner: AnyRunner) -> None:
@@ -465,9 +467,7 @@ class Worker:
 
     @staticmethod
     def _clear_memory() -> None:
-        import gc
-
         from mlx_overlay_server.engine import mlx
 
-        gc.collect()
+        garbage.collect()
         mlx.clear_pool()

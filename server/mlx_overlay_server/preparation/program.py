@@ -16,8 +16,11 @@ def main() -> None:
     from mlx_overlay_server.imports import import_transformers
 
     import_transformers()
+    from mlx_overlay_server import garbage
     from mlx_overlay_server.engine import tokenizers  # imports everything that models need, before the first one comes
     from mlx_overlay_server.preparation.work import WORK
+
+    garbage.begin()
 
     server.sendall(packed(None))
     models: dict[str, Any] = {}
