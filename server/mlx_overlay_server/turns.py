@@ -10,6 +10,8 @@ import asyncio
 import time
 from contextvars import ContextVar
 
+from mlx_overlay_server.errors import Unavailable
+
 LARGE_BYTES = 1 << 18
 """A request whose body has this many bytes is large."""
 
@@ -22,15 +24,16 @@ class Turns:
         self._is_closed = False
 
     async def take(self) -> None:
-        """Wait for a turn, which lasts until the caller awaits anything else."""
+        """Wait for a turn, which lasts until the caller awaits anything else. Raises Unavailable after `close`."""
         await self._lock.acquire()
         if self._is_closed:
             self._lock.release()
-        else:  # processor time, because on a busy machine the clock also counts what others take
-            asyncio.get_running_loop().call_soon(self._rest, time.thread_time())
+            raise Unavailable("the server is shutting down")
+        # Processor time, because on a busy machine the clock also counts what others take.
+        asyncio.get_running_loop().call_soon(self._rest, time.thread_time())
 
     def close(self) -> None:
-        """Let all requests go on at once from now on: the server is stopping, and will refuse them."""
+        """Refuse all requests that wait for a turn, or will: the server is stopping."""
         self._is_closed = True
 
     def _rest(self, begun: float) -> None:
@@ -41,12 +44,12 @@ _current: ContextVar[Turns | None] = ContextVar("turns", default=None)
 
 
 async def becomes_large(turns: Turns) -> None:
-    """Count the request of this task as large, and wait for its first turn."""
+    """Count the request of this task as large, and wait for its first turn. Raises Unavailable."""
     _current.set(turns)
     await turns.take()
 
 
 async def turn() -> None:
-    """Wait for a turn if the request of this task is large."""
+    """Wait for a turn if the request of this task is large. Raises Unavailable."""
     if (turns := _current.get()) is not None:
         await turns.take()

@@ -19,6 +19,7 @@ from tests.support.soak.requests import (
     MODEL,
     STALLED,
     WAITED,
+    Body,
     besieged,
     chat,
     count_tokens,
@@ -105,10 +106,13 @@ def test_preparation_that_takes_too_long_is_refused_in_each_dialect(models: Path
 
 
 @pytest.mark.slow
-def test_a_server_that_prepares_something_endless_stops_in_time(models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("body", "clients"), [(chat(LOOP), 3), (LARGE["10,000 tools"](), 24)], ids=["endless", "many large ones"]
+)
+def test_a_server_that_prepares_much_stops_in_time(models: Path, tmp_path: Path, body: Body, clients: int) -> None:
     with serving(tmp_path / "home", models, options=["--shutdown-seconds", "1"]) as server:
         first_token(server)
-        with besieged(server, chat(LOOP), clients=3):
+        with besieged(server, body, clients):
             time.sleep(0.5)
             begun = time.monotonic()
             server.process.send_signal(signal.SIGTERM)

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from mlx_overlay_server.access import Access
 from mlx_overlay_server.api.guard import Guard
+from mlx_overlay_server.errors import ServerError, Unavailable
 from mlx_overlay_server.settings import Settings
 from mlx_overlay_server.turns import LARGE_BYTES, Turns, becomes_large, turn
+from starlette.responses import Response
 
 from tests.support.processes import SECONDS
 
@@ -68,7 +70,7 @@ def test_a_large_request_whose_client_leaves_frees_its_turn() -> None:
     asyncio.run(main())
 
 
-def test_a_server_that_stops_keeps_no_large_request_waiting() -> None:
+def test_a_server_that_stops_refuses_the_large_requests_that_wait() -> None:
     async def main() -> None:
         turns = Turns()
         await turns.take()
@@ -78,9 +80,56 @@ def test_a_server_that_stops_keeps_no_large_request_waiting() -> None:
         turns.close()
         done, pending = await asyncio.wait(waiting, timeout=SECONDS)
         assert (len(done), len(pending)) == (100, 0)
+        assert {type(each.exception()) for each in done} == {Unavailable}
         assert turns._lock.locked() is False
 
     asyncio.run(main())
+
+
+def test_a_large_body_that_comes_while_the_server_stops_is_refused_and_not_called_unreadable() -> None:
+    refused: list[ServerError] = []
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await receive()
+        except ServerError:  # what FastAPI answers when a body cannot be read
+            await send({"type": "http.response.start", "status": 400, "headers": []})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    def refuse(scope: Any, error: ServerError) -> Any:
+        refused.append(error)
+        return Response(status_code=error.status)
+
+    async def main() -> None:
+        turns = Turns()
+        turns.close()
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"a" * (LARGE_BYTES + 1)}
+
+        guard = Guard(
+            app,
+            access=Access(Settings),
+            host="",
+            origins=["*"],
+            max_body=1 << 20,
+            refuse=refuse,
+            count=_ignore,
+            turns=turns,
+        )
+        scope = {"type": "http", "path": "/", "method": "POST", "headers": [(b"host", b"localhost")]}
+        await guard(scope, receive, send)
+
+    asyncio.run(main())
+    assert [(type(each), each.status) for each in refused] == [(Unavailable, 503)]
+    assert sent[0]["status"] == 503
+
+
+def _ignore(route: str, status: int) -> None:
+    """Count nothing."""
 
 
 @pytest.mark.parametrize(("size", "is_large"), [(LARGE_BYTES, False), (LARGE_BYTES + 1, True)])

@@ -73,9 +73,10 @@ class Guard:
         values = ValueCount()
         is_json = not headers.get("content-type", "").startswith(FORM)
         has_begun = is_refusing = False
+        stopped: ServerError | None = None
 
         async def bounded() -> Message:
-            nonlocal size
+            nonlocal size, stopped
             message = await receive()
             body = message.get("body", b"")
             size += len(body)
@@ -89,7 +90,11 @@ class Guard:
                 and message["type"] == "http.request"
                 and not message.get("more_body", False)
             ):
-                await becomes_large(self._turns)  # the application first decodes the whole body
+                try:
+                    await becomes_large(self._turns)  # the application first decodes the whole body
+                except ServerError as error:  # which the application would answer as a body that it cannot read
+                    stopped = error
+                    raise
             return message
 
         def is_too_much() -> bool:
@@ -97,7 +102,7 @@ class Guard:
 
         async def sent(message: Message) -> None:
             nonlocal has_begun
-            if is_too_much() and not has_begun and not is_refusing:
+            if (is_too_much() or stopped is not None) and not has_begun and not is_refusing:
                 return  # this would answer a body that was cut off
             if message["type"] == "http.response.start":
                 has_begun = True
@@ -114,8 +119,7 @@ class Guard:
             refused = error
         except Exception:  # noqa: BLE001 - answered and logged by now; uvicorn would log it again, and close the connection
             return
-        if is_too_much():
-            refused = self._too_large()
+        refused = self._too_large() if is_too_much() else stopped or refused
         if refused is not None and not has_begun:
             is_refusing = True
             await self._refuse(scope, refused)(scope, receive, sent)
