@@ -20,7 +20,7 @@ from mlx_overlay_server.ticket import Ticket
 T = TypeVar("T")
 logger = logging.getLogger("mlx_overlay_server")
 
-PATIENCE_SECONDS = 1.0
+PATIENCE_SECONDS = 3.0
 """Seconds to wait for a stream's first event before the response begins. Until then, an error gets an HTTP status of
 its own.
 """
@@ -61,9 +61,8 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | Non
         return task.result() if task.done() else None
     finally:
         gone.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:
