@@ -298,7 +298,7 @@ class Runner:
     def _step_batch(self, *, may_read: bool) -> list[tuple[int, Item]]:
         """Read of the prompts, if that may be, and then draw a token for each sequence that generates."""
         self._batch.expect(len(self._sequences))
-        chosen = self._arrange() if may_read else NOTHING
+        chosen = self._arrange() if may_read and self._unread else NOTHING
         started = self._clock()
         made, reading = self._read_prompts(chosen) if chosen.ids else ([], 0.0)
         if len(self._sequences) == len(self._unread):
