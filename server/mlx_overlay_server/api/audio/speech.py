@@ -10,7 +10,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from mlx_overlay_server.api.dialect import client_of
-from mlx_overlay_server.api.fields import ModelBody
+from mlx_overlay_server.api.fields import ModelBody, Number
 from mlx_overlay_server.api.openai.errors import refuse
 from mlx_overlay_server.api.transport import ByteStream
 from mlx_overlay_server.errors import InvalidRequest
@@ -34,7 +34,7 @@ class SpeechBody(ModelBody):
 
     input: Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)]
     voice: Annotated[str, Field(min_length=1)]
-    speed: Annotated[float, Field(ge=0.25, le=4)] = 1.0
+    speed: Annotated[Number, Field(ge=0.25, le=4)] = 1.0
     instructions: str | None = None
     response_format: SoundFormat = "mp3"
     stream_format: Literal["audio"] | None = None

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from mlx_overlay_server.api.audio.transcripts import TIMED, TranscriptFormat, encoded
 from mlx_overlay_server.api.dialect import CLIENT_GONE, client_of
-from mlx_overlay_server.api.fields import ModelBody, wrong_field
+from mlx_overlay_server.api.fields import ModelBody, Number, wrong_field
 from mlx_overlay_server.api.guard import FORM
 from mlx_overlay_server.api.transport import unless_gone
 from mlx_overlay_server.errors import InvalidRequest
@@ -43,7 +43,7 @@ class TranslationForm(ModelBody):
     file: UploadFile
     prompt: Annotated[str, Field(max_length=_MAX_PROMPT)] | None = None
     response_format: TranscriptFormat = "json"
-    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=1)] | None = None
 
 
 class TranscriptionForm(TranslationForm):
