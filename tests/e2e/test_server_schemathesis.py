@@ -204,7 +204,7 @@ def test_what_the_schema_forbids_is_refused(method: str, path: str, schema: Any,
 
 def _try_out(server: Server, operation: Any, mode: GenerationMode) -> None:
     @settings(
-        max_examples=15,
+        max_examples=10,
         derandomize=True,
         database=None,
         phases=[Phase.generate, Phase.shrink],
@@ -238,14 +238,6 @@ def _mutants(body: Any) -> Iterator[Any]:
         for at, value in enumerate(body):
             yield [*body[:at], *body[at + 1 :]]
             yield from ([*body[:at], mutant, *body[at + 1 :]] for mutant in _mutants(value))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", BODIES)
-def test_a_body_any_part_of_which_is_wrong_is_answered_or_refused(path: str, server: Server) -> None:
-    assert _send(server, path, json.dumps(BODIES[path]).encode()).status_code == 200
-    statuses = {_send(server, path, json.dumps(mutant).encode()).status_code for mutant in _mutants(BODIES[path])}
-    assert statuses <= {200, 400, 404}
 
 
 def test_a_forced_format_any_part_of_which_is_wrong_is_answered_or_refused(server: Server) -> None:
