@@ -271,7 +271,7 @@ def _deep_object(levels: int) -> str:
 _MODEL = f'"model": "{MODEL}"'
 _MESSAGES = '"messages": [{"role": "user", "content": "Hi"}]'
 _PLAIN = f'{_MODEL}, {_MESSAGES}, "max_tokens": 5'
-_LONG = "x" * 10**7
+_LONG = "x" * 2 * 10**6
 
 RAW: dict[str, str | bytes] = {
     "nothing": "",
@@ -314,11 +314,11 @@ RAW: dict[str, str | bytes] = {
     "a byte order mark": b"\xef\xbb\xbf{}",
     "bytes": bytes(range(256)),
     "a field twice": f'{{{_PLAIN}, "model": 5}}',
-    "10 MB of model": f'{{"model": "{_LONG}", {_MESSAGES}}}',
-    "10 MB of role": f'{{{_MODEL}, "messages": [{{"role": "{_LONG}", "content": "Hi"}}]}}',
-    "10 MB of a field's name": f'{{{_PLAIN}, "{_LONG}": 1}}',
-    "10 MB of a stop": f'{{{_PLAIN}, "stop": "{_LONG}"}}',
-    "10 MB of white space": f"{{{' ' * 10**7}{_PLAIN}}}",
+    "2 MB of model": f'{{"model": "{_LONG}", {_MESSAGES}}}',
+    "2 MB of role": f'{{{_MODEL}, "messages": [{{"role": "{_LONG}", "content": "Hi"}}]}}',
+    "2 MB of a field's name": f'{{{_PLAIN}, "{_LONG}": 1}}',
+    "2 MB of a stop": f'{{{_PLAIN}, "stop": "{_LONG}"}}',
+    "2 MB of white space": f"{{{' ' * 2 * 10**6}{_PLAIN}}}",
     "more messages than are read": f'{{{_MODEL}, "messages": [{", ".join(["{}"] * 100_000)}]}}',
 }
 

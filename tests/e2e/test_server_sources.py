@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -277,6 +278,23 @@ def test_a_stream_tells_how_far_a_download_is(online: Shared, tmp_path: Path) ->
     text = online.server.http.post("/v1/chat/completions", json=body).text
     assert ": downloading acme/slow" in text.partition("data: ")[0], "nothing kept the client waiting"
     assert "data: [DONE]" in text
+
+
+def test_a_failure_after_waiting_is_told_in_the_responses_own_events(online: Shared) -> None:
+    online.hub.hang(60)
+    body = {"model": "acme/nobody", "input": "hi", "stream": True}
+    with online.server.http.stream("POST", "/v1/responses", json=body) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith(": ")  # the stream has begun: its status can no longer tell
+        online.hub.heal()
+        told = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    assert [(event["type"], event["sequence_number"]) for event in told] == [
+        ("response.created", 0),
+        ("response.in_progress", 1),
+        ("response.failed", 2),
+    ]
+    assert told[-1]["response"]["status"] == "failed"
+    assert "acme/nobody" in told[-1]["response"]["error"]["message"]
 
 
 def test_a_hub_that_is_down_is_a_503_and_an_unknown_model_offline_a_404(online: Shared, offline: Shared) -> None:
