@@ -103,6 +103,9 @@ def chat_with(model: str) -> str:
 
 
 def test_a_model_is_loaded_pinned_and_unloaded_also_by_keyboard(server: Server, chromium: Browser, shots: Path) -> None:
+    for model in (MINE, LONG):  # tests come in any order, and leave models in memory
+        unload = server.http.post("/manage/v1/models/unload", json={"model": model}, headers={"x-api-key": KEY})
+        assert unload.status_code == 200, unload.text
     with signed_in(chromium, server, viewport={"width": 1100, "height": 860}) as visit:
         visit.page.goto(server.url)
         visit.page.get_by_text("None found").wait_for()
