@@ -153,7 +153,7 @@ def test_a_model_path_that_is_a_file_is_a_usage_error(home: Path, tmp_path: Path
     done = finish([PYTHON, "-m", "mlx_overlay_server", "--model-path", str(tmp_path / "file")], environment(home))
     assert (done.status, done.err) == (
         2,
-        f"error: model path {tmp_path}/file is a file; give the folder that holds your models\n",
+        f"mlx-omni-server: error: model path {tmp_path}/file is a file; give the folder that holds your models\n",
     )
 
 
@@ -162,7 +162,7 @@ def test_a_port_that_is_taken_is_an_error_of_one_line(home: Path, offline: Share
     done = finish([PYTHON, "-m", "mlx_overlay_server", "--port", port], environment(home))
     assert (done.status, done.err.splitlines()[-1]) == (
         1,
-        f"error: cannot listen on 127.0.0.1:{port}: Address already in use; try --port 0",
+        f"mlx-omni-server: error: cannot listen on 127.0.0.1:{port}: Address already in use; try --port 0",
     )
 
 

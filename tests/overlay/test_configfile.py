@@ -116,6 +116,17 @@ def test_a_file_that_cannot_be_read_is_named(file: Path, home: Path) -> None:
     file.mkdir()
     with pytest.raises(UsageError, match=r"cannot read .*config\.toml: Is a directory"):
         configfile.read(environ)
+    file.rmdir()
+    os.mkfifo(file)
+    with pytest.raises(UsageError, match=r"cannot read .*config\.toml: Not a regular file"):
+        configfile.read(environ)
+    with pytest.raises(UsageError, match=r"cannot read /dev/zero: Not a regular file"):
+        configfile.read(environ | {"HF_OVERLAY_CONFIG": "/dev/zero"})
+    file.unlink()
+    with open(file, "wb") as large:
+        large.truncate(1 << 40)
+    with pytest.raises(UsageError, match=r"cannot read .*config\.toml: Larger than 1 MiB"):
+        configfile.read(environ)
 
 
 def test_no_file_is_no_mistake_unless_it_was_named(home: Path, tmp_path: Path) -> None:

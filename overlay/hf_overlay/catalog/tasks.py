@@ -136,7 +136,7 @@ def read(path: str, model_id: str, config: Mapping[str, Any], names: Collection[
     try:
         listed = modules(path) if MODULES in names else None
         task = _task(model_id, config, listed)
-        if is_strict and (problem := _problem(path, task, config, listed, names)) is not None:
+        if is_strict and (problem := _problem(path, model_id, task, config, listed, names)) is not None:
             raise Unfit(Code.OTHER_KIND, problem)
     except Unfit:
         if is_strict:
@@ -158,7 +158,12 @@ def _task(model_id: str, config: Mapping[str, Any], listed: Collection[Module] |
 
 
 def _problem(
-    path: str, task: Task, config: Mapping[str, Any], listed: Collection[Module] | None, names: Collection[str]
+    path: str,
+    model_id: str,
+    task: Task,
+    config: Mapping[str, Any],
+    listed: Collection[Module] | None,
+    names: Collection[str],
 ) -> str | None:
     """Return why the server cannot embed or rank with a model, as the end of a sentence; None where it can."""
     if task == "text":
@@ -170,8 +175,10 @@ def _problem(
         return f"config.json asks for attention in both directions, which {_named(config)} does not have here"
     if is_gemma(config) and _is_converted(listed, names):
         return _problem_of_converted(path, listed, names)
-    if task == "reranker" and _has_head(config) and (labels := _labels(config)) != 1:
-        return f"sorts texts into {labels} classes; a model that ranks has one"
+    if "vision_config" in config:
+        return f"is a model for {task} with a part for images, which mlx-omni-server does not have for that"
+    if task == "reranker" and (problem := _problem_of_ranker(model_id, config, listed)) is not None:
+        return problem
     if config.get("model_type") in ENCODERS and (problem := _problem_of_encoder(config, listed)) is not None:
         return problem
     for each in listed or ():
@@ -180,6 +187,21 @@ def _problem(
         if each.type == "Dense" and f"{each.path}/model.safetensors" not in names:
             return f"has no {each.path}/model.safetensors, which {MODULES} asks for"
     return None
+
+
+def _problem_of_ranker(model_id: str, config: Mapping[str, Any], listed: Collection[Module] | None) -> str | None:
+    if _has_head(config):
+        labels = _labels(config)
+        if labels != 1:
+            return f"sorts texts into {labels} classes; a model that ranks has one"
+        return "rewards answers, and ranks no documents" if "reward" in model_id.lower() else None
+    asks = config.get("model_type") == "qwen3" and _architecture(config).endswith("ForCausalLM")
+    if asks or any(each.type == "LogitScore" for each in listed or ()):
+        return None
+    return (
+        "ranks by a dialogue of its own; of models without a head and without a LogitScore in modules.json, "
+        "mlx-omni-server knows Qwen3-Reranker"
+    )
 
 
 def _is_converted(listed: Collection[Module] | None, names: Collection[str]) -> bool:

@@ -434,8 +434,10 @@ def test_an_extension_of_that_name_from_elsewhere_is_not_replaced(
 def test_colour_and_control_characters_stay_off_what_is_no_terminal(
     hf_overlay: Callable[..., Result], models: Path
 ) -> None:
-    lay_model(models / "org/bell\x07\x1b[31mred")
+    lay_model(models / "org/bell\x07\x1b[31mred\norg/false")
     out = hf_overlay("ls", "--model-path", models).out
+    assert len(out.splitlines()) == 2
+    assert "red\\norg/false" in out
     assert "\x1b" not in out
     assert "\x07" not in out
     assert "bell\\x07" in out
@@ -453,15 +455,33 @@ def test_a_pipe_that_closes_early_is_no_error(models: Path) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 @pytest.mark.parametrize(
-    ("to", "status", "said"),
-    [(">/dev/full", 1, "hf-overlay: error: [Errno 28] No space left on device\n"), (">&-", 0, "")],
-    ids=["a full disk", "a closed output"],
+    ("command", "to", "status", "said"),
+    [
+        ("ls", ">/dev/full", 1, "hf-overlay: error: [Errno 28] No space left on device\n"),
+        ("ls --help", ">/dev/full", 1, "hf-overlay: error: [Errno 28] No space left on device\n"),
+        ("ls", ">&-", 0, ""),
+        ("path no/such", ">/dev/null 2>/dev/full", 1, ""),
+        ("path no/such", "2>&-", 1, ""),
+        ("ls --such", ">/dev/null 2>/dev/full", 2, ""),
+    ],
 )
-def test_output_that_cannot_be_written_ends_without_a_traceback(models: Path, to: str, status: int, said: str) -> None:
+def test_output_that_cannot_be_written_ends_without_a_traceback(
+    models: Path, monkeypatch: pytest.MonkeyPatch, command: str, to: str, status: int, said: str
+) -> None:
+    """Nor does what belongs on stderr appear on stdout."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     lay_model(models / "org/name")
-    command = f"{sys.executable} -m hf_overlay ls --model-path {models} {to}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (status, said)
+    monkeypatch.setenv("MLX_OMNI_MODEL_PATH", str(models))
+    line = f"{sys.executable} -m hf_overlay {command} {to}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", said)
+
+
+def test_a_closed_stream_is_closed_for_the_program_and_not_a_file_of_the_sessions(hub: Path) -> None:
+    """Else what the program prints gets into the record of the session's owner."""
+    command = f"{sys.executable} -m hf_overlay run -q -- sh -c 'echo hi; test -e /dev/fd/1 || exit 7' <&- >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=False)
+    assert done.returncode == 7
 
 
 def test_finding_models_imports_none_of_the_heavy_libraries(models: Path) -> None:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from mlx_overlay_server.api.audio.events import event_stream
 from mlx_overlay_server.api.dialect import client_of
-from mlx_overlay_server.api.fields import ModelBody
+from mlx_overlay_server.api.fields import ModelBody, Number
 from mlx_overlay_server.api.openai.errors import refuse
 from mlx_overlay_server.api.openai.stream import data_event
 from mlx_overlay_server.api.transport import ByteStream
@@ -38,7 +38,7 @@ class SpeechBody(ModelBody):
 
     input: Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)]
     voice: Annotated[str, Field(min_length=1)]
-    speed: Annotated[float, Field(ge=0.25, le=4)] = 1.0
+    speed: Annotated[Number, Field(ge=0.25, le=4)] = 1.0
     instructions: str | None = None
     response_format: SoundFormat = "mp3"
     stream_format: Literal["audio", "sse"] | None = None

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from mlx_overlay_server.api.audio.events import event_stream
 from mlx_overlay_server.api.audio.transcripts import TIMED, TranscriptFormat, encoded
 from mlx_overlay_server.api.dialect import CLIENT_GONE, client_of
-from mlx_overlay_server.api.fields import ModelBody, wrong_field
+from mlx_overlay_server.api.fields import ModelBody, Number, wrong_field
 from mlx_overlay_server.api.guard import FORM
 from mlx_overlay_server.api.openai.stream import data_event
 from mlx_overlay_server.api.transport import unless_gone
@@ -39,7 +39,7 @@ class TranslationForm(ModelBody):
     file: UploadFile
     prompt: Annotated[str, Field(max_length=_MAX_PROMPT)] | None = None
     response_format: TranscriptFormat = "json"
-    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=1)] | None = None
 
 
 class TranscriptionForm(TranslationForm):
