@@ -221,6 +221,14 @@ def test_help_tells_how_to_begin(capsys: pytest.CaptureFixture[str]) -> None:
     assert "MLX_OMNI_API_KEY" in out
 
 
+def test_options_that_mean_nothing_to_a_service_are_refused(home: Path) -> None:
+    done = finish([PYTHON, "-m", "mlx_overlay_server", "service", "status", "--replace"], environment(home))
+    assert (done.status, done.err) == (
+        2,
+        "mlx-omni-server: error: service status replaces nothing; leave out --replace\n",
+    )
+
+
 def test_the_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"mlx-omni-server {metadata.version('mlx-overlay-server')}\n"

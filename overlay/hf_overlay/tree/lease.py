@@ -212,7 +212,7 @@ def sessions_in(sessions: str, messages: Messages | None = None) -> list[str]:
     """
     try:
         paths = sorted(entry.path for entry in os.scandir(sessions) if entry.name.startswith(_PREFIX))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     check_trusted(sessions)
     trusted = []

@@ -47,7 +47,8 @@ def _add(options: argparse.Namespace, file: ConfigFile, keys: tuple[Key, ...]) -
     before = file.text or ""
     added = text if not before or before.endswith("\n") else f"\n{text}"
     configuration.parse(configfile.parse(file.path, before + added))  # the file must still be valid afterwards
-    print(made, flush=True)  # first: a hash is of no use where nobody has got the key
+    # First: a hash is of no use where nobody has got the key.
+    print(json.dumps({"name": name, "key": made}, indent=2) if options.json else made, flush=True)
     _append(Path(file.path), added)
     say(f"this is the key {name!r}, shown this once; its hash is in {file.path}")
     return 0
