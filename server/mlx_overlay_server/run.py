@@ -33,7 +33,7 @@ GRACE_SECONDS = 4.5
 
 
 def serve(live: Live) -> int:
-    """Serve until SIGINT or SIGTERM, and return the exit code. Call it in the main thread, which gets the signals.
+    """Serve until a signal ends it, and return the exit code. Call it in the main thread, which gets the signals.
 
     Raises OverlayError.
     """
@@ -75,7 +75,7 @@ def _follow(settings: Settings) -> int:
     from mlx_overlay_server.engine.handle import STOP_SECONDS, follow
 
     signalled = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in signals.heeded():
         signal.signal(number, lambda *_: signalled.set())
     engine = follow(settings.engine)
     while engine.is_alive() and not signalled.wait(0.5):
@@ -149,7 +149,7 @@ def _server_class() -> Any:
         def capture_signals(self) -> Iterator[None]:
             """Let signals stop the server, without raising them again as uvicorn does, so that the exit code is 0."""
             loop = asyncio.get_running_loop()
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in signals.heeded():
                 loop.add_signal_handler(number, self._stop, loop)
             yield
 

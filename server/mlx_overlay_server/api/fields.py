@@ -79,6 +79,9 @@ def wrong_field(errors: Sequence[Mapping[str, Any]], body: object) -> InvalidReq
         text = f"`{name}` is not supported by this server"
     elif error["type"] == "none_required" or error.get("ctx", {}).get("expected") == "False":
         text = f"`{name}` is not supported by this server; leave it out"
+    elif error["type"] == "union_tag_invalid":
+        known = error["ctx"]
+        text = f"`{name}`: this server does not take the type {known['tag']!r}, but {known['expected_tags']}"
     elif error["type"] == "json_invalid":
         return InvalidRequest("the body is not valid JSON", code="invalid_json")
     elif not name:
