@@ -64,7 +64,8 @@ def _append(path: Path, text: str) -> None:
                 file.truncate(size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        raise OverlayError(f"cannot write {path}: {error.strerror}; make it writable") from error
+        advice = "make it writable, and then another key, for this one does not count"
+        raise OverlayError(f"cannot write {path}: {error.strerror}; {advice}") from error
 
 
 def _ls(options: argparse.Namespace, file: ConfigFile, keys: tuple[Key, ...]) -> int:

@@ -19,6 +19,7 @@ from hf_overlay.command import cli
 
 from tests.support import hfcache, processes
 from tests.support.folders import lay_model, weights
+from tests.support.permissions import respected
 from tests.support.sessions import new_name
 
 FILES = {
@@ -311,6 +312,18 @@ def test_where_a_file_is_in_the_place_of_the_sessions_there_are_none(
     monkeypatch.setenv("HF_OVERLAY_DIR", str(tmp_path / "file"))
     assert hf_overlay("clean") == (0, "", "")
     assert "no overlay is being served" in hf_overlay("env").err
+
+
+def test_sessions_that_may_not_be_read_are_named(
+    hf_overlay: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    monkeypatch.setenv("HF_OVERLAY_DIR", str(tmp_path / "closed"))
+    with respected():
+        for command in ("env", "clean", "doctor"):
+            done = hf_overlay(command)
+            assert done.status == 1
+            assert "permission denied; set HF_OVERLAY_DIR to a folder of your own" in done.out + done.err
 
 
 def test_help_has_examples_and_is_what_the_bare_command_prints(hf_overlay: Callable[..., Result]) -> None:
