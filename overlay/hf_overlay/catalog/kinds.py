@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from hf_overlay.catalog import speech
-from hf_overlay.catalog.tasks import ENCODERS
+from hf_overlay.catalog.tasks import ENCODERS, may_encode
 from hf_overlay.config import Kind
 from hf_overlay.errors import OverlayError, check_descriptors
 from hf_overlay.models import Model
@@ -174,6 +174,8 @@ class ModelTypes:
         if self._vision is not None and self._vision.can_load(config):
             return None
         problem = f"model type {str(model_type)[:80]!r} is not one that the installed mlx-lm can load"
+        if self.takes_encoders and may_encode(config):
+            return f"{problem}, nor one that mlx-omni-server embeds or ranks with: {', '.join(sorted(ENCODERS))}"
         return f"{problem}; mlx-omni-server embeds or ranks with it" if is_encoder else problem
 
     def _module(self, model_type: str, config: Mapping[str, Any]) -> str | None:

@@ -106,6 +106,11 @@ def is_gemma(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") == "gemma3_text" and looks_both_ways(config)
 
 
+def may_encode(config: Mapping[str, Any]) -> bool:
+    """Return whether a model's class is one that embeds or ranks, as far as its name tells."""
+    return _architecture(config).endswith(("Model", _HEAD))
+
+
 def modules(path: str) -> tuple[Module, ...]:
     """Return what a folder's modules.json lists. Raises Unfit or OSError."""
     listed = read_list(f"{path}/{MODULES}")
@@ -220,7 +225,7 @@ def _problem_of_converted(path: str, listed: Collection[Module] | None, names: C
 
 def _problem_of_encoder(config: Mapping[str, Any], listed: Collection[Module] | None) -> str | None:
     architecture = _architecture(config)
-    if listed is None and not architecture.endswith(("Model", _HEAD)):
+    if listed is None and not may_encode(config):
         return f"is a {architecture[:80] or 'model without architectures'} without {MODULES}: it embeds nothing"
     if (settings := _SETTINGS.get(config["model_type"])) is not None:
         return _problem_of_rotary(config, settings)

@@ -22,7 +22,7 @@ JINA = {"AutoModel": "jinaai/jina-bert-implementation--modeling_bert.JinaBertMod
 NOMIC = {**CODE, "prenorm": False, "rotary_emb_fraction": 1.0, "rotary_scaling_factor": None, "use_rms_norm": False}
 EXPERTS = {"num_experts": 8, "moe_every_n_layers": 2, "moe_top_k": 2, "activation_function": "gelu", "ffn_div": 1}
 SEES: dict[str, Any] = {"vision_config": {}}
-NO_MLX = "is not one that the installed mlx-lm can load"
+NO_MLX = "is not one that the installed mlx-lm can load, nor one that mlx-omni-server embeds or ranks with: albert,"
 
 REPOS: list[tuple[str, str, str, dict[str, Any], tuple[str, ...], str]] = [
     ("sentence-transformers/all-MiniLM-L6-v2", "bert", "BertModel", {}, ST, "embedding"),
