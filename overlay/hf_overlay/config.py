@@ -299,6 +299,14 @@ def ended(hub_cache: str, environ: Mapping[str, str]) -> OverlayError:
     )
 
 
+def working_folder() -> str:
+    """The folder that relative paths begin in. Raises OverlayError where it has been removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise OverlayError("the folder that you are in has been removed; go to another one: cd") from None
+
+
 def own_folder(environ: Mapping[str, str]) -> str:
     """The folder for what this program makes for itself: in the user's caches, on macOS in Application Support.
 

@@ -96,21 +96,31 @@ def parse(path: str, text: str) -> ConfigFile:
 def line_of(text: str, *keys: str) -> int:
     """The number of the line at which a key's statement begins; further keys are those of the table below it.
 
-    The parser tells no lines. So ever more lines are read, until the key is there.
+    The parser tells no lines. So the beginning of the text is read up to a line in the middle of those in question: the
+    statement is before that line if the key is there, else after it.
     """
+    lines = text.splitlines(keepends=True)
+    begin, end = 0, len(lines)
+    while end - begin > 1:
+        middle = (begin + end) // 2
+        # Where no statement ends at the line in the middle, the next line counts at which one does.
+        cuts = ((cut, tables) for cut in range(middle, end) if (tables := _tables(lines[:cut])) is not None)
+        cut, tables = next(cuts, (middle, None))
+        if tables is None or _holds(tables, keys):
+            end = middle
+        else:
+            begin = cut
+    return begin + 1
+
+
+def _tables(lines: Sequence[str]) -> dict[str, object] | None:
+    """What the first lines of a file say; None where they end in the middle of a statement."""
     import tomllib
 
-    lines = text.splitlines(keepends=True)
-    begin = 0
-    for end in range(len(lines) + 1):
-        try:
-            tables = tomllib.loads("".join(lines[:end]))
-        except tomllib.TOMLDecodeError:  # in the middle of a statement
-            continue
-        if _holds(tables, keys):
-            break
-        begin = end
-    return begin + 1
+    try:
+        return tomllib.loads("".join(lines))
+    except tomllib.TOMLDecodeError:
+        return None
 
 
 def _holds(tables: object, keys: Sequence[str]) -> bool:

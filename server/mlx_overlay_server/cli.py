@@ -15,7 +15,6 @@ from hf_overlay.command.ending import exit_status
 
 from mlx_overlay_server import options as options_
 from mlx_overlay_server.command import NAMES
-from mlx_overlay_server.command.output import say
 from mlx_overlay_server.command.parser import make_parser
 from mlx_overlay_server.options import PROGRAM
 
@@ -25,13 +24,19 @@ _COMMANDS = f"there are {', '.join(NAMES)}; without one, {PROGRAM} serves"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, or serve until a signal, and return the exit code. Without `argv` it is this process's own."""
     if argv is not None:
-        return exit_status(partial(_run, list(argv)), say)
+        return exit_status(partial(_run, list(argv)), _say)
     streams.prepare()
-    status = exit_status(partial(_run, sys.argv[1:]), say)
+    status = exit_status(partial(_run, sys.argv[1:]), _say)
     if "mlx" in sys.modules:
         # A thread may wait for lost ranks for ever, and a normal exit under MLX's own threads has aborted processes.
         os._exit(status)
     return status
+
+
+def _say(text: str) -> None:
+    from mlx_overlay_server.command.output import say  # imported here, because only errors need it
+
+    say(text)
 
 
 def _run(arguments: list[str]) -> int:

@@ -244,13 +244,23 @@ def _clean(options: argparse.Namespace) -> int:
 def _service_install(options: argparse.Namespace, program_options: Sequence[str]) -> int:
     from hf_overlay.command import service
 
+    _check_service(options)
     service.install(_served(options), program_options, os.environ, replaces=options.replace)
     return 0
+
+
+def _check_service(options: argparse.Namespace) -> None:
+    """Raise UsageError for an option that means nothing to the action."""
+    if options.json and options.action != "status":
+        raise UsageError(f"service {options.action} prints nothing; leave out --json")
+    if options.replace and options.action == "status":
+        raise UsageError("service status replaces nothing; leave out --replace")
 
 
 def _service(options: argparse.Namespace) -> int:
     from hf_overlay.command import service
 
+    _check_service(options)
     if options.action == "uninstall":
         service.uninstall(_served(options), os.environ, replaces=options.replace)
         return 0
@@ -321,7 +331,7 @@ def _settings(options: argparse.Namespace, file: ConfigFile) -> Settings:
     return config.load(
         options.model_path,
         os.environ,
-        os.getcwd(),
+        config.working_folder(),
         kind=options.kind,
         exclude=options.exclude,
         below=options.below,

@@ -64,11 +64,11 @@ def install(name: str, options: Sequence[str], environ: Mapping[str, str], *, re
         raise OverlayError("this shell is in an overlay, which a service must not be; use a new shell")
     configfile.read(environ)  # for the mistakes in it
     program = _program(name, environ)
-    options = _absolute(options, environ, os.getcwd())
+    options = _absolute(options, environ, config.working_folder())
     verb = ("serve",) if name == OVERLAY else ()
     _check(name, [program, "--version", *verb, *options])
     at = manager(name, environ)
-    unit = Unit(name, _ABOUT[name], (program, *verb, *options), _carried(environ, os.getcwd()))
+    unit = Unit(name, _ABOUT[name], (program, *verb, *options), _carried(environ, config.working_folder()))
     _check_texts(unit)
     text, before = at.text(unit), _read(at.path)
     if before is not None and MARK not in before and not replaces:

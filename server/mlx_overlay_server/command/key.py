@@ -47,7 +47,8 @@ def _add(options: argparse.Namespace, file: ConfigFile, keys: tuple[Key, ...]) -
     before = file.text or ""
     added = text if not before or before.endswith("\n") else f"\n{text}"
     configuration.parse(configfile.parse(file.path, before + added))  # the file must still be valid afterwards
-    print(made, flush=True)  # first: a hash is of no use where nobody has got the key
+    # First: a hash is of no use where nobody has got the key.
+    print(json.dumps({"name": name, "key": made}, indent=2) if options.json else made, flush=True)
     _append(Path(file.path), added)
     say(f"this is the key {name!r}, shown this once; its hash is in {file.path}")
     return 0
@@ -63,7 +64,8 @@ def _append(path: Path, text: str) -> None:
                 file.truncate(size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        raise OverlayError(f"cannot write {path}: {error.strerror}; make it writable") from error
+        advice = "make it writable, and then another key, for this one does not count"
+        raise OverlayError(f"cannot write {path}: {error.strerror}; {advice}") from error
 
 
 def _ls(options: argparse.Namespace, file: ConfigFile, keys: tuple[Key, ...]) -> int:

@@ -19,6 +19,7 @@ from hf_overlay.command import cli
 
 from tests.support import hfcache, processes
 from tests.support.folders import lay_model, weights
+from tests.support.permissions import respected
 from tests.support.sessions import new_name
 
 FILES = {
@@ -285,6 +286,44 @@ def test_clean_clears_what_a_killed_program_left_and_says_so(hf_overlay: Callabl
 def test_usage_errors_exit_2(hf_overlay: Callable[..., Result]) -> None:
     for wrong in (["frobnicate"], ["run"], ["run", "--"], ["--", "x"], ["ls", "--", "x"], ["path"], ["ls", "--nope"]):
         assert hf_overlay(*wrong).status == 2
+    for wrong in (["install", "--json"], ["uninstall", "--json"], ["status", "--replace"]):
+        assert hf_overlay("service", *wrong).status == 2
+
+
+def test_a_working_folder_that_is_gone_is_named(
+    hf_overlay: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for command in (["ls"], ["run", "--", "true"]):
+        done = hf_overlay(*command)
+        assert done == (
+            1,
+            "",
+            "hf-overlay: error: the folder that you are in has been removed; go to another one: cd\n",
+        )
+
+
+def test_where_a_file_is_in_the_place_of_the_sessions_there_are_none(
+    hf_overlay: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HF_OVERLAY_DIR", str(tmp_path / "file"))
+    assert hf_overlay("clean") == (0, "", "")
+    assert "no overlay is being served" in hf_overlay("env").err
+
+
+def test_sessions_that_may_not_be_read_are_named(
+    hf_overlay: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    monkeypatch.setenv("HF_OVERLAY_DIR", str(tmp_path / "closed"))
+    with respected():
+        for command in ("env", "clean", "doctor"):
+            done = hf_overlay(command)
+            assert done.status == 1
+            assert "permission denied; set HF_OVERLAY_DIR to a folder of your own" in done.out + done.err
 
 
 def test_help_has_examples_and_is_what_the_bare_command_prints(hf_overlay: Callable[..., Result]) -> None:
@@ -294,7 +333,7 @@ def test_help_has_examples_and_is_what_the_bare_command_prints(hf_overlay: Calla
     assert hf_overlay() == shown
 
 
-@pytest.mark.parametrize("command", ["config", "env", "service"])
+@pytest.mark.parametrize("command", ["completion", "config", "env", "serve", "service"])
 def test_the_help_of_a_command_for_once_has_examples(hf_overlay: Callable[..., Result], command: str) -> None:
     done = hf_overlay(command, "--help")
     assert done.status == 0
@@ -399,14 +438,10 @@ def test_registered_as_an_extension_it_answers_to_hf_overlay(
 ) -> None:
     lay_model(models / "org/name")
     environ = processes.environment(home)
-    before = processes.finish(["hf", "overlay", "--version"], environ)
-    assert before.status != 0, "it works without"
     done = hf_overlay("extension")
     assert (done.status, done.out) == (0, "")
     again = hf_overlay("extension")
     assert again.status == 0, "an update of the entry"
-    version = processes.succeed(["hf", "overlay", "--version"], environ)
-    assert version.out == f"hf-overlay {metadata.version('hf-overlay')}\n"
     rows = json.loads(processes.succeed(["hf", "overlay", "ls", "--json", "--model-path", str(models)], environ).out)
     assert [row["id"] for row in rows] == ["org/name"]
     ran = processes.finish(["hf", "overlay", "run", "-q", "--", "sh", "-c", "exit 7"], environ)
