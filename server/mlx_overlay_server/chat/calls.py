@@ -1,4 +1,4 @@
-"""Tool calls as models really write them: mlx-lm's parser first, then other forms whose meaning is certain.
+"""Tool calls as models really write them: tags, then what mlx-lm's parser reads, then other forms that are certain.
 
 A call is certain when a tool of its name was declared and its arguments fit that tool. Everything else is no call.
 """
@@ -119,9 +119,9 @@ def is_open(text: str) -> bool:
     """Return whether a call, up to a closing mark, has a value that goes on there, so that the mark belongs to it."""
     if len(text) > LONGEST:
         return False
-    if quotes := text.count(_QUOTE) + text.count("<escape>"):
-        return quotes % 2 == 1
     text = bare(text)
+    if text.startswith("call:"):  # Gemma's form
+        return (text.count(_QUOTE) + text.count("<escape>")) % 2 == 1
     if _BEGIN.match(text):
         return any(quote in _STRING.sub("", text) for quote in "\"'")
     return tagged.is_open(text)

@@ -258,6 +258,7 @@ OF_PARSERS = {
         Shape("text without quotes", "<|tool_call>call:weather{city:Oslo}<tool_call|>", [OSLO]),
         Shape("two without quotes", "<|tool_call>call:weather{city:New York, NY, days:3}<tool_call|>", [("weather", {"city": "New York, NY", "days": 3})]),
         Shape("half its quotes", f"<|tool_call>call:weather{{city:{_QUOTE}Oslo}}<tool_call|>", [OSLO]),
+        Shape("its own mark in text", f"<|tool_call>call:weather{{city:{_QUOTE}a<tool_call|>b{_QUOTE}}}<tool_call|>", [("weather", {"city": "a<tool_call|>b"})]),
         Shape("brackets without quotes", "<|tool_call>call:weather{city:a}b}<tool_call|>", [], "call:weather{city:a}b}"),
         Shape("one key twice", "<|tool_call>call:weather{city:a,city:b}<tool_call|>", [], "call:weather{city:a,city:b}"),
         Shape("a key that the tool lacks", "<|tool_call>call:weather{town:Oslo}<tool_call|>", [], "call:weather{town:Oslo}"),

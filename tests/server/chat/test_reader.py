@@ -190,7 +190,7 @@ def test_the_model_s_own_marks_are_plain_text_in_a_plain_completion(model: Loade
     [
         "<tool_call>{</tool_call>",
         "<tool_call>[1, 2]</tool_call>",
-        '<tool_call>{"name": "find"}</tool_call>',
+        '<tool_call>{"name": "lose"}</tool_call>',
         '<tool_call>{"name": 3, "arguments": {}}</tool_call>',
         '<tool_call>{"name": "find", "arguments": [1]}</tool_call>',
         '<tool_call>{"name": "find", "arguments": "no JSON"}</tool_call>',
