@@ -12,9 +12,9 @@ Everything is decided by counts of tokens, not by what is free at the moment: th
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 from mlx_overlay_server.engine.commands import Encode, Submit
 from mlx_overlay_server.memory import GROWTH, Images, KvSize
@@ -32,6 +32,8 @@ class _Sequence:
     images: Images
     is_alone: bool
     """Whether it takes no part in its model's batch."""
+    size: int
+    """Tokens that there must be room for when it begins."""
     drawn: int = 0
     """Tokens of its answer so far."""
     passes: int = 0
@@ -40,23 +42,13 @@ class _Sequence:
     """Whether it had begun before, and was paused."""
 
     @property
-    def key(self) -> str:
-        return self.submit.key
-
-    @property
-    def length(self) -> int:
-        """Tokens that there must be room for: those to come for a while, too, as KV caches grow in large steps."""
-        if isinstance(self.submit, Encode):  # its texts are read without a KV cache, or one after the other
-            return max(len(text.tokens) for text in self.submit.texts)
-        return len(self.submit.prompt) + self.drawn + GROWTH
-
-    @property
     def nbytes(self) -> int:
         """Bytes that there must be for it where it runs by itself."""
-        return self.kv.nbytes(self.length) + self.images.kept + (0 if self.drawn else self.images.looking)
+        return self.kv.nbytes(self.size + self.drawn) + self.images.kept + (0 if self.drawn else self.images.looking)
 
 
-class _Batch(NamedTuple):
+@dataclass(slots=True)
+class _Batch:
     """A model's batch, and what runs beside it."""
 
     rows: int = 0
@@ -65,10 +57,13 @@ class _Batch(NamedTuple):
     alone: int = 0
     """Bytes of all sequences that run beside it."""
 
-    def joined(self, sequence: _Sequence) -> _Batch:
+    def join(self, sequence: _Sequence) -> None:
+        """Count one more sequence."""
         if sequence.is_alone:
-            return self._replace(alone=self.alone + sequence.nbytes)
-        return self._replace(rows=self.rows + 1, longest=max(self.longest, sequence.nbytes))
+            self.alone += sequence.nbytes
+        else:
+            self.rows += 1
+            self.longest = max(self.longest, sequence.nbytes)
 
 
 class Admission:
@@ -96,7 +91,7 @@ class Admission:
 
     def add(self, submit: Submit | Encode, kv: KvSize, *, images: Images = _NO_IMAGES, is_alone: bool = False) -> None:
         """Let a sequence wait; `next` hands it out. `is_alone`: whether it takes no part in its model's batch."""
-        self._waiting[submit.id] = _Sequence(submit, kv, images, is_alone)
+        self._waiting[submit.id] = _Sequence(submit, kv, images, is_alone, _size(submit))
 
     @property
     def has_begun(self) -> bool:
@@ -160,15 +155,18 @@ class Admission:
 
     def _batches(self) -> dict[str, _Batch]:
         """Return the batches that run, by their models' keys."""
-        batches: dict[str, _Batch] = {}
+        batches: defaultdict[str, _Batch] = defaultdict(_Batch)
         for each in self._running.values():
-            batches[each.key] = batches.get(each.key, _Batch()).joined(each)
+            batches[each.submit.key].join(each)
         return batches
 
     def _bytes(self, batches: Mapping[str, _Batch], sequence: _Sequence | None = None) -> int:
         """Return how many bytes all batches take, when one more sequence has joined its model's."""
         if sequence is not None:
-            batches = {**batches, sequence.key: batches.get(sequence.key, _Batch()).joined(sequence)}
+            key = sequence.submit.key
+            joined = replace(batches.get(key, _Batch()))
+            joined.join(sequence)
+            batches = {**batches, key: joined}
         return sum(min(batch.rows, self._rows) * batch.longest + batch.alone for batch in batches.values())
 
     def _pass(self, id_: int) -> None:
@@ -177,3 +175,13 @@ class Admission:
             if other == id_:
                 return
             sequence.passes += 1
+
+
+def _size(submit: Submit | Encode) -> int:
+    """Return the tokens that there must be room for when a sequence begins.
+
+    Those to come for a while count, too, as KV caches grow in large steps.
+    """
+    if isinstance(submit, Encode):  # its texts are read without a KV cache, or one after the other
+        return max(len(text.tokens) for text in submit.texts)
+    return len(submit.prompt) + GROWTH

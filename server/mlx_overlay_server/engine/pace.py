@@ -14,7 +14,7 @@ _MARGIN = 0.9
 _HALF_CONTEXT = 8192
 """Tokens after which a pass may read half of the most: attention takes memory for each that comes before."""
 _PAYS = 5
-"""A pass may take so many times as long as one over a single token, even where that is longer than is wanted."""
+"""A pass may take so many times as long as a step of one sequence alone, even where that is longer than is wanted."""
 _BAND = 1024
 """Contexts that are within so many tokens of each other, or twice as long at most, count as equally slow."""
 
