@@ -25,7 +25,7 @@ _WAIT_FACTOR = 15
 """... and for so many times as long as they work: who waits for the processor waits less."""
 _FIRST = 4
 """How many looks are made before a disk may count as slow."""
-_TIMED = 4
+_TIMED = 16
 """One of so many further looks is timed, because timing takes a third as long as looking."""
 _REPORT_SECONDS = 0.1
 

@@ -148,6 +148,13 @@ class Session:
         """Every model that can be loaded, one for each id, sorted by id; the real cache is scanned now."""
         return tuple(resolution.winner for resolution in self._catalog.resolutions().values())
 
+    def scan(self) -> tuple[Model, ...]:
+        """The same as `models` after a refresh, in half the time: the tree stays as it is. Raises SessionError."""
+        with self._lock:
+            self._scan(only_settled=False)
+            self._warn()
+        return self.models
+
     @property
     def models_away(self) -> dict[str, str]:
         """The ids of models that the last refresh knew to be away, each with the folder that held it."""
@@ -337,13 +344,16 @@ class Session:
             raise session_error(self._owner.path, error) from error
 
     def _publish(self, plan: Plan) -> None:
-        for warning in self._catalog.warnings(self._fate_of_downloads()):
-            self._messages.warning(warning)
+        self._warn()
         try:
             self._link_home()
             self._tree.publish(plan, is_there=self.is_folder)
         except OSError as error:
             raise session_error(self._owner.path, error) from error
+
+    def _warn(self) -> None:
+        for warning in self._catalog.warnings(self._fate_of_downloads()):
+            self._messages.warning(warning)
 
     def _link_home(self) -> None:
         """Let the tree lead to what the user's HF_HOME holds, as soon as its disk answers. Raises OSError."""

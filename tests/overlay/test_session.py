@@ -111,6 +111,9 @@ def test_refresh_tells_and_shows_what_was_added_changed_and_removed(models: Path
         lay_model(models / "org/added")
         (models / "org/changed/new.txt").write_text("new")
         removed.rename(models.parent / "removed")
+        shown = os.listdir(session.hub_cache)
+        assert [model.id for model in session.scan()] == ["org/added", "org/changed"]
+        assert os.listdir(session.hub_cache) == shown, "a scan leaves the tree as it is"
         assert session.refresh() == (("org/added",), ("org/changed",), ("org/removed",))
         assert listed(session) == ["org/added", "org/changed"]
         assert Path(load(session, "org/changed"), "new.txt").read_text() == "new"

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
-from hf_overlay.progress import alive
+from hf_overlay.progress import alive, reporter
 
 Value = TypeVar("Value")
 
@@ -71,8 +71,17 @@ class Memo(Generic[Value]):
         kept = self._before.get(key)
         if kept is None:
             return None
+        report = reporter()
         for path, looked in kept.stamps:
-            if _stamp(path) != looked:
+            report()
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                if looked != _missing(error):
+                    return None
+                continue
+            # As `stamp`, without a call: a refresh spends most of its time in this loop.
+            if looked != (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size):
                 return None
         if self._is_same is not None and not self._is_same(key, kept.value):
             return None
@@ -92,7 +101,11 @@ class Memo(Generic[Value]):
 def _stamp(path: str) -> tuple[int, ...]:
     alive()
     try:
-        status = os.stat(path)
+        return stamp(os.stat(path))
     except OSError as error:
-        return (error.errno or 0,)
-    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size  # as `stamp`, which is called less
+        return _missing(error)
+
+
+def _missing(error: OSError) -> tuple[int, ...]:
+    """The stamp of a path that cannot be looked at."""
+    return (error.errno or 0,)

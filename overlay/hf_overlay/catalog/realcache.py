@@ -9,7 +9,7 @@ from hf_overlay import hfcache, keeping
 from hf_overlay.catalog.files import reason_of
 from hf_overlay.catalog.memo import Memo
 from hf_overlay.catalog.plan import Entry
-from hf_overlay.catalog.repos import examine_all
+from hf_overlay.catalog.repos import Checked, examine_all
 from hf_overlay.catalog.scan import Scanner
 from hf_overlay.errors import OverlayError, SessionError
 from hf_overlay.models import CachedRepo, Code, Model, Source
@@ -23,7 +23,7 @@ class RealCache:
         self._hub = hub
         self._scanner = scanner
         self._patience = patience
-        self._examined: Memo[hfcache.Examined] = Memo()
+        self._examined: Memo[Checked] = Memo()
         self._repos: Memo[CachedRepo] = Memo()
         self._problem: str | None = None
         """Why nothing in it can be seen."""
@@ -54,23 +54,19 @@ class RealCache:
         """
         memo, repos_memo = self._examined.next_round(), self._repos.next_round()
         problem = None
-        repos: dict[str, CachedRepo] = {}
         try:
-            entries, examined, self._examined, repos, self._repos = self._patience.ask(
+            examined, self._examined, self._repos = self._patience.ask(
                 self._hub, partial(examine_all, self._hub, memo, self._scanner.held, frozenset(in_tiers), repos_memo)
             )
         except OSError as error:
             problem = _text_of(error)
-            entries, examined = dict(self._scanner.held), {}
+            examined = [Checked(Entry(name, path), None) for name, path in self._scanner.held.items()]
         self._judge(problem)
-        if self._not_kept is not None:
-            entries.pop(hfcache.LOCKS, None)  # clients cannot write there; they make one of their own
-        self.unscannable = {path: repo.problem for path, repo in examined.items() if repo.problem is not None}
-        return [
-            Entry(name, path, examined[path].commits if path in examined else (), repos.get(name))
-            for name, path in entries.items()
-            if path not in self.unscannable
-        ]
+        self.unscannable = {each.entry.path: each.problem for each in examined if each.problem is not None}
+        entries = [each.entry for each in examined if each.problem is None]
+        if self._not_kept is not None:  # clients cannot write to the locks; they make a folder of their own
+            entries = [entry for entry in entries if entry.name != hfcache.LOCKS]
+        return entries
 
     def why_not_kept(self) -> keeping.Problem | None:
         """Why it keeps no download now; None when it does."""

@@ -5,32 +5,45 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from functools import partial
+from typing import NamedTuple
 
 from hf_overlay import hfcache, tiers
 from hf_overlay.abreast import Abreast
 from hf_overlay.catalog.memo import Memo, stamps
+from hf_overlay.catalog.plan import Entry
 from hf_overlay.errors import check_descriptors
 from hf_overlay.models import CachedRepo
 
 
+class Checked(NamedTuple):
+    """An entry of the real cache, and whether an overlay can show it."""
+
+    entry: Entry
+    problem: str | None
+    """Why every scan of a cache that holds it fails; None: none does."""
+
+
 def examine_all(
     hub: str,
-    memo: Memo[hfcache.Examined],
+    memo: Memo[Checked],
     held: Mapping[str, str],
     wanted: Collection[str],
     repos_memo: Memo[CachedRepo],
-) -> tuple[
-    dict[str, str], dict[str, hfcache.Examined], Memo[hfcache.Examined], dict[str, CachedRepo], Memo[CachedRepo]
-]:
-    """The entries of a hub folder and those held for it, what is known of each repo, by path, and the memo of that.
+) -> tuple[list[Checked], Memo[Checked], Memo[CachedRepo]]:
+    """The entries of a hub folder and those held for it, and the memo of that. Raises OSError.
 
-    Then, by name, all that is in the repos that are `wanted`, and the memo of that. Raises OSError.
+    Of the repos that are `wanted`, by name, all that is in them; the last is the memo of that.
     """
-    entries = {**held, **hfcache.entries(hub)}
-    paths = [path for name, path in entries.items() if "--" in name]
-    examined = dict(zip(paths, Abreast().each(partial(_examine, memo=memo), paths), strict=True))
-    repos = {name: read_repo(name, entries[name], hub, repos_memo) for name in wanted if name in entries}
-    return entries, examined, memo, repos, repos_memo
+    found = {**held, **hfcache.entries(hub)}
+    examined = list(Abreast().each(partial(_examine, memo=memo), found.items()))
+    if wanted:
+        examined = [
+            each._replace(entry=each.entry._replace(repo=read_repo(each.entry.name, each.entry.path, hub, repos_memo)))
+            if each.entry.name in wanted
+            else each
+            for each in examined
+        ]
+    return examined, memo, repos_memo
 
 
 def tier_repos(
@@ -64,10 +77,14 @@ def read_repo(name: str, path: str, root: str, memo: Memo[CachedRepo]) -> Cached
     return repo
 
 
-def _examine(repo: str, memo: Memo[hfcache.Examined]) -> hfcache.Examined:
-    examined = memo.recall(repo)
+def _examine(named: tuple[str, str], memo: Memo[Checked]) -> Checked:
+    name, path = named
+    if "--" not in name:
+        return Checked(Entry(name, path), None)
+    examined = memo.recall(path)
     if examined is None:
-        looked = stamps(hfcache.watched_by_examine(repo))
-        examined = hfcache.examine(repo)
-        memo.remember(repo, examined, looked)
+        looked = stamps(hfcache.watched_by_examine(path))
+        commits, problem = hfcache.examine(path)
+        examined = Checked(Entry(name, path, commits), problem)
+        memo.remember(path, examined, looked)
     return examined

@@ -161,7 +161,7 @@ class Scanner:
     def _remembered(self, key: str) -> Seen:
         """What the last scan remembers, for a round of its own."""
         seen = self._seen.get(key)
-        return Seen(Memo(), Memo(), Memo()) if seen is None else seen.next_round()
+        return Seen.first(Memo(), Memo()) if seen is None else seen.next_round()
 
     def _begun(self, key: str, root: str, layer: Layer) -> Seen:
         """As `_remembered`, for a scan: before the first one of this process, what another one has kept."""
@@ -171,7 +171,7 @@ class Scanner:
             found, problems = self._patience.ask(self._index.folder, partial(self._index.load, (layer, root)))
         except OSError:
             found, problems = Memo(), Memo()
-        return Seen(found, problems, Memo())
+        return Seen.first(found, problems)
 
     def _keep(self, root: str, layer: Layer, seen: Seen) -> None:
         """Keep for later processes what this one's first scan has found."""

@@ -27,9 +27,17 @@ class Seen(NamedTuple):
     problems: Problems
     rejects: Memo[Reject | None]
     """Repos in cache layout that were rejected; None for one that only the last scan has rejected."""
+    made: Memo[tuple[object, Source]]
+    """By root, all that a scan found, and the source that it made of that."""
+
+    @classmethod
+    def first(cls, found: Memo[Found], problems: Problems) -> "Seen":
+        """What a first scan of this process begins with."""
+        return cls(found, problems, Memo(), Memo())
 
     def next_round(self) -> "Seen":
-        return Seen(self.found.next_round(), self.problems.next_round(), self.rejects.next_round())
+        found, problems, rejects, made = self
+        return Seen(found.next_round(), problems.next_round(), rejects.next_round(), made.next_round())
 
 
 class Collected:
@@ -40,6 +48,7 @@ class Collected:
         self._layer = layer
         self._memo = seen.found
         self._rejected = seen.rejects
+        self._made = seen.made
         self.problems = seen.problems
         self._models: list[Model] = []
         self._rejects: list[Reject] = []
@@ -47,6 +56,15 @@ class Collected:
         """Numbers of AppleDouble files, to be added up: several threads may have found some."""
 
     def source(self, device: int | None, problem: Reason | None = None) -> Source:
+        """All that was found: the same object as the scan before returned, where that found the same."""
+        found = self._models, self._rejects, sum(self.junk), device, problem
+        before = self._made.recall(self._root)
+        if before is None or before[0] != found:
+            before = found, self._sorted(device, problem)
+        self._made.remember(self._root, before, ())
+        return before[1]
+
+    def _sorted(self, device: int | None, problem: Reason | None) -> Source:
         return Source(
             self._root,
             problem,
@@ -236,10 +254,11 @@ class RootScan:
 
     def _is_group(self, path: str, here: tuple[int, int], above: tuple[tuple[int, int], ...]) -> bool:
         """Whether to look for models inside; links back up, and second links to one folder, are rejected."""
-        if here in above or (os.path.islink(path) and holds(os.path.realpath(path), self._real_root)):
+        is_link = os.path.islink(path)
+        if here in above or (is_link and holds(os.path.realpath(path), self._real_root)):
             self._found.reject(path, None, Reason(Code.LINK_TO_PARENT, "is a link back to a folder above it"))
             return False
-        if not os.path.islink(path):
+        if not is_link:
             return True
         if here in self._linked:
             text = "links to a folder that another link has shown already"

@@ -235,6 +235,8 @@ class Tree:
         """Folders that clients made in the hub folders: they stay where they are and stay visible."""
         written = {}
         for hub in sorted(self._hubs(), key=lambda entry: int(entry.name)):
+            if store.is_ours(hub.path):
+                continue
             for entry in os.scandir(hub.path):
                 if not entry.is_symlink() and entry.is_dir():
                     written[entry.name] = f"../{hub.name}/{entry.name}"
@@ -242,7 +244,9 @@ class Tree:
 
     def _is_whole(self) -> bool:
         """Whether every entry is still there: a client's `hf cache rm` takes links away."""
-        return self.is_there and set(os.listdir(self.hub)) >= self._entries.keys()
+        if not self.is_there:
+            return False
+        return store.is_ours(os.path.realpath(self.hub)) or set(os.listdir(self.hub)) >= self._entries.keys()
 
     def _switch(self, entries: dict[str, str]) -> None:
         generation = self._generation + 1
@@ -253,6 +257,7 @@ class Tree:
             os.mkdir(hub, 0o700)
         for name, target in entries.items():
             os.symlink(target, f"{hub}/{name}")
+        store.mark_untouched(f"{self._session}/hubs", [str(generation)])  # until a client adds or removes something
         link = f"{self._session}/hub.next"
         if os.path.lexists(link):
             os.unlink(link)

@@ -94,7 +94,7 @@ def recorded(repo: str) -> dict[str, Any]:
 
 
 def is_ours(path: str) -> bool:
-    """Whether a file in a repo that was made here is as it was made. Raises OSError."""
+    """Whether a file is as it was made here, or nothing has come to or gone from a folder since. Raises OSError."""
     return os.lstat(path).st_mtime_ns == _UNTOUCHED_NS
 
 

@@ -124,8 +124,7 @@ class Library:
 
     def _list(self) -> list[Listed]:
         try:
-            self._session.refresh()
-            models = self._session.models
+            models = self._session.scan()
         except hf_overlay.OverlayError as error:
             raise Unavailable(str(error)) from None
         before = self._rows

@@ -110,6 +110,18 @@ def test_biases_of_jina_s_attention_for_a_number_of_heads_that_is_no_power_of_tw
     np.testing.assert_allclose(_slopes(12)[6:10], [2**-7, 2**-8, 2**-0.5, 2**-1.5])
 
 
+def test_experts_make_the_same_whether_all_compute_it_or_the_best_alone() -> None:
+    import mlx.core as mx
+    from mlx_overlay_server.engine.encoding.experts import Experts
+
+    experts = Experts(8, 12, 4, 2, "gelu")
+    experts.w1, experts.w2 = mx.random.normal((48, 8)), mx.random.normal((48, 8))
+    chosen, shares = mx.array([[0, 3], [2, 1], [3, 0]]), mx.array([[0.5, 0.2], [0.4, 0.3], [0.6, 0.1]])
+    made = [np.array(each(mx.ones((3, 8)) / 4, chosen, shares)) for each in (experts.by_all, experts.by_best)]
+    assert np.abs(made[0]).max() > 0.01
+    np.testing.assert_allclose(made[0], made[1], atol=1e-5)
+
+
 OF_GTE = (
     ("encoder.layer.", "layers."),
     (".attention.", ".self_attn."),

@@ -197,9 +197,6 @@ class Model(nn.Module):
             elif joined := _JOINED.fullmatch(name):
                 for own, part in zip(("fc11", "fc12"), mx.split(value, 2), strict=True):
                     named[f"{joined[1]}.{own}.{joined[2]}"] = part
-            elif name.endswith((".mlp.w1", ".mlp.w2")):
-                matrices = value.reshape(self.args.experts, self.args.intermediate, self.args.hidden)
-                named[f"{name}.weight"] = matrices if name.endswith("1") else matrices.swapaxes(1, 2)
             elif _UNUSED.match(name) is None:
                 named[name] = value
         for (module, kind), each in parts.items():
