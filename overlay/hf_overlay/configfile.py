@@ -16,14 +16,18 @@ Every mistake in it is a UsageError that names the file, the line, and what to d
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 
 from hf_overlay import config
 from hf_overlay.config import ConfigFile
 from hf_overlay.errors import UsageError, check_descriptors
 
+MAX_BYTES = 1 << 20
+"""No file that a person writes is larger; a larger one is something else under that name."""
 _LISTS = {"model_path": "folders", "below": "folders", "exclude": "ids"}
 """Settings that are lists of texts, and of what."""
 _TABLES = ("map", "server")
@@ -36,8 +40,7 @@ def read(environ: Mapping[str, str]) -> ConfigFile:
     if path is None:
         return config.NO_FILE
     try:
-        with open(path, "rb") as file:
-            text = file.read().decode("utf-8")
+        text = read_file(path).decode("utf-8")
     except (FileNotFoundError, NotADirectoryError):
         if config.FILE_VARIABLE in environ:
             raise UsageError(f"{config.FILE_VARIABLE} names {path}, which is not there; correct or unset it") from None
@@ -51,6 +54,22 @@ def read(environ: Mapping[str, str]) -> ConfigFile:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{path}:{line}: this is not UTF-8; save the file as UTF-8") from error
     return parse(path, text)
+
+
+def read_file(path: str) -> bytes:
+    """All of a file that a person has written. Raises OSError, also for what no person writes, such as a pipe."""
+    with open(path, "rb", opener=_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", path)
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"Larger than {MAX_BYTES >> 20} MiB", path)
+    return content
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open a file; where it is a pipe, without waiting for somebody to write into it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def parse(path: str, text: str) -> ConfigFile:
@@ -77,21 +96,31 @@ def parse(path: str, text: str) -> ConfigFile:
 def line_of(text: str, *keys: str) -> int:
     """The number of the line at which a key's statement begins; further keys are those of the table below it.
 
-    The parser tells no lines. So ever more lines are read, until the key is there.
+    The parser tells no lines. So the beginning of the text is read up to a line in the middle of those in question: the
+    statement is before that line if the key is there, else after it.
     """
+    lines = text.splitlines(keepends=True)
+    begin, end = 0, len(lines)
+    while end - begin > 1:
+        middle = (begin + end) // 2
+        # Where no statement ends at the line in the middle, the next line counts at which one does.
+        cuts = ((cut, tables) for cut in range(middle, end) if (tables := _tables(lines[:cut])) is not None)
+        cut, tables = next(cuts, (middle, None))
+        if tables is None or _holds(tables, keys):
+            end = middle
+        else:
+            begin = cut
+    return begin + 1
+
+
+def _tables(lines: Sequence[str]) -> dict[str, object] | None:
+    """What the first lines of a file say; None where they end in the middle of a statement."""
     import tomllib
 
-    lines = text.splitlines(keepends=True)
-    begin = 0
-    for end in range(len(lines) + 1):
-        try:
-            tables = tomllib.loads("".join(lines[:end]))
-        except tomllib.TOMLDecodeError:  # in the middle of a statement
-            continue
-        if _holds(tables, keys):
-            break
-        begin = end
-    return begin + 1
+    try:
+        return tomllib.loads("".join(lines))
+    except tomllib.TOMLDecodeError:
+        return None
 
 
 def _holds(tables: object, keys: Sequence[str]) -> bool:

@@ -72,7 +72,7 @@ def open_session(
     settings = config.load(
         [os.fspath(path) for path in model_paths],
         environ,
-        os.getcwd(),
+        config.working_folder(),
         kind=kind,
         exclude=exclude,
         trusts_code=trusts_code,

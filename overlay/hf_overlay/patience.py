@@ -2,13 +2,15 @@
 
 A system call on such a mount does not return, and nothing can interrupt it. So each question runs in a thread of its
 own, which is given up on when it makes no progress for `STALL_SECONDS`. A slow disk is not given up on, because long
-work reports progress with `alive`. The threads are daemons, which no program waits for at its end. Some mounts hold
-even a process that is killed; there, the thread asks a helper process.
+work reports progress with `alive`. On a busy machine, work that reports nothing may take long, too: where the system
+tells how much processor time a thread has used (Linux), using some is progress. The threads are daemons, which no
+program waits for at its end. Some mounts hold even a process that is killed; there, the thread asks a helper process.
 """
 
 from __future__ import annotations
 
 import errno
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -26,6 +28,8 @@ Answer = TypeVar("Answer")
 STALL_SECONDS = 1.2
 """Seconds without a sign of life after which a disk "does not answer". It may still: some take seconds to spin up."""
 _TURN_SECONDS = 0.2
+_WORK_SECONDS = 0.005
+"""Processor time within one turn that a thread uses which works; one that waits for a disk uses less."""
 
 
 class NoAnswer(OSError):
@@ -45,6 +49,8 @@ class _Question(Generic[Answer]):
         self._error: BaseException | None = None
         self._ended = threading.Event()
         self._has_reported = False
+        self._clock: int | None = None
+        self._worked = 0.0
         self.silent = 0.0
         """Seconds without progress, as far as this process has waited for them."""
         threading.Thread(target=self._work, name=f"asks {root}", daemon=True).start()
@@ -58,8 +64,10 @@ class _Question(Generic[Answer]):
 
     def has_waited(self, seconds: float) -> None:
         """Note that somebody has waited for some seconds."""
-        self.silent = 0.0 if self._has_reported else self.silent + seconds
-        self._has_reported = False
+        worked = self._processor_seconds()
+        has_progressed = self._has_reported or worked - self._worked > _WORK_SECONDS
+        self.silent = 0.0 if has_progressed else self.silent + seconds
+        self._has_reported, self._worked = False, worked
 
     def answer(self) -> Answer:
         """Return what the function returns, or raise what it raises. Raises NoAnswer when it has not ended."""
@@ -69,7 +77,16 @@ class _Question(Generic[Answer]):
             raise self._error
         return self._answer  # type: ignore[return-value]  # which may be None itself
 
+    def _processor_seconds(self) -> float:
+        """The processor time that the thread has used, where the system tells it and the thread has not ended."""
+        try:
+            return self._worked if self._clock is None else time.clock_gettime(self._clock)
+        except OSError:
+            return self._worked
+
     def _work(self) -> None:
+        if sys.platform == "linux":
+            self._clock = time.pthread_getcpuclockid(threading.get_ident())
         try:
             with reporting(self._has_progressed):
                 self._answer = self._function()

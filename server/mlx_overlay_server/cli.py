@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from hf_overlay import UsageError
+from hf_overlay import streams
+from hf_overlay.command.ending import exit_status
 
 from mlx_overlay_server import options as options_
 from mlx_overlay_server.command import NAMES
@@ -21,8 +22,24 @@ _COMMANDS = f"there are {', '.join(NAMES)}; without one, {PROGRAM} serves"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command, or serve until a signal, and return the exit code. A usage error exits with 2."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run a command, or serve until a signal, and return the exit code. Without `argv` it is this process's own."""
+    if argv is not None:
+        return exit_status(partial(_run, list(argv)), _say)
+    streams.prepare()
+    status = exit_status(partial(_run, sys.argv[1:]), _say)
+    if "mlx" in sys.modules:
+        # A thread may wait for lost ranks for ever, and a normal exit under MLX's own threads has aborted processes.
+        os._exit(status)
+    return status
+
+
+def _say(text: str) -> None:
+    from mlx_overlay_server.command.output import say  # imported here, because only errors need it
+
+    say(text)
+
+
+def _run(arguments: list[str]) -> int:
     if arguments and arguments[0] in NAMES:
         from mlx_overlay_server.command import dispatch  # imported here, because serving does not need it
 
@@ -56,9 +73,6 @@ def _serve(arguments: Sequence[str]) -> int:
         settings = configuration.load(options, os.environ)
     except ValueError as error:
         parser.error(str(error))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     from mlx_overlay_server import run
     from mlx_overlay_server.live import Live
 
@@ -67,10 +81,4 @@ def _serve(arguments: Sequence[str]) -> int:
         stamp=partial(configuration.stamp, dict(os.environ)),
         reread=partial(configuration.load, options, dict(os.environ)),
     )
-    status = run.serve(live)
-    if "mlx" in sys.modules:
-        # A thread may wait for lost ranks for ever, and a normal exit under MLX's own threads has aborted processes.
-        for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
-            stream.flush()
-        os._exit(status)
-    return status
+    return run.serve(live)

@@ -22,6 +22,7 @@ ServerError
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 Field = Literal[
@@ -42,6 +43,9 @@ Field = Literal[
 """Fields of `chat.requests` and `encoding.requests` that shared layers complain about."""
 
 
+_FIELD = re.compile(r"^[a-z_]{1,40}\b", re.IGNORECASE)
+
+
 class ServerError(Exception):
     """An expected failure of a request."""
 
@@ -49,6 +53,8 @@ class ServerError(Exception):
     """The HTTP status of the answer."""
     code: str | None = None
     """A stable name for programs, where there is one."""
+    is_recorded = False
+    """Whether the record of its request says it, and with that the log."""
 
     def __init__(
         self,
@@ -71,6 +77,14 @@ class ServerError(Exception):
         self.key = None if key is None else _bounded(key, 200)
         if code is not None:
             self.code = code
+
+    @property
+    def reason(self) -> str:
+        """Its code, or its status and the field that it blames: for logs, which never quote what clients send."""
+        if self.code is not None:
+            return self.code
+        field = self.field or "".join(_FIELD.findall(self.param or ""))
+        return f"{self.status}, {field}" if field else str(self.status)
 
 
 class InvalidRequest(ServerError):

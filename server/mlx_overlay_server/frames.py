@@ -16,8 +16,8 @@ What a process that transcribes or speaks is told (`speech/program.py`):
                                                             None, once it is ready
     ("load", the model's folder)                            Result
     ("recording", some bytes of it), any number of times    nothing
-    ("run", a TranscribeRequest)                            Result, of a Transcript
-    ("run", a SpeakRequest)                                 Results of bytes, any number of them, then one of None
+    ("run", a TranscribeRequest)                            Results of str, any number of them, then of a Transcript
+    ("run", a SpeakRequest)                                 Results of Sound, any number of them, then one of None
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import os
 import sys
@@ -96,8 +95,8 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def import_transformers() -> None:
-    """Import transformers so that it looks into each of its 1,700 model files once. By itself it does so twice."""
-    finder = _Patching("transformers.utils.import_utils", _remember_looks)
+    """Import transformers, which reads its 1,700 model files for the names in them, in half of the time for that."""
+    finder = _Patching("transformers.utils.import_utils", _read_names_faster)
     sys.meta_path.insert(0, finder)
     try:
         importlib.import_module("transformers")
@@ -105,25 +104,28 @@ def import_transformers() -> None:
         sys.meta_path.remove(finder)
 
 
-def _remember_looks(module: Any) -> None:
-    """Make transformers' function that looks into a folder's files remember its results."""
-    name = "create_import_structure_from_path"
-    look = getattr(module, name, None)
-    if (
-        look is None
-    ):  # another release of transformers, in which the function is not there: it may look as often as it likes
+def _read_names_faster(module: Any) -> None:
+    """Make transformers look into each folder once, and search a file for its `__all__` from the end.
+
+    By itself it looks into each folder twice, and splits each file into lines. A release of transformers in which these
+    functions are not there stays as it is.
+    """
+    look = getattr(module, "create_import_structure_from_path", None)
+    names = getattr(module, "fetch__all__", None)
+    if look is None or names is None:
         return
     found: dict[str, Any] = {}
 
-    def remembered(path: Any, **options: Any) -> Any:
+    def look_once(path: Any, **options: Any) -> Any:
         if options:
             return look(path, **options)
         folder = os.path.dirname(path) if os.path.isfile(path) else os.fspath(path)
         if folder not in found:
             found[folder] = look(folder)
-        return copy.deepcopy(found[folder])
+        return found[folder]
 
-    setattr(module, name, remembered)
+    module.create_import_structure_from_path = look_once
+    module.fetch__all__ = lambda content: names(content[content.rfind("\n__all__") + 1 :])
 
 
 class _Patching(MetaPathFinder, Loader):

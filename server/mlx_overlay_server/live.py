@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from hf_overlay import OverlayError
@@ -92,7 +93,14 @@ class Live:
         self._take(settings)
 
     def _take(self, settings: Settings) -> None:
-        before, self.settings = self.settings, settings
+        before = self.settings
+        if before.keys and not settings.keys and not settings.api_key:
+            # As when an editor empties the file before it writes it: nobody shall get in for want of a key.
+            settings = replace(settings, keys=before.keys)
+            logger.warning(
+                "the configuration has no API keys any more; the last ones hold until the server is restarted"
+            )
+        self.settings = settings
         changed = configuration.changed(before, settings)
         if now := sorted(changed & CHANGING):
             logger.info("the configuration has changed: %s", ", ".join(now))

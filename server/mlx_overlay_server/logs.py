@@ -118,7 +118,9 @@ class Handler(logging.Handler):
         request: RequestRecord | None = getattr(record, "request", None)
         if not self._is_json:
             color = _COLORS.get(record.levelname) if request is None else _OUTCOMES.get(request.outcome)
-            return self._text(record, _MESSAGE.format(record), color)
+            message = record.getMessage()
+            traceback = _MESSAGE.format(record).removeprefix(message)
+            return self._text(record, message, color) + "\n".join(map(printable, traceback.split("\n")))
         if request is None:
             return self._json(record, _MESSAGE.format(record), {})
         return self._json(record, "request", {**asdict(request), "tokens_per_second": request.tokens_per_second})

@@ -50,6 +50,12 @@ class Metrics:
         self.text_tokens = Counter(
             "mlx_omni_text_tokens", "Tokens of texts that were embedded or ranked.", registry=self.registry
         )
+        self.heard_seconds = Counter(
+            "mlx_omni_heard_seconds", "Seconds of recordings that were transcribed.", registry=self.registry
+        )
+        self.spoken_seconds = Counter(
+            "mlx_omni_spoken_seconds", "Seconds of sound that texts were spoken in.", registry=self.registry
+        )
         self.first_token = Histogram(
             "mlx_omni_time_to_first_token_seconds",
             "From the request to its first token.",

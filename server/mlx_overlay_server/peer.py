@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
-import signal
 import socket
 import subprocess
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_overlay_server import children
+from mlx_overlay_server import children, signals
 from mlx_overlay_server.frames import LENGTH, Result, packed
 
 logger = logging.getLogger("mlx_overlay_server")
@@ -38,7 +37,7 @@ class Peer:
                 stderr=None if logger.isEnabledFor(logging.DEBUG) else subprocess.DEVNULL,
                 environ=environ,
                 # Ctrl-C reaches all processes of a terminal. These end when the server closes the socket, not before.
-                blocked=(signal.SIGINT, signal.SIGTERM),
+                blocked=signals.ENDING,
             )
 
     @property

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
+from hf_overlay import configfile
+
 from mlx_overlay_server.chat.requests import OURS, ChatRequest, Message, TextRequest
 from mlx_overlay_server.settings import KV_BITS, KV_GROUP_SIZES, Profile
 
@@ -44,8 +46,8 @@ def read(name: str, table: Mapping[str, Any]) -> Profile:
             given[key] = os.path.expanduser(given[key])
     if "chat_template" in given:
         try:
-            with open(given["chat_template"], encoding="utf-8") as file:
-                given["chat_template"] = file.read()
+            text = configfile.read_file(given["chat_template"]).decode("utf-8")
+            given["chat_template"] = text.replace("\r\n", "\n")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8"
             raise Mistake(f"the chat template cannot be read: {reason}; correct its path", "chat_template") from None

@@ -48,7 +48,7 @@ class RequestRecord:
     """Seconds from the request to its first token; None until that comes."""
     outcome: Outcome = "running"
     reason: str | None = None
-    """Why the last answer ended (`stop`, `length`, …), or the error's code or HTTP status; None while it runs."""
+    """Why the last answer ended (`stop`, `length`, …), or the error's own reason; None while it runs."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -148,7 +148,8 @@ class Recent:
             outcome, record.reason = "stopped", error.code
             raise
         except ServerError as error:
-            outcome, record.reason = "refused" if error.status < 500 else "failed", error.code or str(error.status)
+            outcome, record.reason = "refused" if error.status < 500 else "failed", error.reason
+            error.is_recorded = True
             raise
         except (asyncio.CancelledError, GeneratorExit):
             outcome = "left"

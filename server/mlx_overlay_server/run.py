@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +33,10 @@ GRACE_SECONDS = 4.5
 
 
 def serve(live: Live) -> int:
-    """Serve until SIGINT or SIGTERM, and return the exit code. Call it in the main thread, which gets the signals."""
+    """Serve until a signal ends it, and return the exit code. Call it in the main thread, which gets the signals.
+
+    Raises OverlayError.
+    """
     settings = live.settings
     logs.set_up(settings.log_level, settings.log_format)
     descriptors.raise_limit()
@@ -60,9 +62,6 @@ def serve(live: Live) -> int:
             if rank(os.environ):
                 return _follow(settings)
             return _serve_http(live, session)
-    except hf_overlay.OverlayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, hf_overlay.UsageError) else 1
     except KeyboardInterrupt:  # Stopped is a KeyboardInterrupt, too
         return 0
 
@@ -76,7 +75,7 @@ def _follow(settings: Settings) -> int:
     from mlx_overlay_server.engine.handle import STOP_SECONDS, follow
 
     signalled = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in signals.heeded():
         signal.signal(number, lambda *_: signalled.set())
     engine = follow(settings.engine)
     while engine.is_alive() and not signalled.wait(0.5):
@@ -92,8 +91,9 @@ def _serve_http(live: Live, session: hf_overlay.Session) -> int:
     except OSError as error:
         reason = error.strerror or error
         advice = "try --port 0" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "correct --host"
-        print(f"error: cannot listen on {settings.host}:{settings.port}: {reason}; {advice}", file=sys.stderr)
-        return 1
+        raise hf_overlay.OverlayError(
+            f"cannot listen on {settings.host}:{settings.port}: {reason}; {advice}"
+        ) from error
     from mlx_overlay_server.preparer import Process
 
     first = Process()  # it makes its imports beside this process, so that the first answer does not wait for them
@@ -149,7 +149,7 @@ def _server_class() -> Any:
         def capture_signals(self) -> Iterator[None]:
             """Let signals stop the server, without raising them again as uvicorn does, so that the exit code is 0."""
             loop = asyncio.get_running_loop()
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in signals.heeded():
                 loop.add_signal_handler(number, self._stop, loop)
             yield
 

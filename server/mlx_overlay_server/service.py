@@ -29,7 +29,7 @@ from mlx_overlay_server.recent import Recent, RequestRecord
 from mlx_overlay_server.scores import add_scored, beginning
 from mlx_overlay_server.settings import Limits, Settings
 from mlx_overlay_server.speech.processes import Speech
-from mlx_overlay_server.speech.values import LoadedSpeech, SpeechRequest, Transcript
+from mlx_overlay_server.speech.values import LoadedSpeech, Piece, Sound, SpeechRequest, Transcript
 from mlx_overlay_server.ticket import Ticket, stopped
 from mlx_overlay_server.turns import Turns
 
@@ -178,7 +178,7 @@ class Service:
 
     async def sound(
         self, request: SpeechRequest, ticket: Ticket, recording: AsyncIterator[bytes] | None = None
-    ) -> AsyncGenerator[Transcript | bytes]:
+    ) -> AsyncGenerator[Piece]:
         """Yield the transcript of a recording, or a text as pieces of sound. Raises ServerError."""
         with self.recent.following(request.model, ticket) as record, self._admitted(request):
             async with AsyncExitStack() as held:
@@ -194,6 +194,10 @@ class Service:
                         piece = await anext(made, None)
                     if piece is None:
                         return
+                    if isinstance(piece, Transcript):
+                        self.metrics.heard_seconds.inc(piece.seconds)
+                    elif isinstance(piece, Sound):
+                        self.metrics.spoken_seconds.inc(piece.seconds)
                     yield piece
 
     async def count_tokens(self, request: ChatRequest, ticket: Ticket) -> int:

@@ -46,7 +46,7 @@ class EngineOptions:
     """Milliseconds that a decoding sequence waits for others' prompts at most, between two of its tokens.
 
     There are two exceptions. Where decoding itself takes more than half of this time, reading prompts may take as long
-    as decoding. And it may always take three times as long as a pass over a single token.
+    as decoding. And it may always take five times as long as a pass over a single token.
     """
     cache_bytes: int | None = None
     """Bytes of KV caches that are kept for later prompts; None: a part of the machine's memory (`memory`)."""

@@ -1,9 +1,17 @@
-"""Turns SIGINT and SIGTERM into an exception, until the process handles them in another way."""
+"""The signals that end the server, which are an exception until the process handles them in another way."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""SIGINT comes by Ctrl-C, SIGTERM from whoever looks after the process, SIGHUP when its terminal is closed."""
+
+
+def heeded() -> list[signal.Signals]:
+    """Return those of the signals that this process was not started to ignore, as by nohup."""
+    return [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class Stopped(KeyboardInterrupt):
@@ -16,10 +24,9 @@ class Stopped(KeyboardInterrupt):
 
 
 def raise_stopped() -> None:
-    """Make SIGINT and SIGTERM raise Stopped in the main thread from now on; an ignored SIGINT stays ignored."""
-    signal.signal(signal.SIGTERM, _raise)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _raise)
+    """Make these signals raise Stopped in the main thread from now on."""
+    for number in heeded():
+        signal.signal(number, _raise)
 
 
 def _raise(_number: int, _frame: FrameType | None) -> None:

@@ -57,11 +57,15 @@ def _claude_blocks(events: Events) -> list[dict[str, Any]]:
     return [block for message in messages for block in message["content"]]
 
 
-def test_claude_code_has_a_conversation(server: Server, tmp_path: Path) -> None:
-    events = claude(server, "acme/hello", "Who is there?", tmp_path)
+def test_claude_code_has_a_conversation_and_another_session_finds_its_system_prompt_read(
+    server: Server, tmp_path: Path
+) -> None:
+    events = claude(server, "acme/hello", "Who is there?", tmp_path / "first")
     assert [block["text"] for block in _claude_blocks(events)] == [HELLO]
     result = events[-1]
     assert (result["type"], result["is_error"], result["result"], result["num_turns"]) == ("result", False, HELLO, 1)
+    usage = claude(server, "acme/hello", "Something else altogether.", tmp_path / "second")[-1]["usage"]
+    assert usage["cache_read_input_tokens"] > usage["input_tokens"] > 0
 
 
 def test_claude_code_runs_a_tool_and_goes_on_with_its_result(server: Server, note: Path, tmp_path: Path) -> None:
@@ -73,12 +77,6 @@ def test_claude_code_runs_a_tool_and_goes_on_with_its_result(server: Server, not
     assert NOTE in result["content"]
     assert said == {"type": "text", "text": SAYS}
     assert (events[-1]["is_error"], events[-1]["result"], events[-1]["num_turns"]) == (False, SAYS, 2)
-
-
-def test_another_session_of_claude_code_finds_its_system_prompt_read(server: Server, tmp_path: Path) -> None:
-    claude(server, "acme/hello", "First of all, good morning!", tmp_path / "first")
-    usage = claude(server, "acme/hello", "Something else altogether.", tmp_path / "second")[-1]["usage"]
-    assert usage["cache_read_input_tokens"] > usage["input_tokens"] > 0
 
 
 def _codex_items(events: Events) -> list[dict[str, Any]]:

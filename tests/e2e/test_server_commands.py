@@ -39,12 +39,14 @@ def model(models: Path) -> Path:
 
 
 def test_ls_lists_the_models_of_folders_and_cache(home: Path, models: Path, model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "vision_config": {}}))
     done = _run(home, "ls", "--model-path", str(models))
-    assert done.lines()[0].split() == ["ID", "SOURCE", "SIZE", "TYPE", "PATH"]
-    assert done.lines()[1].split()[:2] == ["acme/tiny-chat", "custom"]
+    assert done.lines()[0].split() == ["ID", "KIND", "SOURCE", "SIZE", "TYPE", "PATH"]
+    assert done.lines()[1].split()[:4] == ["acme/tiny-chat", "text,", "images", "custom"]
     assert str(model) in done.lines()[1]
     (row,) = json.loads(_run(home, "ls", "--json", MLX_OMNI_MODEL_PATH=str(models)).out)
-    assert (row["id"], row["path"]) == ("acme/tiny-chat", str(model))
+    assert (row["id"], row["path"], row["kind"], row["images"]) == ("acme/tiny-chat", str(model), "text", True)
 
 
 def test_an_empty_home_has_no_models_and_is_told_what_to_do(home: Path) -> None:

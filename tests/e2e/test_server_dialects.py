@@ -30,12 +30,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     top = tmp_path_factory.mktemp("dialects")
     folder = top / "models" / "acme"
     make_model(folder / "plain", HELLO)
+    make_model(folder / "brief", HELLO, is_brief=True)
     make_model(folder / "thinks", "<think>Hm. Well.</think>Yes, of course.", thinks=True)
     make_model(folder / "calls", f"Let me see. {_call(*OSLO)}", calls_tools=True, after_tool=SUNNY)
     both = f"<think>Hm.</think>Both. {_call(*OSLO)}{_call(*ROME)}"
     make_model(folder / "both", both, calls_tools=True, thinks=True, after_tool=SUNNY)
     with serving(top / "home", top / "models", options=["--offline"]) as server:
         yield server
+        assert server.http.get("/health").json()["engine"]["failures"] == 0
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +307,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {
-        "model": "acme/plain",
+        "model": "acme/brief",
         "messages": [
             {"role": "system", "content": "Be kind."},
             {"role": "user", "content": [{"type": "text", "text": "hi"}], "name": "me"},
@@ -330,7 +332,7 @@ BODIES: dict[str, dict[str, Any]] = {
         "metadata": {"a": "b"},
     },
     "/v1/messages": {
-        "model": "acme/plain",
+        "model": "acme/brief",
         "system": [{"type": "text", "text": "Be kind.", "cache_control": {"type": "ephemeral"}}],
         "messages": [
             {"role": "user", "content": [{"type": "text", "text": "hi"}]},
@@ -366,7 +368,7 @@ BODIES: dict[str, dict[str, Any]] = {
         "stream": False,
     },
     "/v1/responses": {
-        "model": "acme/plain",
+        "model": "acme/brief",
         "instructions": "Be kind.",
         "input": [
             {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
@@ -394,8 +396,20 @@ BODIES: dict[str, dict[str, Any]] = {
         "stream": False,
         "metadata": {"a": "b"},
     },
+    "/v1/completions": {
+        "model": "acme/brief",
+        "prompt": ["Hi", "So?"],
+        "max_tokens": 2,
+        "n": 1,
+        "logprobs": 1,
+        "echo": False,
+        "stop": ["x"],
+    },
 }
-WRONG: list[Any] = [None, True, -1, 1.5, 1 << 70, "", "\ud800\x00", [], [[]], {}, {"type": None}, {"type": "x"}]
+WRONG: list[Any] = [
+    *(None, True, -1, 1.5, 10**30, "", "\ud800\x00", [], [[None]]),
+    *({"type": None}, {"type": "x"}, {"\ud800": "\ud800"}),
+]
 RAW = {
     "nothing": b"",
     "no JSON": b"{",
@@ -423,8 +437,10 @@ def _check_refusal(path: str, answer: httpx2.Response) -> None:
     else:
         assert body.keys() == {"error"}
         assert (error.keys(), error["type"]) == ({"message", "type", "param", "code"}, "invalid_request_error")
+        assert error["param"] is None or isinstance(error["param"], str)
     assert error["message"].strip()
     assert "\n" not in error["message"]
+    assert len(answer.content) < 5000, "an error is no place to give back what was sent"
 
 
 def _mutants(value: Any) -> Iterator[Any]:
@@ -451,6 +467,7 @@ def test_the_body_that_the_wrong_ones_are_made_of_is_right(server: Server, path:
     ("path", "share"),
     [
         ("/v1/chat/completions", slice(None)),
+        ("/v1/completions", slice(None)),
         ("/v1/responses", slice(None)),
         ("/v1/messages", slice(0, None, 2)),  # the same code reads the other half
         ("/v1/messages/count_tokens", slice(1, None, 2)),
@@ -465,6 +482,8 @@ def test_whatever_is_wrong_in_a_body_is_refused_in_the_dialects_shape(server: Se
         assert answer.status_code in (200, 400, 404), f"{answer.status_code} {answer.text}: {mutant}"
         if answer.status_code != 200:
             _check_refusal(path, answer)
+        elif answer.headers["content-type"].startswith("application/json"):
+            json.loads(answer.content, parse_constant=pytest.fail)
     assert statuses >= {200, 400}
 
 

@@ -58,34 +58,29 @@ def _left_by_a_kill(home: Path, drive: Path) -> str:
     return said[0]
 
 
-def test_after_a_kill_a_prompt_is_not_read_again(home: Path, drive: Path) -> None:
+def test_after_a_kill_a_prompt_is_not_read_again_nor_by_two_servers_that_share_the_folder(
+    home: Path, tmp_path: Path, drive: Path
+) -> None:
     text = _left_by_a_kill(home, drive)
     folder = _folder(home)
     assert folder.stat().st_mode & 0o777 == 0o700
-    with serving(home, drive) as server:
-        again, cached = _answer(server)
-        assert cached >= 768
-        assert again == text
-        assert _metric(server, "kv_disk_read_tokens_total") == cached
-        assert _metric(server, "kv_disk_limit_bytes") == 20 * 10**9
-    with serving(home, drive, options=["--kv-disk", "0"]) as server:
-        assert _answer(server) == (text, 0)
-        assert _metric(server, "kv_disk_limit_bytes") == 0
-
-
-def test_what_is_kept_is_on_disk_after_a_normal_end_and_two_servers_share_it(
-    home: Path, tmp_path: Path, drive: Path
-) -> None:
-    with serving(home, drive, options=["--kv-disk", "10M"]) as server:
-        text, _ = _answer(server)
-    folder = _folder(home)
     shared = tmp_path / "other" / folder.relative_to(home)
     shared.parent.mkdir(parents=True)
     shared.symlink_to(folder)
     with serving(home, drive) as one, serving(tmp_path / "other", drive) as other:
         for server in (one, other):
             again, cached = _answer(server)
-            assert again == text
             assert cached >= 768
-    sizes = [path.stat().st_size for path in folder.iterdir()]
+            assert again == text
+            assert _metric(server, "kv_disk_read_tokens_total") == cached
+            assert _metric(server, "kv_disk_limit_bytes") == 20 * 10**9
+
+
+def test_what_is_kept_is_on_disk_after_a_normal_end_and_not_read_where_nothing_is_kept(home: Path, drive: Path) -> None:
+    with serving(home, drive, options=["--kv-disk", "10M"]) as server:
+        text, _ = _answer(server)
+    sizes = [path.stat().st_size for path in _folder(home).iterdir()]
     assert 100_000 < sum(sizes) < 10 * 10**6
+    with serving(home, drive, options=["--kv-disk", "0"]) as server:
+        assert _answer(server) == (text, 0)
+        assert _metric(server, "kv_disk_limit_bytes") == 0

@@ -11,7 +11,7 @@ import pytest
 from tests.support.agents import program
 from tests.support.hfcache import Entry, listing
 from tests.support.models import make_model
-from tests.support.processes import BIN, Finished, environment, finish
+from tests.support.processes import BIN, SECONDS, Finished, due, environment, finish
 from tests.support.server import serving
 
 HELLO = "Hello, I am here."
@@ -32,7 +32,7 @@ def able(models: Path) -> Path:
 def _launch(home: Path, models: Path, *arguments: str, path: str = "") -> Finished:
     environ = environment(home, HF_OVERLAY_DIR=str(home / "sessions"), MLX_OMNI_MODEL_PATH=str(models))
     environ["PATH"] = f"{path}{os.pathsep}{environ['PATH']}"
-    return finish([str(BIN / "mlx-omni-server"), "launch", *arguments], environ, cwd=home)
+    return finish([str(BIN / "mlx-omni-server"), "launch", *arguments], environ, cwd=home, seconds=due(SECONDS))
 
 
 def _fake(folder: Path, name: str) -> str:

@@ -77,7 +77,14 @@ def resident(server: Server) -> list[str]:
     return [each["id"] for each in get(server, "status")["models"] if each["state"] == "resident"]
 
 
+def unload_all(server: Server) -> None:
+    """Tests come in any order, and leave models in memory."""
+    for model in resident(server):
+        post(server, "models/unload", model=model)
+
+
 def test_a_model_is_loaded_pinned_and_unloaded(server: Server) -> None:
+    unload_all(server)
     assert entry(server, PLAIN)["state"] == "on disk"
     assert post(server, "models/load", model="claude", pin=True) == {"done": True}
     found = entry(server, PLAIN)
@@ -96,6 +103,7 @@ def test_a_model_is_loaded_pinned_and_unloaded(server: Server) -> None:
 
 
 def test_a_profile_with_weights_of_its_own_is_a_model_of_its_own(server: Server) -> None:
+    unload_all(server)
     assert post(server, "models/load", model="fast") == {"done": True}
     found, plain = entry(server, "fast"), entry(server, PLAIN)
     assert (found["state"], plain["state"]) == ("resident", "on disk")

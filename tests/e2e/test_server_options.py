@@ -6,16 +6,15 @@ import json
 import os
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support import hubs
-from tests.support.models import make_model, make_random_model
-from tests.support.processes import BIN, PYTHON, SECONDS, environment, eventually, start
+from tests.support.models import SMALL, make_model, make_random_model
+from tests.support.processes import BIN, PYTHON, SECONDS, due, environment, eventually, finish, start
 from tests.support.server import Server, serving
-
-HELLO = "Hello from your own folder."
 
 
 def said(server: Server, model: str) -> str:
@@ -27,71 +26,69 @@ def loaded(server: Server) -> list[str]:
     return found
 
 
-@pytest.fixture
-def drive(tmp_path: Path) -> Path:
-    """Three scripted models of one size, and a random one."""
+@pytest.fixture(scope="module")
+def drive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three scripted models of one size, a random one, and one that is larger than all of them together."""
+    drive = tmp_path_factory.mktemp("drive")
     for name in ("one", "two", "three"):
-        make_model(tmp_path / "drive" / "acme" / name, f"I am {name}.")
-    make_random_model(tmp_path / "drive" / "acme" / "random")
-    return tmp_path / "drive"
+        make_model(drive / "acme" / name, f"I am {name}.")
+    make_random_model(drive / "acme" / "random")
+    make_random_model(drive / "acme" / "large", **SMALL)
+    return drive
+
+
+@pytest.fixture(scope="module")
+def server(drive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """With options that change no text."""
+    options = ["--idle-ttl", "0.2", "--alias", "gpt-4o=acme/one", "--default-model", "acme/two"]
+    with serving(tmp_path_factory.mktemp("home"), drive, options=options) as server:
+        yield server
 
 
 def test_a_memory_budget_unloads_the_least_recently_used_and_never_a_pinned_model(home: Path, drive: Path) -> None:
+    """KV caches are quantised here, too."""
     size = (drive / "acme" / "one" / "model.safetensors").stat().st_size
     options = ["--memory-budget", str(int(size * 2.5)), "--model", "acme/one"]
-    with serving(home, drive, options=options) as server:
+    with serving(home, drive, options=[*options, "--kv-bits", "8", "--quantized-kv-start", "4"]) as server:
         eventually(lambda: loaded(server) == ["acme/one"], "the pinned model is loaded at the start")
         assert said(server, "acme/two") == "I am two."
         assert loaded(server) == ["acme/one", "acme/two"]
         assert said(server, "acme/three") == "I am three."
         assert loaded(server) == ["acme/one", "acme/three"]
-        assert said(server, "acme/one") == "I am one."
-
-
-def test_a_model_that_never_fits_is_refused_with_what_to_do(home: Path, drive: Path) -> None:
-    body = {"model": "acme/one", "messages": [{"role": "user", "content": "Hi"}]}
-    with serving(home, drive, options=["--memory-budget", "1K"]) as server:
+        assert [said(server, "acme/one") for _ in range(2)] == ["I am one."] * 2
+        body = {"model": "acme/large", "messages": [{"role": "user", "content": "Hi"}]}
         response = server.http.post("/v1/chat/completions", json=body)
-    assert (response.status_code, response.json()["error"]["code"]) == (503, "model_too_large")
-    assert "--memory-budget" in response.json()["error"]["message"]
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "model_too_large")
+        assert "--memory-budget" in response.json()["error"]["message"], "it does not say what to do"
+        assert loaded(server) == ["acme/one", "acme/three"]
 
 
-def test_an_idle_model_is_unloaded_after_its_time(home: Path, drive: Path) -> None:
-    with serving(home, drive, options=["--idle-ttl", "0.2"]) as server:
-        assert said(server, "acme/one") == "I am one."
-        eventually(lambda: loaded(server) == [], "the idle model is unloaded")
-        assert said(server, "acme/one") == "I am one."
+def test_an_idle_model_is_unloaded_after_its_time(server: Server) -> None:
+    assert said(server, "acme/one") == "I am one."
+    eventually(lambda: loaded(server) == [], "the idle model is unloaded")
+    assert said(server, "acme/one") == "I am one."
 
 
-def test_a_draft_model_changes_no_text(home: Path, drive: Path) -> None:
-    with serving(home, drive) as server:
-        alone = server.chat_answer("acme/random", "Hi", stream=False, temperature=0, max_tokens=40)
+def test_a_draft_model_changes_no_text(home: Path, drive: Path, server: Server) -> None:
+    alone = server.chat_answer("acme/random", "Hi", stream=False, temperature=0, max_tokens=40)
     options = ["--model", "acme/random", "--draft-model", "acme/random", "--num-draft-tokens", "2"]
-    with serving(home, drive, options=options) as server:
+    with serving(home, drive, options=options) as drafting:
         for stream in (False, True):
-            drafted = server.chat_answer("acme/random", "Hi", stream=stream, temperature=0, max_tokens=40)
+            drafted = drafting.chat_answer("acme/random", "Hi", stream=stream, temperature=0, max_tokens=40)
             assert drafted == alone
-        usage = server.chat("acme/random", "Hi", temperature=0, max_tokens=40).usage
+        usage = drafting.chat("acme/random", "Hi", temperature=0, max_tokens=40).usage
         assert usage is not None
         assert usage.completion_tokens == 40
 
 
-def test_quantised_kv_caches_work_one_by_one(home: Path, tmp_path: Path) -> None:
-    make_model(tmp_path / "drive" / "acme" / "one", HELLO)
-    options = ["--kv-bits", "8", "--quantized-kv-start", "4"]
-    with serving(home, tmp_path / "drive", options=options) as server:
-        assert [said(server, "acme/one") for _ in range(2)] == [HELLO] * 2
-
-
-def test_an_adapter_is_applied_to_its_model(home: Path, drive: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_applied_to_its_model(home: Path, drive: Path, server: Server, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     make_adapter(drive / "acme" / "random", adapter)
-    with serving(home, drive) as server:
-        plain = server.chat_answer("acme/random", "Hi", stream=False, temperature=0, max_tokens=20)
+    plain = server.chat_answer("acme/random", "Hi", stream=False, temperature=0, max_tokens=20)
     options = ["--model", "acme/random", "--adapter-path", str(adapter)]
-    with serving(home, drive, options=options) as server:
-        adapted = server.chat_answer("acme/random", "Hi", stream=False, temperature=0, max_tokens=20)
-        assert said(server, "acme/one") == "I am one."
+    with serving(home, drive, options=options) as adapting:
+        adapted = adapting.chat_answer("acme/random", "Hi", stream=False, temperature=0, max_tokens=20)
+        assert said(adapting, "acme/one") == "I am one."
     assert adapted.content != plain.content
 
 
@@ -117,37 +114,23 @@ def make_adapter(model: Path, folder: Path) -> None:
     save_file(weights, folder / "adapters.safetensors")
 
 
-def test_aliases_are_listed_and_a_default_model_answers_to_unknown_names(home: Path, drive: Path) -> None:
-    options = ["--alias", "gpt-4o=acme/one", "--default-model", "acme/two"]
-    with serving(home, drive, options=options) as server:
-        assert "gpt-4o" in [model.id for model in server.openai.models.list()]
-        assert server.chat("gpt-4o", "Hi").model == "gpt-4o", "a client is answered by the name it used"
-        assert said(server, "gpt-4o") == "I am one."
-        assert said(server, "claude-sonnet-4-5") == "I am two."
-        assert said(server, "acme/three") == "I am three."
+def test_aliases_are_listed_and_a_default_model_answers_to_unknown_names(server: Server) -> None:
+    assert "gpt-4o" in [model.id for model in server.openai.models.list()]
+    assert server.chat("gpt-4o", "Hi").model == "gpt-4o", "a client is answered by the name it used"
+    assert said(server, "gpt-4o") == "I am one."
+    assert said(server, "claude-sonnet-4-5") == "I am two."
+    assert said(server, "acme/three") == "I am three."
 
 
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        (["--alias", "x"], "'x' is not an alias; give it as NAME=ID"),
-        (["--draft-model", "a/b"], "name it with --model"),
-        (["--memory-budget", "lots"], "'lots' is not a size"),
-        (["--port", "70000"], "'70000' is not a port"),
-    ],
-)
-def test_wrong_options_are_usage_errors(home: Path, options: list[str], problem: str) -> None:
-    with start([PYTHON, "-m", "mlx_overlay_server", *options], environment(home)) as process:
-        _, err = process.communicate(timeout=SECONDS)
-    assert process.returncode == 2
-    assert problem in err.decode()
+def test_a_wrong_option_is_a_usage_error(home: Path) -> None:
+    done = finish([PYTHON, "-m", "mlx_overlay_server", "--port", "70000"], environment(home))
+    assert done.status == 2
+    assert "'70000' is not a port" in done.err
 
 
 @pytest.mark.slow
-def test_two_ranks_answer_as_one(home: Path, drive: Path) -> None:
-    with serving(home, drive) as server:
-        alone = server.chat_answer("acme/random", "Hi", stream=False, temperature=0, max_tokens=20).content
-    home.mkdir(exist_ok=True)
+def test_two_ranks_answer_as_one(home: Path, drive: Path, server: Server) -> None:
+    alone = server.chat_answer("acme/random", "Hi", stream=False, temperature=0, max_tokens=8).content
     sessions = home / "rank-sessions"
     environ = environment(home, **hubs.environment(hubs.INSTALLED), HF_OVERLAY_DIR=str(sessions))
     command = [str(BIN / "mlx.launch"), "-n", "2", "--backend", "ring", "--starting-port", str(two_free_ports()), "--"]
@@ -157,16 +140,16 @@ def test_two_ranks_answer_as_one(home: Path, drive: Path) -> None:
         eventually(lambda: bool(address(log)), "rank 0 listens")
         import httpx2
 
-        body = {"model": "acme/random", "prompt": "Hi", "max_tokens": 20, "temperature": 0}
+        body = {"model": "acme/random", "prompt": "Hi", "max_tokens": 8, "temperature": 0}
         chat = {**body, "messages": [{"role": "user", "content": "Hi"}]}
         del chat["prompt"]
-        with httpx2.Client(base_url=address(log), timeout=SECONDS, trust_env=False) as http:
+        with httpx2.Client(base_url=address(log), timeout=due(SECONDS), trust_env=False) as http:
             answers = [http.post("/v1/chat/completions", json=chat).json() for _ in range(2)]
             sampled = http.post("/v1/completions", json={**body, "temperature": 1, "n": 3}).json()
         assert [answer["choices"][0]["message"]["content"] for answer in answers] == [alone] * 2
         assert len(sampled["choices"]) == 3
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        process.wait(SECONDS)
+        process.wait(due(SECONDS))
     assert not list(sessions.glob("session-*")), "a rank left its session behind"
 
 

@@ -103,6 +103,9 @@ def chat_with(model: str) -> str:
 
 
 def test_a_model_is_loaded_pinned_and_unloaded_also_by_keyboard(server: Server, chromium: Browser, shots: Path) -> None:
+    for model in (MINE, LONG):  # tests come in any order, and leave models in memory
+        unload = server.http.post("/manage/v1/models/unload", json={"model": model}, headers={"x-api-key": KEY})
+        assert unload.status_code == 200, unload.text
     with signed_in(chromium, server, viewport={"width": 1100, "height": 860}) as visit:
         visit.page.goto(server.url)
         visit.page.get_by_text("None found").wait_for()
@@ -207,9 +210,13 @@ def test_a_picture_is_shown_to_a_model_that_sees_and_what_runs_is_stopped(server
         visit.page.get_by_label("Add pictures").set_input_files([picture])
         visit.page.get_by_alt_text("Picture 1, to be sent").wait_for()
         visit.page.get_by_label("Message").fill("What is this?")
+        most = visit.page.get_by_label("Most tokens")
+        most.evaluate("field => field.closest('details').open = true")
+        most.fill("20")  # the model would go on to the end of its context
         button(visit, "Send").click()
         visit.page.get_by_alt_text("A picture that you sent").wait_for()
         visit.page.get_by_text("tokens in").wait_for()
+        most.fill("")
         assert not visit.page.locator(".warning").count()
         visit.page.get_by_label("Model").select_option(LONG)
         visit.page.get_by_label("Add pictures").wait_for(state="detached")

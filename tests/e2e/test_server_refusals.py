@@ -252,6 +252,33 @@ def test_a_bad_request_is_the_sdks_bad_request(server: Server) -> None:
     )  # fmt: skip
 
 
+def test_a_compressed_body_is_refused_by_the_name_of_its_header(server: Server) -> None:
+    told = server.http.post("/v1/chat/completions", json=CHAT, headers={"Content-Encoding": "gzip"})
+    assert (told.status_code, "Content-Encoding: gzip" in told.json()["error"]["message"]) == (400, True)
+
+
+@pytest.mark.parametrize(("before", "blamed"), [("/v1", "must not end in /v1"), ("/", "must not end in a slash")])
+def test_a_wrong_base_url_of_a_client_is_what_the_answer_speaks_of(server: Server, before: str, blamed: str) -> None:
+    told = server.http.post(f"{server.url}{before}/v1/messages", json=CHAT)
+    assert (told.status_code, told.json()["type"], blamed in told.json()["error"]["message"]) == (404, "error", True)
+
+
+def test_what_is_refused_before_it_reaches_a_model_is_logged_with_its_field_and_no_value(server: Server) -> None:
+    _refused(server, "/v1/chat/completions", {**CHAT, "temperature": "fiercely hot"})
+    _refused(server, "/v1/no/such", CHAT, 404)
+    log = server.log()
+    assert ", POST /v1/chat/completions: refused (400, temperature)\n" in log
+    assert ", POST /v1/no/such: refused (404)\n" in log
+    assert "fiercely" not in log
+
+
+def test_what_can_be_got_has_a_head(server: Server) -> None:
+    for path in ("/v1/models", "/health"):
+        got, head = server.http.get(path), server.http.head(path)
+        assert (head.status_code, head.content, head.headers["content-type"]) == (200, b"", got.headers["content-type"])
+    assert server.http.head("/v1/completions").status_code == 405
+
+
 def test_the_server_answers_after_all_that_was_wrong(server: Server) -> None:
     assert server.chat(PLAIN, "hi").choices[0].message.content == HELLO
 

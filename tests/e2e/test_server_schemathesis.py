@@ -204,7 +204,7 @@ def test_what_the_schema_forbids_is_refused(method: str, path: str, schema: Any,
 
 def _try_out(server: Server, operation: Any, mode: GenerationMode) -> None:
     @settings(
-        max_examples=15,
+        max_examples=10,
         derandomize=True,
         database=None,
         phases=[Phase.generate, Phase.shrink],
@@ -240,14 +240,6 @@ def _mutants(body: Any) -> Iterator[Any]:
             yield from ([*body[:at], mutant, *body[at + 1 :]] for mutant in _mutants(value))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", BODIES)
-def test_a_body_any_part_of_which_is_wrong_is_answered_or_refused(path: str, server: Server) -> None:
-    assert _send(server, path, json.dumps(BODIES[path]).encode()).status_code == 200
-    statuses = {_send(server, path, json.dumps(mutant).encode()).status_code for mutant in _mutants(BODIES[path])}
-    assert statuses <= {200, 400, 404}
-
-
 def test_a_forced_format_any_part_of_which_is_wrong_is_answered_or_refused(server: Server) -> None:
     plain = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
     for mutant in _mutants(FORMAT):
@@ -279,7 +271,7 @@ def _deep_object(levels: int) -> str:
 _MODEL = f'"model": "{MODEL}"'
 _MESSAGES = '"messages": [{"role": "user", "content": "Hi"}]'
 _PLAIN = f'{_MODEL}, {_MESSAGES}, "max_tokens": 5'
-_LONG = "x" * 10**7
+_LONG = "x" * 2 * 10**6
 
 RAW: dict[str, str | bytes] = {
     "nothing": "",
@@ -322,11 +314,11 @@ RAW: dict[str, str | bytes] = {
     "a byte order mark": b"\xef\xbb\xbf{}",
     "bytes": bytes(range(256)),
     "a field twice": f'{{{_PLAIN}, "model": 5}}',
-    "10 MB of model": f'{{"model": "{_LONG}", {_MESSAGES}}}',
-    "10 MB of role": f'{{{_MODEL}, "messages": [{{"role": "{_LONG}", "content": "Hi"}}]}}',
-    "10 MB of a field's name": f'{{{_PLAIN}, "{_LONG}": 1}}',
-    "10 MB of a stop": f'{{{_PLAIN}, "stop": "{_LONG}"}}',
-    "10 MB of white space": f"{{{' ' * 10**7}{_PLAIN}}}",
+    "2 MB of model": f'{{"model": "{_LONG}", {_MESSAGES}}}',
+    "2 MB of role": f'{{{_MODEL}, "messages": [{{"role": "{_LONG}", "content": "Hi"}}]}}',
+    "2 MB of a field's name": f'{{{_PLAIN}, "{_LONG}": 1}}',
+    "2 MB of a stop": f'{{{_PLAIN}, "stop": "{_LONG}"}}',
+    "2 MB of white space": f"{{{' ' * 2 * 10**6}{_PLAIN}}}",
     "more messages than are read": f'{{{_MODEL}, "messages": [{", ".join(["{}"] * 100_000)}]}}',
 }
 

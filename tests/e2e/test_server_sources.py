@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -53,12 +54,15 @@ def drive(tmp_path: Path) -> Path:
 
 
 class Shared(NamedTuple):
-    """A server that tests share, which add models of their own to its folder or to its Hub."""
+    """A server that tests share, which add models of their own to its folder, to its Hub, or to its tier."""
 
     server: Server
     drive: Path
     cache: Path
     hub: LoopbackHub
+    tier: Path
+    mapped: Path
+    """The folder of `acme/mapped`."""
 
 
 @pytest.fixture(scope="module")
@@ -66,24 +70,27 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     """With the cache and the folder above, and no network."""
     top = tmp_path_factory.mktemp("offline")
     drive, cache = lay_drive(top / "drive"), lay_cache(top / "home", top / "made")
-    with LoopbackHub() as hub, serving(top / "home", drive) as server:
-        yield Shared(server, drive, cache, hub)
+    with LoopbackHub() as hub, serving(top / "home", drive, options=["--log-level", "debug"]) as server:
+        yield Shared(server, drive, cache, hub, top / "no tier", top / "no map")
         assert not hub.requests
 
 
 @pytest.fixture(scope="module")
 def _online(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     top = tmp_path_factory.mktemp("online")
-    drive = lay_drive(top / "drive")
+    drive, tier = lay_drive(top / "drive"), top / "shared/hub"
+    tier.mkdir(parents=True)
+    mapped = make_model(top / "elsewhere/experiment 3", "From the mapped folder.")
+    options = ["--below", str(tier), "--map", f"acme/mapped={mapped}", "--trust-remote-code"]
     with LoopbackHub() as hub:
         environ = hub.environment(top / "home") | {"HF_HUB_OFFLINE": "0"}
-        with serving(top / "home", drive, environ=environ) as server:
-            yield Shared(server, drive, top / "home/.cache/huggingface/hub", hub)
+        with serving(top / "home", drive, options=options, environ=environ) as server:
+            yield Shared(server, drive, top / "home/.cache/huggingface/hub", hub, tier, mapped)
 
 
 @pytest.fixture
 def online(_online: Shared) -> Shared:
-    """With the folder above, an empty cache, and a Hub, which nobody has asked for anything in this test."""
+    """With the folder above, a cache and a tier that are empty, and a Hub, which nobody has asked for anything yet."""
     _online.hub.heal()
     _online.hub.reset_counts()
     return _online
@@ -111,11 +118,12 @@ def test_without_a_model_path_the_cache_alone_answers(home: Path, cache: Path) -
     assert "using HuggingFace cache only" in server.log()
 
 
-def test_folders_stand_before_the_cache_and_nothing_is_written_to_either(home: Path, cache: Path, drive: Path) -> None:
+def test_folders_stand_before_the_cache_and_nothing_is_written_to_either(offline: Shared) -> None:
+    server, drive, cache = offline.server, offline.drive, offline.cache
     before = listing(drive), listing(cache)
-    with serving(home, drive, options=["--log-level", "debug"]) as server:
-        assert ids(server) == ["acme/both", "acme/cached", "acme/mine"], "one entry an id, sorted by id"
-        assert [said(server, f"acme/{name}") for name in ("both", "mine", "cached")] == [MINE, MINE, CACHED]
+    ours = [id_ for id_ in ids(server) if id_ in ("acme/both", "acme/cached", "acme/mine")]
+    assert ours == ["acme/both", "acme/cached", "acme/mine"], "one entry an id, sorted by id"
+    assert [said(server, f"acme/{name}") for name in ("both", "mine", "cached")] == [MINE, MINE, CACHED]
     assert (listing(drive), listing(cache)) == before, "P1: the user's bytes changed"
     log = server.log()
     assert f"acme/both comes from the model path {drive}: {drive}/acme/both" in log
@@ -133,19 +141,15 @@ def test_the_list_is_in_openais_format_and_tells_no_source(offline: Shared) -> N
     assert owners == {("model", "acme")}
 
 
-def test_a_missing_model_path_is_a_warning_and_the_cache_answers(home: Path, cache: Path, tmp_path: Path) -> None:
-    with serving(home, tmp_path / "unplugged") as server:
-        assert said(server, "acme/cached") == CACHED
-    assert f"{tmp_path / 'unplugged'}" in server.log()
-
-
-def test_the_flag_wins_over_the_variable(home: Path, drive: Path, tmp_path: Path) -> None:
-    make_model(tmp_path / "other" / "acme" / "mine", "From the variable.")
+def test_the_flag_wins_over_the_variable_and_a_missing_model_path_is_a_warning(
+    home: Path, cache: Path, drive: Path, tmp_path: Path
+) -> None:
+    make_model(tmp_path / "other" / "acme" / "others", "From the variable.")
     variable = {"MLX_OMNI_MODEL_PATH": str(tmp_path / "other")}
-    with serving(home, drive, environ=variable) as server:
-        assert said(server, "acme/mine") == MINE
-    with serving(home, environ=variable) as server:
-        assert said(server, "acme/mine") == "From the variable."
+    with serving(home, drive, tmp_path / "unplugged", environ=variable) as server:
+        assert ids(server) == ["acme/both", "acme/cached", "acme/mine"]
+        assert [said(server, f"acme/{name}") for name in ("mine", "cached")] == [MINE, CACHED]
+    assert f"{tmp_path / 'unplugged'}" in server.log()
 
 
 def test_a_model_path_that_is_a_file_is_a_usage_error(home: Path, tmp_path: Path) -> None:
@@ -153,7 +157,7 @@ def test_a_model_path_that_is_a_file_is_a_usage_error(home: Path, tmp_path: Path
     done = finish([PYTHON, "-m", "mlx_overlay_server", "--model-path", str(tmp_path / "file")], environment(home))
     assert (done.status, done.err) == (
         2,
-        f"error: model path {tmp_path}/file is a file; give the folder that holds your models\n",
+        f"mlx-omni-server: error: model path {tmp_path}/file is a file; give the folder that holds your models\n",
     )
 
 
@@ -162,7 +166,7 @@ def test_a_port_that_is_taken_is_an_error_of_one_line(home: Path, offline: Share
     done = finish([PYTHON, "-m", "mlx_overlay_server", "--port", port], environment(home))
     assert (done.status, done.err.splitlines()[-1]) == (
         1,
-        f"error: cannot listen on 127.0.0.1:{port}: Address already in use; try --port 0",
+        f"mlx-omni-server: error: cannot listen on 127.0.0.1:{port}: Address already in use; try --port 0",
     )
 
 
@@ -216,12 +220,14 @@ def test_new_and_changed_models_are_there_at_the_next_list_and_load(offline: Sha
 def test_an_unplugged_drive_is_named_and_works_again_when_it_is_back(offline: Shared) -> None:
     server, drive = offline.server, offline.drive
     away = drive.with_name("unplugged")
-    make_model(drive / "acme/leaves", MINE)
-    assert "acme/leaves" in ids(server)
+    for name in ("leaves", "twice"):
+        make_model(drive / "acme" / name, MINE)
+    add_repo(offline.cache, "acme/twice", files_of(drive.with_name("twice"), CACHED), tree=True)
+    assert {"acme/leaves", "acme/twice"} <= set(ids(server))
     drive.rename(away)
     try:
-        assert ids(server) == ["acme/both", "acme/cached"]
-        assert said(server, "acme/both") == CACHED, "the cache has a copy"
+        assert ids(server) == ["acme/both", "acme/cached", "acme/twice"]
+        assert said(server, "acme/twice") == CACHED, "the cache has a copy"
         status, error = refused(server, "acme/leaves")
         assert (status, error["code"]) == (503, "model_away")
         assert str(drive) in error["message"], "the error does not name the drive"
@@ -230,23 +236,24 @@ def test_an_unplugged_drive_is_named_and_works_again_when_it_is_back(offline: Sh
     assert said(server, "acme/leaves") == MINE
 
 
-def test_what_is_nowhere_else_is_downloaded_once_into_the_real_cache(home: Path, drive: Path, tmp_path: Path) -> None:
-    with LoopbackHub() as hub:
-        hub.add_repo("acme/hubs", files_of(tmp_path / "made", HUBS))
-        hub.add_repo("acme/mine", files_of(tmp_path / "newer", "The Hub's newer one."))
-        online = hub.environment(home) | {"HF_HUB_OFFLINE": "0"}
-        with serving(home, drive, environ=online) as server:
-            assert said(server, "acme/mine") == MINE
-            assert not hub.requests, "P2: the Hub was asked about a model that a folder has"
-            assert said(server, "acme/hubs") == HUBS
-            assert refused(server, "acme/nowhere")[1]["code"] == "model_not_found"
-            assert refused(server, "no such id!")[0] in (400, 404)
-        assert hub.bytes_served("acme/hubs") > 0
-        hub.reset_counts()
-        with serving(home, environ=online) as server:
-            assert said(server, "acme/hubs") == HUBS, "P3: the download is not in the real cache"
-        assert not hub.requests
-    assert (home / ".cache" / "huggingface" / "hub" / repo_folder("acme/hubs") / "snapshots").is_dir()
+def test_what_is_nowhere_else_is_downloaded_once_into_the_real_cache(online: Shared, tmp_path: Path) -> None:
+    server, hub = online.server, online.hub
+    files = files_of(tmp_path / "made", HUBS)
+    hub.add_repo("acme/hubs", files)
+    hub.add_repo("acme/mine", files_of(tmp_path / "newer", "The Hub's newer one."))
+    assert said(server, "acme/mine") == MINE
+    assert not hub.requests, "P2: the Hub was asked about a model that a folder has"
+    assert said(server, "acme/hubs") == HUBS
+    assert refused(server, "acme/nowhere")[1]["code"] == "model_not_found"
+    assert refused(server, "no such id!")[0] in (400, 404)
+    assert hub.bytes_served("acme/hubs") > 0
+    (snapshot,) = (online.cache / repo_folder("acme/hubs") / "snapshots").iterdir()
+    there = {path.name: path.read_bytes() for path in snapshot.iterdir()}
+    assert there == files, "P3: the download is not in the real cache"
+    hub.reset_counts()
+    assert server.http.post("/manage/v1/models/unload", json={"model": "acme/hubs"}).status_code == 200
+    assert said(server, "acme/hubs") == HUBS
+    assert not hub.requests, "it is downloaded once more"
 
 
 def test_ids_that_the_hub_does_not_know_leave_nothing_in_the_real_cache(online: Shared) -> None:
@@ -271,6 +278,23 @@ def test_a_stream_tells_how_far_a_download_is(online: Shared, tmp_path: Path) ->
     text = online.server.http.post("/v1/chat/completions", json=body).text
     assert ": downloading acme/slow" in text.partition("data: ")[0], "nothing kept the client waiting"
     assert "data: [DONE]" in text
+
+
+def test_a_failure_after_waiting_is_told_in_the_responses_own_events(online: Shared) -> None:
+    online.hub.hang(60)
+    body = {"model": "acme/nobody", "input": "hi", "stream": True}
+    with online.server.http.stream("POST", "/v1/responses", json=body) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith(": ")  # the stream has begun: its status can no longer tell
+        online.hub.heal()
+        told = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    assert [(event["type"], event["sequence_number"]) for event in told] == [
+        ("response.created", 0),
+        ("response.in_progress", 1),
+        ("response.failed", 2),
+    ]
+    assert told[-1]["response"]["status"] == "failed"
+    assert "acme/nobody" in told[-1]["response"]["error"]["message"]
 
 
 def test_a_hub_that_is_down_is_a_503_and_an_unknown_model_offline_a_404(online: Shared, offline: Shared) -> None:
@@ -305,18 +329,18 @@ def test_the_nearest_id_is_suggested(online: Shared, offline: Shared) -> None:
         assert "did you mean acme/mine?" in refused(server, "acme/mime")[1]["message"]
 
 
-def test_code_that_comes_with_a_model_is_run_by_a_flag_only(home: Path, offline: Shared) -> None:
-    tricky = make_model(offline.drive / "acme" / "tricky", MINE)
-    config = (tricky / "config.json").read_text()
-    (tricky / "config.json").write_text(config.replace("{", '{"model_file": "own.py",', 1))
-    ran = tricky.parent / "ran"
-    architecture = "from mlx_lm.models.llama import Model, ModelArgs"
-    (tricky / "own.py").write_text(f"{architecture}\nopen({os.fspath(ran)!r}, 'w').close()\n")
+def test_code_that_comes_with_a_model_is_run_by_a_flag_only(online: Shared, offline: Shared, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    for drive in (offline.drive, online.drive):
+        tricky = make_model(drive / "acme" / "tricky", MINE)
+        config = (tricky / "config.json").read_text()
+        (tricky / "config.json").write_text(config.replace("{", '{"model_file": "own.py",', 1))
+        architecture = "from mlx_lm.models.llama import Model, ModelArgs"
+        (tricky / "own.py").write_text(f"{architecture}\nopen({os.fspath(ran)!r}, 'w').close()\n")
     assert refused(offline.server, "acme/tricky")[0] == 404
     assert "acme/tricky" not in ids(offline.server)
     assert not ran.exists(), "a model's code was run"
-    with serving(home, offline.drive, options=["--trust-remote-code"]) as server:
-        assert said(server, "acme/tricky") == MINE
+    assert said(online.server, "acme/tricky") == MINE, "the other server has the flag"
     assert ran.exists()
 
 
@@ -350,36 +374,29 @@ def test_a_disk_that_hangs_hides_its_own_models_and_signals_still_end_the_server
             assert time.monotonic() - began < due(5), "the server waits for the disk"
 
 
-def test_tiers_stand_behind_the_cache_and_a_mapped_folder_in_front_of_all(
-    home: Path, cache: Path, drive: Path, tmp_path: Path
-) -> None:
+def test_tiers_stand_behind_the_cache_and_a_mapped_folder_in_front_of_all(online: Shared, tmp_path: Path) -> None:
     """P1, P2, P11: a tier answers for what nothing before it has, and nothing is written there."""
-    tier = tmp_path / "shared/hub"
-    for name in ("both", "tiers"):
+    server, tier = online.server, online.tier
+    for name in ("both", "older", "mapped", "tiers"):
         add_repo(tier, f"acme/{name}", files_of(tmp_path / "tier" / name, "From the tier."))
-    mapped = make_model(tmp_path / "elsewhere/experiment 3", "From the mapped folder.")
-    before = listing(tier), listing(mapped)
-    with serving(home, drive, options=["--below", str(tier), "--map", f"acme/cached={mapped}"]) as server:
-        assert ids(server) == ["acme/both", "acme/cached", "acme/mine", "acme/tiers"]
-        assert said(server, "acme/both") == MINE
-        assert said(server, "acme/cached") == "From the mapped folder."
-        assert said(server, "acme/tiers") == "From the tier."
-    with serving(home, options=["--below", str(tier)]) as server:
-        assert said(server, "acme/both") == CACHED
-    assert (listing(tier), listing(mapped)) == before
+    for name in ("both", "older", "mapped"):
+        add_repo(online.cache, f"acme/{name}", files_of(tmp_path / "cache" / name, CACHED), tree=True)
+    make_model(online.drive / "acme/mapped", MINE)
+    before = listing(tier), listing(online.mapped)
+    expected = {"both": MINE, "mapped": "From the mapped folder.", "older": CACHED, "tiers": "From the tier."}
+    assert [id_ for id_ in ids(server) if id_.partition("/")[2] in expected] == [f"acme/{name}" for name in expected]
+    assert {name: said(server, f"acme/{name}") for name in expected} == expected
+    assert not online.hub.requests
+    assert (listing(tier), listing(online.mapped)) == before
 
 
-def test_of_a_model_that_a_tier_holds_in_part_only_the_rest_is_downloaded(home: Path, tmp_path: Path) -> None:
+def test_of_a_model_that_a_tier_holds_in_part_only_the_rest_is_downloaded(online: Shared, tmp_path: Path) -> None:
     """P2, P4: somebody has fetched a tokenizer only; the whole model is found where the overlay shows it."""
-    tier, real = tmp_path / "shared/hub", home / ".cache/huggingface/hub"
     files = files_of(tmp_path / "made", HUBS)
     some = {name: content for name, content in files.items() if name.startswith("tokenizer")}
-    with LoopbackHub() as hub:
-        add_repo(tier, "acme/part", some, commit=hub.add_repo("acme/part", files))
-        online = hub.environment(home) | {"HF_HUB_OFFLINE": "0"}
-        with serving(home, options=["--below", str(tier)], environ=online) as server:
-            assert said(server, "acme/part") == HUBS
-        fetched = {name for _, name in hub.finished_files()}
+    add_repo(online.tier, "acme/part", some, commit=online.hub.add_repo("acme/part", files))
+    assert said(online.server, "acme/part") == HUBS
+    fetched = {name for _, name in online.hub.finished_files()}
     assert fetched == files.keys() - some.keys()
-    (snapshot,) = (real / repo_folder("acme/part") / "snapshots").iterdir()
+    (snapshot,) = (online.cache / repo_folder("acme/part") / "snapshots").iterdir()
     assert {path.name for path in snapshot.iterdir()} == fetched

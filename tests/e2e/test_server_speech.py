@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -127,6 +128,16 @@ def test_transcripts_have_five_forms(server: Server) -> None:
     assert words.segments is None
 
 
+def test_a_transcript_comes_in_pieces_as_it_is_heard(server: Server) -> None:
+    *pieces, done = _transcribe(server, 45.0, stream=True)
+    assert len(pieces) > 1
+    assert {each.type for each in pieces} == {"transcript.text.delta"}
+    assert (done.type, done.text) == ("transcript.text.done", "".join(each.delta for each in pieces))
+    assert sum(int(each.delta.split()[0]) for each in pieces) == 45 * 16_000
+    assert _refused(_post(server, stream="true", file=b"hello " * 100))[:2] == (400, "file")
+    assert "heard_seconds_total 45" in server.http.get("/metrics").text.replace(".0", "")
+
+
 @pytest.mark.parametrize("kind", [("WAV", "PCM_24"), ("FLAC", "PCM_16"), ("MP3", "MPEG_LAYER_III"), ("OGG", "VORBIS")])
 def test_recordings_come_in_many_formats(kind: tuple[str, str], server: Server) -> None:
     samples, rate = soundfile.read(io.BytesIO(recording(0.5)))
@@ -140,7 +151,7 @@ def test_recordings_come_in_many_formats(kind: tuple[str, str], server: Server) 
 @pytest.mark.parametrize(
     ("form", "param", "why"),
     [
-        ({"stream": "true"}, "stream", "one piece"),
+        ({"stream": "true", "response_format": "srt"}, "response_format", "in events"),
         ({"language": "klingon"}, "language", "knows no language 'klingon'"),
         ({"temperature": "2"}, "temperature", "less than or equal to 1"),
         ({"response_format": "diarized_json"}, "response_format", "'json', 'text', 'srt'"),
@@ -225,11 +236,25 @@ def test_the_sdk_speaks(server: Server) -> None:
         assert len(next(iter(sound_so_far.iter_bytes(1000)))) == 1000  # of the first line, while the second one waits
 
 
+def test_sound_comes_in_events(server: Server) -> None:
+    body = {"model": SPEAKS, "voice": VOICE, "input": "Hi.\nYou.", "response_format": "pcm"}
+    told = server.http.post("/v1/audio/speech", json={**body, "stream_format": "sse"})
+    assert told.headers["content-type"].startswith("text/event-stream")
+    *pieces, done = [json.loads(line.removeprefix("data: ")) for line in told.text.splitlines() if line]
+    assert [each["type"] for each in pieces] == ["speech.audio.delta"] * 2
+    assert done == {"type": "speech.audio.done"}
+    sound = b"".join(base64.b64decode(each["audio"]) for each in pieces)
+    assert sound == server.http.post("/v1/audio/speech", json=body).content
+    failed = server.http.post("/v1/audio/speech", json={**body, "input": "Hi.\nfail", "stream_format": "sse"}).text
+    assert "unexpected ValueError" in failed
+    assert "speech.audio.done" not in failed
+
+
 @pytest.mark.parametrize(
     ("body", "param", "why"),
     [
         ({"response_format": "aac"}, "response_format", "'wav', 'flac', 'mp3', 'opus' or 'pcm'"),
-        ({"stream_format": "sse"}, "stream_format", "'audio'"),
+        ({"stream_format": "wave"}, "stream_format", "'audio' or 'sse'"),
         ({"voice": "alloy"}, "voice", "it has af_heart, zf_one, zf_two"),
         ({"voice": "../x"}, "voice", "no voice"),
         ({"voice": {"id": "v"}}, "voice", "string"),

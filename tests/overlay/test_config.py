@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import hf_overlay
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from platformdirs.macos import MacOS
 
 from tests.support import hubs
-from tests.support.reader import Reader, open_readers
+from tests.support.reader import Reader
 
 VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME", "HOME", "A", "B", "é")
 SPELLED = st.sampled_from(
@@ -49,23 +49,14 @@ VALUES = st.one_of(SPELLED, st.text("~/$AB{}.x é", max_size=8))
 ENVIRONMENTS = st.dictionaries(st.sampled_from(VARIABLES), VALUES).map(lambda drawn: {"HOME": "/home/me"} | drawn)
 
 
-@pytest.fixture(scope="module")
-def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Reader]]:
-    """One process for each release of huggingface_hub."""
-    home = tmp_path_factory.mktemp("readers")
-    with open_readers(home, {release: hubs.environment(release) for release in hubs.ALL}) as readers:
-        yield readers
-
-
 @settings(max_examples=300)
-@given(ENVIRONMENTS)
+@given(ENVIRONMENTS, st.sampled_from(hubs.ALL))
 def test_the_cache_is_where_huggingface_hub_looks_for_it(
-    readers: Mapping[str, Reader], environ: dict[str, str]
+    readers: Mapping[str, Reader], environ: dict[str, str], release: str
 ) -> None:
-    for release, reader in readers.items():
-        constants = reader.constants(environ)
-        assert config.hf_home(environ) == constants["HF_HOME"], f"with huggingface_hub {release}"
-        assert config.hub_cache(environ) == constants["HF_HUB_CACHE"], f"with huggingface_hub {release}"
+    constants = readers[release].constants(environ)
+    assert config.hf_home(environ) == constants["HF_HOME"]
+    assert config.hub_cache(environ) == constants["HF_HUB_CACHE"]
 
 
 def test_without_home_it_is_where_the_password_database_says(readers: Mapping[str, Reader]) -> None:
@@ -91,9 +82,17 @@ HUB_ALONE = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
 
 
 @settings(max_examples=40)
-@given(places=st.dictionaries(st.sampled_from([*OWN, "XDG_CACHE_HOME"]), PLACES), folder=st.sampled_from(["h", "h $X"]))
+@given(
+    places=st.dictionaries(st.sampled_from([*OWN, "XDG_CACHE_HOME"]), PLACES),
+    folder=st.sampled_from(["h", "h $X"]),
+    release=st.sampled_from(hubs.ALL),
+)
 def test_a_program_in_the_overlay_finds_the_hub_cache_elsewhere_and_nothing_else(
-    tmp_path_factory: pytest.TempPathFactory, readers: Mapping[str, Reader], places: dict[str, str], folder: str
+    tmp_path_factory: pytest.TempPathFactory,
+    readers: Mapping[str, Reader],
+    places: dict[str, str],
+    folder: str,
+    release: str,
 ) -> None:
     with tempfile.TemporaryDirectory(dir=tmp_path_factory.getbasetemp()) as top:
         home = Path(top, folder)
@@ -101,13 +100,10 @@ def test_a_program_in_the_overlay_finds_the_hub_cache_elsewhere_and_nothing_else
         environ = {name: value.format(top=top) for name, value in places.items()}
         environ |= {"HOME": str(home), "BASE": top, "HF_OVERLAY_DIR": f"{top}/sessions"}
         with hf_overlay.open_session([], environ=environ) as session:
-            for release, reader in readers.items():
-                before, inside = reader.constants(environ), reader.constants(session.environment)
-                assert Path(inside["HF_HUB_CACHE"]) == session.hub_cache, f"with huggingface_hub {release}"
-                for name in before.keys() - set(HUB_ALONE):
-                    assert os.path.abspath(inside[name]) == os.path.abspath(before[name]), (
-                        f"P9: {name} is another with huggingface_hub {release}"
-                    )
+            before, inside = (readers[release].constants(each) for each in (environ, session.environment))
+            assert Path(inside["HF_HUB_CACHE"]) == session.hub_cache
+            for name in before.keys() - set(HUB_ALONE):
+                assert os.path.abspath(inside[name]) == os.path.abspath(before[name]), f"P9: {name} is another"
 
 
 @pytest.mark.parametrize(

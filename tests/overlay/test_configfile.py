@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tomllib
 from contextlib import suppress
 from pathlib import Path
 
@@ -116,6 +117,17 @@ def test_a_file_that_cannot_be_read_is_named(file: Path, home: Path) -> None:
     file.mkdir()
     with pytest.raises(UsageError, match=r"cannot read .*config\.toml: Is a directory"):
         configfile.read(environ)
+    file.rmdir()
+    os.mkfifo(file)
+    with pytest.raises(UsageError, match=r"cannot read .*config\.toml: Not a regular file"):
+        configfile.read(environ)
+    with pytest.raises(UsageError, match=r"cannot read /dev/zero: Not a regular file"):
+        configfile.read(environ | {"HF_OVERLAY_CONFIG": "/dev/zero"})
+    file.unlink()
+    with open(file, "wb") as large:
+        large.truncate(1 << 40)
+    with pytest.raises(UsageError, match=r"cannot read .*config\.toml: Larger than 1 MiB"):
+        configfile.read(environ)
 
 
 def test_no_file_is_no_mistake_unless_it_was_named(home: Path, tmp_path: Path) -> None:
@@ -146,3 +158,17 @@ def test_a_session_honours_it_as_every_command_does(file: Path, models: Path, se
     with open_session() as session:
         assert session.settings.roots == (str(models),)
         assert session.settings.exclude == ("org/mine",)
+
+
+def test_the_line_of_a_key_is_found_in_a_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(f'[server.profile."org/name{number}"]\nmodel = [\n"a/b"]\n' for number in range(100))
+    read: list[str] = []
+    loads = tomllib.loads
+
+    def counted(text: str) -> object:
+        read.append(text)
+        return loads(text)
+
+    monkeypatch.setattr(tomllib, "loads", counted)
+    assert configfile.line_of(text, "server", "profile", "org/name70", "model") == 3 * 70 + 2
+    assert len(read) < 40

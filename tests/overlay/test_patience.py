@@ -44,6 +44,19 @@ def test_what_makes_progress_is_slow_and_not_given_up_on(patience: Patience) -> 
     assert patience.ask("/a", slow) == "done"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system tells how long a thread has worked")
+def test_what_uses_the_processor_is_not_given_up_on() -> None:
+    """A busy machine takes seconds for what else takes a moment, and no disk hangs for that."""
+
+    def work() -> str:
+        began = time.thread_time()
+        while time.thread_time() < began + 0.3:
+            pass
+        return "done"
+
+    assert Patience(0.1).ask("/a", work) == "done"
+
+
 def test_a_root_that_hangs_is_not_asked_again_until_it_answers(patience: Patience) -> None:
     release = threading.Event()
     with pytest.raises(NoAnswer):

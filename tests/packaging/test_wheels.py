@@ -66,16 +66,6 @@ def test_the_server_s_page_is_in_the_wheel_and_in_the_sdist(wheels: Path) -> Non
         assert parts <= {name.partition("/")[2] for name in packed.getnames()}
 
 
-def test_both_commands_print_the_version_of_their_distribution(wheels: Path, tmp_path: Path) -> None:
-    environment = tmp_path / "venv"
-    install_server(environment, wheels)
-
-    printed = [run([str(environment / "bin" / name), "--version"]) for name in ("hf-overlay", "mlx-omni-server")]
-
-    versions = [declared_version("overlay"), declared_version("server")]
-    assert [line.split()[-1] for line in printed] == versions
-
-
 def test_hf_overlay_installs_and_runs_alone(wheels: Path, models: Path, tmp_path: Path) -> None:
     environment = tmp_path / "venv"
     packages = make_environment(environment)
@@ -95,14 +85,16 @@ def test_hf_overlay_installs_and_runs_alone(wheels: Path, models: Path, tmp_path
     assert size < MAX_INSTALLED_BYTES, f"hf-overlay and its dependencies take {size / 2**20:.0f} MB"
 
 
-def test_the_server_installs_beside_it_and_runs(wheels: Path, tmp_path: Path) -> None:
+def test_the_server_installs_beside_it_and_both_run_and_print_their_versions(wheels: Path, tmp_path: Path) -> None:
     environment = tmp_path / "venv"
     install_server(environment, wheels)
 
+    printed = [run([str(environment / "bin" / name), "--version"]) for name in ("hf-overlay", "mlx-omni-server")]
     usage = run([str(environment / "bin/mlx-omni-server"), "--help"])
     imported = "import hf_overlay, mlx_overlay_server as server; print(hf_overlay.__file__, server.__file__, sep='\\n')"
     files = run([str(environment / "bin/python"), "-c", imported]).split()
 
+    assert [line.split()[-1] for line in printed] == [declared_version("overlay"), declared_version("server")]
     assert usage.startswith("usage: mlx-omni-server")
     assert [Path(file).is_relative_to(environment) for file in files] == [True, True]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -222,6 +221,14 @@ def test_help_tells_how_to_begin(capsys: pytest.CaptureFixture[str]) -> None:
     assert "MLX_OMNI_API_KEY" in out
 
 
+def test_options_that_mean_nothing_to_a_service_are_refused(home: Path) -> None:
+    done = finish([PYTHON, "-m", "mlx_overlay_server", "service", "status", "--replace"], environment(home))
+    assert (done.status, done.err) == (
+        2,
+        "mlx-omni-server: error: service status replaces nothing; leave out --replace\n",
+    )
+
+
 def test_the_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"mlx-omni-server {metadata.version('mlx-overlay-server')}\n"
@@ -231,41 +238,61 @@ def test_the_command_is_installed() -> None:
     assert (Path(sys.executable).parent / "mlx-omni-server").exists()
 
 
-def test_a_model_path_that_is_a_file_is_a_usage_error(home: Path, tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    done = finish([PYTHON, "-m", "mlx_overlay_server", "--port", "0", "--model-path", str(file)], environment(home))
-    assert (done.status, done.out) == (2, "")
-    assert str(file) in done.err
-    assert "Traceback" not in done.err
-
-
-def test_a_port_that_is_taken_is_told(home: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        done = finish([PYTHON, "-m", "mlx_overlay_server", "--port", port], environment(home))
-    assert done.status == 1
-    assert f"cannot listen on 127.0.0.1:{port}" in done.err
-    assert "Traceback" not in done.err
-
-
 def test_a_host_that_this_machine_has_no_address_of_is_told(home: Path) -> None:
     done = finish([PYTHON, "-m", "mlx_overlay_server", "--port", "0", "--host", "192.0.2.1"], environment(home))
     assert done.status == 1
     assert done.lines() == []
-    assert done.err.splitlines()[-1].startswith("error: cannot listen on 192.0.2.1:0: ")
+    assert done.err.splitlines()[-1].startswith("mlx-omni-server: error: cannot listen on 192.0.2.1:0: ")
     assert done.err.endswith("; correct --host\n")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 @pytest.mark.parametrize(
-    ("to", "status", "said"),
-    [(">/dev/full", 1, "mlx-omni-server: error: [Errno 28] No space left on device\n"), (">&-", 0, "")],
-    ids=["a full disk", "a closed output"],
+    ("command", "to", "status", "said"),
+    [
+        ("config", ">/dev/full", 1, "mlx-omni-server: error: [Errno 28] No space left on device\n"),
+        ("--version", ">/dev/full", 1, "mlx-omni-server: error: [Errno 28] No space left on device\n"),
+        ("--help", ">/dev/full", 1, "mlx-omni-server: error: [Errno 28] No space left on device\n"),
+        ("key add ann", ">/dev/full", 1, "mlx-omni-server: error: [Errno 28] No space left on device\n"),
+        ("config", ">&-", 0, ""),
+        ("--such", ">/dev/null 2>/dev/full", 2, ""),
+    ],
 )
-def test_output_that_cannot_be_written_ends_without_a_traceback(to: str, status: int, said: str) -> None:
-    command = f"{sys.executable} -m mlx_overlay_server config {to}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (status, said)
+def test_output_that_cannot_be_written_ends_without_a_traceback(
+    command: str, to: str, status: int, said: str, home: Path
+) -> None:
+    line = f"{sys.executable} -m mlx_overlay_server {command} {to}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, env=environment(home))
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", said)
+    assert not (home / ".config").exists(), "there is a hash of a key that nobody has"
+
+
+def test_a_key_for_which_the_disk_has_no_room_leaves_the_file_as_it_was(home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("#" * 1000 + "\n")
+    line = f"ulimit -f 1; exec {sys.executable} -m mlx_overlay_server key add ann"
+    done = finish(["bash", "-c", line], environment(home, HF_OVERLAY_CONFIG=str(file)))
+    assert done.status == 1
+    assert done.err == (
+        f"mlx-omni-server: error: cannot write {file}: No space left on device; "
+        "make it writable, and then another key, for this one does not count\n"
+    )
+    assert file.read_text() == "#" * 1000 + "\n"
+
+
+_SERVED = """
+import sys
+from mlx_overlay_server import cli, run
+run.serve = lambda live: 0
+sys.modules["mlx"] = sys
+sys.argv = ["mlx-omni-server"]
+cli.main()
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("to", [">&-", "2>&-", ">&- 2>/dev/full"])
+def test_a_server_whose_output_cannot_be_written_stops_well(to: str, home: Path) -> None:
+    line = f"{sys.executable} -c '{_SERVED}' {to}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, env=environment(home))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -7,8 +7,9 @@ import logging
 
 import pytest
 from hf_overlay import UsageError
+from mlx_overlay_server.access import Access, digest
 from mlx_overlay_server.live import Live
-from mlx_overlay_server.settings import EngineOptions, Settings
+from mlx_overlay_server.settings import EngineOptions, Key, Settings
 
 from tests.support.processes import SECONDS
 
@@ -66,6 +67,22 @@ def test_an_edit_counts_from_the_next_request_on_and_a_mistake_leaves_the_last_g
         "the configuration has changed: alias",
         "the configuration has changed, and these settings need a restart: max_batch, model_path, port",
     ]
+
+
+def test_an_edit_does_not_open_a_server_that_needs_keys() -> None:
+    file = File()
+    ann, bob = (Key(name=name, digest=digest(name.encode())) for name in ("ann", "bob"))
+    live = Live(Settings(keys=(ann,)), stamp=lambda: file.version, reread=file.read)
+    access = Access(lambda: live.settings)
+
+    async def keys_after(settings: Settings) -> tuple[Key, ...]:
+        file.edit(settings)
+        await live.refresh()
+        assert not access.is_open
+        return live.settings.keys
+
+    assert asyncio.run(keys_after(Settings())) == (ann,), "an editor may empty a file before it writes it"
+    assert asyncio.run(keys_after(Settings(keys=(bob,)))) == (bob,)
 
 
 def test_a_file_on_a_disk_that_hangs_holds_up_no_request(monkeypatch: pytest.MonkeyPatch) -> None:

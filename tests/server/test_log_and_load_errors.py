@@ -19,6 +19,18 @@ def test_the_log_escapes_what_steers_a_terminal() -> None:
     assert file.getvalue().endswith(" INFO loading org/\\x1b[2J\\x9bm\n")
 
 
+def test_only_tracebacks_have_more_than_one_line() -> None:
+    """A client could otherwise put false lines into the log."""
+    error = ValueError("\x1b[2J")
+    about = (type(error), error, error.__traceback__)
+    record = logging.LogRecord("mlx_overlay_server", logging.INFO, "", 0, "%s", ("org/m\n12:00:00 INFO false",), about)
+    file = io.StringIO()
+    Handler(file).emit(record)
+    first, *others = file.getvalue().splitlines()
+    assert first.endswith(" INFO org/m\\n12:00:00 INFO false")
+    assert others == ["ValueError: \\x1b[2J"]
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [

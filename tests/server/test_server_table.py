@@ -65,6 +65,11 @@ MISTAKES = {
     "no text": ('[server.profile."a/b"]\nsystem = 3\n', 2, "system must be a text"),
     "a relative path": ('[server.profile."a/b"]\nadapter_path = "x"\n', 2, "the whole path of a folder"),
     "a template that is away": ('[server.profile."a/b"]\nchat_template = "/no/x"\n', 2, "cannot be read: No such file"),
+    "a template that is no file": (
+        '[server.profile."a/b"]\nchat_template = "/dev/zero"\n',
+        2,
+        "cannot be read: Not a regular file",
+    ),
     "an argument of ours": ('[server.profile."a/b".chat_template_kwargs]\ntools = 1\n', 2, "the server sets tools"),
     "a key without its hash": ("[server.key.ann]\nrate = 1\n", 1, "needs the hash of a key"),
     "a key in place of its hash": ('[server.key.ann]\n\nhash = "secret"\n', 3, "needs the hash of a key"),

@@ -23,13 +23,14 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_one_that_comes_while_a_string_is_run_can_be_caught(tmp_path: Path, number: signal.Signals) -> None:
     done = finish([sys.executable, "-c", _PROGRAM, str(int(number))], environment(tmp_path))
     assert (done.status, done.out, done.err) == (0, "caught\n", "")
 
 
-def test_a_program_that_was_started_to_ignore_sigint_still_does(tmp_path: Path) -> None:
-    ignores = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{_PROGRAM}"
-    done = finish([sys.executable, "-c", ignores, str(int(signal.SIGINT))], environment(tmp_path))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_program_that_was_started_to_ignore_one_still_does(tmp_path: Path, number: signal.Signals) -> None:
+    ignores = f"import signal; signal.signal({int(number)}, signal.SIG_IGN)\n{_PROGRAM}"
+    done = finish([sys.executable, "-c", ignores, str(int(number))], environment(tmp_path))
     assert (done.status, done.out, done.err) == (0, "", "")

@@ -28,8 +28,18 @@ _NAMES = {
     "gemma3_text": "Gemma3Text",
     "nomic_bert": "NomicBert",
     "gte": "Gte",
+    "albert": "Albert",
+    "electra": "Electra",
+    "new": "New",
+    "jina": "JinaBert",
+    "nomic_moe": "NomicBert",
 }
 TYPES = tuple(_NAMES)
+_MODEL_TYPES = {"jina": "bert", "nomic_moe": "nomic_bert"}
+"""The `model_type` of those whose config.json says another one than the name that they have here."""
+NTK = {"type": "ntk", "factor": 8.0}
+_EMBEDDING, _EXPERTS = 16, 4
+"""The size of the embeddings of those that project them, and the experts of those that have some."""
 
 
 def make_encoder(
@@ -104,7 +114,7 @@ def make_pairs_template(folder: Path, each: str, *, default_prompt: str | None =
 def _config(model_type: str, head: str, labels: int) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architectures": [_NAMES[model_type] + head],
-        "model_type": model_type,
+        "model_type": _MODEL_TYPES.get(model_type, model_type),
         "vocab_size": len(VOCABULARY),
         "max_position_embeddings": CONTEXT,
         "pad_token_id": 1,
@@ -113,20 +123,37 @@ def _config(model_type: str, head: str, labels: int) -> dict[str, Any]:
         config["id2label"] = {str(label): f"LABEL_{label}" for label in range(labels)}
     if model_type == "distilbert":
         return config | {"dim": HIDDEN, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": INNER, "activation": "gelu"}
-    if model_type == "nomic_bert":
-        sizes = {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_inner": INNER, "n_positions": 4 * CONTEXT}
-        return (
-            config | sizes | {"max_trained_positions": CONTEXT, "activation_function": "swiglu", "type_vocab_size": 2}
-        )
+    if model_type in ("nomic_bert", "nomic_moe"):
+        sizes: dict[str, Any] = {
+            "n_embd": HIDDEN,
+            "n_layer": LAYERS,
+            "n_head": HEADS,
+            "n_inner": INNER,
+            "n_positions": 4 * CONTEXT,
+        }
+        sizes |= {"max_trained_positions": CONTEXT, "activation_function": "swiglu", "type_vocab_size": 2}
+        if model_type == "nomic_moe":
+            own: dict[str, Any] = {"activation_function": "gelu", "type_vocab_size": 1, "rotary_emb_base": 10000}
+            own |= dict.fromkeys(("mlp_fc1_bias", "mlp_fc2_bias", "qkv_proj_bias"), True)
+            sizes |= own | {"num_experts": _EXPERTS, "moe_top_k": 2, "moe_every_n_layers": 2}
+        return config | sizes
     config |= {
         "hidden_size": HIDDEN,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
         "intermediate_size": INNER,
     }
-    if model_type == "gte":
+    if model_type in ("gte", "new"):
         own = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "type_vocab_size": 1, "rope_theta": 10000}
-        return config | own | {"layer_norm_type": "layer_norm", "position_embedding_type": "rope", "rope_scaling": None}
+        own |= {"layer_norm_type": "layer_norm", "position_embedding_type": "rope", "rope_scaling": None}
+        return config | own | ({"rope_scaling": NTK} if model_type == "new" else {})
+    if model_type in ("albert", "electra"):
+        config |= {"embedding_size": _EMBEDDING}
+    if model_type == "albert":
+        config |= {"num_hidden_groups": 1, "inner_group_num": 1}
+    if model_type == "jina":
+        code = {"AutoModel": "jinaai/jina-bert-implementation--modeling_bert.JinaBertModel"}
+        config |= {"position_embedding_type": "alibi", "feed_forward_type": "geglu", "auto_map": code}
     if model_type == "modernbert":
         local = {"local_attention": 8, "global_attn_every_n_layers": 2, "classifier_pooling": "mean"}
         return config | local | {"hidden_activation": "gelu", "norm_eps": 1e-5}
@@ -143,10 +170,18 @@ def _shapes(model_type: str, *, ranks: bool, labels: int) -> Iterator[tuple[str,
     """The names and shapes of a model's weights."""
     if model_type == "modernbert":
         yield from _of_modernbert(ranks=ranks, labels=labels)
-    elif model_type == "nomic_bert":
-        yield from _of_nomic_bert()
-    elif model_type == "gte":
-        yield from _of_gte()
+    elif model_type in ("nomic_bert", "nomic_moe"):
+        yield from _of_nomic_bert() if model_type == "nomic_bert" else _of_nomic_moe()
+    elif model_type in ("gte", "new"):
+        yield from _of_gte("new." if ranks else "")
+        if ranks:
+            yield from _linear("new.pooler.dense", HIDDEN, HIDDEN)
+            yield from _linear("classifier", labels, HIDDEN)
+    elif model_type == "albert":
+        yield from _of_albert("albert." if ranks else "")
+        if ranks:
+            yield from _linear("albert.pooler", HIDDEN, HIDDEN)
+            yield from _linear("classifier", labels, HIDDEN)
     elif model_type in ("gemma3_text", "qwen3"):
         yield from _of_decoder("model." if ranks else "", is_gemma=model_type == "gemma3_text")
         if ranks:
@@ -160,20 +195,26 @@ def _linear(name: str, rows: int, columns: int) -> Iterator[tuple[str, tuple[int
     yield f"{name}.bias", (rows,)
 
 
-def _norm(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.weight", (HIDDEN,)
-    yield f"{name}.bias", (HIDDEN,)
+def _norm(name: str, size: int = HIDDEN) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (size,)
+    yield f"{name}.bias", (size,)
 
 
 def _of_bert(model_type: str, *, ranks: bool, labels: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     prefix = (
-        {"bert": "bert.", "distilbert": "distilbert.", "mpnet": "mpnet."}.get(model_type, "roberta.") if ranks else ""
+        {each: f"{each}." for each in ("bert", "distilbert", "electra", "mpnet")}.get(model_type, "roberta.")
+        if ranks
+        else ""
     )
-    yield f"{prefix}embeddings.word_embeddings.weight", (len(VOCABULARY), HIDDEN)
-    yield f"{prefix}embeddings.position_embeddings.weight", (CONTEXT, HIDDEN)
+    size = _EMBEDDING if model_type == "electra" else HIDDEN
+    yield f"{prefix}embeddings.word_embeddings.weight", (len(VOCABULARY), size)
+    if model_type != "jina":
+        yield f"{prefix}embeddings.position_embeddings.weight", (CONTEXT, size)
     if model_type not in ("distilbert", "mpnet"):
-        yield f"{prefix}embeddings.token_type_embeddings.weight", (2, HIDDEN)
-    yield from _norm(f"{prefix}embeddings.LayerNorm")
+        yield f"{prefix}embeddings.token_type_embeddings.weight", (2, size)
+    yield from _norm(f"{prefix}embeddings.LayerNorm", size)
+    if model_type == "electra":
+        yield from _linear(f"{prefix}embeddings_project", HIDDEN, size)
     if model_type == "mpnet":
         yield f"{prefix}encoder.relative_attention_bias.weight", (32, HEADS)
     for number in range(LAYERS):
@@ -192,6 +233,11 @@ def _of_bert(model_type: str, *, ranks: bool, labels: int) -> Iterator[tuple[str
         for name in attention:
             yield from _linear(f"{layer}.{name}", HIDDEN, HIDDEN)
         yield from _norm(f"{layer}.{others[0]}")
+        if model_type == "jina":
+            yield f"{layer}.mlp.gated_layers.weight", (2 * INNER, HIDDEN)
+            yield from _linear(f"{layer}.mlp.wo", HIDDEN, INNER)
+            yield from _norm(f"{layer}.mlp.layernorm")
+            continue
         yield from _linear(f"{layer}.{others[1]}", INNER, HIDDEN)
         yield from _linear(f"{layer}.{others[2]}", HIDDEN, INNER)
         yield from _norm(f"{layer}.{others[3]}")
@@ -235,12 +281,44 @@ def _of_nomic_bert() -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from ((f"{layer}.{norm}.{name}", (HIDDEN,)) for norm in ("norm1", "norm2") for name in ("weight", "bias"))
 
 
-def _of_gte() -> Iterator[tuple[str, tuple[int, ...]]]:
+def _of_nomic_moe() -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "embeddings.word_embeddings.weight", (len(VOCABULARY), HIDDEN)
     yield "embeddings.token_type_embeddings.weight", (1, HIDDEN)
-    yield from _norm("embeddings.LayerNorm")
+    yield from _norm("emb_ln")
     for number in range(LAYERS):
-        layer = f"encoder.layer.{number}"
+        layer = f"encoder.layers.{number}"
+        yield from _linear(f"{layer}.attn.Wqkv", 3 * HIDDEN, HIDDEN)
+        yield from _linear(f"{layer}.attn.out_proj", HIDDEN, HIDDEN)
+        if number % 2:
+            yield f"{layer}.mlp.router.layer.weight", (_EXPERTS, HIDDEN)
+            yield from ((f"{layer}.mlp.experts.mlp.{name}", (_EXPERTS * INNER, HIDDEN)) for name in ("w1", "w2"))
+            yield f"{layer}.mlp.experts.bias", (HIDDEN,)
+        else:
+            yield from _linear(f"{layer}.mlp.fc1", INNER, HIDDEN)
+            yield from _linear(f"{layer}.mlp.fc2", HIDDEN, INNER)
+        yield from (each for norm in ("norm1", "norm2") for each in _norm(f"{layer}.{norm}"))
+
+
+def _of_albert(prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for name, rows in (("word", len(VOCABULARY)), ("position", CONTEXT), ("token_type", 2)):
+        yield f"{prefix}embeddings.{name}_embeddings.weight", (rows, _EMBEDDING)
+    yield from _norm(f"{prefix}embeddings.LayerNorm", _EMBEDDING)
+    yield from _linear(f"{prefix}encoder.embedding_hidden_mapping_in", HIDDEN, _EMBEDDING)
+    layer = f"{prefix}encoder.albert_layer_groups.0.albert_layers.0"
+    for name in ("query", "key", "value", "dense"):
+        yield from _linear(f"{layer}.attention.{name}", HIDDEN, HIDDEN)
+    yield from _norm(f"{layer}.attention.LayerNorm")
+    yield from _linear(f"{layer}.ffn", INNER, HIDDEN)
+    yield from _linear(f"{layer}.ffn_output", HIDDEN, INNER)
+    yield from _norm(f"{layer}.full_layer_layer_norm")
+
+
+def _of_gte(prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{prefix}embeddings.word_embeddings.weight", (len(VOCABULARY), HIDDEN)
+    yield f"{prefix}embeddings.token_type_embeddings.weight", (1, HIDDEN)
+    yield from _norm(f"{prefix}embeddings.LayerNorm")
+    for number in range(LAYERS):
+        layer = f"{prefix}encoder.layer.{number}"
         yield from _linear(f"{layer}.attention.qkv_proj", 3 * HIDDEN, HIDDEN)
         yield from _linear(f"{layer}.attention.o_proj", HIDDEN, HIDDEN)
         yield f"{layer}.mlp.up_gate_proj.weight", (2 * INNER, HIDDEN)

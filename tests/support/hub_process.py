@@ -81,6 +81,16 @@ def force_download(hub: str, model_id: str, name: str | None) -> Files:
     return {name: _sha1(Path(hf_hub_download(model_id, name, cache_dir=hub, force_download=True)))}
 
 
+def download(hub: str, model_id: str, endpoint: str) -> str:
+    """The snapshot that `snapshot_download` fetches from a Hub, in a process that is online and whom modes stop."""
+    from huggingface_hub import snapshot_download
+
+    from tests.support.permissions import respected
+
+    with respected():
+        return str(snapshot_download(model_id, cache_dir=hub, endpoint=endpoint))
+
+
 # Deleting ------------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +234,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
         file,
         cached,
         force_download,
+        download,
         remove,
         prune,
         delete_revisions,

@@ -80,12 +80,14 @@ class HubProcess:
 
 
 @contextmanager
-def open_hub_process(release: str, home: Path) -> Iterator[HubProcess]:
+def open_hub_process(release: str, home: Path, *, is_offline: bool = True) -> Iterator[HubProcess]:
     """`home` is an empty folder, for what clients write of their own."""
     environ = {
         "PATH": os.environ["PATH"],
         "HOME": str(home),
-        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_OFFLINE": "1" if is_offline else "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1,localhost",
         "HF_HUB_DISABLE_UPDATE_CHECK": "1",
         "HF_HUB_DISABLE_SHARED_BLOBS": "1",  # as in every session's environment
         "HF_HUB_VERBOSITY": "critical",

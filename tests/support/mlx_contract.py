@@ -185,6 +185,7 @@ def a_batch_can_be_kept_from_touching_the_wired_limit(folder: Path) -> None:
         batch.insert([[1, 2, 3]], 1)
         batch.read(64)
         batch.begin()
+        assert batch.draw() == []
         assert batch.draw()[0].finish_reason
         del batch
         gc.collect()
@@ -205,7 +206,7 @@ def a_batch_reads_as_many_tokens_of_each_prompt_as_it_is_told_to(folder: Path) -
         read.append(part.progress)
     assert read == [(16, 40), (24, 40), (39, 40)]
     assert [part.progress for part in batch.begin()] == [(40, 40)]
-    assert [row.uid for row in batch.draw()] == [uid]
+    assert [[row.uid for row in batch.draw()] for _ in range(2)] == [[], [uid]]
 
 
 def a_batch_reads_without_drawing_and_draws_without_reading(folder: Path) -> None:
@@ -225,6 +226,7 @@ def a_batch_reads_without_drawing_and_draws_without_reading(folder: Path) -> Non
     first = batch.insert([prompts[0]], len(expected[0]))
     batch.read(64)
     batch.begin()
+    assert draw() == [], "the last token of the prompt is read, and none is drawn yet"
     assert draw() == [first]
     others = [batch.insert([prompt], len(tokens)) for prompt, tokens in zip(prompts[1:], expected[1:], strict=True)]
     assert {part.progress[0] for part in batch.read(8)} == {8}
@@ -232,6 +234,7 @@ def a_batch_reads_without_drawing_and_draws_without_reading(folder: Path) -> Non
     assert draw() == [first]
     assert {part.uid: part.progress for part in batch.read(64)} == {others[0]: (39, 40), others[1]: (29, 30)}
     assert {part.uid for part in batch.begin()} == set(others)
+    assert draw() == [first]
     while draw():
         pass
     assert list(said.values()) == expected
@@ -248,7 +251,7 @@ def a_batch_is_copied_array_by_array_where_memory_is_short_and_says_the_same(fol
         before = mx.set_memory_limit(limit)
         batch = _parted(model)
         said: dict[int, list[int]] = {}
-        for step in range(30):
+        for step in range(31):
             if step in (0, 4, 9):
                 batch.insert([prompts[step // 4]], 20 if step == 0 else 6)
                 batch.read(2000)

@@ -50,16 +50,33 @@ class Reader:
         return json.loads(line)
 
 
+class _Readers(Mapping[str, Reader]):
+    """A reader for each release, started when it is first asked for."""
+
+    def __init__(self, environments: Mapping[str, Mapping[str, str]], stack: ExitStack) -> None:
+        self._environments = environments
+        self._stack = stack
+        self._started: dict[str, Reader] = {}
+
+    def __getitem__(self, release: str) -> Reader:
+        if release not in self._started:
+            self._started[release] = Reader(self._environments[release])
+            self._stack.callback(self._started[release].close)
+        return self._started[release]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._environments)
+
+    def __len__(self) -> int:
+        return len(self._environments)
+
+
 @contextmanager
 def open_readers(home: Path, environments: Mapping[str, Mapping[str, str]]) -> Iterator[Mapping[str, Reader]]:
     """A reader for each release, given what it takes to import it; `home` is for what clients write of their own."""
     alone = {"HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_HUB_VERBOSITY": "critical"}
     with ExitStack() as stack:
-        readers = {}
-        for release, environ in environments.items():
-            readers[release] = Reader({**alone, **environ})
-            stack.callback(readers[release].close)
-        yield readers
+        yield _Readers({release: {**alone, **environ} for release, environ in environments.items()}, stack)
 
 
 # In the process ------------------------------------------------------------------------------------------------
@@ -179,14 +196,21 @@ def _answer(cache: str, operation: str, arguments: dict[str, Any]) -> Any:
 def _constants(environ: Mapping[str, str]) -> dict[str, str]:
     from huggingface_hub import constants
 
-    os.environ.clear()
-    os.environ.update(environ)
-    constants = importlib.reload(constants)
-    return {
+    own = dict(os.environ)
+    _set_environment(environ)
+    found = {
         name: value
-        for name, value in vars(constants).items()
+        for name, value in vars(importlib.reload(constants)).items()
         if isinstance(value, str) and name.startswith(("HF_", "HUGGINGFACE_", "CHECK_"))
     }
+    _set_environment(own)  # for what is read afterwards
+    importlib.reload(constants)
+    return found
+
+
+def _set_environment(environ: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environ)
 
 
 def _serve() -> None:

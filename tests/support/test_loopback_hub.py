@@ -376,7 +376,7 @@ def test_clients_use_files_they_have_while_the_hub_is_out_hangs_or_fails(
     assert hub.requests[-1].status == 200
 
 
-@pytest.mark.parametrize("release", hubs.ALL)
+@pytest.mark.parametrize("release", ["0.36.2", hubs.INSTALLED])  # which ask by requests and by httpx
 def test_hf_download_works_behind_a_mirrors_path_and_with_compression(release: str, tmp_path: Path) -> None:
     with LoopbackHub(prefix="/mirror/hub", compress=True) as hub:
         commit = hub.add_repo(MODEL, FILES)

@@ -2,8 +2,8 @@
 
 Models of mlx-lm generate text, unless the files of sentence-transformers in their folder, the head that config.json
 names, or, where both were lost in a conversion, their name says that they embed or rank. Encoders, which mlx-lm does
-not load, do nothing else: mlx-omni-server has code of its own for the types in `ENCODERS`, and for Gemma 3 with
-attention in both directions, EmbeddingGemma. `speech` knows the models that transcribe or speak.
+not load, do nothing else: mlx-omni-server has code of its own for the types in `ENCODERS`, and for attention in both
+directions in the types in `BOTH_WAYS`. `speech` knows the models that transcribe or speak.
 """
 
 from collections.abc import Collection, Mapping
@@ -14,9 +14,24 @@ from hf_overlay.catalog.files import Unfit, read_json, read_list
 from hf_overlay.models import Code, Task
 
 ENCODERS = frozenset(
-    {"bert", "camembert", "distilbert", "gte", "modernbert", "mpnet", "nomic_bert", "roberta", "xlm-roberta"}
+    {
+        "albert",
+        "bert",
+        "camembert",
+        "distilbert",
+        "electra",
+        "gte",
+        "modernbert",
+        "mpnet",
+        "new",
+        "nomic_bert",
+        "roberta",
+        "xlm-roberta",
+    }
 )
-"""Values of `model_type` that mlx-omni-server loads beside those of mlx-lm."""
+"""Values of `model_type` that mlx-omni-server loads beside those of mlx-lm; `new` is an older name of `gte`."""
+BOTH_WAYS = frozenset({"gemma3_text", "llama", "qwen2", "qwen3"})
+"""Types of mlx-lm's that mlx-omni-server also embeds with where their attention is to go in both directions."""
 ACTIVATIONS = frozenset({"gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"})
 """Values of `hidden_act` that it knows."""
 MODULES = "modules.json"
@@ -24,32 +39,36 @@ MODULES = "modules.json"
 POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
 _INDEX = "model.safetensors.index.json"
-_SETTINGS: Mapping[str, Mapping[str, object]] = {
-    "gte": {
-        "layer_norm_type": "layer_norm",
-        "logn_attention_scale": False,
-        "position_embedding_type": "rope",
-        "rope_scaling": None,
-    },
+_OF_GTE: Mapping[str, tuple[object, ...]] = {
+    "layer_norm_type": ("layer_norm",),
+    "logn_attention_scale": (False,),
+    "position_embedding_type": ("rope",),
+}
+_SETTINGS: Mapping[str, Mapping[str, tuple[object, ...]]] = {
+    "gte": _OF_GTE,
+    "new": _OF_GTE,
     "nomic_bert": {
-        "activation_function": "swiglu",
-        "causal": False,
-        "mlp_fc1_bias": False,
-        "mlp_fc2_bias": False,
-        "num_experts": 0,
-        "parallel_block": False,
-        "prenorm": False,
-        "qkv_proj_bias": False,
-        "rotary_emb_fraction": 1.0,
-        "rotary_emb_interleaved": False,
-        "use_rms_norm": False,
+        "activation_function": ("swiglu", "gelu"),
+        "causal": (False,),
+        "expert_choice_router": (False,),
+        "ffn_div": (1,),
+        "moe_every_n_layers": (0, 2),
+        "moe_normalize_expert_weights": (False,),
+        "num_shared_experts": (0,),
+        "parallel_block": (False,),
+        "prenorm": (False,),
+        "rotary_emb_fraction": (1.0,),
+        "rotary_emb_interleaved": (False,),
+        "use_rms_norm": (False,),
     },
 }
-"""By type, the settings that mlx-omni-server has of those that a config.json may hold.
+"""By type, the values that mlx-omni-server knows of settings that a config.json may hold.
 
 What was code of these models' own is part of transformers now, so an `auto_map` asks for nothing else.
 """
 
+_JINA = "jinaai/jina-bert-implementation--"
+"""What the code is named after that jina-embeddings-v2 asks for, which is part of mlx-omni-server."""
 _EMBEDDING = frozenset({"Transformer", "Pooling", "Normalize", "Dense"})
 _RANKING = frozenset({"Transformer", "LogitScore"})
 _HEAD = "ForSequenceClassification"
@@ -75,6 +94,11 @@ class Module(NamedTuple):
 def looks_both_ways(config: Mapping[str, Any]) -> bool:
     """Return whether a model of mlx-lm's asks for attention in both directions, which mlx-lm does not have."""
     return config.get("is_causal") is False or bool(config.get("use_bidirectional_attention"))
+
+
+def embeds_both_ways(config: Mapping[str, Any]) -> bool:
+    """Return whether mlx-omni-server embeds with a model of mlx-lm's whose attention is to go in both directions."""
+    return config.get("model_type") in BOTH_WAYS and looks_both_ways(config)
 
 
 def is_gemma(config: Mapping[str, Any]) -> bool:
@@ -112,7 +136,7 @@ def read(path: str, model_id: str, config: Mapping[str, Any], names: Collection[
     try:
         listed = modules(path) if MODULES in names else None
         task = _task(model_id, config, listed)
-        if is_strict and (problem := _problem(path, task, config, listed, names)) is not None:
+        if is_strict and (problem := _problem(path, model_id, task, config, listed, names)) is not None:
             raise Unfit(Code.OTHER_KIND, problem)
     except Unfit:
         if is_strict:
@@ -134,7 +158,12 @@ def _task(model_id: str, config: Mapping[str, Any], listed: Collection[Module] |
 
 
 def _problem(
-    path: str, task: Task, config: Mapping[str, Any], listed: Collection[Module] | None, names: Collection[str]
+    path: str,
+    model_id: str,
+    task: Task,
+    config: Mapping[str, Any],
+    listed: Collection[Module] | None,
+    names: Collection[str],
 ) -> str | None:
     """Return why the server cannot embed or rank with a model, as the end of a sentence; None where it can."""
     if task == "text":
@@ -142,12 +171,14 @@ def _problem(
     known = _RANKING if task == "reranker" else _EMBEDDING
     if other := sorted({each.type for each in listed or ()} - known):
         return f"{MODULES} asks for {other[0][:80]}, which mlx-omni-server does not have"
-    if looks_both_ways(config) and not (task == "embedding" and is_gemma(config)):
-        return "config.json asks for attention in both directions, which mlx-lm does not have"
+    if looks_both_ways(config) and not (task == "embedding" and embeds_both_ways(config) and _is_global(config)):
+        return f"config.json asks for attention in both directions, which {_named(config)} does not have here"
     if is_gemma(config) and _is_converted(listed, names):
         return _problem_of_converted(path, listed, names)
-    if task == "reranker" and _has_head(config) and (labels := _labels(config)) != 1:
-        return f"sorts texts into {labels} classes; a model that ranks has one"
+    if "vision_config" in config:
+        return f"is a model for {task} with a part for images, which mlx-omni-server does not have for that"
+    if task == "reranker" and (problem := _problem_of_ranker(model_id, config, listed)) is not None:
+        return problem
     if config.get("model_type") in ENCODERS and (problem := _problem_of_encoder(config, listed)) is not None:
         return problem
     for each in listed or ():
@@ -156,6 +187,21 @@ def _problem(
         if each.type == "Dense" and f"{each.path}/model.safetensors" not in names:
             return f"has no {each.path}/model.safetensors, which {MODULES} asks for"
     return None
+
+
+def _problem_of_ranker(model_id: str, config: Mapping[str, Any], listed: Collection[Module] | None) -> str | None:
+    if _has_head(config):
+        labels = _labels(config)
+        if labels != 1:
+            return f"sorts texts into {labels} classes; a model that ranks has one"
+        return "rewards answers, and ranks no documents" if "reward" in model_id.lower() else None
+    asks = config.get("model_type") == "qwen3" and _architecture(config).endswith("ForCausalLM")
+    if asks or any(each.type == "LogitScore" for each in listed or ()):
+        return None
+    return (
+        "ranks by a dialogue of its own; of models without a head and without a LogitScore in modules.json, "
+        "mlx-omni-server knows Qwen3-Reranker"
+    )
 
 
 def _is_converted(listed: Collection[Module] | None, names: Collection[str]) -> bool:
@@ -177,22 +223,54 @@ def _problem_of_encoder(config: Mapping[str, Any], listed: Collection[Module] | 
     if listed is None and not architecture.endswith(("Model", _HEAD)):
         return f"is a {architecture[:80] or 'model without architectures'} without {MODULES}: it embeds nothing"
     if (settings := _SETTINGS.get(config["model_type"])) is not None:
-        if _has_head(config):
-            return f"is a {config['model_type']} that ranks, which mlx-omni-server does not have"
-        other = [key for key, value in settings.items() if config.get(key, value) not in (value, None)]
-        if other:
-            return f"config.json asks for {other[0]} {str(config[other[0]])[:80]!r}"
-        rope = config.get("rope_parameters")
-        if isinstance(rope, dict) and rope.get("rope_type", "default") != "default":
-            return f"config.json asks for positions of type {str(rope['rope_type'])[:80]!r}"
-        return _problem_of_activation(config) if config["model_type"] == "gte" else None
+        return _problem_of_rotary(config, settings)
+    positions = config.get("position_embedding_type", "absolute")
+    if positions == "alibi" and config["model_type"] == "bert":
+        return _problem_of_jina(config)
     if "auto_map" in config:
         return "config.json asks to run its own code (auto_map)"
-    if config.get("position_embedding_type", "absolute") != "absolute":
-        return f"config.json asks for positions of type {str(config['position_embedding_type'])[:80]!r}"
+    if positions != "absolute":
+        return f"config.json asks for positions of type {str(positions)[:80]!r}"
     if config.get("is_decoder"):
         return "config.json asks for a decoder of a type that is loaded as an encoder alone"
+    groups = [config.get(key, 1) for key in ("num_hidden_groups", "inner_group_num")]
+    if config["model_type"] == "albert" and groups != [1, 1]:
+        return "config.json asks for layers in groups that do not share all of their weights"
     return _problem_of_activation(config)
+
+
+def _problem_of_rotary(config: Mapping[str, Any], settings: Mapping[str, tuple[object, ...]]) -> str | None:
+    if _has_head(config) and config["model_type"] == "nomic_bert":
+        return "is a nomic_bert that ranks, which mlx-omni-server does not have"
+    other = [key for key, values in settings.items() if config.get(key, values[0]) not in (*values, None)]
+    if other:
+        return f"config.json asks for {other[0]} {str(config[other[0]])[:80]!r}"
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and rope.get("rope_type", "default") != "default":
+        return f"config.json asks for positions of type {str(rope['rope_type'])[:80]!r}"
+    if config["model_type"] == "nomic_bert":
+        return None
+    scaling = config.get("rope_scaling")
+    if scaling is not None and not _is_ntk(scaling):
+        return f"config.json asks for rope_scaling {str(scaling)[:80]!r}"
+    return _problem_of_activation(config)
+
+
+def _is_ntk(scaling: object) -> bool:
+    """Return whether a `rope_scaling` is by NTK's rule, with one factor for all."""
+    if not isinstance(scaling, dict) or scaling.get("type") != "ntk" or scaling.get("mixed_b") is not None:
+        return False
+    return isinstance(scaling.get("factor"), (int, float)) and scaling["factor"] >= 1
+
+
+def _problem_of_jina(config: Mapping[str, Any]) -> str | None:
+    """Return why a BERT with ALiBi's biases is not one of those that Jina has published as version 2."""
+    code = config.get("auto_map")
+    if not isinstance(code, dict) or not all(str(each).startswith(_JINA) for each in code.values()):
+        return "config.json asks for positions of type 'alibi' in a model that is none of jina-embeddings-v2"
+    if config.get("feed_forward_type") != "geglu":
+        return f"config.json asks for feed_forward_type {str(config.get('feed_forward_type'))[:80]!r}"
+    return None
 
 
 def _problem_of_activation(config: Mapping[str, Any]) -> str | None:
@@ -209,6 +287,17 @@ def _problem_of_pooling(path: str, module: Module, names: Collection[str]) -> st
         return f"{file} leaves prompts out of the pooling"
     other = [mode for mode in pooling_modes(config) if mode not in POOLING_MODES]
     return f"{file} asks for the mode {other[0][:80]!r}" if other else None
+
+
+def _is_global(config: Mapping[str, Any]) -> bool:
+    """Return whether no layer attends to near tokens alone; Gemma's layers, which do, are known."""
+    kinds = config.get("layer_types")
+    is_local = bool(config.get("use_sliding_window")) or (isinstance(kinds, list) and set(kinds) != {"full_attention"})
+    return is_gemma(config) or not is_local
+
+
+def _named(config: Mapping[str, Any]) -> str:
+    return f"the type {str(config.get('model_type'))[:80]!r}"
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -10,14 +10,16 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
-from hf_overlay import config, configfile
+from hf_overlay import config, configfile, streams
 from hf_overlay.catalog import kinds
 from hf_overlay.catalog.catalog import Catalog
+from hf_overlay.command.ending import exit_status
 from hf_overlay.command.output import Lines, print_findings, print_json, print_table, say, size
 from hf_overlay.command.parser import make_parser
 from hf_overlay.config import ConfigFile, Settings
-from hf_overlay.errors import OverlayError, UsageError
+from hf_overlay.errors import UsageError
 from hf_overlay.models import Code
 from hf_overlay.text import printable
 
@@ -25,39 +27,21 @@ from hf_overlay.text import printable
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Without `argv` it is this process's own, which ends with it."""
     if argv is not None:
-        return _run_command(argv)
+        return exit_status(partial(_run_command, argv), say)
+    streams.prepare()
     gc.disable()  # looks for garbage in what a start makes take milliseconds; what goes on after it enables them
-    status = _run_command(sys.argv[1:])
+    status = exit_status(partial(_run_command, sys.argv[1:]), say)
     os._exit(status)  # without taking apart all that was imported, which takes milliseconds
 
 
 def _run_command(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code; errors become exit codes here and nowhere else."""
+    """Run one command and return its exit code. Raises OverlayError, and SystemExit for a mistake in the options."""
     # What follows `--` is the program's own, even where it looks like ours.
     split = arguments.index("--") if "--" in arguments else len(arguments)
     first = arguments[0] if arguments else ""
     parser = make_parser(only=first if first in (*_COMMANDS, "run") else "")
     options = parser.parse_args(arguments[:split])
-    try:
-        status = _status(parser, options, arguments[split + 1 :])
-        if sys.stdout is not None:  # it may be closed
-            sys.stdout.flush()
-        return status
-    except OverlayError as error:
-        say(f"error: {error}")
-        return 2 if isinstance(error, UsageError) else 1
-    except BrokenPipeError:  # `hf-overlay ls | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:  # such as a full disk that the output goes to
-        say(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        return 130
-
-
-def _status(parser: argparse.ArgumentParser, options: argparse.Namespace, command: Sequence[str]) -> int:
-    """Run the command that was parsed, and `command` where it is to run a program. Raises OverlayError."""
+    command = arguments[split + 1 :]
     if options.version:
         from importlib.metadata import version
 
@@ -260,13 +244,23 @@ def _clean(options: argparse.Namespace) -> int:
 def _service_install(options: argparse.Namespace, program_options: Sequence[str]) -> int:
     from hf_overlay.command import service
 
+    _check_service(options)
     service.install(_served(options), program_options, os.environ, replaces=options.replace)
     return 0
+
+
+def _check_service(options: argparse.Namespace) -> None:
+    """Raise UsageError for an option that means nothing to the action."""
+    if options.json and options.action != "status":
+        raise UsageError(f"service {options.action} prints nothing; leave out --json")
+    if options.replace and options.action == "status":
+        raise UsageError("service status replaces nothing; leave out --replace")
 
 
 def _service(options: argparse.Namespace) -> int:
     from hf_overlay.command import service
 
+    _check_service(options)
     if options.action == "uninstall":
         service.uninstall(_served(options), os.environ, replaces=options.replace)
         return 0
@@ -337,7 +331,7 @@ def _settings(options: argparse.Namespace, file: ConfigFile) -> Settings:
     return config.load(
         options.model_path,
         os.environ,
-        os.getcwd(),
+        config.working_folder(),
         kind=options.kind,
         exclude=options.exclude,
         below=options.below,

@@ -6,10 +6,10 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from hf_overlay.messages import Messages
+from hf_overlay.streams import tell
 from hf_overlay.text import printable
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
 
 
 def _bold(text: str) -> str:
-    is_terminal = sys.stdout is not None and sys.stdout.isatty()  # None: it is closed
-    is_plain = not is_terminal or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    is_plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return text if is_plain else f"\033[1m{text}\033[0m"
 
 
@@ -44,7 +43,8 @@ def print_findings(findings: Sequence[Finding], *, as_json: bool) -> int:
         print_json([finding._asdict() for finding in findings])
     else:
         for finding in findings:
-            print(printable(f"{finding.where}: {finding.what}\n    {finding.advice}"))
+            print(printable(f"{finding.where}: {finding.what}"))
+            print(f"    {printable(finding.advice)}")
     return 1 if findings else 0
 
 
@@ -59,11 +59,11 @@ def size(nbytes: float) -> str:
 
 def say(text: str) -> None:
     """Tell a person something: one line on stderr."""
-    print(f"hf-overlay: {printable(text)}", file=sys.stderr)
+    tell(f"hf-overlay: {printable(text)}")
 
 
 class Lines(Messages):
-    """Says all that a session tells. Where nobody reads stderr any more, it is lost."""
+    """Says all that a session tells."""
 
     def __init__(self, verbosity: int) -> None:
         """`verbosity`: -1 for nothing, 0 for what is going on and for warnings, 1 for details, too."""
@@ -84,5 +84,4 @@ class Lines(Messages):
 
     def _say(self, text: str, verbosity: int) -> None:
         if self._verbosity >= verbosity:
-            with suppress(OSError):
-                say(text)
+            say(text)

@@ -55,6 +55,18 @@ examples:
   HF_OVERLAY_CONFIG=other.toml hf-overlay config       another file; empty: none
 """
 
+SERVE_EXAMPLES = """\
+examples:
+  hf-overlay serve --model-path /Volumes/LLMS/models       until Ctrl-C
+  eval "$(hf-overlay env)"                                 in another shell, to join it
+"""
+
+COMPLETION_EXAMPLES = """\
+examples:
+  eval "$(hf-overlay completion bash)"         also for zsh and tcsh
+  hf-overlay completion fish | source
+"""
+
 SERVICE_EXAMPLES = """\
 What follows -- are options of `hf-overlay serve`, or with --server of `mlx-omni-server`. The unit also carries the
 shell's variables that they read: HF_HOME, MLX_OMNI_MODEL_PATH, HF_TOKEN, proxies, …
@@ -130,7 +142,7 @@ def _layers(parser: argparse.ArgumentParser, folders: object) -> None:
         help="load this id from the Hugging Face cache and the Hub, not from your folder; repeat it for more",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="print no warnings and no start-up line")
-    parser.add_argument("-v", "--verbose", action="store_true", help="print the source each model comes from")
+    parser.add_argument("-v", "--verbose", action="store_true", help="also print which folders are looked at")
 
 
 def _json(parser: argparse.ArgumentParser, _folders: object) -> None:
@@ -168,14 +180,22 @@ def _env(parser: argparse.ArgumentParser, _folders: object) -> None:
 
 
 def _id(parser: argparse.ArgumentParser, _folders: object) -> None:
-    parser.add_argument("id", metavar="ID")
+    parser.add_argument("id", metavar="ID", help="org/name, as `hf-overlay ls` prints it")
 
 
 def _service(parser: argparse.ArgumentParser, _folders: object) -> None:
     parser.usage = "hf-overlay service [options] {install,uninstall,status} [-- OPTION …]"
-    parser.add_argument("action", choices=["install", "uninstall", "status"])
+    parser.add_argument(
+        "action",
+        choices=["install", "uninstall", "status"],
+        help="start it now and at each login; end it, for now and for each login; print whether it runs",
+    )
     parser.add_argument("--server", action="store_true", help="mlx-omni-server in place of hf-overlay serve")
-    parser.add_argument("--replace", action="store_true", help="also overwrite or remove a unit that is not ours")
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="also overwrite or remove a unit (the file for launchd or systemd) that this command did not write",
+    )
 
 
 def _completion(parser: argparse.ArgumentParser, _folders: object) -> None:
@@ -190,7 +210,11 @@ _COMMANDS: Mapping[str, tuple[str, str, tuple[_Options, ...]]] = {
         "",
         (_layers, _network, _run),
     ),
-    "serve": ("keep an overlay open for shells and programs started elsewhere", "", (_layers, _network, _serve)),
+    "serve": (
+        "keep an overlay open for shells and programs started elsewhere",
+        SERVE_EXAMPLES,
+        (_layers, _network, _serve),
+    ),
     "env": ("print the variables of the overlay that `serve` keeps open", ENV_EXAMPLES, (_json, _env)),
     "ls": ("list the models that can be loaded", "", (_layers, _json)),
     "path": ("print the folder that an id is loaded from", "", (_layers, _json, _id)),
@@ -204,8 +228,8 @@ _COMMANDS: Mapping[str, tuple[str, str, tuple[_Options, ...]]] = {
         SERVICE_EXAMPLES,
         (_json, _service),
     ),
-    "completion": ("print a completion script for your shell", "", (_completion,)),
-    "extension": ("make `hf overlay …` run hf-overlay", "", ()),
+    "completion": ("print a completion script for your shell", COMPLETION_EXAMPLES, (_completion,)),
+    "extension": ("make `hf overlay …`, of huggingface_hub's command hf, run hf-overlay", "", ()),
 }
 """Each command: its help, what follows that in its own help, and what adds its options."""
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from hf_overlay import descriptors
+from hf_overlay.command.output import say
 from hf_overlay.config import Kind, is_offline
 from hf_overlay.messages import Messages
 from hf_overlay.opening import open_session
@@ -111,7 +111,7 @@ def run(
                         command[0], list(command), session.environment, setsigmask=mask, setsigdef=_IGNORED_BY_PYTHON
                     )
             except OSError as error:
-                print(f"hf-overlay: error: cannot run {command[0]}: {error.strerror}", file=sys.stderr)
+                say(f"error: cannot run {command[0]}: {error.strerror}")
                 return 127 if isinstance(error, FileNotFoundError) else 126
             for number in early:  # came after the check above, and before there was a child to send it to
                 _send(child, number)

@@ -109,14 +109,10 @@ def offered(environ: Mapping[str, str]) -> Offer:
                 _check(owner.service, path)
                 owners.append(owner)
     if not owners:
-        start = "hf-overlay serve --model-path DIR"
         cache = config.hub_cache(environ)
         if config.is_overlay(cache) and lease.has_ended(cache):
-            raise OverlayError(
-                f"the overlay of this shell has ended, and no other is being served; start one: {start}, "
-                f"or leave it: {config.how_to_leave(environ)}"
-            )
-        raise OverlayError(f"no overlay is being served; start one: {start}")
+            raise config.ended(cache, environ)
+        raise OverlayError("no overlay is being served; start one: hf-overlay serve --model-path DIR")
     owner = max(owners, key=lambda owner: owner.started)
     variables = owner.service
     return Offer(

@@ -5,11 +5,12 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from hf_overlay import config, configfile
 from hf_overlay.command.extension import executable
-from hf_overlay.command.units import MARK, Unit, manager
+from hf_overlay.command.units import MARK, Manager, Unit, manager
 from hf_overlay.errors import OverlayError, UsageError
 
 OVERLAY, SERVER = "hf-overlay", "mlx-omni-server"
@@ -57,24 +58,41 @@ def install(name: str, options: Sequence[str], environ: Mapping[str, str], *, re
     """Write the unit of OVERLAY or SERVER, with options for its program, and start it; nothing where all is so.
 
     `replaces` also overwrites a unit that is not ours. Raises OverlayError, and UsageError for options that the program
-    does not take.
+    does not take. Where it cannot be started, its file is as it was before.
     """
     if config.is_overlay(config.hub_cache(environ)):
         raise OverlayError("this shell is in an overlay, which a service must not be; use a new shell")
     configfile.read(environ)  # for the mistakes in it
     program = _program(name, environ)
-    options = _absolute(options, environ, os.getcwd())
+    options = _absolute(options, environ, config.working_folder())
     verb = ("serve",) if name == OVERLAY else ()
     _check(name, [program, "--version", *verb, *options])
     at = manager(name, environ)
-    unit = Unit(name, _ABOUT[name], (program, *verb, *options), _carried(environ, os.getcwd()))
+    unit = Unit(name, _ABOUT[name], (program, *verb, *options), _carried(environ, config.working_folder()))
+    _check_texts(unit)
     text, before = at.text(unit), _read(at.path)
     if before is not None and MARK not in before and not replaces:
         raise OverlayError(f"{at.path} is not ours; look at it, then remove it or add --replace")
     if before == text and at.state().pid is not None:
         return
     _write(at.path, text)
-    at.load()
+    try:
+        at.load()
+    except OverlayError as error:
+        _take_back(at, before)
+        raise OverlayError(f"{error}; the unit is {'not installed' if before is None else 'as it was'}") from error
+
+
+def _take_back(at: Manager, before: str | None) -> None:
+    """Leave a unit that could not be started as it was before: its file would start it at the next login."""
+    if before is not None:
+        _write(at.path, before)
+        return
+    with suppress(OverlayError):  # it may be that nothing can be asked of what starts programs
+        at.unload()
+    os.unlink(at.path)
+    with suppress(OverlayError):
+        at.forget()
 
 
 def uninstall(name: str, environ: Mapping[str, str], *, replaces: bool = False) -> None:
@@ -153,6 +171,17 @@ def _check(name: str, command: Sequence[str]) -> None:
     if done.returncode:
         said = done.stderr.strip().splitlines()
         raise UsageError(f"{name} does not take these options: {said[-1] if said else f'status {done.returncode}'}")
+
+
+def _check_texts(unit: Unit) -> None:
+    """Raise UsageError for what no unit can hold. It is not repeated: it may be a key."""
+    texts = [("an option", each) for each in unit.command] + [*unit.environ.items()]
+    for name, text in texts:
+        if any(each < " " or each == "\x7f" or "\ud800" <= each <= "\udfff" for each in text):
+            raise UsageError(
+                f"{name} holds a control character, or a name that is not UTF-8, which a unit cannot hold; "
+                "rename the folder, or go without it"
+            )
 
 
 def _read(path: str) -> str | None:

@@ -192,7 +192,7 @@ class Systemd:
 
 def _quoted(text: str) -> str:
     """A word of a systemd unit, as it is: no part of it is a specifier, and no space in it separates."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("%", "%%")
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{escaped}"'
 
 
@@ -203,7 +203,7 @@ def _must(*command: str, also: int = 0) -> str:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         raise OverlayError(
             f"`{' '.join(command)}` failed ({said[-1].strip() if said else f'status {done.returncode}'}); "
-            "run it in a terminal of the desktop's login"
+            "do this in a terminal of the desktop's login"
         )
     return done.stdout
 

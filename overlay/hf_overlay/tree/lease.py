@@ -207,13 +207,17 @@ def share(sessions: str, path: str) -> int | None:
 def sessions_in(sessions: str, messages: Messages | None = None) -> list[str]:
     """The paths of all session folders, living or dead, without those that another user may have put there.
 
-    `messages` gets a warning for each of the latter. Raises OSError, or SessionError when other users may write to
-    `sessions` itself.
+    `messages` gets a warning for each of the latter. Raises OSError, or SessionError when `sessions` itself may not be
+    read, or other users may write to it.
     """
     try:
         paths = sorted(entry.path for entry in os.scandir(sessions) if entry.name.startswith(_PREFIX))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except PermissionError as error:
+        raise SessionError(
+            f"{sessions} cannot be read: permission denied; set {DIRECTORY_VARIABLE} to a folder of your own"
+        ) from error
     check_trusted(sessions)
     trusted = []
     for path in paths:

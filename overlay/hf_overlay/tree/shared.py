@@ -6,7 +6,7 @@ removes as many, where repos of its own would take thirty thousand.
     <folder of all sessions>/shared/            0700
       lock                                      held by all who look for a repo, and alone by who takes one away
       cleaned                                   its time: when unused repos were removed last
-      <cache><fingerprint><number>/             a linked repo, made as a session's own (see store), every folder sealed;
+      <hash><number>/                           a linked repo, made as a session's own (see store), every folder sealed;
                                                 32 digits, so that the text of a link to it needs no block of the disk
 
 They are never written to: neither by us, nor by clients, whom the modes of the folders keep from it. Before a client
@@ -24,7 +24,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from binascii import crc32
+from _blake2 import blake2b  # hashlib has the same, and takes milliseconds to import
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -56,8 +56,6 @@ class Shared:
     def __init__(self, sessions: str, hub_cache: str) -> None:
         self.folder = f"{sessions}/{FOLDER}"
         self._hub_cache = hub_cache
-        self._mark = f"{crc32(os.fsencode(f'{_FORMAT} {hub_cache}')):08x}"
-        """Beginning of the names of repos that are made now, for this cache."""
 
     @property
     def is_there(self) -> bool:
@@ -80,8 +78,10 @@ class Shared:
 
         Raises OSError.
         """
+        contents = os.fsencode(f"{_FORMAT} {repo.fingerprint} {self._hub_cache}")  # no two caches may share a repo
+        mark = blake2b(contents, digest_size=14).hexdigest()
         for number in range(_TRIES):
-            folder = f"{self._mark}{repo.fingerprint[:20]}{number:04x}"
+            folder = f"{mark}{number:04x}"
             path = f"{self.folder}/{folder}"
             placed = Placed(repo, f"{_LEADS_THERE}{folder}", tuple([f"{path}/{inner}" for inner in repo.watched]))
             if store.is_untouched(placed) and _is_fresh(path):

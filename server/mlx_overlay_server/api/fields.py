@@ -5,18 +5,36 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticKnownError
 
 from mlx_overlay_server.chat.requests import Image
 from mlx_overlay_server.errors import InvalidRequest
 
-Temperature = Annotated[float, Field(ge=0, le=2)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-Count = Annotated[int, Field(ge=1, le=1 << 31)]
-Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+
+def _is_no_boolean(kind: Literal["int_type", "float_type"]) -> BeforeValidator:
+    """Return what refuses true and false, which pydantic, as Python, takes for 1 and 0."""
+
+    def check(given: object) -> object:
+        if isinstance(given, bool):
+            raise PydanticKnownError(kind)
+        return given
+
+    return BeforeValidator(check)
+
+
+Whole = Annotated[int, _is_no_boolean("int_type")]
+"""A whole number; it may also come as 5.0 or "5", as in forms."""
+Number = Annotated[float, _is_no_boolean("float_type")]
+Token = Annotated[int, Field(strict=True)]
+"""A token's id. Requests may have very many, so no function of Python's looks at each."""
+Temperature = Annotated[Number, Field(ge=0, le=2)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Penalty = Annotated[Number, Field(ge=-2, le=2)]
+Count = Annotated[Whole, Field(ge=1, le=1 << 31)]
+Seed = Annotated[Whole, Field(ge=-(1 << 63), lt=1 << 63)]
 Json = dict[str, Any]
 
 MAX_STOPS = 16
@@ -61,6 +79,9 @@ def wrong_field(errors: Sequence[Mapping[str, Any]], body: object) -> InvalidReq
         text = f"`{name}` is not supported by this server"
     elif error["type"] == "none_required" or error.get("ctx", {}).get("expected") == "False":
         text = f"`{name}` is not supported by this server; leave it out"
+    elif error["type"] == "union_tag_invalid":
+        known = error["ctx"]
+        text = f"`{name}`: this server does not take the type {known['tag']!r}, but {known['expected_tags']}"
     elif error["type"] == "json_invalid":
         return InvalidRequest("the body is not valid JSON", code="invalid_json")
     elif not name:

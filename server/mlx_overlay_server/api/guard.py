@@ -69,6 +69,8 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        if scope["method"] == "HEAD":  # the answer to GET, of which uvicorn leaves out the body
+            scope = {**scope, "method": "GET"}
         size = 0
         values = ValueCount()
         is_json = not headers.get("content-type", "").startswith(FORM)
@@ -133,6 +135,8 @@ class Guard:
             raise InvalidRequest("the Content-Length header must be a number of bytes")
         if size > self._max_body:
             raise self._too_large()
+        if (encoding := headers.get("content-encoding", "identity").lower()) != "identity":
+            raise InvalidRequest(f"bodies with Content-Encoding: {encoding} are not read; send it as plain JSON")
         if self._access.is_open:
             self._check_browser(headers, is_own=scope["path"].startswith(_OWN))
         elif not _needs_no_key(scope["method"], scope["path"]):

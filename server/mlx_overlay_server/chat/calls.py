@@ -13,8 +13,9 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from mlx_overlay_server.chat import tagged
 from mlx_overlay_server.chat.events import ToolCall
-from mlx_overlay_server.chat.opening import MARK, NAMES, PREFIX, SEPARATOR, SPACE, WRAPPER
+from mlx_overlay_server.chat.opening import MARK, NAMES, SEPARATOR, bare, declared_name
 from mlx_overlay_server.chat.requests import Tool, described
 
 LONGEST = 1 << 17
@@ -24,31 +25,22 @@ _ARGUMENTS = ("arguments", "parameters", "args", "input", "tool_input")
 _LITERALS = {"true": True, "false": False, "null": None}
 _CLOSERS = "}])>`,; \t\r\n"
 """What may follow a call: brackets too many, and what stands between calls."""
-_FIRST = re.compile(WRAPPER)
-_LAST = re.compile(rf"(?:{WRAPPER})\Z")
 _MARKS = re.compile(rf"(?:\s|{MARK})+")
-_TAGGED = re.compile(
-    rf"<{SPACE}(?:function|invoke)(?:=|\s+name=)\s*[\"']?([^\s\"'<>]+)[\"']?\s*>"
-    rf"(.*?)(?=</?{SPACE}(?:function|invoke)\b|\Z)",
-    re.DOTALL,
-)
-_TAG = re.compile(
-    rf"<{SPACE}param(?:eter)?(?:=|\s+name=)\s*[\"']?([^\"'<>]+?)[\"']?(?:\s+string=\"\w+\")?\s*>"
-    rf"(.*?)(?=</?{SPACE}param(?:eter)?\b|\Z)",
-    re.DOTALL,
-)
-_CLOSED = re.compile(rf"</{SPACE}(?:function|invoke)>")
-_KEYED = re.compile(r"<arg_key>\s*([^<>]+?)\s*(?:</\w+>\s*)?<arg_value>(.*?)(?=</?arg_|\Z)", re.S)
 _HEADED = re.compile(rf"(?:function<｜tool▁sep｜>)?([\w.:-]+)\s*(?:{SEPARATOR}\s*)?(?=\{{)")
 _QUOTE = '<|"|>'
 _QUOTED = re.compile(r"<\|\"\|>(.*?)<\|\"\|>|<escape>(.*?)<escape>", re.S)
 """Texts as Gemma quotes them."""
+_BEGIN = re.compile(rf"[\[{{]|[\w.:-]+\s*(?:{SEPARATOR}\s*)?[({{]")
+"""Pattern of how a call begins whose texts are quoted."""
+_STRING = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'", re.DOTALL)
 _BRACKET = re.compile(r"[{}\[\]<>\"]")
-_PREFIXED = re.compile(rf"{PREFIX}(.+?)(?::\d+|\.call)?")
 _GEMMA = re.compile(r"call:([\w.:-]+?)\{(.*)\}", re.DOTALL)
 
 Parser = Callable[[str, list[dict[str, Any]]], Any]
 """A parser of mlx-lm's: (text of a block, tools in OpenAI's form) -> one call or a list of them. It raises anything."""
+
+Form = Callable[[str, Mapping[str, Tool]], Iterator[tuple[str, Any]]]
+"""A way to write calls: (text, declared tools) -> names and arguments. It raises errors of a few kinds."""
 
 
 class _NoCall(ValueError):
@@ -63,6 +55,9 @@ def read(text: str, tools: Sequence[Tool], parse: Parser, *, opening: str | None
     declared = {tool.name: tool for tool in tools}
     if not declared:
         return []
+    # mlx-lm's parsers strip a value in tags of its white space, and end it at the first tag in it.
+    if calls := _read(text, (tagged.tagged, tagged.keyed), declared):
+        return calls
     try:
         given = parse(text, [described(tool) for tool in tools])
         calls = [_call(each["name"], each["arguments"], declared) for each in _as_list(given)]
@@ -100,11 +95,17 @@ def enforced(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
 
 def unmarked(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
     """Return the calls that a text without the model's own marks consists of; [] when it is anything else."""
-    declared = {tool.name: tool for tool in tools}
-    text = _bare(text)
+    return _read(
+        text, (_json, tagged.tagged, tagged.keyed, _headed, _python, _unquoted), {tool.name: tool for tool in tools}
+    )
+
+
+def _read(text: str, forms: Sequence[Form], declared: Mapping[str, Tool]) -> list[ToolCall]:
+    """Return the calls that a text consists of, in the first of some forms that fits; [] for none."""
+    text = bare(text)
     if not declared or len(text) > LONGEST:
         return []
-    for form in (_json, _tagged, _keyed, _headed, _python, _unquoted):
+    for form in forms:
         try:
             calls = [_fitting(call, declared) for call in form(text, declared)]
         except (ValueError, TypeError, LookupError, AttributeError, SyntaxError, RecursionError, MemoryError):
@@ -114,6 +115,18 @@ def unmarked(text: str, tools: Sequence[Tool]) -> list[ToolCall]:
     return []
 
 
+def is_open(text: str) -> bool:
+    """Return whether a call, up to a closing mark, has a value that goes on there, so that the mark belongs to it."""
+    if len(text) > LONGEST:
+        return False
+    if quotes := text.count(_QUOTE) + text.count("<escape>"):
+        return quotes % 2 == 1
+    text = bare(text)
+    if _BEGIN.match(text):
+        return any(quote in _STRING.sub("", text) for quote in "\"'")
+    return tagged.is_open(text)
+
+
 def is_marks(text: str) -> bool:
     """Return whether a text consists of marks for calls, with nothing between them."""
     return bool(text.strip()) and _MARKS.fullmatch(text) is not None
@@ -121,8 +134,8 @@ def is_marks(text: str) -> bool:
 
 def before_text(text: str, tools: Sequence[Tool]) -> tuple[list[ToolCall], str]:
     """Return the calls in JSON or tags that a text begins with, and the text after them; ([], text) without one."""
-    start = _bare(text)
-    ends = [found.end() for found in _CLOSED.finditer(start)] if start.startswith("<") else []
+    start = bare(text)
+    ends = [found.end() for found in tagged.FUNCTION_END.finditer(start)] if start.startswith("<") else []
     if ends:
         calls = unmarked(start[: ends[-1]], tools)
         return (calls, start[ends[-1] :]) if calls else ([], text)
@@ -132,15 +145,6 @@ def before_text(text: str, tools: Sequence[Tool]) -> tuple[list[ToolCall], str]:
         return [], text
     calls = unmarked(start[:end], tools) if start[end : end + 1] in ("\n", "\r") else []
     return (calls, start[end:]) if calls else ([], text)
-
-
-def _bare(text: str) -> str:
-    """Return a text without the marks and fences around it; of a few, since each is looked for anew."""
-    for _ in range(4):
-        text = _LAST.sub("", text.strip())
-        if first := _FIRST.match(text):
-            text = text[first.end() :]
-    return text.strip()
 
 
 def _json(text: str, declared: Mapping[str, Tool]) -> Iterator[tuple[str, Any]]:
@@ -155,7 +159,7 @@ def _json(text: str, declared: Mapping[str, Tool]) -> Iterator[tuple[str, Any]]:
             value, end = _nearly_json(text), len(text)
         for each in _as_list(value):
             yield from _shaped(each, declared)
-        text = _bare(text[end:])
+        text = bare(text[end:])
 
 
 def _nearly_json(text: str) -> Any:
@@ -200,50 +204,13 @@ def _shaped(value: Any, declared: Mapping[str, Tool]) -> Iterator[tuple[str, Any
         value = inner
     name = next((value[key] for key in NAMES if isinstance(value.get(key), str)), None)
     if name is not None:
-        (key,) = (key for key in _ARGUMENTS if key in value)
-        yield name, value[key]
+        keys = [key for key in _ARGUMENTS if key in value]
+        if len(keys) > 1 or (not keys and len(value) > 1):
+            raise _NoCall
+        yield name, value[keys[0]] if keys else None
         return
     ((name, arguments),) = value.items()  # {"find": {…}}
     yield name, arguments
-
-
-def _tagged(text: str, declared: Mapping[str, Tool]) -> Iterator[tuple[str, Any]]:
-    """Yield (name, arguments) of calls whose parameters are tags, as Qwen3-Coder's and MiniMax's are."""
-    if not text.startswith("<"):
-        raise _NoCall
-    if _bare(_CLOSED.sub("", _TAGGED.sub("", text))):
-        raise _NoCall
-    for name, inside in _TAGGED.findall(text):
-        tool = declared[_name(name, declared)]
-        properties = (tool.parameters or {}).get("properties") or {}
-        if inside.lstrip().startswith("{"):
-            yield name, inside.strip()
-        else:
-            yield name, {key: _converted(value, properties.get(key)) for key, value in _TAG.findall(inside)}
-
-
-def _keyed(text: str, declared: Mapping[str, Tool]) -> Iterator[tuple[str, Any]]:
-    """Yield (name, arguments) of a call whose keys and values are tags, as GLM's are."""
-    name, mark, inside = text.partition("<arg_key>")
-    name = _bare(name)
-    tool = declared[_name(name, declared)]
-    properties = (tool.parameters or {}).get("properties") or {}
-    pairs = _KEYED.findall(mark + inside)
-    if not pairs or len(pairs) != inside.count("<arg_value>"):
-        raise _NoCall
-    yield name, {key: _converted(value, properties.get(key)) for key, value in pairs}
-
-
-def _converted(text: str, schema: Any) -> Any:
-    """Return a parameter's text as its schema has it; text where it may be text."""
-    text = text.removeprefix("\n").removesuffix("\n")
-    kind = schema.get("type") if isinstance(schema, dict) else None
-    if kind in (None, "string"):
-        return text
-    try:
-        return json.loads(text, strict=False)
-    except ValueError:
-        return _LITERALS.get(text.strip().lower(), text)
 
 
 def _headed(text: str, _: Mapping[str, Tool]) -> Iterator[tuple[str, Any]]:
@@ -260,7 +227,7 @@ def _headed(text: str, _: Mapping[str, Tool]) -> Iterator[tuple[str, Any]]:
         except ValueError:
             arguments, end = _nearly_json(text), len(text)
         yield head[1], arguments
-        text = _bare(text[end:])
+        text = bare(text[end:])
 
 
 def _python(text: str, declared: Mapping[str, Tool]) -> Iterator[tuple[str, Any]]:
@@ -287,7 +254,7 @@ def _python_call(node: ast.Call, declared: Mapping[str, Tool]) -> tuple[str, Any
         raise _NoCall
     if node.args:  # only where there is one thing that it can be
         (value,) = node.args
-        schema = declared[_name(name, declared)].parameters or {}
+        schema = declared[declared_name(name, declared)].parameters or {}
         (key,) = schema.get("required") or schema["properties"]
         arguments = {key: _value(value), **arguments}
     return name, arguments
@@ -301,13 +268,16 @@ def _unquoted(text: str, declared: Mapping[str, Tool]) -> Iterator[tuple[str, An
     found = _GEMMA.fullmatch(text)
     if found is None:
         raise _NoCall
-    properties = (declared[_name(found[1], declared)].parameters or {})["properties"]
+    properties = (declared[declared_name(found[1], declared)].parameters or {})["properties"]
     keys = "|".join(map(re.escape, properties))
     parts = re.split(rf"(?:^|,)\s*({keys}):", found[2])
     values = [part.strip().removeprefix(_QUOTE).removesuffix(_QUOTE) for part in parts[2::2]]
     if parts[0].strip() or len(set(parts[1::2])) < len(values) or any(_BRACKET.search(value) for value in values):
         raise _NoCall
-    yield found[1], {key: _converted(value, properties[key]) for key, value in zip(parts[1::2], values, strict=True)}
+    yield (
+        found[1],
+        {key: tagged.converted(value, properties[key]) for key, value in zip(parts[1::2], values, strict=True)},
+    )
 
 
 def _parsed(text: str) -> ast.Module:
@@ -363,6 +333,10 @@ def _fits(call: ToolCall, declared: Mapping[str, Tool]) -> bool:
 
 def _call(name: Any, arguments: Any, declared: Mapping[str, Tool]) -> ToolCall:
     """Return the event of a call. Raises an error of some kind for what is none, and for undeclared tools."""
+    if arguments is None or arguments == "":  # as some models call a tool that needs none
+        if (declared[declared_name(name, declared)].parameters or {}).get("required"):
+            raise _NoCall
+        arguments = {}
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments, strict=False)
@@ -371,17 +345,7 @@ def _call(name: Any, arguments: Any, declared: Mapping[str, Tool]) -> ToolCall:
     if not isinstance(arguments, dict):
         raise _NoCall
     written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    return ToolCall(f"call_{uuid.uuid4().hex[:24]}", _name(name, declared), written)
-
-
-def _name(name: str, declared: Mapping[str, Tool]) -> str:
-    """Return the declared name that a model means. Raises _NoCall."""
-    if name in declared:
-        return name
-    prefixed = _PREFIXED.fullmatch(name)
-    if prefixed is None or prefixed[1] not in declared:
-        raise _NoCall
-    return prefixed[1]
+    return ToolCall(f"call_{uuid.uuid4().hex[:24]}", declared_name(name, declared), written)
 
 
 def _as_list(value: Any) -> list[Any]:

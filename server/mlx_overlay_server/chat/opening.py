@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from mlx_overlay_server.chat.requests import Tool
@@ -30,6 +30,28 @@ SEPARATOR = r"(?:(?:\[CALL_ID\]\w+)?\[ARGS\]|:|<\|tool_call_argument_begin\|>|<ï
 """Pattern of what stands between a name and an object."""
 PREFIX = r"(?:call:)?(?:(?:functions|tools|default_api|google:mcp)[.:])?"
 """Pattern of what models put before the name of a tool."""
+_FIRST = re.compile(WRAPPER)
+_LAST = re.compile(rf"(?:{WRAPPER})\Z")
+_PREFIXED = re.compile(rf"{PREFIX}(.+?)(?::\d+|\.call)?")
+
+
+def bare(text: str) -> str:
+    """Return a text without the marks and fences around it; of a few, since each is looked for anew."""
+    for _ in range(4):
+        text = _LAST.sub("", text.strip())
+        if first := _FIRST.match(text):
+            text = text[first.end() :]
+    return text.strip()
+
+
+def declared_name(name: str, declared: Collection[str]) -> str:
+    """Return the declared name that a model means. Raises ValueError."""
+    if name in declared:
+        return name
+    prefixed = _PREFIXED.fullmatch(name)
+    if prefixed is None or prefixed[1] not in declared:
+        raise ValueError("no tool of that name was declared")
+    return prefixed[1]
 
 
 class Opening:

@@ -185,6 +185,11 @@ class _Template:
                     return form, text
             except Exception as error:  # noqa: BLE001 - templates are programs that come with the model
                 problem = problem or error
+        if type(problem).__name__ == "TemplateSyntaxError":  # Jinja's, which only preparation processes import
+            what = f"line {getattr(problem, 'lineno', '?')} of the chat template is not valid: {problem}"
+            raise InvalidRequest(
+                f"{what}; correct it in the model's folder, or set another in its profile", field="model"
+            )
         raise InvalidRequest(f"the model's chat template refuses these messages: {problem}", field="messages")
 
     def _drops_system(self, form: Sequence[Message], tools: Sequence[Tool], text: str) -> bool:

@@ -16,6 +16,8 @@ from mlx_overlay_server.chat.requests import Tool
 
 _TOKEN = re.compile(r"<\|\w+\|>")
 """Pattern of what most vocabularies write their marks like; no part of a text."""
+MOST_MARKS = 256
+"""Closing marks that an argument may hold: at each, the call is looked at anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,9 @@ class Reader:
         self._is_call = is_call
         self._call = ""
         self._is_call_in_reasoning = False
+        self._marks_in_call = 0
+        """Closing marks in `_call` that seem to stand in an argument, as in a file about tool calls."""
+        self._may_hold_marks = bool(self._tools) and model.tokenizer.response_initial_state is None
         self._opening = _opening(self._tools) if not (is_call or is_formatted or continues_text) else None
         """Recognizes a call without the model's marks; None where there can be none."""
         self._unmarked = ""
@@ -179,10 +184,7 @@ class Reader:
         if reason != "stop_sequence":
             self._settle_logprobs()  # nothing follows
         self._release_logprobs()
-        if self._state is not None:
-            self._state, held, _ = self._model.marks.flush(self._state)
-            if not self._tools or len(held) == 1:  # longer, it is half a mark
-                self._take(self._name, held)
+        self._flush()
         if self._head:  # no mark came: it is the answer, as where a grammar leaves no room for one
             self._say(self._head)
         if self.reason is not None:
@@ -212,8 +214,21 @@ class Reader:
                     self._pass_mark(name)
                 self._take(self._name, piece)
 
+    def _flush(self) -> None:
+        """Take the text that is held since it may become a mark, now that nothing follows."""
+        if self._state is not None:
+            self._state, held, _ = self._model.marks.flush(self._state)
+            if not self._tools or len(held) == 1:  # longer, it is half a mark
+                self._take(self._name, held)
+
     def _pass_mark(self, name: str) -> None:
         if self.reason is not None:
+            return
+        if self._name == "tool" and self._may_hold_marks and name == "normal" and calls.is_open(self._call):
+            self._call += self._model.tokenizer.tool_call_end or ""
+            self._state = self._model.marks.make_state(self._name)
+            self._marks_in_call += 1
+            self._may_hold_marks = self._marks_in_call < MOST_MARKS
             return
         before, self._name, self._head = self._name, name, None
         self._is_after_mark, self._line_ends = True, ""
@@ -295,23 +310,43 @@ class Reader:
         """Emit the calls in the text between two marks; what is none is emitted as text, so that nothing is lost."""
         text, self._call = self._call, ""
         tokenizer, rest = self._model.tokenizer, ""
-        found = calls.read(text, self._tools, tokenizer.tool_parser, opening=tokenizer.tool_call_start)
-        if not found and not is_closed:
+        start, end = tokenizer.tool_call_start, tokenizer.tool_call_end or ""
+        has_marks, self._marks_in_call = self._marks_in_call > 0, 0
+        # An argument that nothing closed has no marks in it.
+        is_whole = not (has_marks and calls.is_open(text))
+        found = calls.read(text, self._tools, tokenizer.tool_parser, opening=start) if is_whole else []
+        if not found and not is_closed and not has_marks:
             found, rest = calls.before_text(text, self._tools)
-        if found:
+        if not found and has_marks:
+            self._end_each_call(text + (end if is_closed else ""), is_closed=is_closed)
+        elif found:
             self._emit_calls(found)
             self._is_after_mark = True
             if self.reason is None:
-                self._emit_text(rest.replace(tokenizer.tool_call_start or "\0", ""))
+                self._emit_text(rest.replace(start or "\0", ""))
         elif self._tools:
-            text = _TOKEN.sub("", text.replace(tokenizer.tool_call_start or "\0", ""))
+            text = _TOKEN.sub("", text.replace(start or "\0", ""))
             if self._name == "reasoning":
                 self._think(text)
             else:
                 self._emit_text(self._stray.feed(text))
         else:  # no mark of a call means anything
             self._is_after_mark = False
-            self._emit_text(f"{tokenizer.tool_call_start}{text}{(tokenizer.tool_call_end or '') if is_closed else ''}")
+            self._emit_text(f"{start}{text}{end if is_closed else ''}")
+
+    def _end_each_call(self, text: str, *, is_closed: bool) -> None:
+        """Read a text again in which each closing mark closes a call."""
+        self._may_hold_marks = False
+        self._call, _, rest = text.partition(self._model.tokenizer.tool_call_end or "")
+        self._name = "reasoning" if self._is_call_in_reasoning else "normal"
+        self._state = self._model.marks.make_state(self._name)
+        self._is_after_mark, self._line_ends = True, ""
+        self._end_call()
+        self._split(rest)
+        if not is_closed:
+            self._flush()
+            if self._name == "tool":
+                self._end_call(is_closed=False)
 
     def _emit_calls(self, found: Sequence[ToolCall]) -> None:
         self._events += found if self._is_parallel else found[:1]

@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 
 from hf_overlay import Model, OverlayError
 from hf_overlay import doctor as overlay
+from hf_overlay.catalog.catalog import Catalog
 from hf_overlay.doctor import Finding
 
-from mlx_overlay_server.command import models
+from mlx_overlay_server.command import folders, models
 from mlx_overlay_server.command.client import Client, Refused, running
 from mlx_overlay_server.command.output import print_findings, say, size
 from mlx_overlay_server.settings import API_KEY_VARIABLE
@@ -30,10 +33,24 @@ print(memory.shares(machine()).weights)
 def doctor(options: argparse.Namespace) -> int:
     """Print each problem with what to do about it. The exit code is 1 if there is any."""
     catalog = models.catalog(options)
-    findings = [*overlay.examine(catalog, os.environ), *_engine(models.listed(catalog)), *_servers(options)]
+    found = models.listed(catalog)
+    findings = [
+        *overlay.examine(catalog, os.environ),
+        *_folders(catalog, found),
+        *_engine(found),
+        *_servers(options),
+    ]
     if not findings and not options.json:
         say("no problems found")
     return print_findings(findings, as_json=options.json)
+
+
+def _folders(catalog: Catalog, found: Sequence[Model]) -> Iterator[Finding]:
+    """Yield problems of models that generate text, of disks that answer; the overlay's part names the others."""
+    for model in found:
+        if model.task == "text":
+            with suppress(OSError):
+                yield from catalog.patience.ask(model.root, partial(folders.examine, model.path))
 
 
 def _engine(found: Sequence[Model]) -> Iterator[Finding]:

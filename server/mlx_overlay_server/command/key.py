@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -46,20 +47,25 @@ def _add(options: argparse.Namespace, file: ConfigFile, keys: tuple[Key, ...]) -
     before = file.text or ""
     added = text if not before or before.endswith("\n") else f"\n{text}"
     configuration.parse(configfile.parse(file.path, before + added))  # the file must still be valid afterwards
+    # First: a hash is of no use where nobody has got the key.
+    print(json.dumps({"name": name, "key": made}, indent=2) if options.json else made, flush=True)
     _append(Path(file.path), added)
     say(f"this is the key {name!r}, shown this once; its hash is in {file.path}")
-    print(made)
     return 0
 
 
 def _append(path: Path, text: str) -> None:
-    """Append lines to a file. Nothing else in it changes. Raises OverlayError."""
+    """Append lines to a file, or none of them. Nothing else in it changes. Raises OverlayError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
-            file.write(text.encode())
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0) as file:
+            size = file.tell()
+            if file.write(text.encode()) < len(text.encode()):  # a full disk takes a part, which is not TOML
+                file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
-        raise OverlayError(f"cannot write {path}: {error.strerror}; make it writable") from error
+        advice = "make it writable, and then another key, for this one does not count"
+        raise OverlayError(f"cannot write {path}: {error.strerror}; {advice}") from error
 
 
 def _ls(options: argparse.Namespace, file: ConfigFile, keys: tuple[Key, ...]) -> int:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from hf_overlay import Model
+
 from mlx_overlay_server.command import models
 from mlx_overlay_server.command.output import print_json, print_table, say, size
+from mlx_overlay_server.models import configs
 
 EXAMPLE = "mlx-community/Qwen3-4B-4bit"
 """A small model that answers well."""
@@ -24,6 +27,8 @@ def ls(options: argparse.Namespace) -> int:
                     "id": each.id,
                     "source": each.source,
                     "path": each.path,
+                    "kind": each.task,
+                    "images": _sees(each),
                     "model_type": each.model_type,
                     "size_bytes": each.size_bytes,
                 }
@@ -38,6 +43,18 @@ def ls(options: argparse.Namespace) -> int:
         )
         return 0
     return print_table(
-        ("ID", "SOURCE", "SIZE", "TYPE", "PATH"),
-        [(each.id, each.source, size(each.size_bytes), each.model_type or "-", each.path) for each in found],
+        ("ID", "KIND", "SOURCE", "SIZE", "TYPE", "PATH"),
+        [
+            (each.id, _kind(each), each.source, size(each.size_bytes), each.model_type or "-", each.path)
+            for each in found
+        ],
     )
+
+
+def _kind(model: Model) -> str:
+    """Return what a model does, and whether it may be shown images."""
+    return f"{model.task}, images" if _sees(model) else model.task
+
+
+def _sees(model: Model) -> bool:
+    return configs.sees(model.task, configs.read(model.path))

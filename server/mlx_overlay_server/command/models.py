@@ -15,7 +15,7 @@ def settings(options: argparse.Namespace) -> Settings:
     return config.load(
         options.model_paths,
         os.environ,
-        os.getcwd(),
+        config.working_folder(),
         kind="mlx",
         exclude=options.exclude,
         encoders=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from hf_overlay.command.output import print_findings, print_json, print_table, size
+from hf_overlay.streams import tell
 from hf_overlay.text import printable
 
 from mlx_overlay_server.options import PROGRAM
@@ -14,7 +15,7 @@ __all__ = ["is_terminal", "print_findings", "print_json", "print_table", "say", 
 
 def say(text: str) -> None:
     """Print one line for a person on stderr."""
-    print(f"{PROGRAM}: {printable(text)}", file=sys.stderr)
+    tell(f"{PROGRAM}: {printable(text)}")
 
 
 def is_terminal() -> bool:

@@ -46,6 +46,22 @@ examples:
 """
 
 
+_KEY_EXAMPLES = """\
+The file that `mlx-omni-server config` names gets the hash of a key. A server that runs takes it at once.
+
+examples:
+  mlx-omni-server key add ann
+  mlx-omni-server key add bob --model qwen:code --rate 60
+  mlx-omni-server key ls
+"""
+
+_COMPLETION_EXAMPLES = """\
+examples:
+  eval "$(mlx-omni-server completion bash)"         also for zsh and tcsh
+  mlx-omni-server completion fish | source
+"""
+
+
 def make_parser(only: str = "", *, with_options: bool = True) -> argparse.ArgumentParser:
     """Return the parser of the whole command line, for `main` and for shell completion.
 
@@ -121,7 +137,8 @@ def _config(parser: argparse.ArgumentParser) -> None:
 
 
 def _key(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=["add", "ls"])
+    parser.epilog = _KEY_EXAMPLES
+    parser.add_argument("action", choices=["add", "ls"], help="make a key and print it; list the names of all keys")
     parser.add_argument("name", metavar="NAME", nargs="?", help="who the key is for")
     parser.add_argument(
         "--model",
@@ -138,8 +155,16 @@ def _key(parser: argparse.ArgumentParser) -> None:
 def _service(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{options.PROGRAM} service [options] {{install,uninstall,status}} [-- OPTION …]"
     parser.epilog = _SERVICE_EXAMPLES
-    parser.add_argument("action", choices=["install", "uninstall", "status"])
-    parser.add_argument("--replace", action="store_true", help="also overwrite or remove a unit that is not ours")
+    parser.add_argument(
+        "action",
+        choices=["install", "uninstall", "status"],
+        help="start it now and at each login; end it, for now and for each login; print whether it runs",
+    )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="also overwrite or remove a unit (the file for launchd or systemd) that this command did not write",
+    )
     _add_json(parser)
 
 
@@ -155,6 +180,7 @@ def _launch(parser: argparse.ArgumentParser) -> None:
 
 
 def _completion(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _COMPLETION_EXAMPLES
     parser.add_argument("shell", choices=options.SHELLS)
 
 

@@ -12,6 +12,7 @@ import time
 
 import hf_overlay
 from hf_overlay import IncompleteModel, Model, ModelNotFound, OverlayError, Session, SourceAway
+from hf_overlay.text import printable
 
 from mlx_overlay_server import children
 from mlx_overlay_server.command import models
@@ -32,7 +33,7 @@ def pull(options: argparse.Namespace) -> int:
             raise OverlayError(f"{options.id} was downloaded, but is not a model that mlx-lm loads")
     if options.json:
         return print_json({"id": model.id, "path": model.path, "was_here": was_here})
-    print(model.path)
+    print(printable(model.path))
     return 0
 
 

@@ -16,6 +16,10 @@ def service(options: argparse.Namespace) -> int:
     """Install, remove or describe the unit."""
     if options.more and options.action != "install":
         raise UsageError(f"service {options.action} takes no options for the server; leave out -- and the rest")
+    if options.json and options.action != "status":
+        raise UsageError(f"service {options.action} prints nothing; leave out --json")
+    if options.replace and options.action == "status":
+        raise UsageError("service status replaces nothing; leave out --replace")
     if options.action == "install":
         units.install(units.SERVER, options.more, os.environ, replaces=options.replace)
         return 0

@@ -145,10 +145,10 @@ class Admission:
         if (sequence := self._running.get(id_)) is not None:
             sequence.drawn += 1
 
-    def drop(self, id_: int) -> bool:
-        """Forget a sequence that has ended, or that nobody waits for. Returns whether it had begun."""
-        waiting = self._waiting.pop(id_, None)
-        return self._running.pop(id_, None) is not None or (waiting is not None and waiting.is_paused)
+    def drop(self, id_: int) -> None:
+        """Forget a sequence that has ended, or that nobody waits for."""
+        self._waiting.pop(id_, None)
+        self._running.pop(id_, None)
 
     def clear(self) -> list[int]:
         """Forget the sequences that have begun, paused ones too, and return their ids. The others go on waiting."""

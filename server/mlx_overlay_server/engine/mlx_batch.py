@@ -4,6 +4,9 @@
 done. So what was drawn is handed on only after the reading, and a prompt that was read to its end gets its first token
 when two more pieces of other prompts were read. Here it begins to generate at once, and nobody's token waits.
 
+mlx-lm has a pass of its own for the last tokens of prompts, which goes through all weights as a decoding step does.
+Here they are read in the next decoding step, together with the tokens that others drew.
+
 What the docstring of `mlx` says holds here, too.
 """
 
@@ -92,7 +95,10 @@ class Batch:
         self._rows.expected = min(sequences, self._rows.most)
 
     def begin(self) -> list[Any]:
-        """Let the prompts that are read but for their last tokens generate. Returns BatchGenerator's responses."""
+        """Let the prompts that are read but for their last tokens generate. Returns BatchGenerator's responses.
+
+        The next `draw` reads these tokens, and the one after it returns what is drawn first.
+        """
         return [part for part in self._advance(0) if part.end_of_prompt]
 
     def wait(self) -> None:
@@ -100,7 +106,7 @@ class Batch:
         mx.synchronize(self._stream)
 
     def draw(self) -> list[Any]:
-        """Draw a token for each sequence that generates. Returns BatchGenerator's responses for them.
+        """Draw a token for each sequence that generates. Returns BatchGenerator's responses for those drawn before.
 
         Call `begin` before, where a prompt has ended.
         """
@@ -157,6 +163,48 @@ class _PromptBatch(PromptProcessingBatch):  # type: ignore[misc]
         _settle(cache)
         return cache
 
+    def generate(self, tokens: list[list[int]]) -> GenerationBatch:
+        """Return the sequences with the last token of each, which they read when they have joined the others."""
+        if not any(self.tokens):  # without a KV cache they cannot join
+            return super().generate(tokens)
+        last = mx.array([token for (token,) in tokens], dtype=mx.uint32)
+        return _Joining(
+            self.model,
+            self.uids,
+            last,
+            self.prompt_cache,
+            self.tokens,
+            self.samplers,
+            self.fallback_sampler,
+            self.logits_processors,
+            self.stop_sequences,
+            self.max_tokens,
+        )
+
+
+class _Joining(GenerationBatch):  # type: ignore[misc]
+    """Sequences that join those that generate. What they read next is the last token of their prompts."""
+
+    _matchers: list[Any]
+
+    def _step(self) -> tuple[list[int], list[Any]]:
+        """Compute nothing, though mlx-lm would: in its first step, a sequence gives the token that it reads."""
+        self._next_logprobs = [None] * len(self)
+        self._num_tokens = [-1] * len(self)
+        self._matchers = [_MatcherOfAnswer(matcher) for matcher in self._matchers]
+        return [], []
+
+
+class _MatcherOfAnswer:
+    """A matcher of stop sequences that passes over one token, the last of the prompt."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def advance(self, token: int) -> bool:  # noqa: ARG002
+        self.advance = self._matcher.advance  # type: ignore[method-assign]  # of all tokens that follow
+        return False
+
 
 class _Rows(GenerationBatch):  # type: ignore[misc]
     """The sequences of a batch that generate. Where memory is plenty, there is room for more of them."""
@@ -166,6 +214,9 @@ class _Rows(GenerationBatch):  # type: ignore[misc]
     """Sequences that there ever are."""
     expected: int = 0
     """Sequences that there will be soon."""
+
+    def next(self) -> list[Any]:
+        return [row for row in super().next() if row.logprobs is not None]  # others gave the last token of a prompt
 
     def extend(self, batch: Any) -> None:
         if not self.prompt_cache:

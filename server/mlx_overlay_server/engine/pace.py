@@ -29,7 +29,7 @@ class Pace:
         self._decode = 0.0
         """Seconds of a step beside reading, lately: each sequence gets a token, and what was read joins the batch."""
         self._least = 0.0
-        """Seconds that the model takes for a single token of a prompt, lately."""
+        """The same with one sequence alone: every pass takes as long at the least, for it goes through all weights."""
         self._rates: dict[int, float] = {}
         """Band of contexts -> tokens read per second, lately."""
 
@@ -43,13 +43,11 @@ class Pace:
         wanted = _FIRST if rate is None else int(rate * self._seconds(is_decoding=is_decoding))
         return min(most, max(_LEAST, wanted))
 
-    def note_decode(self, seconds: float) -> None:
-        """Learn from a step that drew a token for each sequence, and took so long beside what it read."""
-        self._decode = (self._decode + seconds) / 2 if self._decode else seconds
-
-    def note_least(self, seconds: float) -> None:
-        """Learn from a pass over the last tokens of prompts, which takes what every pass takes at the least."""
-        self._least = (self._least + seconds) / 2 if self._least else seconds
+    def note_decode(self, seconds: float, sequences: int) -> None:
+        """Learn from a step that drew a token for each of some sequences, and took so long beside what it read."""
+        self._decode = _lately(self._decode, seconds)
+        if sequences == 1:
+            self._least = _lately(self._least, seconds)
 
     def note_read(self, size: int, context: int, seconds: float) -> None:
         """Learn from a pass that read `size` tokens, padding included, after `context` others."""
@@ -83,6 +81,10 @@ class Pace:
         if shorter is not None:
             return self._rates[shorter] * 0.5 ** (band - shorter)
         return next(iter(self._rates.values()), None)
+
+
+def _lately(known: float, seconds: float) -> float:
+    return (known + seconds) / 2 if known else seconds
 
 
 def _band(context: int) -> int:

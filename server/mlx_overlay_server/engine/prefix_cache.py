@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,9 +49,9 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int, disk: Tier | None = None) -> None:
         """`disk` keeps them as well, and for longer; None: nothing is kept on disk."""
-        self._most_bytes = self._max_bytes = max_bytes
-        self._room = 1 << 62
-        """Bytes that there are for them, with those that are written and those that are read."""
+        self._most_bytes = max_bytes
+        self._room: Callable[[], int] = lambda: 1 << 62
+        """Returns how many bytes there are for them, with those that are written and those that are read."""
         self._entries: list[_Entry] = []
         self._clock = itertools.count()
         self.kept = 0
@@ -128,7 +128,7 @@ class PrefixCache:
         self._add(entry)
         self.trim(self._max_bytes)
         is_there = any(each is entry for each in self._entries)
-        if is_there and self.nbytes > self._room:  # what had to go for it is still being written
+        if is_there and self.nbytes > self._room():  # what had to go for it is still being written
             self._remove(entry)
         elif is_there:
             mlx.evaluate(kept)  # only now, when there is room: it takes the memory that was counted
@@ -142,7 +142,7 @@ class PrefixCache:
     @property
     def _most(self) -> int:
         """Bytes that all entries may have, beside what is on its way to the disk or from it."""
-        return min(self._max_bytes, self._room - (self.nbytes - self.kept))
+        return min(self._max_bytes, self._room() - (self.nbytes - self.kept))
 
     def expect(self, nbytes: int) -> bool:
         """Make room for a KV cache that will be read from disk. Returns whether there is any."""
@@ -157,10 +157,14 @@ class PrefixCache:
         self.coming = 0
         self._add(_Entry(key, tokens, cache, _nbytes(cache), system, next(self._clock)))
 
-    def bound(self, max_bytes: int) -> None:
-        """Keep at most so many bytes from now on, where that is less than the budget."""
-        self._room = max_bytes
-        self._max_bytes = max(0, min(self._most_bytes, max_bytes))
+    @property
+    def _max_bytes(self) -> int:
+        """Bytes that all entries may have."""
+        return max(0, min(self._most_bytes, self._room()))
+
+    def bound(self, room: Callable[[], int]) -> None:
+        """Keep at most as many bytes as `room` returns whenever one is kept, where that is less than the budget."""
+        self._room = room
 
     def free(self, nbytes: int) -> None:
         """Drop entries until so many bytes are free, or none is left."""

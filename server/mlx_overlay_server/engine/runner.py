@@ -298,14 +298,16 @@ class Runner:
     def _step_batch(self, *, may_read: bool) -> list[tuple[int, Item]]:
         """Read of the prompts, if that may be, and then draw a token for each sequence that generates."""
         self._batch.expect(len(self._sequences))
-        chosen = self._arrange() if may_read else NOTHING
+        chosen = self._arrange() if may_read and self._unread else NOTHING
         started = self._clock()
         made, reading = self._read_prompts(chosen) if chosen.ids else ([], 0.0)
         if len(self._sequences) == len(self._unread):
             return made
         drawn = self._batch.draw()
-        # What it takes to join the batch counts, too: where that is much, more prompts are read, and join, at once.
-        self._pace.note_decode(slowest(self._clock() - started - reading, self._group))
+        if drawn:
+            # What it takes to join the batch counts, too: where that is much, more prompts are read, and join, at once.
+            seconds = slowest(self._clock() - started - reading, self._group)
+            self._pace.note_decode(seconds, len(self._sequences) - len(self._unread))
         told = likeliest([self._row(row) for row in drawn])
         return made + [self._note_drawn(row, likely) for row, likely in zip(drawn, told, strict=True)]
 
@@ -338,9 +340,7 @@ class Runner:
         seconds = self._clock() - started
         self._pace.note_read(chosen.size, chosen.context, slowest(seconds, self._group))
         if any(id_ not in self._unread for id_ in chosen.ids):
-            started = self._clock()
             made += [item for part in self._batch.begin() for item in self._note_read(part)]
-            self._pace.note_least(slowest(self._clock() - started, self._group))
         return made, seconds
 
     def _room(self, context: int, *, is_decoding: bool) -> int:

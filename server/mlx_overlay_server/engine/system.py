@@ -64,8 +64,12 @@ def mac_free(library: Any, page: int) -> int | None:
     """
     statistics = _Statistics()
     count = ctypes.c_uint32(ctypes.sizeof(statistics) // 4)
-    host = library.mach_host_self()
-    if library.host_statistics64(host, _HOST_VM_INFO64, ctypes.byref(statistics), ctypes.byref(count)):
+    host = library.mach_host_self()  # a reference, which is to be given back
+    try:
+        failed = library.host_statistics64(host, _HOST_VM_INFO64, ctypes.byref(statistics), ctypes.byref(count))
+    finally:
+        library.mach_port_deallocate(library.mach_task_self(), host)
+    if failed:
         return None
     return int(statistics.free + statistics.inactive) * page
 

@@ -150,6 +150,7 @@ class Worker:
         self._held = self._memory.held if self._ranks.group is None else 1 << 62
         self._admission = Admission(self._held, self._options.batch_size)
         self._prefixes = PrefixCache(kept)
+        self._prefixes.bound(lambda: self._held - self._others())
         if self._options.kv_disk and self._ranks.group is None:  # the disks of ranks do not hold the same
             self._open_disk(kept)
         self._publish([])
@@ -194,8 +195,6 @@ class Worker:
         for key in self._incoming:
             if self._may_load(key):
                 self._go_on_loading(key)
-        others = self._taken() - self._prefixes.nbytes + self._admission.running_bytes
-        self._prefixes.bound(self._held - others)  # what is kept of a sequence that ends is copied while it is there
         for key, runner in list(self._runners.items()):
             if runner.is_busy:
                 self._step(key, runner)
@@ -244,12 +243,13 @@ class Worker:
                 self._outbox.add([(command.id, Unavailable("the model was unloaded; try again"))])
                 return
             self._submit(command, runner)
-        elif isinstance(command, Cancel) and (key := self._owner.pop(command.id, None)) is not None:
+        elif isinstance(command, Cancel) and (key := self._owner.get(command.id)) is not None:
             self._outbox.forget([command.id])
             if self._restoring is not None:
                 self._restoring.drop(command.id)
-            if self._admission.drop(command.id):
-                self._runners[key].cancel(command.id)
+            self._runners[key].cancel(command.id)  # first: what is kept of it is copied while it is there
+            self._admission.drop(command.id)
+            del self._owner[command.id]
 
     def _admit(self) -> None:
         """Let sequences begin for which there is memory. Kept KV caches go before anybody waits or runs out of it."""
@@ -348,6 +348,10 @@ class Worker:
     def _weights(self) -> int:
         """Bytes of the weights of the models that are there."""
         return sum(runner.loaded.nbytes for runner in self._runners.values())
+
+    def _others(self) -> int:
+        """Return the bytes of all that is not a kept KV cache."""
+        return self._weights + self._incoming.nbytes + self._admission.running_bytes
 
     def _taken(self) -> int:
         """Return the bytes of weights, those that are coming included, and of kept KV caches."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 import hf_overlay
 from hf_overlay import Task
@@ -14,6 +13,7 @@ from hf_overlay import Task
 from mlx_overlay_server import memory
 from mlx_overlay_server.chat.loaded import context_length
 from mlx_overlay_server.errors import InvalidRequest, Unavailable, UnknownModel
+from mlx_overlay_server.models import configs
 from mlx_overlay_server.speech.values import OF_SPEECH
 
 logger = logging.getLogger("mlx_overlay_server")
@@ -204,7 +204,7 @@ def _weights(model: hf_overlay.Model) -> int:
 
 
 def _listed(model: hf_overlay.Model) -> Listed:
-    config = _config(model.path)
+    config = configs.read(model.path)
     context = context_length(config)
     return Listed(
         model.id,
@@ -212,43 +212,12 @@ def _listed(model: hf_overlay.Model) -> Listed:
         context,
         context,
         _weights(model),
-        _kv_bytes(config),
+        configs.kv_bytes(config),
         kind=model.task,
         architecture=model.model_type,
-        sees="vision_config" in config,
+        sees=configs.sees(model.task, config),
         size=model.size_bytes,
         layer=model.source,
         root=model.root,
         path=model.path,
     )
-
-
-def _config(path: str) -> Mapping[str, Any]:
-    """Return a folder's config.json; {} where it cannot be read."""
-    try:
-        with open(f"{path}/config.json", encoding="utf-8") as file:
-            config = json.load(file)
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def _kv_bytes(config: Mapping[str, Any]) -> int:
-    """Estimate the bytes that each token takes in a KV cache of 16-bit numbers, in a long sequence; 0: unknown.
-
-    Only layers of full attention grow with the sequence. The engine works out the true number when it loads the model.
-    """
-    text = config.get("text_config")
-    shape = {**config, **text} if isinstance(text, dict) else config
-
-    def size(*names: str) -> int:
-        return next((shape[name] for name in names if isinstance(shape.get(name), int)), 0)
-
-    layers, heads = size("num_hidden_layers"), size("num_attention_heads")
-    kinds = shape.get("layer_types")
-    if isinstance(kinds, list) and kinds:
-        layers = sum(kind == "full_attention" for kind in kinds)
-    if latent := size("kv_lora_rank"):  # one compressed vector that all heads share
-        return 2 * layers * (latent + size("qk_rope_head_dim"))
-    head = size("head_dim") or (size("hidden_size") // heads if heads else 0)
-    return 2 * 2 * layers * size("num_key_value_heads", "num_attention_heads") * head

@@ -16,7 +16,7 @@ from hf_overlay.catalog.speech import family
 from mlx_overlay_server import memory
 from mlx_overlay_server.errors import InvalidRequest, ServerError, Unavailable
 from mlx_overlay_server.speech import sound
-from mlx_overlay_server.speech.values import Segment, SpeakRequest, TranscribeRequest, Transcript, Word
+from mlx_overlay_server.speech.values import Segment, Sound, SpeakRequest, TranscribeRequest, Transcript, Word
 
 DEFAULT_VOICE = "default"
 """The voice of models that have no voices to choose from."""
@@ -66,24 +66,27 @@ def load(folder: str) -> Transcriber | Speaker:
         ) from None
 
 
-def transcribe(model: Transcriber, file: BinaryIO, request: TranscribeRequest) -> Transcript:
-    """Transcribe a recording. Raises InvalidRequest."""
+def transcribe(model: Transcriber, file: BinaryIO, request: TranscribeRequest) -> Iterator[str | Transcript]:
+    """Transcribe a recording: with `streams`, yield the text as it is heard; then the whole. Raises InvalidRequest."""
     model.check(request)
     texts: list[str] = []
     segments: list[Segment] = []
     language, seconds = None, 0.0
-    for start, samples in sound.parts(file):
+    for start, samples in sound.parts(file, sound.STREAMED_SECONDS if request.streams else sound.PART_SECONDS):
         heard = model.hear(samples, request)
-        texts.append(heard.text.strip())
+        if text := heard.text.strip():
+            if request.streams:
+                yield f" {text}" if texts else text
+            texts.append(text)
         segments += [each.later(start) for each in heard.segments]
         language = language or heard.language
         seconds = start + len(samples) / sound.HEARD_RATE
     if not seconds:
         raise InvalidRequest("the recording is empty", param="file")
-    return Transcript(" ".join(filter(None, texts)), seconds, language, tuple(segments))
+    yield Transcript(" ".join(texts), seconds, language, tuple(segments))
 
 
-def speak(model: Speaker, request: SpeakRequest) -> Iterator[bytes]:
+def speak(model: Speaker, request: SpeakRequest) -> Iterator[Sound]:
     """Speak a text: `pcm` as it comes, everything else in one piece. Raises InvalidRequest."""
     model.check(request)
     pieces: list[sound.Samples] = []
@@ -92,9 +95,10 @@ def speak(model: Speaker, request: SpeakRequest) -> Iterator[bytes]:
         if request.response_format != "pcm":
             pieces.append(samples)
         elif len(samples):
-            yield sound.raw(samples)
-    if pieces and request.response_format != "pcm":
-        yield sound.written(pieces, request.response_format)
+            yield Sound(sound.raw(samples), len(samples) / sound.SPOKEN_RATE)
+    if pieces:
+        seconds = sum(map(len, pieces)) / sound.SPOKEN_RATE
+        yield Sound(sound.written(pieces, request.response_format), seconds)
 
 
 class Whisper:

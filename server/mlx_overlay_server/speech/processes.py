@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from mlx_overlay_server.errors import Failed, NotFound, ServerError, Unavailable
 from mlx_overlay_server.frames import Result
 from mlx_overlay_server.peer import Ended, Peer
-from mlx_overlay_server.speech.values import LoadedSpeech, SpeechRequest, Transcript
+from mlx_overlay_server.speech.values import LoadedSpeech, Piece, SpeechRequest, Transcript
 
 logger = logging.getLogger("mlx_overlay_server")
 
@@ -79,8 +79,8 @@ class Speech:
 
     async def run(
         self, model: LoadedSpeech, request: SpeechRequest, recording: AsyncIterator[bytes] | None = None
-    ) -> AsyncGenerator[Transcript | bytes]:
-        """Yield a transcript, or pieces of sound. Closed before its end, it ends the process. Raises ServerError."""
+    ) -> AsyncGenerator[Piece]:
+        """Yield what a request comes to. Closed before its end, it ends the process. Raises ServerError."""
         held = self._held.get(model.key)
         if held is None or self._is_stopped:
             raise Unavailable("the server is shutting down")
@@ -156,7 +156,7 @@ class Speech:
             task.add_done_callback(self._closing.discard)
 
 
-def _checked(result: Result) -> Transcript | bytes | None:
+def _checked(result: Result) -> Piece | None:
     """Return what a process has answered. Raises ServerError for an error."""
     if result.refusal is not None:
         raise result.refusal
@@ -165,7 +165,7 @@ def _checked(result: Result) -> Transcript | bytes | None:
         raise Failed(
             f"unexpected {result.unexpected.partition(' ')[0]}; the server's log says where", code="internal_error"
         )
-    value: Transcript | bytes | None = result.value
+    value: Piece | None = result.value
     return value
 
 

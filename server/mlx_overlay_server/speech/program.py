@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mlx_overlay_server.frames import Result, connected, packed, result_of
-from mlx_overlay_server.speech.values import SpeechRequest, TranscribeRequest
+from mlx_overlay_server.speech.values import Piece, SpeechRequest, TranscribeRequest, Transcript
 
 
 def main() -> None:
@@ -38,14 +38,15 @@ def _results(model: Any, request: SpeechRequest, recording: io.BytesIO) -> Itera
     """Yield what becomes of a request."""
     from mlx_overlay_server.speech import adapter
 
-    if isinstance(request, TranscribeRequest):
-        yield result_of(lambda: adapter.transcribe(model, recording, request))
-        return
-    pieces = adapter.speak(model, request)
+    pieces: Iterator[Piece] = (
+        adapter.transcribe(model, recording, request)
+        if isinstance(request, TranscribeRequest)
+        else adapter.speak(model, request)
+    )
     while True:
         result = result_of(lambda: next(pieces, None))
         yield result
-        if result.value is None:
+        if result.value is None or isinstance(result.value, Transcript):
             return
 
 

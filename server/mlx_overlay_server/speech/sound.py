@@ -22,6 +22,8 @@ SPOKEN_RATE = 24_000
 """Samples a second of what is answered, whatever the model's own rate is."""
 PART_SECONDS = 600
 """A recording is heard in parts of at most so many seconds, so that its length takes no memory."""
+STREAMED_SECONDS = 30
+"""The same where the text of each part is sent as it is heard: what Whisper hears at once."""
 QUIET_SECONDS = 20
 """Where it is cut: at the quietest moment within the last so many seconds of a part."""
 MAX_SECONDS = 4 * 3600
@@ -46,11 +48,11 @@ class Part(NamedTuple):
     samples: Samples
 
 
-def parts(file: BinaryIO) -> Iterator[Part]:
-    """Read a recording. Raises InvalidRequest."""
+def parts(file: BinaryIO, longest: int = PART_SECONDS) -> Iterator[Part]:
+    """Read a recording, in parts of at most `longest` seconds. Raises InvalidRequest."""
     try:
         with soundfile.SoundFile(file) as recording:
-            yield from _cut(_blocks(recording))
+            yield from _cut(_blocks(recording), longest * HEARD_RATE)
     except soundfile.LibsndfileError:
         raise InvalidRequest(
             "this is not a recording that can be read: send WAV, MP3, FLAC, Ogg (Vorbis or Opus) or AIFF; convert "
@@ -71,14 +73,14 @@ def _blocks(recording: Any) -> Iterator[Samples]:
         yield resample_audio_array(block.mean(axis=1), recording.samplerate, HEARD_RATE)
 
 
-def _cut(blocks: Iterator[Samples]) -> Iterator[Part]:
-    """Join blocks to parts, which end where it is quiet."""
+def _cut(blocks: Iterator[Samples], longest: int) -> Iterator[Part]:
+    """Join blocks to parts of at most `longest` samples, which end where it is quiet."""
     held = np.zeros(0, np.float32)
     done = 0
     for block in blocks:
         held = np.concatenate((held, block))
-        if len(held) > PART_SECONDS * HEARD_RATE:
-            end = _quietest(held[: PART_SECONDS * HEARD_RATE])
+        if len(held) > longest:
+            end = _quietest(held[:longest])
             yield Part(done / HEARD_RATE, held[:end])
             held, done = held[end:], done + end
     if len(held):

@@ -32,6 +32,8 @@ class TranscribeRequest:
     """Whether the client needs to know when each segment is said."""
     words: bool = False
     """Whether it needs to know the same of each word."""
+    streams: bool = False
+    """Whether the client wants the text piece by piece, as it is heard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,19 @@ class Transcript:
     """In English, lower case; None: the model does not say."""
     segments: tuple[Segment, ...] = field(default=())
     """Empty where the model tells no times."""
+
+
+class Sound(NamedTuple):
+    """A piece of what is spoken."""
+
+    data: bytes
+    """Bytes of a file, or samples, in the format that was asked for."""
+    seconds: float
+    """How long it takes to say."""
+
+
+Piece = Transcript | Sound | str
+"""What a request comes to, piece by piece: a text that is heard, then the whole transcript; or sound."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import openai
@@ -10,8 +9,6 @@ import pytest
 from openai import OpenAI
 
 from tests.e2e.responses.asking import CALLS, CITY, SEARCH, WEATHER, refusal_of, reply
-from tests.support.loopback_hub import LoopbackHub
-from tests.support.server import serving
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -73,26 +70,3 @@ def test_what_cannot_be_done_is_refused_by_the_name_of_its_field(sdk: OpenAI, pa
 )
 def test_items_that_cannot_be_read_are_refused_by_their_place(sdk: OpenAI, param: str, input_: Any) -> None:
     refusal_of(sdk, param, input_=input_)
-
-
-def test_a_failure_after_waiting_is_told_in_the_protocols_own_events(tmp_path_factory: pytest.TempPathFactory) -> None:
-    top = tmp_path_factory.mktemp("failing")
-    with LoopbackHub() as hub:
-        environ = hub.environment(top / "home", HF_HUB_OFFLINE="0")
-        own = {name: value for name, value in environ.items() if name.startswith(("HF_", "NO_PROXY"))}
-        with serving(top / "home", environ=own) as server:
-            hub.hang(60)
-            with server.http.stream(
-                "POST", "/v1/responses", json={"model": "acme/nowhere", "input": "hi", "stream": True}
-            ) as answer:
-                lines = answer.iter_lines()
-                assert next(lines).startswith(": ")  # the stream has begun: its status can no longer tell
-                hub.heal()
-                told = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
-    assert [(event["type"], event["sequence_number"]) for event in told] == [
-        ("response.created", 0),
-        ("response.in_progress", 1),
-        ("response.failed", 2),
-    ]
-    assert told[-1]["response"]["status"] == "failed"
-    assert "acme/nowhere" in told[-1]["response"]["error"]["message"]

@@ -9,7 +9,19 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.e2e.responses.asking import BOTH, CALLS, HELLO, OSLO, PLAIN, SUNNY, WEATHER, events_of, reading_of, reply
+from tests.e2e.responses.asking import (
+    BOTH,
+    CALLS,
+    HELLO,
+    OSLO,
+    PLAIN,
+    SUNNY,
+    WEATHER,
+    events_of,
+    reading_of,
+    refusal_of,
+    reply,
+)
 from tests.support.server import Server
 
 
@@ -139,6 +151,21 @@ def test_a_compacted_conversation_is_its_questions_and_a_summary(server: Server,
         model=PLAIN, input=plain
     )
     assert reply(sdk, PLAIN, said).output_text == HELLO
+
+
+def test_references_to_stored_items_are_those_items(sdk: OpenAI) -> None:
+    first = reply(sdk, BOTH, "What now?", tools=[WEATHER], reasoning={"summary": "auto"})
+    items: list[Any] = [item.to_dict(mode="json") for item in first.output]
+    references: list[Any] = [{"type": "item_reference", "id": item["id"]} for item in items]
+    calls = [item for item in items if item["type"] == "function_call"]
+    results = [{"type": "function_call_output", "call_id": call["call_id"], "output": SUNNY} for call in calls]
+    whole = reply(sdk, BOTH, [*items, *results], tools=[WEATHER])
+    referred = reply(sdk, BOTH, [*references, *results], tools=[WEATHER])
+    assert reading_of(whole).tokens == reading_of(referred).tokens
+    listed = [item.to_dict() for item in sdk.responses.input_items.list(referred.id, order="asc")]
+    assert [item["type"] for item in listed] == [item["type"] for item in [*items, *results]]
+    refused = refusal_of(sdk, "input[0]", input_=[{"type": "item_reference", "id": "msg_of_another_server"}])
+    assert "send the item itself" in refused.message
 
 
 def test_another_server_s_compaction_is_refused(sdk: OpenAI) -> None:

@@ -48,7 +48,7 @@ def test_an_encoder_embeds_or_ranks(model_type: str, models: Path) -> None:
     found = _found(models, "m", {"model_type": model_type, "architectures": ["XModel"]})
     assert isinstance(found, Model)
     assert found.task == "embedding"
-    if model_type in ("gte", "nomic_bert"):
+    if model_type == "nomic_bert":
         return
     ranks = _found(models, "r", {"model_type": model_type, **HEAD, **ONE})
     assert isinstance(ranks, Model)
@@ -115,15 +115,20 @@ def test_why_an_encoder_is_left_out(config: dict[str, Any], files: dict[str, Any
 def test_a_model_of_mlx_lm_that_looks_both_ways_is_left_out(models: Path) -> None:
     """mlx-lm would load it, and its vectors would be wrong."""
     files = {"modules.json": _modules(TRANSFORMER, POOLING, NORMALIZE), "1_Pooling/config.json": {}}
-    for config in ({"model_type": "qwen3", "is_causal": False}, {**GEMMA, "model_type": "gemma2"}):
+    known = {"model_type": "qwen3", "is_causal": False}
+    for config in ({**known, "use_sliding_window": True}, {**GEMMA, "model_type": "gemma2"}):
         found = _found(models, "m", config, **files)
         assert isinstance(found, Reject)
         assert "both directions" in found.reason.text
+    embeds = _found(models, "e", known, **files)
+    assert isinstance(embeds, Model)
+    assert embeds.task == "embedding"
     ranks = _found(models, "r", {**GEMMA, "architectures": ["Gemma3TextForSequenceClassification"], **ONE})
     assert isinstance(ranks, Reject)
 
 
 GEMMA = {"model_type": "gemma3_text", "use_bidirectional_attention": True}
+JINA = {"AutoModel": "jinaai/jina-bert-implementation--modeling_bert.JinaBertModel"}
 DENSE = {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
 
 
@@ -154,18 +159,25 @@ def test_embedding_gemma_has_its_projections_in_folders_or_among_its_weights(
     ("model_type", "config", "why"),
     [
         ("nomic_bert", {"auto_map": {"AutoModel": "x.Y"}, "activation_function": "swiglu", "num_experts": None}, None),
-        ("nomic_bert", {"num_experts": 8}, "num_experts '8'"),
+        ("nomic_bert", {"num_experts": 8, "moe_every_n_layers": 2, "activation_function": "gelu"}, None),
+        ("nomic_bert", {"num_experts": 8, "moe_every_n_layers": 1}, "moe_every_n_layers '1'"),
         ("nomic_bert", {"prenorm": True}, "prenorm 'True'"),
         ("nomic_bert", {**HEAD, **ONE}, "nomic_bert that ranks"),
         ("gte", {"auto_map": {"AutoModel": "x.Y"}, "position_embedding_type": "rope", "rope_scaling": None}, None),
         ("gte", {"rope_parameters": {"rope_type": "default", "rope_theta": 160000.0}}, None),
         ("gte", {"rope_parameters": {"rope_type": "dynamic"}}, "positions of type 'dynamic'"),
-        ("gte", {"rope_scaling": {"type": "ntk", "factor": 8.0}}, "rope_scaling"),
+        ("gte", {**HEAD, **ONE}, None),
+        ("new", {"auto_map": {"AutoModel": "x.Y"}, "rope_scaling": {"type": "ntk", "factor": 8.0}}, None),
+        ("new", {"rope_scaling": {"type": "ntk", "factor": 8.0, "mixed_b": 0.6}}, "rope_scaling"),
+        ("new", {"rope_scaling": {"type": "dynamic", "factor": 8.0}}, "rope_scaling"),
+        ("bert", {"auto_map": JINA, "position_embedding_type": "alibi", "feed_forward_type": "geglu"}, None),
+        ("bert", {"auto_map": JINA, "position_embedding_type": "alibi", "feed_forward_type": "reglu"}, "'reglu'"),
+        ("albert", {"num_hidden_groups": 2}, "groups"),
         ("gte", {"position_embedding_type": "absolute"}, "position_embedding_type 'absolute'"),
         ("gte", {"hidden_act": "mish"}, "'mish'"),
     ],
 )
-def test_which_encoders_with_rotary_positions_are_taken(
+def test_which_encoders_that_bring_code_or_positions_of_their_own_are_taken(
     model_type: str, config: dict[str, Any], why: str | None, models: Path
 ) -> None:
     found = _found(models, "m", {"model_type": model_type, "architectures": ["XModel"], **config})

@@ -19,6 +19,7 @@ from hf_overlay.command import cli
 
 from tests.support import hfcache, processes
 from tests.support.folders import lay_model, weights
+from tests.support.permissions import respected
 from tests.support.sessions import new_name
 
 FILES = {
@@ -285,6 +286,44 @@ def test_clean_clears_what_a_killed_program_left_and_says_so(hf_overlay: Callabl
 def test_usage_errors_exit_2(hf_overlay: Callable[..., Result]) -> None:
     for wrong in (["frobnicate"], ["run"], ["run", "--"], ["--", "x"], ["ls", "--", "x"], ["path"], ["ls", "--nope"]):
         assert hf_overlay(*wrong).status == 2
+    for wrong in (["install", "--json"], ["uninstall", "--json"], ["status", "--replace"]):
+        assert hf_overlay("service", *wrong).status == 2
+
+
+def test_a_working_folder_that_is_gone_is_named(
+    hf_overlay: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for command in (["ls"], ["run", "--", "true"]):
+        done = hf_overlay(*command)
+        assert done == (
+            1,
+            "",
+            "hf-overlay: error: the folder that you are in has been removed; go to another one: cd\n",
+        )
+
+
+def test_where_a_file_is_in_the_place_of_the_sessions_there_are_none(
+    hf_overlay: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HF_OVERLAY_DIR", str(tmp_path / "file"))
+    assert hf_overlay("clean") == (0, "", "")
+    assert "no overlay is being served" in hf_overlay("env").err
+
+
+def test_sessions_that_may_not_be_read_are_named(
+    hf_overlay: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    monkeypatch.setenv("HF_OVERLAY_DIR", str(tmp_path / "closed"))
+    with respected():
+        for command in ("env", "clean", "doctor"):
+            done = hf_overlay(command)
+            assert done.status == 1
+            assert "permission denied; set HF_OVERLAY_DIR to a folder of your own" in done.out + done.err
 
 
 def test_help_has_examples_and_is_what_the_bare_command_prints(hf_overlay: Callable[..., Result]) -> None:
@@ -294,7 +333,7 @@ def test_help_has_examples_and_is_what_the_bare_command_prints(hf_overlay: Calla
     assert hf_overlay() == shown
 
 
-@pytest.mark.parametrize("command", ["config", "env", "service"])
+@pytest.mark.parametrize("command", ["completion", "config", "env", "serve", "service"])
 def test_the_help_of_a_command_for_once_has_examples(hf_overlay: Callable[..., Result], command: str) -> None:
     done = hf_overlay(command, "--help")
     assert done.status == 0
@@ -399,14 +438,10 @@ def test_registered_as_an_extension_it_answers_to_hf_overlay(
 ) -> None:
     lay_model(models / "org/name")
     environ = processes.environment(home)
-    before = processes.finish(["hf", "overlay", "--version"], environ)
-    assert before.status != 0, "it works without"
     done = hf_overlay("extension")
     assert (done.status, done.out) == (0, "")
     again = hf_overlay("extension")
     assert again.status == 0, "an update of the entry"
-    version = processes.succeed(["hf", "overlay", "--version"], environ)
-    assert version.out == f"hf-overlay {metadata.version('hf-overlay')}\n"
     rows = json.loads(processes.succeed(["hf", "overlay", "ls", "--json", "--model-path", str(models)], environ).out)
     assert [row["id"] for row in rows] == ["org/name"]
     ran = processes.finish(["hf", "overlay", "run", "-q", "--", "sh", "-c", "exit 7"], environ)
@@ -434,8 +469,10 @@ def test_an_extension_of_that_name_from_elsewhere_is_not_replaced(
 def test_colour_and_control_characters_stay_off_what_is_no_terminal(
     hf_overlay: Callable[..., Result], models: Path
 ) -> None:
-    lay_model(models / "org/bell\x07\x1b[31mred")
+    lay_model(models / "org/bell\x07\x1b[31mred\norg/false")
     out = hf_overlay("ls", "--model-path", models).out
+    assert len(out.splitlines()) == 2
+    assert "red\\norg/false" in out
     assert "\x1b" not in out
     assert "\x07" not in out
     assert "bell\\x07" in out
@@ -453,15 +490,33 @@ def test_a_pipe_that_closes_early_is_no_error(models: Path) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 @pytest.mark.parametrize(
-    ("to", "status", "said"),
-    [(">/dev/full", 1, "hf-overlay: error: [Errno 28] No space left on device\n"), (">&-", 0, "")],
-    ids=["a full disk", "a closed output"],
+    ("command", "to", "status", "said"),
+    [
+        ("ls", ">/dev/full", 1, "hf-overlay: error: [Errno 28] No space left on device\n"),
+        ("ls --help", ">/dev/full", 1, "hf-overlay: error: [Errno 28] No space left on device\n"),
+        ("ls", ">&-", 0, ""),
+        ("path no/such", ">/dev/null 2>/dev/full", 1, ""),
+        ("path no/such", "2>&-", 1, ""),
+        ("ls --such", ">/dev/null 2>/dev/full", 2, ""),
+    ],
 )
-def test_output_that_cannot_be_written_ends_without_a_traceback(models: Path, to: str, status: int, said: str) -> None:
+def test_output_that_cannot_be_written_ends_without_a_traceback(
+    models: Path, monkeypatch: pytest.MonkeyPatch, command: str, to: str, status: int, said: str
+) -> None:
+    """Nor does what belongs on stderr appear on stdout."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     lay_model(models / "org/name")
-    command = f"{sys.executable} -m hf_overlay ls --model-path {models} {to}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (status, said)
+    monkeypatch.setenv("MLX_OMNI_MODEL_PATH", str(models))
+    line = f"{sys.executable} -m hf_overlay {command} {to}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", said)
+
+
+def test_a_closed_stream_is_closed_for_the_program_and_not_a_file_of_the_sessions(hub: Path) -> None:
+    """Else what the program prints gets into the record of the session's owner."""
+    command = f"{sys.executable} -m hf_overlay run -q -- sh -c 'echo hi; test -e /dev/fd/1 || exit 7' <&- >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=False)
+    assert done.returncode == 7
 
 
 def test_finding_models_imports_none_of_the_heavy_libraries(models: Path) -> None:

@@ -244,6 +244,16 @@ def test_folders_get_their_whole_path(machine: Machine, monkeypatch: pytest.Monk
     assert machine.environ()["HF_OVERLAY_DIR"] == f"{home}/../sessions:1"
 
 
+def test_what_no_unit_can_hold_is_refused(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, _, err = machine.run("install", "--", "--model-path", "/a\nb")
+    assert (status, err.startswith("hf-overlay: error: an option holds a control character")) == (2, True)
+    monkeypatch.setenv("HF_TOKEN", "secret\udcff")
+    status, _, err = machine.run("install")
+    assert (status, err.startswith("hf-overlay: error: HF_TOKEN holds a control character")) == (2, True)
+    assert "secret" not in err
+    assert not machine.unit().exists()
+
+
 @pytest.mark.parametrize("server", [[], pytest.param(["--server"], marks=pytest.mark.mlx_lm)])
 def test_a_mistake_is_found_before_anything_is_written(machine: Machine, server: list[str], home: Path) -> None:
     """Else the unit would fail at each login, in a log that nobody reads."""
@@ -270,13 +280,22 @@ def test_a_shell_in_an_overlay_installs_none(machine: Machine, monkeypatch: pyte
 
 
 def test_what_the_system_says_is_passed_on(machine: Machine, tmp_path: Path) -> None:
-    """As over SSH, where nobody is logged in at the desktop."""
+    """As over SSH, where nobody is logged in at the desktop. Nor does the unit start at the next login then."""
+    assert machine.run("install")[0] == 0
+    before = machine.unit().read_text()
     for tool in (tmp_path / "tools").iterdir():
         tool.write_text("#!/bin/sh\necho 'Failed to connect to bus' >&2; exit 1\n")
+    status, _, err = machine.run("install", "--", "--offline")
+    assert (status, err.endswith("; the unit is as it was\n")) == (1, True)
+    assert machine.unit().read_text() == before
+    machine.unit().unlink()
     status, out, err = machine.run("install")
     assert (status, out) == (1, "")
-    assert "failed (Failed to connect to bus); run it in a terminal" in err
+    assert "failed (Failed to connect to bus); do this in a terminal" in err
+    assert err.endswith("; the unit is not installed\n")
     assert err.count("\n") == 1
+    assert not machine.unit().exists()
+    assert machine.run("uninstall") == (0, "", "")
 
 
 def test_nothing_runs_where_neither_is_there(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,6 @@ def test_a_disk_that_fills_up_at_any_moment_of_a_start_leaves_nothing_behind(
     models: Path, hub: Path, sessions: Path, once: bool
 ) -> None:
     lay_model(models / "org/mine", {"nested/file.txt": b"x"})
-    lay_model(models / "flat")
     add_repo(hub, "org/cached", CACHED)
     (hub.parent / "token").write_text("hf_secret")
     whole = opened(models)
@@ -97,7 +96,7 @@ def test_a_disk_that_fills_up_at_any_moment_of_a_refresh_leaves_the_old_tree_who
             before, hub_folder = shown(session), session.hub_cache.resolve()
             shutil.rmtree(models / "org/removed")
             lay_model(changed, {"more.txt": b"x"})
-            lay_model(models / "org/added")
+            added = add_repo(hub, "org/added", CACHED).parents[1]  # one link: what changed has the other steps
             with full_disk(sessions, number, once=number % 2 == 0) as calls:
                 refusal = refused(session.refresh)
             assert "\n" not in refusal
@@ -108,7 +107,7 @@ def test_a_disk_that_fills_up_at_any_moment_of_a_refresh_leaves_the_old_tree_who
                 session.refresh()
             assert_as_new(session)
             assert scanned(session) == ["org/added", "org/cached", "org/changed", "org/kept"]
-        shutil.rmtree(models / "org/added")
+        shutil.rmtree(added)
         shutil.rmtree(changed)
     assert number > 10, "many moments were tried"
 

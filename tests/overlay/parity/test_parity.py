@@ -1,7 +1,7 @@
 """The overlay is one plain cache that holds what wins: each read call of huggingface_hub answers the same on both.
 
 Folders and caches are drawn; what should win is written by hand into a plain cache (`lay_expected`), without a line
-of the overlay's code; every release of huggingface_hub reads both.
+of the overlay's code; a release of huggingface_hub reads both.
 """
 
 from __future__ import annotations
@@ -20,19 +20,11 @@ from hypothesis import Phase, given, settings
 
 from tests.overlay.parity.compared import answers, assert_parity, overlay_commits
 from tests.overlay.parity.disk import Place, lay_expected
-from tests.overlay.parity.drawn import ASIDE, EXTRAS, RAISING, REPORTED, WORLDS, Custom, Fault, World
+from tests.overlay.parity.drawn import EXTRAS, RAISING, RELEASES, REPORTED, WORLDS, Custom, Fault, World
 from tests.support import hubs
 from tests.support.folders import temporary_folder
 from tests.support.hfcache import add_repo, etag, listing
-from tests.support.reader import Call, Reader, open_readers
-
-
-@pytest.fixture(scope="module")
-def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Reader]]:
-    """One process for each release of huggingface_hub."""
-    home = tmp_path_factory.mktemp("readers")
-    with open_readers(home, {release: hubs.environment(release) for release in hubs.ALL}) as readers:
-        yield readers
+from tests.support.reader import Call, Reader
 
 
 @pytest.fixture(scope="module")
@@ -50,24 +42,24 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Any]:
 # Not shrunk: that takes minutes, and the message names the call that differs.
 @pytest.mark.mlx_lm
 @settings(max_examples=30, phases=[Phase.reuse, Phase.generate])
-@given(WORLDS, ASIDE)
+@given(WORLDS, RELEASES)
 def test_every_read_call_gives_what_one_plain_cache_gives(
-    place: Callable[[], Any], readers: Mapping[str, Reader], world: World, aside: str
+    place: Callable[[], Any], readers: Mapping[str, Reader], world: World, release: str
 ) -> None:
     with place() as here:
         here.lay(world)
         with hf_overlay.open_session(
             here.roots, kind="any" if world.all_kinds else "mlx", environ=here.environ
         ) as session:
-            assert_parity(session, here, world, {each: readers[each] for each in (hubs.INSTALLED, aside)})
+            assert_parity(session, here, world, readers[release])
         assert not list((here.top / "sessions").glob("session-*"))
 
 
 @pytest.mark.mlx_lm
 @settings(max_examples=10, phases=[Phase.reuse, Phase.generate])
-@given(WORLDS, WORLDS, ASIDE)
+@given(WORLDS, WORLDS, RELEASES)
 def test_a_refresh_gives_what_one_plain_cache_gives(
-    place: Callable[[], Any], readers: Mapping[str, Reader], before: World, after: World, aside: str
+    place: Callable[[], Any], readers: Mapping[str, Reader], before: World, after: World, release: str
 ) -> None:
     after = replace(after, all_kinds=before.all_kinds)
     with place() as here:
@@ -77,7 +69,7 @@ def test_a_refresh_gives_what_one_plain_cache_gives(
         ) as session:
             here.lay(after)
             session.refresh()
-            assert_parity(session, here, after, {each: readers[each] for each in (hubs.INSTALLED, aside)})
+            assert_parity(session, here, after, readers[release])
 
 
 def looping_file(repo: Path, snapshot: Path) -> None:

@@ -5,7 +5,7 @@ Each is read as from a cache of its own; the user's own cache has a test in test
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import hf_overlay
@@ -16,19 +16,12 @@ from tests.overlay.parity.disk import Place
 from tests.support import hubs
 from tests.support.folders import weights
 from tests.support.hfcache import add_repo, listing, repo_folder, share_blobs
-from tests.support.reader import Call, Reader, open_readers
+from tests.support.reader import Call, Reader
 
 FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(b"shared"), "tokenizer.json": b"{}"}
 NEWER = {**FILES, "config.json": b'{"model_type": "llama", "newer": true}'}
 BOTH = ("acme/one", "acme/two")
 """Two models with the same weights."""
-
-
-@pytest.fixture(scope="module")
-def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Reader]]:
-    releases = {release: hubs.environment(release) for release in ("0.36.2", hubs.INSTALLED)}
-    with open_readers(tmp_path_factory.mktemp("home"), releases) as readers:
-        yield readers
 
 
 @pytest.fixture
@@ -62,7 +55,8 @@ def test_they_are_read_from_another_cache(place: Place, other: Path, readers: Ma
     roots, below = ([other], []) if layer == "a model path" else ([], [other])
     shared = listing(other)
     with hf_overlay.open_session(roots, below=below, environ=place.environ) as session:
-        for release, reader in readers.items():
+        for release in ("0.36.2", hubs.INSTALLED):
+            reader = readers[release]
             [scanned] = reader.read(session.hub_cache, [("scan", {})])
             assert scanned["warnings"] == [], f"with huggingface_hub {release}"
             assert [repo["id"] for repo in scanned["repos"]] == list(BOTH)

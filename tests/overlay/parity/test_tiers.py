@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 
 from tests.overlay.parity.compared import answers, differences
 from tests.overlay.parity.disk import Place
-from tests.overlay.parity.drawn import ASIDE, Fault
+from tests.overlay.parity.drawn import RELEASES, Fault
 from tests.overlay.parity.test_parity import FAULTS
 from tests.support import hubs
 from tests.support.folders import lay_model, temporary_folder, weights
 from tests.support.hfcache import add_repo, listing, repo_folder
-from tests.support.reader import Call, Reader, open_readers
+from tests.support.reader import Call, Reader
 
 RepoType = Literal["model", "dataset", "space", "kernel"]
 NAMES: Sequence[tuple[RepoType, str]] = (("model", "acme/tiny"), ("dataset", "acme/tiny"), ("space", "solo"))
@@ -120,23 +120,16 @@ def calls() -> list[Call]:
     return asked
 
 
-@pytest.fixture(scope="module")
-def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Reader]]:
-    home = tmp_path_factory.mktemp("readers")
-    with open_readers(home, {release: hubs.environment(release) for release in hubs.ALL}) as readers:
-        yield readers
-
-
 # Not shrunk: that takes minutes, and the message names the call that differs.
 @settings(max_examples=8, phases=[Phase.reuse, Phase.generate])
-@given(HELD, HELD, HELD, HELD, ASIDE)
+@given(HELD, HELD, HELD, HELD, RELEASES)
 def test_every_read_call_gives_what_one_cache_with_the_union_gives(
     readers: Mapping[str, Reader],
     own: Sequence[Part],
     first: Sequence[Part],
     second: Sequence[Part],
     later: Sequence[Part],
-    aside: str,
+    release: str,
 ) -> None:
     """Also after a refresh, when the first tier has got more; and nothing in a tier has changed."""
     with temporary_folder() as folder:
@@ -150,11 +143,11 @@ def test_every_read_call_gives_what_one_cache_with_the_union_gives(
             lay(hub, parts, place.top / "scratch")
         before = [listing(tier) for tier in tiers]
         with hf_overlay.open_session([], below=tiers, kind="any", environ=place.environ) as session:
-            compare(readers, session.hub_cache, place, held, aside)
+            compare(readers[release], session.hub_cache, place, held)
             assert [listing(tier) for tier in tiers] == before
             lay(tiers[0], later, place.top / "scratch")
             session.refresh()
-            compare(readers, session.hub_cache, place, [*held[:1], (tiers[0], later), *held[1:]], aside)
+            compare(readers[release], session.hub_cache, place, [*held[:1], (tiers[0], later), *held[1:]])
 
 
 def complete(plain: Path, held: Sequence[tuple[Path, Sequence[Part]]]) -> None:
@@ -184,11 +177,10 @@ def facts(parts: Sequence[Part]) -> set[tuple[str, object]]:
 
 
 def compare(
-    readers: Mapping[str, Reader],
+    reader: Reader,
     overlay: Path,
     place: Place,
     held: Sequence[tuple[Path, Sequence[Part]]],
-    aside: str,
 ) -> None:
     plain = Path(tempfile.mkdtemp(dir=place.top)) / "plain"
     plain.mkdir()
@@ -196,13 +188,10 @@ def compare(
         lay(plain, parts, place.top / "scratch")
     complete(plain, held)
     asked = calls()
-    for release in (hubs.INSTALLED, aside):
-        ours = answers(readers[release], overlay, asked, {}, place.hub)
-        theirs = answers(readers[release], plain, asked, {}, place.hub)
-        for call, mine, expected in zip(asked, ours, theirs, strict=True):
-            assert mine == expected, (
-                f"{call} with huggingface_hub {release}: own cache + tiers != the union:\n{differences(mine, expected)}"
-            )
+    ours = answers(reader, overlay, asked, {}, place.hub)
+    theirs = answers(reader, plain, asked, {}, place.hub)
+    for call, mine, expected in zip(asked, ours, theirs, strict=True):
+        assert mine == expected, f"{call}: own cache + tiers != the union:\n{differences(mine, expected)}"
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)

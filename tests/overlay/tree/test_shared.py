@@ -118,12 +118,13 @@ def test_a_session_whose_cache_is_another_session_has_repos_of_its_own(
         assert led_to(inner).is_relative_to(inner.path)
 
 
-def test_two_caches_share_nothing(opened: Callable[[], tuple[ExitStack, hf_overlay.Session]], models: Path) -> None:
-    """What root downloads into a repo belongs to one of them."""
-    _, mine = opened()
-    environ = {**mine.environment, "HF_HUB_CACHE": str(models.parent / "other")}
-    with hf_overlay.open_session([models], environ=environ) as other:
-        assert led_to(other) != led_to(mine)
+def test_two_caches_share_nothing(models: Path, environ: dict[str, str], tmp_path: Path) -> None:
+    """What root downloads into a repo belongs to one of them. The two names have one CRC-32, whatever precedes them."""
+    lay_model(models / MODEL)
+    caches = [str(tmp_path / name) for name in ("8755d764", "4170cb18")]
+    one, other = (hf_overlay.open_session([models], environ=environ | {"HF_HUB_CACHE": cache}) for cache in caches)
+    with one as mine, other as theirs:
+        assert led_to(mine) != led_to(theirs)
 
 
 def test_a_user_can_neither_add_to_a_shared_repo_nor_delete_in_it(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,16 +46,20 @@ def world(base: Path) -> World:
 def hub_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], HubProcess]]:
     """The client process of a release, started when first asked for."""
     with ExitStack() as stack:
-        started: dict[str, HubProcess] = {}
+        yield cache(
+            lambda release: stack.enter_context(hubs.open_hub_process(release, tmp_path_factory.mktemp("client")))
+        )
 
-        def get(release: str) -> HubProcess:
-            if release not in started:
-                started[release] = stack.enter_context(
-                    hubs.open_hub_process(release, tmp_path_factory.mktemp("client"))
-                )
-            return started[release]
 
-        yield get
+@pytest.fixture(scope="package")
+def online_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], HubProcess]]:
+    """As `hub_processes`, of clients that download."""
+    with ExitStack() as stack:
+        yield cache(
+            lambda release: stack.enter_context(
+                hubs.open_hub_process(release, tmp_path_factory.mktemp("client"), is_offline=False)
+            )
+        )
 
 
 @pytest.fixture(params=hubs.ALL)

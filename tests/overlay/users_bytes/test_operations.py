@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -11,6 +12,7 @@ from tests.overlay.users_bytes.world import (
     CACHED,
     CUSTOM,
     OPERATIONS,
+    REMOVALS,
     Operation,
     World,
     commits,
@@ -21,14 +23,24 @@ from tests.support.folders import unseal
 from tests.support.hfcache import repo_folder
 from tests.support.hubs import HubProcess
 from tests.support.loopback_hub import LoopbackHub
-from tests.support.processes import PYTHON, finish
 
 
-@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name not in REMOVALS])
 def test_no_operation_touches_a_users_file_or_another_cached_model(
-    world: World, client: HubProcess, operation: Operation
+    world: World, client: HubProcess, operation: str
 ) -> None:
-    """On every model, and neither do a refresh, the session's end and the next start after it."""
+    operate_on_every_model(world, client, OPERATIONS[operation])
+
+
+@pytest.mark.parametrize("operation", REMOVALS)
+def test_no_removal_without_a_client_touches_a_users_file_or_another_cached_model(
+    world: World, hub_processes: Callable[[str], HubProcess], operation: str
+) -> None:
+    operate_on_every_model(world, hub_processes(hubs.INSTALLED), OPERATIONS[operation])
+
+
+def operate_on_every_model(world: World, client: HubProcess, operation: Operation) -> None:
+    """No operation takes anything that it should not, and neither do a refresh, the end and the next start after it."""
     with world.open() as session:
         for model_id in (*CUSTOM, *CACHED, *BELOW):
             operation(world, client, session.hub_cache, model_id)
@@ -51,42 +63,48 @@ def test_no_two_repos_of_an_overlay_have_the_same_commit(world: World, client: H
     assert not shared, f"P1 is broken: deleting one of these may delete the other: {shared}"
 
 
-@pytest.mark.parametrize("is_root", [False, True], ids=["as a user", "as root"])
-@pytest.mark.parametrize(
-    "operation", ["hf cache prune", "hf cache rm COMMIT", "delete_revisions of one", "mlx_lm.manage --delete"]
-)
-def test_a_newer_revision_that_a_client_downloads_does_not_lead_deletions_to_the_users(
-    world: World, client: HubProcess, operation: str, is_root: bool
+MODEL_ID = "acme/tiny"
+DELETIONS = ["hf cache prune", "hf cache rm COMMIT", "delete_revisions of one", "mlx_lm.manage --delete"]
+
+
+@contextmanager
+def hub_with_another_revision(world: World) -> Iterator[LoopbackHub]:
+    world.may_come.add(repo_folder(MODEL_ID))
+    with LoopbackHub() as newer:
+        newer.add_repo(MODEL_ID, model_files("the Hub's own"))
+        yield newer
+
+
+def test_a_client_cannot_download_another_revision_into_a_users_model(
+    world: World, client: HubProcess, online_processes: Callable[[str], HubProcess]
+) -> None:
+    with hub_with_another_revision(world) as newer, world.open() as session:
+        hub = session.hub_cache
+        mine = commits(hub, MODEL_ID)
+        answer = online_processes(client.release).ask(
+            "download", hub=str(hub), model_id=MODEL_ID, endpoint=newer.endpoint
+        )
+        assert "Permission denied" in (answer.error or ""), "a second revision beside a user's model was not refused"
+        assert commits(hub, MODEL_ID) == mine
+        for operation in DELETIONS:
+            OPERATIONS[operation](world, client, hub, MODEL_ID)
+            world.check()
+    world.check()
+
+
+@pytest.mark.parametrize("operation", DELETIONS)
+def test_another_revision_that_root_downloads_does_not_lead_deletions_to_the_users(
+    world: World, client: HubProcess, online_processes: Callable[[str], HubProcess], operation: str
 ) -> None:
     """With two revisions in a repo, releases up to 1.31 delete the files of one where all links end."""
-    model_id = "acme/tiny"
-    world.may_come.add(repo_folder(model_id))
-    with LoopbackHub() as newer, world.open() as session:
-        newer.add_repo(model_id, model_files("the Hub's own"))
+    with hub_with_another_revision(world) as newer, world.open() as session:
         hub = session.hub_cache
-        (mine,) = commits(hub, model_id)
-        environment = (
-            session.environment
-            | newer.environment(Path(world.environ["HOME"]))
-            | {
-                "HF_HUB_OFFLINE": "0",
-                "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
-                **hubs.environment(client.release),
-            }
+        unseal((hub / repo_folder(MODEL_ID)).resolve())
+        answer = online_processes(client.release).ask(
+            "download", hub=str(hub), model_id=MODEL_ID, endpoint=newer.endpoint
         )
-        if is_root:
-            unseal((hub / repo_folder(model_id)).resolve())
-        download = (
-            "import huggingface_hub; from tests.support.permissions import respected\n"
-            f"with respected(): huggingface_hub.snapshot_download({model_id!r})"
-        )
-        done = finish([PYTHON, "-c", download], environment, cwd=Path(__file__).parents[3])
-        if is_root:
-            assert done.status == 0, done
-            assert len(commits(hub, model_id)) == 2
-        else:
-            assert "Permission denied" in done.err, "a second revision beside a user's model was not refused"
-            assert commits(hub, model_id) == [mine]
-        OPERATIONS[operation](world, client, hub, model_id)
+        assert answer.error is None
+        assert len(commits(hub, MODEL_ID)) == 2
+        OPERATIONS[operation](world, client, hub, MODEL_ID)
         world.check()
     world.check()

@@ -20,11 +20,14 @@ from tests.support.processes import PYTHON, finish
 # With real programs ---------------------------------------------------------------------------------------------
 
 
-WITH_HF_CACHE_RM = [release for release in hubs.ALL if release != "0.36.2"]
-"""0.36.2 has no such command, and the transformers that mlx-lm needs do not work with it."""
+RELEASES = ["1.31.0", hubs.INSTALLED]
+"""One whose deletions follow links, and one whose do not; test_operations.py runs the same commands with each release.
+
+0.36.2 has none of them, and the transformers that mlx-lm needs do not work with it.
+"""
 
 
-@pytest.mark.parametrize("release", WITH_HF_CACHE_RM)
+@pytest.mark.parametrize("release", RELEASES)
 def test_hf_cache_rm_deletes_nothing_of_the_users(world: World, release: str) -> None:
     with world.open() as session:
         command = [PYTHON, "-m", "huggingface_hub.cli.hf", "cache", "rm", "model/acme/tiny", "model/org/second", "-y"]
@@ -36,7 +39,7 @@ def test_hf_cache_rm_deletes_nothing_of_the_users(world: World, release: str) ->
     world.check_over()
 
 
-@pytest.mark.parametrize("release", WITH_HF_CACHE_RM)
+@pytest.mark.parametrize("release", RELEASES)
 def test_hf_cache_prune_deletes_nothing_of_the_users(world: World, release: str) -> None:
     with world.open() as session:
         world.ask(session.hub_cache, world.is_detached, incomplete=True)
@@ -48,7 +51,7 @@ def test_hf_cache_prune_deletes_nothing_of_the_users(world: World, release: str)
 
 
 @pytest.mark.mlx_lm
-@pytest.mark.parametrize("release", WITH_HF_CACHE_RM)
+@pytest.mark.parametrize("release", RELEASES)
 def test_mlx_lm_manage_deletes_nothing_of_the_users(world: World, release: str) -> None:
     with world.open() as session:
         world.ask(session.hub_cache, lambda repo_id, _: "c" in repo_id.split("/", 1)[1])

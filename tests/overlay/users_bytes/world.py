@@ -173,6 +173,15 @@ class World:
         left = sorted(path.name for path in self.sessions.glob("session-*"))
         assert not left, f"P1 is broken: sessions were left behind: {left}"
 
+    def keep_only(self, *model_ids: str) -> None:
+        """Remove every model and dataset but these, where what is tested has hundreds of steps for each."""
+        names = {*model_ids, *map(repo_folder, model_ids)}
+        for folder in (*self.roots, self.tier, self.hub):
+            for entry in folder.iterdir():
+                if entry.is_dir() and not entry.name.startswith(".") and entry.name not in names:
+                    shutil.rmtree(entry)
+        self.mine, self.cache = listing(self.users), listing(self.hf_home)
+
     def changed_by_the_user(self) -> None:
         self.mine = listing(self.users)
 

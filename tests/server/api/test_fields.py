@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,6 +42,7 @@ def _call(**more: Any) -> dict[str, Any]:
         ({"top_p": -0.1}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
+        ({"logit_bias": {"1": True}}, "logit_bias.1"),
         ({"n": 0}, "n"),
         ({"seed": 1 << 63}, "seed"),
         ({"stop": 5}, "stop"),
@@ -98,6 +100,7 @@ def test_the_field_is_named_as_the_client_wrote_it(change: dict[str, Any], field
         ({"prompt": None}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": {}}, "prompt"),
+        ({"prompt": [True]}, "prompt[0]"),
         ({"logprobs": 21}, "logprobs"),
         ({"best_of": 0}, "best_of"),
         ({"suffix": "x"}, "suffix"),
@@ -125,6 +128,30 @@ def test_what_is_not_known_is_refused_and_not_ignored(name: str) -> None:
     mistake = _mistake(ChatCompletionRequest, {**CHAT, name: 1})
     assert mistake.param == name
     assert mistake.message == f"`{name}` is not supported by this server"
+
+
+def _kinds(base: type[Body] = Body) -> Iterator[type[Body]]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _kinds(kind)
+
+
+def test_true_is_no_number_in_any_body() -> None:
+    """For pydantic, as for Python, it is 1. Numbers that are spelled otherwise mean what they say."""
+    fields = [
+        (kind, name)
+        for kind in _kinds()
+        for name, field in kind.model_json_schema()["properties"].items()
+        if {each.get("type") for each in [field, *field.get("anyOf", ())]} & {"integer", "number"}
+    ]
+    assert {kind.__name__ for kind, _ in fields} > {"MessagesRequest", "ResponsesRequest", "CompletionRequest"}
+    for kind, name in fields:
+        with pytest.raises(ValidationError) as caught:
+            kind.model_validate({name: True})
+        assert (name,) in {error["loc"] for error in caught.value.errors()}, (kind, name)
+    assert (
+        ChatCompletionRequest.model_validate(CHAT | {"max_tokens": "5", "top_k": 5.0}).decoded().params.max_tokens == 5
+    )
 
 
 def test_what_can_only_be_false_is_refused_by_its_name() -> None:

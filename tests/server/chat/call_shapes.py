@@ -95,6 +95,10 @@ SHAPES = [
     Shape("a bracket too many", _block(f"{_OSLO}}}"), [OSLO]),
     Shape("a line end in text", _block('{"name": "read_file", "arguments": {"path": "a\nb"}}'), [("read_file", {"path": "a\nb"})]),
     Shape("marks in text", _block('{"name": "read_file", "arguments": {"path": "<b> </think>"}}'), [("read_file", {"path": "<b> </think>"})]),
+    Shape("the closing mark in text", _block('{"name": "read_file", "arguments": {"path": "a</tool_call>b"}}'), [("read_file", {"path": "a</tool_call>b"})]),
+    Shape("a text that is not closed, and a call", _block('{"name": "clock", "arguments": {"a": "}}') + _block(_NOW), [NOW], '{"name": "clock", "arguments": {"a": "}}'),
+    Shape("no arguments, where none are needed", _block('{"name": "clock"}'), [NOW]),
+    Shape("null for arguments, where none are needed", _block('{"name": "clock", "arguments": null}'), [NOW]),
     # Other ways to write a call.
     Shape("Python in a block", _block('weather(city="Oslo", days=3)'), [THREE]),
     Shape("a list of Python", _block('[weather(city="Oslo"), clock()]'), [OSLO, NOW]),
@@ -147,6 +151,7 @@ SHAPES = [
     Shape("code", "```python\nprint(1)\n```", [], "```python\nprint(1)\n```"),
 ]  # fmt: skip
 
+_IN_TAGS = _block("<function=weather>\n<parameter=city>\nOslo\n</parameter>\n</function>")
 _QUOTE = '<|"|>'
 _KIMI = '<|tool_call_begin|>{}<|tool_call_argument_begin|>{{"city": "Oslo"}}<|tool_call_end|>'
 
@@ -212,8 +217,12 @@ OF_PARSERS = {
         Shape("a parameter without a name", _block("<function=weather>\n<parameter=city>Oslo</parameter>\n<parameter=\n7</parameter>\n</function>"), [OSLO]),
         Shape("two in a block", _block("<function=weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\n<function=clock>\n</function>"), [OSLO, NOW]),
         Shape("no opening mark", "<function=weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>", [OSLO]),
+        Shape("a call in text", _block(f"<function=read_file>\n<parameter=path>\n{_IN_TAGS}\n</parameter>\n</function>"), [("read_file", {"path": _IN_TAGS})]),
+        Shape("a value that is not closed, and a call", _block("<function=weather>\n<parameter=city>Oslo\n") + _IN_TAGS, [OSLO, OSLO]),
+        Shape("a parameter that the tool lacks", _block("<function=weather>\n<parameter=city>Oslo</parameter>\n<parameter=at>1</parameter>\n</function>"), [("weather", {"city": "Oslo", "at": "1"})]),
     ],
     "glm47": [
+        Shape("white space and its own mark in text", "<tool_call>read_file\n<arg_key>path</arg_key>\n<arg_value>  a</tool_call>\nb\n</arg_value>\n</tool_call>", [("read_file", {"path": "  a</tool_call>\nb\n"})]),
         Shape("as it should be", "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call>", [OSLO]),
         Shape("no closing mark of the value", "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n<arg_key>days</arg_key>\n<arg_value>3\n</tool_call>", [THREE]),
         Shape("a key closed as a value", "<tool_call>weather\n<arg_key>city</arg_value>\n<arg_value>Oslo</arg_value>\n</tool_call>", [OSLO]),
@@ -228,6 +237,7 @@ OF_PARSERS = {
         Shape("no section, after text", f"Hm.{_KIMI.format('functions.weather:0')}<|tool_calls_section_end|>", [OSLO], "Hm."),
     ],
     "minimax_m2": [
+        Shape("white space in text", '<minimax:tool_call>\n<invoke name="read_file">\n<parameter name="path">  a\n  b\n</parameter>\n</invoke>\n</minimax:tool_call>', [("read_file", {"path": "  a\n  b\n"})]),
         Shape("no closing mark of a parameter", '<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Oslo\n</invoke>\n</minimax:tool_call>', [OSLO]),
         Shape("another model's marks after text", f"Hm.\n{_block(_OSLO)}", [OSLO], "Hm."),
     ],

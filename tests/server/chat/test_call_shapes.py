@@ -60,7 +60,7 @@ def test_a_call_is_read_where_mlx_lm_s_own_parser_loses_some_of_it(parser: str, 
 
 @_all
 def test_an_answer_cut_anywhere_shows_no_mark_and_calls_no_other_tool(shape: Shape, model: Loaded) -> None:
-    finishes: Sequence[FinishReason] = ("length", "stop", "stop_sequence")
+    finishes: Sequence[FinishReason] = ("length", "stop")
     for finish in finishes:
         _cut_anywhere(shape, model, MARKS, finish)
 

@@ -146,6 +146,12 @@ def test_a_conversation_that_no_form_fits_is_refused_with_the_template_s_own_wor
     assert caught.value.field == "messages"
 
 
+def test_a_template_that_is_no_template_is_told_from_one_that_refuses(templated: Templated) -> None:
+    with pytest.raises(InvalidRequest, match=r"^line 2 of the chat template is not valid: .*; correct it") as caught:
+        render(templated("\n{% if %}"), _ask(_user("Hi")))
+    assert caught.value.field == "model"
+
+
 @pytest.mark.parametrize("continues", [False, True])
 def test_a_conversation_of_nothing_is_refused(continues: bool, templated: Templated) -> None:
     with pytest.raises(InvalidRequest) as caught:

@@ -24,7 +24,7 @@ def _steps(
         size = pace.room(context, is_decoding=True)
         seconds = cost(size, context)
         pace.note_read(size, context, seconds - decode)
-        pace.note_decode(decode)
+        pace.note_decode(decode, 8)
         made.append((size, seconds))
         context += size
     return made
@@ -35,7 +35,7 @@ def _steps(
 )
 def test_passes_take_the_time_that_is_wanted(rate: float, decode: float, fixed: float, half: int) -> None:
     pace = Pace(2048, _STALL)
-    pace.note_decode(decode)
+    pace.note_decode(decode, 8)
     steps = _steps(
         pace, lambda size, context: decode + fixed + size * (1 + context / half) / rate, count=20, decode=decode
     )
@@ -90,7 +90,7 @@ def test_however_quick_the_machine_is_memory_bounds_a_pass(context: int, size: i
 
 def test_when_decoding_takes_all_the_time_reading_takes_as_much_again() -> None:
     pace = Pace(10**6, _STALL)
-    pace.note_decode(10 * _STALL)
+    pace.note_decode(10 * _STALL, 8)
     pace.note_read(1000, 0, 1.0)
     assert pace.room(0, is_decoding=True) == pytest.approx(1000 * 10 * _STALL, abs=1)
 
@@ -105,7 +105,9 @@ def test_without_anybody_who_decodes_a_pass_takes_four_times_as_long() -> None:
 def test_a_pass_is_no_smaller_than_pays_on_a_machine_that_is_slow_for_a_single_token() -> None:
     """Else most of the time goes to reading the weights, and every prompt takes many passes."""
     pace = Pace(10**6, _STALL)
-    pace.note_least(_STALL)
+    pace.note_decode(_STALL, 1)
+    for _ in range(10):
+        pace.note_decode(2 * _STALL, 8)
     pace.note_read(1000, 0, 1.0)
     assert pace.room(0, is_decoding=True) == pytest.approx(1000 * 5 * _STALL, abs=1)
 

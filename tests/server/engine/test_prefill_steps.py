@@ -60,7 +60,7 @@ def test_all_prompts_together_read_no_more_than_a_step_at_once(count: int, runni
 class _Machine:
     """Gives a runner a clock of its own, by which each token that is read, and each decoding step, takes some time.
 
-    `weights`: seconds that every pass over a prompt takes on top, its last token's included.
+    `weights`: seconds that every pass over a prompt takes on top.
     """
 
     def __init__(self, running: Running, *, read: float, decode: float, weights: float = 0.0) -> None:
@@ -69,7 +69,7 @@ class _Machine:
         self.silences: list[float] = []
         """Seconds between two tokens of those that decode."""
         batch: Any = running.runner._batch
-        original = (batch.read, batch.draw, batch.begin)
+        original = (batch.read, batch.draw)
         before: dict[int, int] = {}
         drawn_at = 0.0
 
@@ -81,10 +81,6 @@ class _Machine:
             self.now += read * self.reads[-1] + weights
             return parts
 
-        def begins() -> Any:
-            self.now += weights
-            return original[2]()
-
         def draws() -> Any:
             nonlocal drawn_at
             rows = original[1]()
@@ -93,7 +89,7 @@ class _Machine:
             drawn_at = self.now
             return rows
 
-        batch.read, batch.draw, batch.begin = reads, draws, begins
+        batch.read, batch.draw = reads, draws
         running.runner._clock = lambda: self.now
 
 
@@ -121,6 +117,9 @@ def test_a_machine_that_is_slow_for_a_single_token_reads_in_passes_that_pay(fold
     """Each pass goes through all weights: many small ones would take most of the time for that."""
     running = Running(folder, EngineOptions(max_stall_ms=250))
     machine = _Machine(running, read=0.001, decode=0.08, weights=0.08)
+    running.add(_text(24, 4), max_tokens=3)
+    running.finish()
+    machine.reads.clear()
     for number in range(24):
         running.add(_text(number, 81), max_tokens=200)
     while running.runner._unread:

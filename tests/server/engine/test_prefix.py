@@ -259,7 +259,7 @@ class _Disk:
 
 def test_what_waits_for_the_disk_or_comes_from_it_takes_the_room_of_what_is_kept() -> None:
     prefixes = PrefixCache(10 * _BYTES, disk=cast("Any", _Disk(4 * _BYTES)))
-    prefixes.bound(8 * _BYTES)
+    prefixes.bound(lambda: 8 * _BYTES)
     _insert(prefixes, 1, 2, 3)
     _insert(prefixes, 7, 8, 9)
     assert (len(prefixes), prefixes.kept, prefixes.nbytes) == (1, 3 * _BYTES, 7 * _BYTES)

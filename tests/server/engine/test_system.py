@@ -66,9 +66,20 @@ class _Library:
 
     def __init__(self, error: int = 0) -> None:
         self._error = error
+        self.references = 0
+        """References to the port of the host that are held."""
 
     def mach_host_self(self) -> int:
+        self.references += 1
         return 2563
+
+    def mach_task_self(self) -> int:
+        return 515
+
+    def mach_port_deallocate(self, task: int, port: int) -> int:
+        assert (task, port) == (515, 2563)
+        self.references -= 1
+        return 0
 
     def host_statistics64(self, host: int, flavor: int, statistics: Any, count: Any) -> int:
         assert (host, flavor, count._obj.value) == (2563, 4, 38), "38 numbers are what every macOS gives"
@@ -77,8 +88,12 @@ class _Library:
 
 
 def test_on_macos_what_nobody_has_used_lately_is_free() -> None:
-    assert system.mac_free(_Library(), 16384) == (28_048 + 358_731) * 16384
+    library = _Library()
+    assert system.mac_free(library, 16384) == (28_048 + 358_731) * 16384
+    assert library.references == 0
 
 
 def test_where_macos_says_nothing_nothing_is_known() -> None:
-    assert system.mac_free(_Library(error=5), 16384) is None
+    library = _Library(error=5)
+    assert system.mac_free(library, 16384) is None
+    assert library.references == 0

@@ -30,7 +30,8 @@ assert AutoTokenizer.__module__ == "transformers.models.auto.tokenization_auto"
 """
 
 _ONCE = """
-import builtins, collections, sys
+import collections, sys
+from importlib import util
 opened = collections.Counter()
 sys.addaudithook(lambda event, arguments: event == "open" and opened.update([str(arguments[0])]))
 from mlx_overlay_server.imports import import_transformers
@@ -40,6 +41,14 @@ assert transformers.LlamaConfig.model_type == "llama"
 assert transformers.models.llama.LlamaConfig is transformers.LlamaConfig
 models = [file for file in opened if "/transformers/models/" in file and file.endswith(".py")]
 assert not [file for file in models if opened[file] > 1]
+
+from transformers.utils import import_utils as changed
+spec = util.spec_from_file_location("transformers.utils.own", changed.__file__)
+sys.modules[spec.name] = own = util.module_from_spec(spec)
+spec.loader.exec_module(own)
+path = transformers.models.__file__
+assert changed.fetch__all__ is not own.fetch__all__
+assert changed.define_import_structure(path) == own.define_import_structure(path)
 """
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from mlx_overlay_server.errors import InvalidRequest, Unavailable
-from mlx_overlay_server.speech.values import TranscribeRequest
+from mlx_overlay_server.speech.values import TranscribeRequest, Transcript
 
 from tests.support.speech_models import make_whisper, recording
 
@@ -24,7 +24,9 @@ def test_a_whisper_of_mlx_audio_transcribes_with_times(tmp_path: Path) -> None:
 
     model = adapter.load(str(make_whisper(tmp_path / "parakeet-kokoro")))  # a folder's name decides nothing
     assert isinstance(model, adapter.Whisper)
-    made = adapter.transcribe(model, io.BytesIO(recording(1.0)), TranscribeRequest("m", times=True, words=True))
+    wanted = TranscribeRequest("m", times=True, words=True)
+    (made,) = adapter.transcribe(model, io.BytesIO(recording(1.0)), wanted)
+    assert isinstance(made, Transcript)
     assert made.seconds == 1.0
     assert made.language == "english"
     assert made.text

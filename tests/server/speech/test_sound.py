@@ -32,14 +32,13 @@ def test_a_short_recording_is_one_part(sound: Any) -> None:
     assert (part.start, len(part.samples)) == (0.0, 24_000)
 
 
-def test_a_long_recording_is_cut_where_it_is_quiet(sound: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sound, "PART_SECONDS", 30)
+def test_a_long_recording_is_cut_where_it_is_quiet(sound: Any) -> None:
     samples = np.sin(np.arange(70 * RATE) / 5).astype(np.float32)
     samples[25 * RATE : 26 * RATE] = 0
     file = io.BytesIO()
     soundfile.write(file, samples, RATE, format="WAV", subtype="FLOAT")
     file.seek(0)
-    parts = list(sound.parts(file))
+    parts = list(sound.parts(file, 30))
     assert 25 < parts[1].start < 26
     assert all(len(part.samples) <= 30 * RATE for part in parts)
     starts = [0, *np.cumsum([len(part.samples) for part in parts])]

@@ -21,7 +21,7 @@ def _hanging(real: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(path, (str, os.PathLike)):
             for below, flag in _DISKS:
                 while f"{os.fspath(path)}/".startswith(f"{below}/") and _is_there(flag):
-                    time.sleep(0.02)
+                    time.sleep(0.1)
         return real(path, *arguments, **options)
 
     return call

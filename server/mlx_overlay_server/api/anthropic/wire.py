@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from mlx_overlay_server.api.fields import MAX_STOPS, Count, Json, ModelBody, Part, Share, image
+from mlx_overlay_server.api.fields import MAX_STOPS, Count, Json, ModelBody, Part, Share, Whole, image
 from mlx_overlay_server.chat import requests
 from mlx_overlay_server.chat.requests import ChatRequest, Params
 from mlx_overlay_server.errors import InvalidRequest
@@ -129,7 +129,7 @@ class ThinkingParam(Part):
     """The reasoning before the answer: on or off, and the tokens it may take."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Annotated[int, Field(ge=0)] | None = None
+    budget_tokens: Annotated[Whole, Field(ge=0)] | None = None
 
 
 class OutputFormat(Part):
@@ -224,7 +224,7 @@ class MessagesRequest(_PromptBody):
     max_tokens: Count
     temperature: Share | None = None
     top_p: Share | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[Whole, Field(ge=0)] | None = None
     stop_sequences: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     metadata: Json | None = None

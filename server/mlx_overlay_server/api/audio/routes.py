@@ -17,13 +17,17 @@ from mlx_overlay_server.api.openai.errors import ErrorAnswer
 from mlx_overlay_server.service import Service
 from mlx_overlay_server.speech.processes import check_installed
 
+_PIECES = "With `stream`: the text in events `transcript.text.delta` as it is heard, and the whole in `….done`."
+_SOUNDS = "With `stream_format: sse`: the sound in events `speech.audio.delta`, as base64, then `speech.audio.done`."
+
 
 def router(service: Service) -> APIRouter:
     """Return the routes, with and without `/v1`."""
     routes = APIRouter(tags=["OpenAI"])
     transcripts = documented(TranscriptAnswer | VerboseAnswer, ErrorAnswer)
+    streamed = documented(TranscriptAnswer | VerboseAnswer, ErrorAnswer, stream=_PIECES)
 
-    @routes.post("/v1/audio/transcriptions", responses=transcripts, openapi_extra=_form(TranscriptionForm))
+    @routes.post("/v1/audio/transcriptions", responses=streamed, openapi_extra=_form(TranscriptionForm))
     @routes.post("/audio/transcriptions", include_in_schema=False)
     async def transcribe(request: Request) -> Response:
         """Transcribe a recording."""
@@ -58,5 +62,6 @@ def _form(kind: type[TranslationForm]) -> dict[str, Any]:
 def _sound() -> dict[int | str, dict[str, Any]]:
     """Describe the answer of the route that speaks."""
     found = documented(TranscriptAnswer, ErrorAnswer)
-    found[200] = {"description": "The sound.", "content": {each: {} for each in MEDIA_TYPES.values()}}
+    events = {"text/event-stream": {"schema": {"type": "string", "description": _SOUNDS}}}
+    found[200] = {"description": "The sound.", "content": {each: {} for each in MEDIA_TYPES.values()} | events}
     return found

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from mlx_overlay_server.api.audio.events import event_stream
 from mlx_overlay_server.api.audio.transcripts import TIMED, TranscriptFormat, encoded
 from mlx_overlay_server.api.dialect import CLIENT_GONE, client_of
-from mlx_overlay_server.api.fields import ModelBody, wrong_field
+from mlx_overlay_server.api.fields import ModelBody, Number, wrong_field
 from mlx_overlay_server.api.guard import FORM
+from mlx_overlay_server.api.openai.stream import data_event
 from mlx_overlay_server.api.transport import unless_gone
 from mlx_overlay_server.errors import InvalidRequest
 from mlx_overlay_server.service import Service
@@ -28,13 +31,6 @@ _CHUNK = 1 << 20
 _MAX_PROMPT = 1 << 14
 
 
-def _off(is_streamed: bool) -> bool:
-    """Return False. Raises InvalidRequest."""
-    if is_streamed:
-        raise InvalidRequest("`stream` is not done here: a transcript comes in one piece; leave it out", param="stream")
-    return is_streamed
-
-
 class TranslationForm(ModelBody):
     """The form of a translation to English."""
 
@@ -43,7 +39,7 @@ class TranslationForm(ModelBody):
     file: UploadFile
     prompt: Annotated[str, Field(max_length=_MAX_PROMPT)] | None = None
     response_format: TranscriptFormat = "json"
-    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=1)] | None = None
 
 
 class TranscriptionForm(TranslationForm):
@@ -51,7 +47,8 @@ class TranscriptionForm(TranslationForm):
 
     language: str | None = None
     timestamp_granularities: tuple[Literal["word", "segment"], ...] = ()
-    stream: Annotated[bool, AfterValidator(_off)] | None = None
+    stream: bool | None = None
+    """Whether the text comes in server-sent events, as it is heard."""
 
 
 async def answer(service: Service, kind: type[TranslationForm], request: Request) -> Response:
@@ -62,13 +59,22 @@ async def answer(service: Service, kind: type[TranslationForm], request: Request
         form = await request.form(max_files=1, max_fields=_MAX_FIELDS)
     except HTTPException as error:
         raise InvalidRequest(f"the form cannot be read: {error.detail}", code="invalid_form") from None
+    is_streamed = False
     try:
-        return await _answer(service, _checked(kind, form), request)
+        checked = _checked(kind, form)
+        wanted = _wanted(service, checked)
+        if wanted.streams:
+            is_streamed = True
+            ticket = Ticket(client=client_of(request))
+            return event_stream(_events(service, wanted, form, checked.file, ticket), ticket)
+        return await _whole(service, wanted, checked, request)
     finally:
-        await form.close()
+        if not is_streamed:
+            await form.close()
 
 
-async def _answer(service: Service, form: TranslationForm, request: Request) -> Response:
+def _wanted(service: Service, form: TranslationForm) -> TranscribeRequest:
+    """Return the request that the service takes. Raises InvalidRequest."""
     form.name(service.default_model)
     more = form if isinstance(form, TranscriptionForm) else None
     granularities = more.timestamp_granularities if more is not None else ()
@@ -76,28 +82,52 @@ async def _answer(service: Service, form: TranslationForm, request: Request) -> 
         raise InvalidRequest(
             "`timestamp_granularities` needs the response_format `verbose_json`", param="timestamp_granularities"
         )
-    words = "word" in granularities
-    segments = not words or "segment" in granularities
-    wanted = TranscribeRequest(
+    streams = more is not None and bool(more.stream)
+    if streams and form.response_format != "json":
+        raise InvalidRequest(
+            "with `stream`, the text comes in events, which are JSON: leave `response_format` out",
+            param="response_format",
+        )
+    return TranscribeRequest(
         form.model,
         language=(more.language or None) if more is not None else None,
         prompt=form.prompt or None,
         temperature=form.temperature,
         to_english=more is None,
         times=form.response_format in TIMED,
-        words=words,
+        words="word" in granularities,
+        streams=streams,
     )
+
+
+async def _whole(service: Service, wanted: TranscribeRequest, form: TranslationForm, request: Request) -> Response:
     transcript = await unless_gone(request, _transcript(service, wanted, form.file, client_of(request)))
     if transcript is None:
         return Response(status_code=CLIENT_GONE)
     task = "translate" if wanted.to_english else "transcribe"
-    return encoded(transcript, form.response_format, task, words=words, segments=segments)
+    segments = not wanted.words or "segment" in getattr(form, "timestamp_granularities", ())
+    return encoded(transcript, form.response_format, task, words=wanted.words, segments=segments)
 
 
 async def _transcript(service: Service, wanted: TranscribeRequest, file: UploadFile, client: str) -> Transcript:
     made = [each async for each in service.sound(wanted, Ticket(client=client), _chunks(file))]
     assert isinstance(made[0], Transcript)  # noqa: S101 - what was asked for
     return made[0]
+
+
+async def _events(
+    service: Service, wanted: TranscribeRequest, form: FormData, file: UploadFile, ticket: Ticket
+) -> AsyncGenerator[bytes]:
+    """Yield each piece of the text as an event, and the whole at the end."""
+    try:
+        async with aclosing(service.sound(wanted, ticket, _chunks(file))) as made:
+            async for piece in made:
+                if isinstance(piece, str):
+                    yield data_event({"type": "transcript.text.delta", "delta": piece})
+                elif isinstance(piece, Transcript):
+                    yield data_event({"type": "transcript.text.done", "text": piece.text})
+    finally:
+        await form.close()
 
 
 async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:

@@ -122,7 +122,7 @@ class Completion(TypedDict):
 
 
 class OpenAIModel(TypedDict):
-    """A model; `created` is in seconds since 1970, `kind` what it does with text.
+    """A model; `created` is in seconds since 1970, `kind` what it does; `images` is there where it may be shown some.
 
     `context_length` is the number of tokens that its configuration gives prompt and answer together, `max_model_len`
     the number that this server takes: not more than fit in memory. Both are left out where they are not known.
@@ -133,6 +133,7 @@ class OpenAIModel(TypedDict):
     created: int
     owned_by: str
     kind: Task
+    images: NotRequired[Literal[True]]
     context_length: NotRequired[int]
     max_model_len: NotRequired[int]
 
@@ -195,6 +196,8 @@ def model_info(listed: Listed) -> OpenAIModel:
         "owned_by": owner if slash else "local",
         "kind": listed.kind,
     }
+    if listed.sees:
+        info["images"] = True
     if listed.context is not None:
         info["context_length"] = listed.context
     if listed.usable is not None:

@@ -13,11 +13,14 @@ from mlx_overlay_server.api.fields import (
     Count,
     Json,
     ModelBody,
+    Number,
     Part,
     Penalty,
     Seed,
     Share,
     Temperature,
+    Token,
+    Whole,
 )
 from mlx_overlay_server.api.openai.messages import ChatMessage, decoded_message
 from mlx_overlay_server.chat import requests
@@ -39,21 +42,21 @@ class _SamplingBody(ModelBody):
     """The fields that chat completions and completions have in common."""
 
     max_tokens: Count | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
+    prompt_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    min_tokens: Annotated[Whole, Field(ge=0, le=1 << 31)] | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1)] | None = None
     min_p: Share | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
-    repeat_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=10)] | None = None
+    repeat_penalty: Annotated[Number, Field(ge=0.01, le=10)] | None = None
     """`repetition_penalty`, as llama.cpp, Ollama and LM Studio call it."""
     repetition_context_size: Count | None = None
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: dict[int, Annotated[Number, Field(ge=-100, le=100)]] | None = None
     seed: Seed | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=128)] | None = None
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -182,7 +185,7 @@ class ChatCompletionRequest(_SamplingBody):
     function_call: Literal["auto", "none"] | FunctionName | None = None
     response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     reasoning_effort: Effort | None = None
     reasoning: ReasoningChoice | None = None
     thinking: ThinkingSwitch | None = None
@@ -280,18 +283,18 @@ class ChatCompletionRequest(_SamplingBody):
         return None
 
 
-Prompt = str | Annotated[list[str], Field(min_length=1)] | Annotated[list[int], Field(min_length=1)]
-Prompts = Prompt | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1)]
+Prompt = str | Annotated[list[str], Field(min_length=1)] | Annotated[list[Token], Field(min_length=1)]
+Prompts = Prompt | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
 
 
 class CompletionRequest(_SamplingBody):
     """`POST /v1/completions`."""
 
     prompt: Prompts
-    max_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=0, le=1 << 31)] | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    best_of: Annotated[int, Field(ge=1)] | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    best_of: Annotated[Whole, Field(ge=1)] | None = None
     suffix: None = None
 
     def decoded(self) -> TextRequest:

@@ -102,6 +102,13 @@ class CompactionParam(Part):
     encrypted_content: str
 
 
+class ItemReference(Part):
+    """Stands for an item of a stored response."""
+
+    type: Literal["item_reference"]
+    id: str
+
+
 def _item_type(item: Any) -> str:
     """Return the tag of an item in the union below; a message may leave its type out."""
     kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", "message")
@@ -114,7 +121,8 @@ Item = Annotated[
     | Annotated[FunctionCallOutputParam, Variant("function_call_output")]
     | Annotated[CustomToolCallParam, Variant("custom_tool_call")]
     | Annotated[ReasoningItem, Variant("reasoning")]
-    | Annotated[CompactionParam, Variant("compaction")],
+    | Annotated[CompactionParam, Variant("compaction")]
+    | Annotated[ItemReference, Variant("item_reference")],
     Discriminator(_item_type),
 ]
 
@@ -139,6 +147,8 @@ def turns_of(items: str | Sequence[Item], tools: Tools) -> list[requests.Message
 
     for at, item in enumerate(items):
         where = f"input[{at}]"
+        if isinstance(item, ItemReference):
+            raise InvalidRequest(f"there is no stored item {item.id!r} here; send the item itself", param=where)
         if isinstance(item, ReasoningItem):
             if content or calls:
                 end_answer()

@@ -107,6 +107,7 @@ class Responses:
     def decode(self, body: ResponsesRequest, headers: Headers) -> _ResponseExchange:  # noqa: ARG002 - the protocol's
         """Return the exchange that a body begins. Raises InvalidRequest."""
         before = self._store.before(body.previous_response_id)
+        body.input = self._store.resolved(body.input)
         request, tools = body.decoded(before.turns if before is not None else ())
         builder = ResponseBuilder(
             response_head(body),
@@ -137,6 +138,7 @@ def router(service: Service) -> APIRouter:
         await turn()
         body.name(service.default_model)
         before = store.before(body.previous_response_id)
+        body.input = store.resolved(body.input)
         asked, _ = body.conversation_after(before.turns if before is not None else ())
         count = await unless_gone(request, service.count_tokens(asked, Ticket()))
         if count is None:
@@ -151,6 +153,7 @@ def router(service: Service) -> APIRouter:
         await turn()
         body.name(service.default_model)
         before = store.before(body.previous_response_id)
+        body.input = store.resolved(body.input or [])
         asked = body.decoded(before.turns if before is not None else ())
         answers = await unless_gone(request, gathered(service.answer(asked, Ticket(client=client_of(request))), 1))
         if answers is None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
+
+from pydantic import TypeAdapter
 
 from mlx_overlay_server import errors
 from mlx_overlay_server.api.fields import Json
 from mlx_overlay_server.api.newest import COUNT, NBYTES, Newest
 from mlx_overlay_server.api.responses.answers import ResponseAnswer
+from mlx_overlay_server.api.responses.items import Item, ItemReference
 from mlx_overlay_server.api.responses.stream import Pieces
 from mlx_overlay_server.chat import requests
 from mlx_overlay_server.errors import InvalidRequest
@@ -52,6 +56,19 @@ class Store:
         """Forget a response. Raises NotFound."""
         self._kept.delete(response_id)
 
+    def resolved(self, given: str | Sequence[Item]) -> str | list[Item]:
+        """Return a request's input with stored items in place of references to them; a reference to no item stays."""
+        if isinstance(given, str):
+            return given
+        return [self._referred(item) if isinstance(item, ItemReference) else item for item in given]
+
+    def _referred(self, reference: ItemReference) -> Item:
+        for stored in reversed(self._kept.all()):
+            for item in stored.all_items:
+                if item["id"] == reference.id:
+                    return _items().validate_python(item)
+        return reference
+
     def before(self, response_id: str | None) -> Stored | None:
         """Return the response that a request continues; None: it continues none. Raises InvalidRequest."""
         if response_id is None:
@@ -62,6 +79,11 @@ class Store:
             raise InvalidRequest(
                 error.message, param="previous_response_id", code="previous_response_not_found"
             ) from None
+
+
+@functools.cache
+def _items() -> TypeAdapter[Item]:
+    return TypeAdapter(Item)
 
 
 def _size_of(stored: Stored) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mlx_overlay_server.api.fields import Body, Count, Json, ModelBody, Part, Share, Temperature
+from mlx_overlay_server.api.fields import Body, Count, Json, ModelBody, Part, Share, Temperature, Whole
 from mlx_overlay_server.api.responses.items import Item, turns_of
 from mlx_overlay_server.api.responses.tools import ToolParam, Tools
 from mlx_overlay_server.chat import requests
@@ -165,7 +165,7 @@ class ResponsesRequest(ConversationBody):
     max_output_tokens: Count | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     include: list[str] | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
@@ -180,7 +180,7 @@ class ResponsesRequest(ConversationBody):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: Json | None = None
-    max_tool_calls: int | None = None
+    max_tool_calls: Whole | None = None
 
     def decoded(self, before: Sequence[requests.Message]) -> tuple[ChatRequest, Tools]:
         """Return the request that all dialects share, with earlier turns before it, and its tools.

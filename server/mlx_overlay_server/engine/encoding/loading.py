@@ -16,7 +16,7 @@ from mlx_overlay_server.chat.loaded import context_length
 from mlx_overlay_server.encoding.loaded import LoadedEncoder, Way
 from mlx_overlay_server.engine import mlx
 from mlx_overlay_server.engine.commands import Load
-from mlx_overlay_server.engine.encoding import bert, facts, gemma, modernbert, rotary
+from mlx_overlay_server.engine.encoding import bert, both_ways, facts, modernbert, rotary
 from mlx_overlay_server.engine.encoding.causal import Causal
 from mlx_overlay_server.engine.encoding.facts import Facts
 from mlx_overlay_server.engine.encoding.pooling import Pooling
@@ -24,6 +24,8 @@ from mlx_overlay_server.engine.encoding.runner import EncodingRunner
 from mlx_overlay_server.engine.loading import apart, check, fitting, parameters, result, slices, turns
 from mlx_overlay_server.memory import KvSize, Shares
 from mlx_overlay_server.settings import EngineOptions
+
+_MODULES: Mapping[str, Any] = {"gte": rotary, "modernbert": modernbert, "new": rotary, "nomic_bert": rotary}
 
 
 def load(
@@ -46,7 +48,8 @@ def load(
     checking.result()
     model, config = load_model(path, lazy=True, get_model_classes=_classes, trust_remote_code=options.trust_remote_code)
     is_encoder = _is_encoder(config)
-    reading = apart(partial(facts.read, path, default="mean" if is_encoder else "lasttoken"))
+    is_decoder = not is_encoder or (tasks.embeds_both_ways(config) and not tasks.is_gemma(config))
+    reading = apart(partial(facts.read, path, default="lasttoken" if is_decoder else "mean"))
     for part in slices([model]):
         mx.eval(part)
         yield sum(each.nbytes for each in part)
@@ -75,15 +78,15 @@ def load(
 
 
 def _is_encoder(config: Mapping[str, Any]) -> bool:
-    return config["model_type"] in tasks.ENCODERS or tasks.is_gemma(config)
+    return config["model_type"] in tasks.ENCODERS or tasks.embeds_both_ways(config)
 
 
 def _classes(config: dict[str, Any]) -> tuple[Any, Any]:
-    if tasks.is_gemma(config):
-        return gemma.classes(config)
+    if tasks.embeds_both_ways(config):
+        return both_ways.classes(config)
     if not _is_encoder(config):
         return mlx.headless_classes(config)
-    module: Any = {"gte": rotary, "modernbert": modernbert, "nomic_bert": rotary}.get(config["model_type"], bert)
+    module: Any = _MODULES.get(config["model_type"], bert)
     return module.Model, module.ModelArgs
 
 

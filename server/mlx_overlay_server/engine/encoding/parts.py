@@ -1,4 +1,4 @@
-"""What the encoders share: a batch of texts, and activations by their names in config.json."""
+"""What the encoders share: a batch of texts, heads, and activations by their names in config.json."""
 
 from __future__ import annotations
 
@@ -66,6 +66,20 @@ def rotary_attention(
     scale = queries.shape[-1] ** -0.5
     out = mx.fast.scaled_dot_product_attention(rope(queries), rope(keys), values, scale=scale, mask=mask)
     return out.transpose(0, 2, 1, 3).reshape(rows, length, size // 3)
+
+
+class Head(nn.Module):
+    """What makes a score of the first token's hidden state: the head of BERT's models that rank."""
+
+    def __init__(self, size: int, act: str) -> None:
+        super().__init__()
+        self.dense = nn.Linear(size, size)
+        self.out = nn.Linear(size, 1)
+        self.act = activation(act)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        out: mx.array = self.out(self.act(self.dense(x)))
+        return out
 
 
 def activation(name: str) -> Callable[[mx.array], mx.array]:

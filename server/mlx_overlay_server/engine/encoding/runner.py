@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cache
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -29,11 +33,25 @@ LEAST_PART = 256
 """Tokens of a part of a text that is read in parts: of fewer, the parts would cost more than they are worth."""
 
 
+LEAST_LANE = 64
+"""Tokens for which another core is asked: for fewer, it would not be worth it."""
+MOST_LANES = 4
+
+
 class Model(Protocol):
     """An encoder, or a model of mlx-lm."""
 
     def hidden(self, batch: Batch) -> mx.array: ...
     def scores(self, hidden: mx.array, batch: Batch) -> mx.array: ...
+
+
+@cache
+def other_streams() -> tuple[Any, ...]:
+    """Return the streams beside the usual one in which a processor reads texts: MLX has a thread for each stream."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        return ()
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(min(MOST_LANES, cores) - 1))
 
 
 @dataclass(slots=True)
@@ -151,10 +169,26 @@ class EncodingRunner:
             self._long.append(_Long(chosen[0], texts[0]))
             return self._read_part(self._long[0])
         started = self._clock()
-        batch = batch_of(texts)
-        rows = self._rows(self._model.hidden(batch), batch)
-        self._pace.note_read(len(texts) * batch.longest, 0, self._clock() - started)
+        rows = self._read(texts)
+        self._pace.note_read(len(texts) * len(texts[0].tokens), 0, self._clock() - started)
         return self._note(chosen, rows)
+
+    def _read(self, texts: list[Passage]) -> Row:
+        """Return the vector, or the score, of each text, computed; on a processor, by several of its cores."""
+        tokens = sum(len(text.tokens) for text in texts)
+        lanes = 1
+        if not isinstance(self._model, Causal):
+            lanes = min(1 + len(other_streams()), len(texts), 1 + tokens // LEAST_LANE)
+        made = []
+        for lane in range(lanes):
+            with mx.stream(other_streams()[lane - 1]) if lane else nullcontext():
+                batch = batch_of(texts[lane::lanes])
+                made.append(self._computed(self._model.hidden(batch), batch))
+        mx.eval(made)
+        rows = np.empty((len(texts), made[0].shape[-1]), np.float32)
+        for lane, part in enumerate(made):
+            rows[lane::lanes] = np.array(part)
+        return rows
 
     def _read_part(self, long: _Long) -> list[tuple[int, Item]]:
         """Read the next part of a text, and make its vector of all parts after the last."""
@@ -171,7 +205,9 @@ class EncodingRunner:
         if long.done < len(long.text.tokens):
             return []
         self._long.popleft()
-        return self._note([long.place], self._rows(mx.concatenate(long.parts, axis=1), batch_of([long.text])))
+        return self._note(
+            [long.place], np.array(self._computed(mx.concatenate(long.parts, axis=1), batch_of([long.text])))
+        )
 
     def _room(self, context: int) -> int:
         """Return the tokens that a pass may read. Sequences of other models may wait for it, so it is kept short."""
@@ -180,10 +216,10 @@ class EncodingRunner:
     def _text(self, place: Place) -> Passage:
         return self._requests[place[0]].texts[place[1]]
 
-    def _rows(self, hidden: mx.array, batch: Batch) -> Row:
-        """Return the vector, or the score, of each text, computed."""
+    def _computed(self, hidden: mx.array, batch: Batch) -> mx.array:
+        """Return the vector, or the score, of each text of a batch."""
         made = self._model.scores(hidden, batch) if self._pooling is None else self._pooling(hidden, batch)
-        return np.array(made.astype(mx.float32))
+        return made.astype(mx.float32)
 
     def _note(self, chosen: list[Place], rows: Row) -> list[tuple[int, Item]]:
         made: list[tuple[int, Item]] = []

@@ -1,4 +1,4 @@
-"""EmbeddingGemma: mlx-lm's Gemma 3, with attention in both directions."""
+"""mlx-lm's models with attention in both directions: EmbeddingGemma, and those such as gte-Qwen2."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from hf_overlay.catalog import tasks
 
 from mlx_overlay_server.engine import mlx
 from mlx_overlay_server.engine.encoding.parts import Batch
@@ -16,8 +17,25 @@ _PROJECTION = "dense."
 def classes(config: dict[str, Any]) -> tuple[Any, Any]:
     """Return the classes (model, arguments) for a config.json."""
     base, arguments = mlx.headless_classes(config)
+    return _gemma(base) if tasks.is_gemma(config) else _plain(base), arguments
 
-    class Gemma(base):  # type: ignore[misc, valid-type]
+
+def _plain(base: Any) -> Any:
+    class Plain(base):
+        def hidden(self, batch: Batch) -> mx.array:
+            """Return the last hidden state of each token."""
+            inner = mlx.inner_model(self)
+            x = inner.embed_tokens(batch.tokens)
+            for layer in inner.layers:
+                x = layer(x, batch.mask)
+            out: mx.array = inner.norm(x)
+            return out
+
+    return Plain
+
+
+def _gemma(base: Any) -> Any:
+    class Gemma(base):
         def hidden(self, batch: Batch) -> mx.array:
             """Return the last hidden state of each token."""
             inner = mlx.inner_model(self)
@@ -40,4 +58,4 @@ def classes(config: dict[str, Any]) -> tuple[Any, Any]:
                 inner_size = matrix.shape[0]
             return {**weights, **own}
 
-    return Gemma, arguments
+    return Gemma

@@ -1,0 +1,18 @@
+"""What tests of several folders use: readers of caches with every release of huggingface_hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import pytest
+
+from tests.support import hubs
+from tests.support.reader import Reader, open_readers
+
+
+@pytest.fixture(scope="session")
+def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Reader]]:
+    """One process for each release of huggingface_hub, started when it is first asked for."""
+    releases = {release: hubs.environment(release) for release in hubs.ALL}
+    with open_readers(tmp_path_factory.mktemp("readers"), releases) as readers:
+        yield readers
