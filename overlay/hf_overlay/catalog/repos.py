@@ -1,7 +1,5 @@
 """Repos in the real cache and in tiers as a plan takes them, remembered while they look the same."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Mapping
 from functools import partial
