@@ -21,7 +21,7 @@ from hf_overlay.catalog.catalog import Catalog
 from hf_overlay.messages import Messages
 from hf_overlay.patience import NoAnswer, Patience
 from hf_overlay.session import Session
-from hf_overlay.tree import moving, usage
+from hf_overlay.tree import moving
 from hf_overlay.tree.clear import Cleared, clear_dead
 from hf_overlay.tree.lease import Lease, sessions_folder
 from hf_overlay.tree.writeback import bring_home
@@ -568,14 +568,12 @@ def test_a_revision_of_which_the_bytes_are_home_and_the_links_are_not_stays_for_
     assert dead.left() == []
 
 
+@pytest.mark.usefixtures("no_processes")
 @pytest.mark.parametrize("volumes", [(), ("sessions", "home")], ids=["one volume", "two volumes"])
 @pytest.mark.parametrize("how", [no_room, Killed], ids=["no room", "killed"])
 def test_whatever_step_fails_nothing_is_lost_and_the_next_start_ends_it(
     disk: Disk, how: Callable[[], BaseException], volumes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        usage, "_processes", lambda *_: iter(())
-    )  # test_usage.py has those; there are hundreds to look at
     expected: dict[str, tuple[str, str]] = {}
     number = 0
     while number < 1000:
