@@ -26,10 +26,11 @@ def check_stands_alone(cache: Path, *, is_in_progress: bool = False) -> None:
     In progress, a repo may have a folder and no revision yet, as when a plain client is killed at its start.
     """
     inside = os.path.realpath(cache) + os.sep
-    for path in cache.rglob("*"):
-        if path.is_symlink():
-            assert path.exists(), f"P4 is broken: {path} leads nowhere"
-            assert os.path.realpath(path).startswith(inside), f"P4 is broken: {path} leads out of the cache"
+    for folder, folders, names in os.walk(cache):
+        for path in (os.path.join(folder, name) for name in (*folders, *names)):
+            if os.path.islink(path):
+                assert os.path.exists(path), f"P4 is broken: {path} leads nowhere"
+                assert os.path.realpath(path).startswith(inside), f"P4 is broken: {path} leads out of the cache"
     said = [str(warning) for warning in scan_cache_dir(cache).warnings] if cache.is_dir() else []
     warnings = [warning for warning in said if not (is_in_progress and "Snapshots dir doesn't exist" in warning)]
     assert warnings == [], f"P4 is broken: a scan warns of {warnings}"

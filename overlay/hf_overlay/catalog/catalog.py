@@ -22,6 +22,7 @@ from hf_overlay.errors import (
     ModelNotFound,
     SourceAway,
     UsageError,
+    check_descriptors,
 )
 from hf_overlay.hfcache import LinkedRepo
 from hf_overlay.models import HELD_BACK, CachedRepo, Code, Layer, Model, Reason, Reject, Source
@@ -365,9 +366,13 @@ class Catalog:
         return behind
 
     def _not_found(self, model_id: str) -> ModelNotFound:
-        lost = [f"{candidate.path} {candidate.reason.text}" for candidate in self.explain(model_id)]
-        import difflib  # only for this message
+        try:
+            import difflib  # only for this message, as what explains
 
+            lost = [f"{candidate.path} {candidate.reason.text}" for candidate in self.explain(model_id)]
+        except OSError as error:  # an import needs a file descriptor
+            check_descriptors(error)
+            raise
         near = next(iter(difflib.get_close_matches(model_id, self.resolutions(), n=1, cutoff=0.8)), None)
         hint = f"; did you mean {near}?" if near else ""
         return ModelNotFound(f"no model {model_id}: {'; '.join(lost)}{hint}", near=near)

@@ -54,6 +54,7 @@ def open_files() -> int:
     return len(os.listdir("/dev/fd"))
 
 
+@pytest.mark.usefixtures("no_processes")
 @pytest.mark.parametrize("once", [False, True], ids=["from then on", "for a moment"])
 def test_a_disk_that_fills_up_at_any_moment_of_a_start_leaves_nothing_behind(
     models: Path, hub: Path, sessions: Path, once: bool
@@ -82,6 +83,7 @@ def test_a_disk_that_fills_up_at_any_moment_of_a_start_leaves_nothing_behind(
     assert number > 30, "many moments were tried"
 
 
+@pytest.mark.usefixtures("no_processes")
 def test_a_disk_that_fills_up_at_any_moment_of_a_refresh_leaves_the_old_tree_whole(
     models: Path, hub: Path, sessions: Path
 ) -> None:

@@ -184,6 +184,7 @@ def test_a_deleted_folder_is_not_called_an_unplugged_drive(models: Path, session
 READS = ("stat", "scandir", "listdir", "readlink")
 
 
+@pytest.mark.usefixtures("no_processes")
 def test_a_drive_may_go_at_any_moment_of_a_refresh(
     models: Path, away: Path, hub: Path, sessions: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

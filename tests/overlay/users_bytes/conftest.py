@@ -20,7 +20,7 @@ from tests.support.processes import SECONDS
 
 
 @pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+def patient(monkeypatch: pytest.MonkeyPatch, no_processes: None) -> None:
     """No disk hangs here, however long a busy machine leaves a thread without a processor."""
     monkeypatch.setattr(Patience.__init__, "__defaults__", (SECONDS,))
     monkeypatch.setattr(clear, "STALL_SECONDS", SECONDS)
