@@ -13,7 +13,7 @@ from tests.support.loopback_hub import LoopbackHub
 from tests.support.models import make_model
 from tests.support.server import Server, serving
 
-SLOW = "acme/slow"
+SLOW, SLOWER = "acme/slow", "acme/slower"
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,8 @@ def downloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Serv
     """A server that has nothing yet, and the Hub from which it gets a model as fast as the test wants."""
     top = tmp_path_factory.mktemp("downloading")
     with LoopbackHub() as hub:
-        hub.add_repo(SLOW, make_model(top / "slow", HELLO))
+        for name in (SLOW, SLOWER):
+            hub.add_repo(name, make_model(top / name, HELLO))
         environ = hub.environment(top / "home", HF_HUB_OFFLINE="0")
         own = {name: value for name, value in environ.items() if name.startswith(("HF_", "NO_PROXY"))}
         with serving(top / "home", environ=own) as server:
@@ -31,7 +32,7 @@ def downloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Serv
 def test_pings_come_while_a_model_is_on_its_way(downloading: tuple[Server, LoopbackHub]) -> None:
     server, hub = downloading
     hub.hang(60)
-    body = {"model": SLOW, "messages": HI, "max_tokens": 100, "stream": True}
+    body = {"model": SLOWER, "messages": HI, "max_tokens": 100, "stream": True}
     with server.http.stream("POST", "/v1/messages", json=body) as answer:
         lines = answer.iter_lines()
         assert next(lines).startswith(": ")
