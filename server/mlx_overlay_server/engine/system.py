@@ -48,7 +48,9 @@ def limit(root: Path = Path("/")) -> int | None:
 def free(root: Path = Path("/")) -> int | None:
     """Return how many bytes can be taken now without memory being paged out that programs use; None: nobody knows."""
     if sys.platform == "darwin":
-        return mac_free(ctypes.CDLL(None), os.sysconf("SC_PAGE_SIZE"))
+        library = ctypes.CDLL(None)
+        task = ctypes.c_uint32.in_dll(library, "mach_task_self_")  # `mach_task_self()` is a macro for it
+        return mac_free(library, task.value, os.sysconf("SC_PAGE_SIZE"))
     known = [group.free for group in _groups(root)]
     for line in _lines(root / "proc/meminfo"):
         name, _, rest = line.partition(":")
@@ -57,10 +59,10 @@ def free(root: Path = Path("/")) -> int | None:
     return min(known, default=None)
 
 
-def mac_free(library: Any, page: int) -> int | None:
+def mac_free(library: Any, task: int, page: int) -> int | None:
     """Return the same on macOS: what nobody has, and what nobody has used lately.
 
-    `library` is the C library, `page` the bytes of a page.
+    `library` is the C library, `task` the port of this process, `page` the bytes of a page.
     """
     statistics = _Statistics()
     count = ctypes.c_uint32(ctypes.sizeof(statistics) // 4)
@@ -68,7 +70,7 @@ def mac_free(library: Any, page: int) -> int | None:
     try:
         failed = library.host_statistics64(host, _HOST_VM_INFO64, ctypes.byref(statistics), ctypes.byref(count))
     finally:
-        library.mach_port_deallocate(library.mach_task_self(), host)
+        library.mach_port_deallocate(task, host)
     if failed:
         return None
     return int(statistics.free + statistics.inactive) * page

@@ -73,9 +73,6 @@ class _Library:
         self.references += 1
         return 2563
 
-    def mach_task_self(self) -> int:
-        return 515
-
     def mach_port_deallocate(self, task: int, port: int) -> int:
         assert (task, port) == (515, 2563)
         self.references -= 1
@@ -89,11 +86,11 @@ class _Library:
 
 def test_on_macos_what_nobody_has_used_lately_is_free() -> None:
     library = _Library()
-    assert system.mac_free(library, 16384) == (28_048 + 358_731) * 16384
+    assert system.mac_free(library, 515, 16384) == (28_048 + 358_731) * 16384
     assert library.references == 0
 
 
 def test_where_macos_says_nothing_nothing_is_known() -> None:
     library = _Library(error=5)
-    assert system.mac_free(library, 16384) is None
+    assert system.mac_free(library, 515, 16384) is None
     assert library.references == 0
