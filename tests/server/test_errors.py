@@ -221,6 +221,7 @@ def test_a_prompt_that_is_too_long_begins_with_the_words_that_anthropic_s_client
 def test_a_refusal_has_the_shape_of_the_request_s_dialect(
     path: str, headers: list[tuple[bytes, bytes]], told: tuple[str | None, str | None]
 ) -> None:
-    response = refuse({"type": "http", "path": path, "headers": headers}, InvalidRequest("no", field="messages"))
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+    response = refuse(scope, InvalidRequest("no", field="messages"))
     content = json.loads(bytes(response.body))
     assert (content["error"].get("param"), content.get("type")) == told

@@ -31,7 +31,5 @@ def test_the_flag_reaches_the_overlay(monkeypatch: pytest.MonkeyPatch, flags: li
 
     monkeypatch.setattr(hf_overlay, "open_session", refuse)
     monkeypatch.setattr(logs, "set_up", lambda *_: None)
-    said: list[str] = []
-    monkeypatch.setattr("builtins.print", lambda text, **_: said.append(text))
-    assert run.serve(Live(options.read(options.make_parser().parse_args(flags), os.environ))) == 1
-    assert said == [f"error: holds: {bool(flags)}"]
+    with pytest.raises(hf_overlay.OverlayError, match=f"holds: {bool(flags)}"):
+        run.serve(Live(options.read(options.make_parser().parse_args(flags), os.environ)))
