@@ -73,6 +73,7 @@ def main() -> int:
     ours, theirs = [], []
     with tempfile.TemporaryDirectory() as place:
         own = {**environ, "HOME": place, "PYTHONPATH": ROOT, **({"LD_PRELOAD": options.blas} if options.blas else {})}
+        own["OPENBLAS_NUM_THREADS"] = "1"  # each core has texts of its own
         (Path(place) / "models").mkdir()
         (Path(place) / "models/m").symlink_to(model)
         server = subprocess.Popen(
