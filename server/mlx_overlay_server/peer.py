@@ -45,6 +45,11 @@ class Peer:
         """Its process id."""
         return self._popen.pid
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is known to have ended; only of one that has been ready, and owes no answer."""
+        return self._reader is not None and self._reader.at_eof()
+
     async def ready(self) -> None:
         """Wait until it has imported all that it needs. Raises Ended."""
         self._reader, self._writer = await asyncio.open_connection(sock=self._socket)

@@ -87,6 +87,8 @@ class Speech:
         async with held.turn:
             if held.ends_with is not None:
                 raise held.ends_with
+            if held.process is not None and held.process.has_ended:  # as when the system was short of memory
+                self._close(held)
             process = held.process or await self._started(held)
             held.process = process
             is_done = False
