@@ -241,5 +241,5 @@ def test_nothing_is_lost_in_any_order(base: Path, client: HubProcess) -> None:
 
     run_state_machine_as_test(
         LivesHere,
-        settings=settings(max_examples=10, stateful_step_count=25),
+        settings=settings(max_examples=15, stateful_step_count=25),
     )
