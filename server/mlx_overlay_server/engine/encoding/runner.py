@@ -31,11 +31,10 @@ Row = npt.NDArray[np.float32]
 
 LEAST_PART = 256
 """Tokens of a part of a text that is read in parts: of fewer, the parts would cost more than they are worth."""
-
-
 LEAST_LANE = 64
-"""Tokens for which another core is asked: for fewer, it would not be worth it."""
+"""Tokens for each core that reads a part of a pass: of fewer, it would cost more than it is worth."""
 MOST_LANES = 4
+"""Cores that read the texts of one pass together, at most."""
 
 
 class Model(Protocol):
