@@ -302,6 +302,17 @@ def test_what_many_prompts_share_is_read_once(step: int, folder: Path) -> None:
         assert running.tokens(id_) == _runner(folder, 1 << 20, 1).said([*_text(3, 300), *_text(number, 20)], 3)
 
 
+def test_a_prompt_may_end_with_a_token_that_ends_answers(running: Running) -> None:
+    """As a plain prompt does that holds whole turns. It is the answer's tokens that are looked at, not the prompt's."""
+    (end,) = running.runner.loaded.tokenizer.eos_token_ids
+    ids = [running.add([*_text(number, 20), end], max_tokens=4) for number in range(2)]
+    running.finish()
+    for id_ in ids:
+        drawn = running.tokens(id_)
+        assert len(drawn) == 4 or drawn[-1] == end, "the answer ended with the prompt, or was never told"
+        assert drawn, "no token was told"
+
+
 def test_the_same_prompt_many_times_is_read_once(running: Running) -> None:
     ids = [running.add(_text(0, 300)) for _ in range(6)]
     running.finish()
